@@ -1,0 +1,251 @@
+"""Model folders on disk: config, tensor headers and fingerprints, without reading the weights.
+
+Only safetensors are opened: a checkpoint in pickled `.bin` files is refused, since unpickling runs code.
+
+A fingerprint answers "are these scores of this very model?". It has two halves, each a SHA-256: `config` over
+the config fields that change what the model computes, and `tensors` over every tensor's name, dtype and
+shape plus three 4 KiB windows of its data. The headers alone would not do: two fine-tunes of one base have
+equal headers. Sharding and tensor order do not enter, so a re-sharded copy keeps its fingerprint. The windows
+of a 13B model are about 4 MB of I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.components import Geometry
+from mergekit_wp.errors import BadInput
+
+_WINDOW_BYTES = 4096
+# Beside the shapes, the config fields that change what a forward pass computes, with the value that an absent
+# field means. Base and expert should agree on them; where they do not, the expert likely has another base.
+_FUNCTIONAL: dict[str, Any] = {
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "hidden_activation": None,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "query_pre_attn_scalar": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as its safetensors header describes it; `start` and `end` are byte positions in `file`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hex SHA-256 of the config and of the tensors (names, dtypes, shapes, sampled bytes)."""
+
+    config: str
+    tensors: str
+
+    def __str__(self) -> str:
+        return _digest([self.config, self.tensors])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local model folder: `name` is what the user wrote, `folder` where its files lie."""
+
+    name: str
+    folder: Path
+
+    @classmethod
+    def open(cls, name: str) -> Checkpoint:
+        """Open a folder, or a Hub name (`user/model`, `user/model@revision`), downloading safetensors only.
+
+        Raises `BadInput` when the folder is missing or unreadable, or holds no safetensors.
+        """
+        checkpoint = cls(name, _local_folder(name))
+        checkpoint.config, checkpoint.tensors  # noqa: B018  (both are cached; read now, so errors come early)
+        return checkpoint
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return _read_json(self.folder / "config.json", "the model's config")
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry.from_config(self.config, where=str(self.folder / "config.json"))
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorHeader]:
+        """Every tensor of the model by name, from the headers of its shards."""
+        return {k: v for file in _weight_files(self.folder) for k, v in read_header(file).items()}
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(header.end - header.start for header in self.tensors.values())
+
+    @cached_property
+    def functional_config(self) -> dict[str, Any]:
+        """Fields beside the shapes that change a forward pass, in one spelling whoever wrote config.json.
+
+        transformers 5 moved `rope_theta` and `rope_scaling` into `rope_parameters`; both spellings count.
+        """
+        config = dict(self.config)
+        rope = dict(config.get("rope_parameters") or {})
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope.pop("rope_theta")
+        if rope.pop("rope_type", "default") != "default":
+            config["rope_scaling"] = config.get("rope_scaling") or self.config["rope_parameters"]
+        return {k: default if config.get(k) is None else config[k] for k, default in _FUNCTIONAL.items()}
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        computed = {**asdict(self.geometry), **self.functional_config}
+        return Fingerprint(_digest([json.dumps(computed, sort_keys=True)]), fingerprint_tensors(self.tensors))
+
+    def lineage_differences(self, base: Checkpoint) -> list[str]:
+        """Functional config fields that differ from the base's, readable; [] when none do."""
+        theirs = base.functional_config
+        return [
+            f"{key} {value!r} against the base's {theirs[key]!r}"
+            for key, value in self.functional_config.items()
+            if value != theirs[key]
+        ]
+
+
+def fingerprint_of(name: str) -> Fingerprint:
+    """The fingerprint of a model reference: `model` or `model+lora` (the way mergekit writes a LoRA).
+
+    A LoRA's fingerprint hashes the base's and the adapter's own files, so it does not depend on the dtype in
+    which somebody merges the two. Raises `BadInput` as `Checkpoint.open` does.
+    """
+    model, plus, adapter = name.partition("+")
+    base = Checkpoint.open(model).fingerprint
+    if not plus:
+        return base
+    folder = _local_folder(adapter)
+    settings = _read_json(folder / "adapter_config.json", "the LoRA's config")
+    tensors = {k: v for file in _weight_files(folder) for k, v in read_header(file).items()}
+    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+    parts = [base.tensors, json.dumps([settings.get(key) for key in keys]), fingerprint_tensors(tensors)]
+    return Fingerprint(base.config, _digest(parts))
+
+
+def fingerprint_tensors(tensors: Mapping[str, TensorHeader]) -> str:
+    """SHA-256 over names, dtypes, shapes and three data windows (start, middle, end) of every tensor."""
+    digest = hashlib.sha256()
+    streams = {file: open(file, "rb") for file in {header.file for header in tensors.values()}}  # noqa: SIM115
+    try:
+        for name in sorted(tensors):
+            header = tensors[name]
+            digest.update(f"{name}|{header.dtype}|{header.shape}|".encode())
+            last = max(header.start, header.end - _WINDOW_BYTES)
+            # The middle window is counted from the tensor's start, so that it does not move with the shard.
+            for position in sorted({header.start, header.start + (last - header.start) // 2, last}):
+                stream = streams[header.file]
+                stream.seek(position)
+                digest.update(stream.read(min(_WINDOW_BYTES, header.end - position)))
+    finally:
+        for stream in streams.values():
+            stream.close()
+    return digest.hexdigest()
+
+
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """The header of one safetensors file: 8 bytes little-endian length, then JSON (the format's own spec).
+
+    Raises `BadInput` when the file is not safetensors or is shorter than its header says.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError("the header is longer than the file")
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        headers = {
+            name: TensorHeader(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                file,
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in entries.items()
+        }
+    except OSError as error:
+        raise BadInput(f"{file}: cannot read this weight file ({error.strerror or error}).") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BadInput(f"{file}: not a safetensors file ({error}); save or download it again.") from error
+    if headers and max(header.end for header in headers.values()) > size:
+        raise BadInput(f"{file}: cut short at {size} bytes; download or save it again.")
+    return headers
+
+
+def _local_folder(name: str) -> Path:
+    path, _, revision = name.partition("@")
+    if Path(path).is_dir():
+        return Path(path)
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise BadInput(f"{name}: no such model folder; give a local folder or a Hub name such as user/model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the Hub client raises many types; each means "not to be had"
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{name}: not a local folder, and the Hub did not give it ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: those of the index, or the single file."""
+    for stem in ("model", "adapter_model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            weight_map = _read_json(index, "the shard index").get("weight_map") or {}
+            files = [folder / shard for shard in sorted(set(weight_map.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing or not files:
+                raise BadInput(
+                    f"{folder}: the shard {', '.join(missing) or 'list'} is missing; download it again."
+                )
+            return files
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    if any(folder.glob("*.bin")):
+        raise BadInput(
+            f"{folder}: holds pickled .bin weights only, which are never opened; convert them to safetensors."
+        )
+    raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json there.")
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read {what} ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: {what} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: {what} must be a JSON object.")
+    return content
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

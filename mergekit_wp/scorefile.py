@@ -1,0 +1,205 @@
+"""The score file: what `wp-score` writes and everything later reads.
+
+A safetensors file, all tensors float32:
+
+    heads [L, H]                  mean over tasks of the heads' scores
+    neurons [L, F]                mean over tasks of the neurons' scores
+    tasks/<task>/heads [L, H]     scores of one task; likewise tasks/<task>/neurons [L, F]
+    tasks/<task>/anchor [D]       the anchor direction v of the task, at the anchor layer
+
+with a JSON document under the metadata key `wp` (`ScoreMeta`). A score is the share of the gap between base
+and expert that the component alone restores (1 = all of it); it has no unit.
+
+Legend: L layers, H query heads, F neurons a layer, D residual width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mergekit_wp.components import Geometry
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import atomic_path
+
+FORMAT = 1
+_METADATA_KEY = "wp"
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """Which model: the name as the user wrote it, and its fingerprint (see `checkpoint.Fingerprint`)."""
+
+    name: str
+    revision: str | None
+    config: str
+    tensors: str
+
+
+@dataclass(frozen=True)
+class UtilityStats:
+    """One utility on one task: scoring prompts used, dropped for a gap below the floor, mean gap of the used.
+
+    The gap of `anchor` is a difference of cosines, that of `kl` is in nats.
+    """
+
+    used: int
+    dropped: int
+    mean_gap: float
+
+
+@dataclass(frozen=True)
+class TaskMeta:
+    """How many prompts a task had for the direction (`extraction`) and for the scores (`scoring`)."""
+
+    extraction: int
+    scoring: int
+    utilities: dict[str, UtilityStats]
+
+
+@dataclass(frozen=True)
+class ScoreMeta:
+    """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC."""
+
+    base: ModelId
+    expert: ModelId
+    geometry: Geometry
+    tasks: dict[str, TaskMeta]
+    method: str
+    utility: str
+    gap: str
+    split: str
+    anchor_layer: int
+    dtype: str
+    device: str
+    seed: int
+    versions: dict[str, str]
+    date: str
+    format: int = FORMAT
+
+    @classmethod
+    def from_json(cls, text: str) -> ScoreMeta:
+        """Parse and check; raises KeyError, TypeError, ValueError (`read_scores` makes them a BadInput)."""
+        raw: dict[str, Any] = json.loads(text)
+        if raw.get("format") != FORMAT:
+            raise ValueError(f"format version {raw.get('format')!r}, this program reads {FORMAT}")
+        known = {f.name for f in fields(cls)}
+        if unknown := set(raw) - known:
+            raise ValueError(f"unknown metadata fields {sorted(unknown)}")
+        raw["base"], raw["expert"] = ModelId(**raw["base"]), ModelId(**raw["expert"])
+        raw["geometry"] = Geometry(**raw["geometry"])
+        raw["tasks"] = {
+            name: TaskMeta(**{**t, "utilities": {u: UtilityStats(**v) for u, v in t["utilities"].items()}})
+            for name, t in raw["tasks"].items()
+        }
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """heads [L, H], neurons [L, F], anchor [D], float32."""
+
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    anchor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A whole score file; checks itself, so a `Scores` that exists is valid (raises ValueError)."""
+
+    meta: ScoreMeta
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    tasks: dict[str, TaskScores]
+
+    @classmethod
+    def from_tasks(cls, meta: ScoreMeta, tasks: dict[str, TaskScores]) -> Scores:
+        """The file of one scoring run: overall scores are the mean over its tasks."""
+        heads = torch.stack([task.heads for task in tasks.values()]).mean(0)
+        neurons = torch.stack([task.neurons for task in tasks.values()]).mean(0)
+        return cls(meta, heads, neurons, tasks)
+
+    def __post_init__(self) -> None:
+        if not self.tasks or set(self.tasks) != set(self.meta.tasks):
+            raise ValueError(f"tensors of tasks {sorted(self.tasks)}, metadata of {sorted(self.meta.tasks)}")
+        if not 0 <= self.meta.anchor_layer < self.meta.geometry.layers:
+            raise ValueError(f"anchor layer {self.meta.anchor_layer} of {self.meta.geometry.layers} layers")
+        for name, tensor in self.tensors().items():
+            _check_tensor(name, tensor, self._shape(name))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors under the names that they have in the file."""
+        named = {"heads": self.heads, "neurons": self.neurons}
+        for task, scores in self.tasks.items():
+            for part in ("heads", "neurons", "anchor"):
+                named[f"tasks/{task}/{part}"] = getattr(scores, part)
+        return named
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        geometry = self.meta.geometry
+        return {
+            "heads": (geometry.layers, geometry.heads),
+            "neurons": (geometry.layers, geometry.neurons),
+            "anchor": (geometry.d_model,),
+        }[name.rsplit("/", 1)[-1]]
+
+
+def write_scores(scores: Scores, path: str | Path) -> None:
+    """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in scores.tensors().items()}
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(asdict(scores.meta), sort_keys=True)})
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read and validate a whole score file.
+
+    Raises `BadInput`, naming the file, when it is missing, is not safetensors, has no `wp` metadata, has an
+    unknown format version, misses a tensor or has one too many, or holds a wrong shape, a wrong dtype, a NaN
+    or an infinity.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such score file; make it with wp-score.") from None
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read as a safetensors score file ({error}).") from error
+    if text is None:
+        raise BadInput(f"{path}: a safetensors file, but without the `wp` metadata of a score file.")
+    try:
+        meta = ScoreMeta.from_json(text)
+        tasks = {
+            task: TaskScores(
+                **{part: tensors.pop(f"tasks/{task}/{part}") for part in ("heads", "neurons", "anchor")}
+            )
+            for task in meta.tasks
+        }
+        scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks)
+        if tensors:
+            raise ValueError(f"unexpected tensors {sorted(tensors)}")
+        return scores
+    except KeyError as error:
+        raise BadInput(
+            f"{path}: this score file has no {error.args[0]}; make it again with wp-score."
+        ) from error
+    except (ValueError, TypeError, AttributeError, BadInput) as error:
+        reason = error.message if isinstance(error, BadInput) else str(error)
+        raise BadInput(f"{path}: not a valid score file: {reason}.") from error
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.float32")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds a NaN or an infinity")
