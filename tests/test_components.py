@@ -1,0 +1,162 @@
+"""Component geometry against the models themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from mergekit_wp.checkpoint import Checkpoint, fingerprint_of
+from mergekit_wp.components import SUPPORTED, Geometry, TensorSlot, slot_of
+from mergekit_wp.errors import BadInput
+
+
+def geometry_of(model):
+    return Geometry.from_config(model.config.to_dict())
+
+
+@pytest.mark.parametrize("kind", tiny.VARIANTS)
+def test_slices_cover_q_o_and_mlp_exactly_once(kind):
+    """Marking the slices of all components touches each element of the owned tensors once, nothing else."""
+    model = tiny.random_model(kind)
+    geometry = geometry_of(model)
+    count = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    for layer in range(geometry.layers):
+        for component, total in (("head", geometry.heads), ("neuron", geometry.neurons)):
+            for index in range(total):
+                for name, where in geometry.owned_slices(component, layer, index):
+                    if name in count:
+                        count[name][where] += 1
+    for name, marks in count.items():
+        slot = slot_of(name)
+        owned = slot is not None and slot.kind in ("head", "neuron")
+        assert bool((marks == int(owned)).all()), name
+
+
+@pytest.mark.parametrize("kind", tiny.VARIANTS)
+def test_expand_has_the_length_of_the_axis(kind):
+    model = tiny.random_model(kind)
+    geometry = geometry_of(model)
+    heads_H, neurons_F = torch.rand(geometry.heads), torch.rand(geometry.neurons)
+    for name, tensor in model.state_dict().items():
+        slot = slot_of(name)
+        if slot is not None:
+            assert geometry.expand(slot, heads_H, neurons_F).shape == (tensor.shape[slot.axis],), name
+
+
+def test_kv_weight_is_the_mean_over_the_group():
+    geometry = geometry_of(tiny.random_model("llama"))
+    heads_H = torch.tensor([1.0, 3.0, 10.0, 20.0])
+    got = geometry.expand(TensorSlot(0, "kv", 0), heads_H, torch.zeros(geometry.neurons))
+    assert got.tolist() == [2.0] * geometry.head_dim + [15.0] * geometry.head_dim
+
+
+def test_outside_of_components():
+    outside = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    outside += [f"model.layers.3.{m}" for m in ("input_layernorm.weight", "self_attn.q_norm.weight")]
+    outside += ["model.layers.3.self_attn.o_proj.bias", "model.layers.3.mlp.down_proj.bias"]
+    assert [slot_of(name) for name in outside] == [None] * len(outside)
+    assert slot_of("model.layers.12.self_attn.q_proj.bias") == TensorSlot(12, "head", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, SUPPORTED[0]),
+        ({"architectures": ["Phi3ForCausalLM"]}, "fused QKV"),
+        ({"architectures": None}, "none"),
+        ({"num_local_experts": 8}, "mixtures of experts"),
+        ({"hidden_size": None}, "positive whole number"),
+        ({"num_key_value_heads": 3}, "3 KV heads"),
+        ({"intermediate_size": 0}, "neurons"),
+    ],
+)
+def test_refusals(change, said):
+    config = {**tiny.random_model("llama").config.to_dict(), "architectures": ["LlamaForCausalLM"], **change}
+    with pytest.raises(BadInput, match=r"here\.json") as caught:
+        Geometry.from_config(config, where="here.json")
+    assert said in caught.value.message
+
+
+def test_missing_field_is_named():
+    config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "hidden_size": 8}
+    with pytest.raises(BadInput, match="num_hidden_layers"):
+        Geometry.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_dim"),
+    [("LlamaForCausalLM", 64), ("Qwen3ForCausalLM", 128), ("Gemma2ForCausalLM", 256)],
+)
+def test_default_head_dim(architecture, head_dim):
+    config = {"architectures": [architecture], "num_attention_heads": 16, "hidden_size": 1024,
+              "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 9}  # fmt: skip
+    geometry = Geometry.from_config(config)
+    assert (geometry.head_dim, geometry.kv_heads) == (head_dim, 16)
+
+
+class TestFingerprint:
+    def test_survives_resharding_and_rewriting_the_config(self, tmp_path):
+        model = tiny.random_model("llama")
+        one = tiny.save(model, tmp_path / "one", max_shard_size="1GB")
+        many = tiny.save(model, tmp_path / "many", max_shard_size="8KB")
+        config = json.loads((many / "config.json").read_text())
+        theta = config.pop("rope_parameters", {}).get("rope_theta", config.get("rope_theta"))
+        (many / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "use_cache": False}))
+        assert len(list(many.glob("*.safetensors"))) > 1
+        assert fingerprint_of(str(one)) == fingerprint_of(str(many))
+
+    def test_tells_fine_tunes_of_equal_shape_apart(self, tmp_path):
+        base, expert = tiny.save_pair(tmp_path, "llama")
+        assert fingerprint_of(str(base)).tensors != fingerprint_of(str(expert)).tensors
+        assert fingerprint_of(str(base)).config == fingerprint_of(str(expert)).config
+
+    def test_config_that_changes_the_computation_changes_it(self, tmp_path):
+        folder = tiny.save(tiny.random_model("llama"), tmp_path / "m")
+        before = fingerprint_of(str(folder))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+        after = fingerprint_of(str(folder))
+        assert (before.config != after.config, before.tensors == after.tensors) == (True, True)
+
+
+class TestCheckpoint:
+    def test_missing_folder(self):
+        with pytest.raises(BadInput, match="no such model folder"):
+            Checkpoint.open("./not/there")
+
+    def test_pickled_only(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+        with pytest.raises(BadInput, match="pickled"):
+            Checkpoint.open(str(tmp_path))
+
+    def test_cut_short(self, tmp_path):
+        folder = tiny.save(tiny.random_model("llama"), tmp_path / "m", max_shard_size="1GB")
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(BadInput, match=r"model\.safetensors: cut short"):
+            Checkpoint.open(str(folder))
+
+    def test_not_safetensors(self, tmp_path):
+        folder = tiny.save(tiny.random_model("llama"), tmp_path / "m", max_shard_size="1GB")
+        (folder / "model.safetensors").write_bytes(b"PK\x03\x04" + b"junk" * 40)
+        with pytest.raises(BadInput, match="not a safetensors file"):
+            Checkpoint.open(str(folder))
+
+    def test_missing_shard(self, tmp_path):
+        folder = tiny.save(tiny.random_model("llama"), tmp_path / "m")
+        gone = sorted(folder.glob("*.safetensors"))[1]
+        gone.unlink()
+        with pytest.raises(BadInput, match=gone.name):
+            Checkpoint.open(str(folder))
+
+    def test_lineage(self, tmp_path):
+        base, expert = tiny.save_pair(tmp_path, "llama")
+        config = json.loads((expert / "config.json").read_text())
+        config["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
+        (expert / "config.json").write_text(json.dumps(config))
+        differences = Checkpoint.open(str(expert)).lineage_differences(Checkpoint.open(str(base)))
+        assert differences == ["rope_theta 1000000.0 against the base's 10000.0"]

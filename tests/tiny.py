@@ -1,0 +1,110 @@
+"""Tiny random models with real layouts, for every test.
+
+Every architecture comes with what makes it special: GQA everywhere, head_dim != d_model / heads, q/k/v biases
+(Qwen2), all attention and MLP biases (a Llama variant), q/k norms (Qwen3), post-norms, soft-capping, sliding
+windows and tied embeddings (Gemma 2). Norm weights and biases are random too, so that nothing cancels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_CONFIGS = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama-biased": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 5}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {"sliding_window": 5, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0,
+         "final_logit_softcapping": 4.0},
+    ),
+}  # fmt: skip
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+VARIANTS = tuple(_CONFIGS)
+WORDS = [f"w{i}" for i in range(SHAPE["vocab_size"] - 4)]
+
+
+def random_model(kind: str, seed: int = 0, **overrides: object) -> transformers.PreTrainedModel:
+    """A float32 causal LM of the given kind with every parameter random (biases and norms included)."""
+    config_class, special = _CONFIGS[kind]
+    config = config_class(**{**SHAPE, **special, **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.config.architectures = [type(model).__name__]
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
+            offset = 1.0 if "norm" in name and kind != "gemma2" else 0.0
+            parameter.data = torch.randn_like(parameter) * scale + offset
+    return model.eval()
+
+
+def fine_tuned(
+    base: transformers.PreTrainedModel, seed: int, size: float = 0.1
+) -> transformers.PreTrainedModel:
+    """A copy of `base` whose every parameter moved by `size` of its own scale."""
+    expert = transformers.AutoModelForCausalLM.from_config(base.config)
+    expert.load_state_dict(base.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in expert.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += size * parameter.data.std().nan_to_num(1.0) * noise
+    return expert.eval()
+
+
+def add_rows(model: transformers.PreTrainedModel, rows: int) -> transformers.PreTrainedModel:
+    """Give the model extra vocabulary rows, as a fine-tune with added tokens has."""
+    model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
+    return model
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Words w0..w92 split at spaces; <s> in front comes from the caller's text, ids 0-3 are special."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def save(
+    model: transformers.PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "20KB",
+) -> Path:
+    """Write a sharded safetensors folder with a tokenizer; the model in memory keeps its own dtype."""
+    before = model.dtype
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(before)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_pair(
+    root: Path, kind: str, *, dtype: torch.dtype = torch.float32, extra_rows: int = 0
+) -> tuple[Path, Path]:
+    """root/base and root/expert, a fine-tune of it."""
+    base = random_model(kind, seed=1)
+    expert = add_rows(fine_tuned(base, seed=2), extra_rows) if extra_rows else fine_tuned(base, seed=2)
+    return save(base, root / "base", dtype), save(expert, root / "expert", dtype)
