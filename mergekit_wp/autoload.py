@@ -1,0 +1,84 @@
+"""How the stock mergekit commands find `merge_method: wp` with nothing imported by hand.
+
+mergekit 0.1.5 has no plugin hook: a method must be registered after `mergekit.merge_methods.registry` has run
+and before a recipe is planned. `mergekit_wp.pth` (Python >= 3.15: `mergekit_wp.start`), installed at the root
+of site-packages, calls `install` at interpreter start. That puts one finder on `sys.meta_path`, which waits
+for that one module, lets it load as usual, removes itself, and registers the method. An interpreter that
+never imports mergekit pays a fraction of a millisecond.
+
+MERGEKIT_WP_DISABLE=1 turns it off. If the method cannot be loaded, a warning says why and mergekit goes on.
+
+Only the standard library is imported here, and of that only what every interpreter has loaded already.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+_TARGET = "mergekit.merge_methods.registry"
+
+
+def install() -> None:
+    """Wait for mergekit's registry. Idempotent; never raises; does nothing when disabled."""
+    if os.environ.get("MERGEKIT_WP_DISABLE", "0") not in ("", "0"):
+        return
+    if _TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds one module, through the other finders, and gives its spec a loader that registers afterwards."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _TARGET:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = None if finder is self or find is None else find(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader:
+    """The module's own loader, and a registration after it has run."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self._original.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        # Here and not in find_spec: a spec may be looked up without being loaded.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        module.__loader__ = self._original
+        module.__spec__.loader = self._original
+        self._original.exec_module(module)
+        _register()
+
+
+def _register() -> None:
+    try:
+        from mergekit_wp.merge.method import register
+
+        register()
+    except Exception as error:  # whatever it is, mergekit's own methods must go on working
+        import warnings
+
+        # Not logging: a first logging call would configure the root logger before mergekit does.
+        warnings.warn(
+            f"mergekit-wp: `merge_method: wp` is not available ({type(error).__name__}: {error}); mergekit's "
+            "own methods are not affected. Reinstall mergekit-wp, or set MERGEKIT_WP_DISABLE=1 to silence this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
