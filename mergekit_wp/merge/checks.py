@@ -1,0 +1,250 @@
+"""Everything that can be known before the first tensor is read, and one clear sentence for each trouble.
+
+In order: every expert has one score file; the models have one shape and the score files theirs; the
+fingerprints say that the scores are of these models; every output tensor is made of the same layer of every
+input, of the same shape (vocabulary rows aside), in a dtype that can be merged; nothing that a checkpoint has
+is left out; the output fits on the disk and its folder can be written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_wp.components import VOCABULARY_TENSORS
+from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.plan import TORCH_DTYPE, MergePlan, PlannedTensor, layer_of
+from mergekit_wp.merge.shares import load_scores
+from mergekit_wp.scorefile import ModelId
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+
+LOG = logging.getLogger(__name__)
+
+# Buffers that old checkpoints store and that transformers recomputes.
+_RECOMPUTED = ("rotary_emb.inv_freq",)
+# Room for config, tokenizer and shard headers beside the weights.
+_SLACK_BYTES = 64 * 2**20
+
+
+def check_plan(plan: MergePlan) -> None:
+    """All checks of a whole merge. Raises `BadInput` at the first trouble; logs a warning for the rest."""
+    check_inputs(plan)
+    check_nothing_dropped(plan)
+    check_layer_types(plan)
+    if plan.out is not None:
+        check_room(plan.nbytes(), plan.out)
+
+
+def check_inputs(plan: MergePlan) -> None:
+    """The checks that hold for each output tensor, or for each distinct set of models and scores."""
+    check_scores_given(plan.tensors)
+    groups = {(t.base, t.experts, t.scores, t.allow_mismatch): t for t in plan.tensors}
+    for tensor in groups.values():
+        check_models(plan, tensor)
+    for tensor in plan.tensors:
+        check_tensor(plan, tensor)
+
+
+def check_scores_given(tensors: Iterable[PlannedTensor]) -> None:
+    """Every expert has a score file, and one only: a list would be read as a gradient over the layers."""
+    seen: dict[ModelReference, str] = {}
+    for tensor in tensors:
+        for expert, path in zip(tensor.experts, tensor.scores, strict=True):
+            if not path:
+                raise BadInput(
+                    f"{expert}: no scores are given for this expert; write `parameters: {{scores: FILE}}` under "
+                    "it in the recipe, with the FILE that wp-score made for it."
+                )
+            if seen.setdefault(expert, path) != path:
+                raise BadInput(
+                    f"{expert}: two score files are given, {seen[expert]} and {path}; one file holds all layers "
+                    "of an expert, so write a single path and not a list or a filter."
+                )
+
+
+def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """Shapes and fingerprints of base, experts and their score files."""
+    base = plan.checkpoints[tensor.base]
+    for expert, path in zip(tensor.experts, tensor.scores, strict=True):
+        checkpoint, meta = plan.checkpoints[expert], load_scores(path).meta
+        if different := checkpoint.geometry.differences(base.geometry):
+            raise BadInput(f"{expert}: not of the shape of the base {tensor.base}: {'; '.join(different)}.")
+        if different := meta.geometry.differences(base.geometry):
+            raise BadInput(
+                f"{path}: these scores were made for another shape than {tensor.base}: {'; '.join(different)}; "
+                "score these models with wp-score."
+            )
+        for role, model, scored in (("base", tensor.base, meta.base), ("expert", expert, meta.expert)):
+            _check_fingerprint(plan, role, model, scored, path, tensor.allow_mismatch)
+        if lineage := checkpoint.lineage_differences(base):
+            LOG.warning(
+                "%s: its config differs from the base's in what the model computes (%s); the merged model gets the "
+                "base's.",
+                expert,
+                "; ".join(lineage),
+            )
+
+
+def _check_fingerprint(
+    plan: MergePlan, role: str, model: ModelReference, scored: ModelId, path: str, allow: bool
+) -> None:
+    found = plan.fingerprint(model)
+    halves = [
+        half
+        for half, same in (
+            ("config", found.config == scored.config),
+            ("weights", found.tensors == scored.tensors),
+        )
+        if not same
+    ]
+    if not halves:
+        return
+    text = (
+        f"{path}: these scores were made for the {role} {scored.name}, whose {' and '.join(halves)} differ from "
+        f"those of {model}"
+    )
+    if not allow:
+        raise BadInput(f"{text}; score this pair with wp-score, or set `allow_mismatch: true` to merge all the same.")
+    LOG.warning("%s; merging all the same, as allow_mismatch says.", text)
+
+
+def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """One output tensor: its inputs exist, are of one layer, of one shape, and of a dtype that can be merged."""
+    layers = {model: layer_of(name or "") for model, name in tensor.sources.items()}
+    if len(set(layers.values())) > 1:
+        listed = ", ".join(f"layer {layer} of {model}" for model, layer in layers.items())
+        raise BadInput(
+            f"{tensor.output}: the recipe's slices would mix {listed}; scores speak of one layer, so give every "
+            "source of a slice the same layer_range."
+        )
+    base_header = plan.header(tensor.base, tensor.sources[tensor.base])
+    for model in tensor.models:
+        header = plan.header(model, tensor.sources[model])
+        if header is None or base_header is None:
+            raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
+        if header.dtype not in TORCH_DTYPE:
+            raise BadInput(
+                f"{model}: {tensor.sources[model]} has dtype {header.dtype}, expected one of "
+                f"{', '.join(TORCH_DTYPE)}; merge the unquantised checkpoint."
+            )
+        _check_shape(tensor, model, header.shape, base_header.shape)
+    if not tensor.in_base:
+        _check_tied(plan, tensor)
+    plan.out_dtype(tensor)
+
+
+def _check_shape(
+    tensor: PlannedTensor, model: ModelReference, shape: tuple[int, ...], base_shape: tuple[int, ...]
+) -> None:
+    if tensor.output in VOCABULARY_TENSORS and shape[1:] == base_shape[1:]:
+        if shape[0] < base_shape[0] and not tensor.realigned:
+            raise BadInput(
+                f"{model}: {tensor.sources[model]} has {shape[0]} rows, fewer than the {base_shape[0]} of the base "
+                f"{tensor.base}; add `tokenizer: {{source: base}}` to the recipe to fill the missing tokens."
+            )
+        return
+    if shape != base_shape:
+        raise BadInput(
+            f"{model}: {tensor.sources[model]} has shape {list(shape)}, expected the base's {list(base_shape)}."
+        )
+
+
+def _check_tied(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """The base has no such tensor (a tied LM head), so none is written: the experts may not have another one."""
+    for expert in tensor.experts:
+        checkpoint = plan.checkpoints[expert]
+        if tensor.output in checkpoint.tensors and not checkpoint.config.get("tie_word_embeddings", False):
+            raise BadInput(
+                f"{expert}: has its own {tensor.output}, while the base {tensor.base} ties it to its embeddings; "
+                "the merge would lose it, so use an expert tuned from this base."
+            )
+
+
+def check_nothing_dropped(plan: MergePlan) -> None:
+    """Refuse to leave out what mergekit's definition of the architecture does not list (biases in llama.json)."""
+    used: dict[ModelReference, set[str]] = {model: set() for model in plan.checkpoints}
+    for tensor in plan.tensors:
+        for model, name in tensor.sources.items():
+            used[model].add(name or "")
+    for model, names in used.items():
+        layers = {layer_of(name) for name in names} | {None}  # whole layers may be left out by slices
+        dropped = sorted(
+            name
+            for name in plan.checkpoints[model].tensors
+            if name not in names and layer_of(name) in layers and not name.endswith(_RECOMPUTED)
+        )
+        if dropped:
+            raise BadInput(
+                f"{model}: mergekit would silently leave out {len(dropped)} tensors that it does not know in this "
+                f"architecture, such as {dropped[0]}; this checkpoint cannot be merged."
+            )
+
+
+def check_layer_types(plan: MergePlan) -> None:
+    """Where layers differ in kind (sliding and full attention), slices may not move one onto another's place."""
+    moves = {
+        (layer_of(tensor.output), layer_of(tensor.source)): tensor.base
+        for tensor in plan.tensors
+        if layer_of(tensor.source) is not None
+    }
+    base = plan.tensors[0].base
+    layers = plan.checkpoints[base].geometry.layers
+    if all(to == source for to, source in moves) and len(moves) == layers:
+        return
+    from transformers import AutoConfig
+
+    types = getattr(AutoConfig.from_pretrained(str(plan.checkpoints[base].folder)), "layer_types", None)
+    if not types:
+        return
+    if len(moves) != layers:
+        raise BadInput(
+            f"{base}: its config lists the attention type of each of {layers} layers, and mergekit would leave "
+            f"that list as it is for the recipe's {len(moves)}; keep the number of layers."
+        )
+    for to, source in sorted((a, b) for a, b in moves if a is not None and b is not None):
+        if types[to] != types[source]:
+            raise BadInput(
+                f"{base}: the recipe's slices would put layer {source} ({types[source]}) in the place of layer {to} "
+                f"({types[to]}); move layers only onto places of their own attention type."
+            )
+
+
+def check_room(nbytes: int, out: Path) -> None:
+    """The output folder can be made and written, and its disk has room for `nbytes`."""
+    anchor = out.absolute()
+    while not anchor.exists():
+        anchor = anchor.parent
+    try:
+        if not anchor.is_dir():
+            raise NotADirectoryError(0, f"{anchor} is a file")
+        with tempfile.NamedTemporaryFile(dir=anchor, prefix=".wp-probe-"):
+            pass
+        free = shutil.disk_usage(anchor).free
+    except OSError as error:
+        raise BadInput(
+            f"{out}: cannot write there ({error.strerror or error}); choose another output folder."
+        ) from error
+    if free < nbytes + _SLACK_BYTES:
+        raise BadInput(
+            f"{out}: the merged model takes {_gb(nbytes + _SLACK_BYTES)}, and {_gb(free)} are free there; make room "
+            "or choose another disk."
+        )
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def is_writable(out: Path) -> bool:
+    """Whether `out` could be made, judged without touching the disk (for a dry run)."""
+    anchor = out.absolute()
+    while not anchor.exists():
+        anchor = anchor.parent
+    return anchor.is_dir() and os.access(anchor, os.W_OK | os.X_OK)

@@ -1,0 +1,159 @@
+"""`merge_method: wp`, the way mergekit sees it: a name, its parameters, and one tensor at a time.
+
+Recipe:
+
+    merge_method: wp
+    base_model: BASE
+    models:
+      - model: EXPERT_A
+        parameters: {scores: a.safetensors}
+      - model: EXPERT_B
+        parameters: {scores: b.safetensors}
+
+Imported while `mergekit.merge_methods` is half initialised (see `autoload`), so of mergekit it may import
+`merge_methods.base` alone, at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Annotated, Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    PerInputValues,
+    TensorGroup,
+)
+from pydantic import BeforeValidator
+
+from mergekit_wp.components import slot_of
+from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.fusion import fuse
+from mergekit_wp.merge.plan import METHOD_NAME
+from mergekit_wp.merge.shares import load_scores, tensor_shares
+
+_REFERENCE = "https://arxiv.org/abs/2604.13694"
+
+
+def _checked_scores(value: Any) -> str:
+    """The validating type of `scores`: a bad score file is refused while the recipe is planned."""
+    if not isinstance(value, str):
+        raise BadInput(f"scores: found {value!r}, expected the path of a score file; make one with wp-score.")
+    if value:  # empty is the default and means "not given": the check of the plan names the expert
+        load_scores(value)
+    return value
+
+
+class WeightPatchingMerge(GroupMergeMethod):
+    """theta_fuse(c) = theta_base + sum_k alpha_k(c) (theta_k - theta_base), METHOD.md 4.
+
+    `scores` (under each expert): the path of its score file; a relative path starts at the working directory.
+    `allow_mismatch` (shared, default false): accept scores whose fingerprints are not those of the models.
+    """
+
+    spec = MergeMethodSpec(
+        name=METHOD_NAME,
+        pretty_name="Weight Patching",
+        reference_url=_REFERENCE,
+        parameters=(
+            ParameterSpec(
+                "scores",
+                Annotated[str, BeforeValidator(_checked_scores)],
+                ParameterScope.NON_BASE,
+                default="",
+                description="Score file of this expert, as wp-score writes it.",
+            ),
+            ParameterSpec(
+                "allow_mismatch",
+                bool,
+                ParameterScope.SHARED,
+                default=False,
+                description="Accept score files made for other models than those of the recipe.",
+            ),
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    )
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Refuse a recipe without a base or without experts.
+
+        mergekit calls this before it plans anything, so here the method also takes its seat in the task graph.
+        """
+        from mergekit_wp.merge.seams import install
+
+        install()
+        where = f" for {group_name}" if group_name else ""
+        if base_id is None or base_id not in input_ids:
+            raise BadInput(f"merge_method wp needs base_model{where}: name the model that the experts were tuned from.")
+        if len(input_ids) < 2:
+            raise BadInput(f"merge_method wp found no expert beside {base_id}{where}; list one or more models.")
+        try:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+        except ValueError as error:
+            raise BadInput(f"merge_method wp: {error}.") from error
+
+    def merge_group(
+        self,
+        group: TensorGroup,
+        /,
+        *,
+        scores: PerInputValues[str],
+        allow_mismatch: bool = False,
+        source_name: str | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """One output tensor of the experts' shape.
+
+        `source_name` is the tensor's name in the inputs, whose layer decides the shares (under `slices:` the
+        output's name has another layer); it falls back to the group's name. `out_dtype` falls back to the
+        base's dtype. The base's values are not read. Raises `ValueError` when the tensor does not have the
+        shape that the score files were made for.
+        """
+        base = group.base
+        assert base is not None  # the contract says so
+        experts = group.non_base
+        slot = slot_of(source_name or group.metadata.name or "")
+        alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot)
+        return fuse(
+            [expert.tensor for expert in experts],
+            alpha_Kn,
+            0 if slot is None else slot.axis,
+            out_dtype or base.tensor.dtype,
+        )
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """As mergekit's, without its promotion of whole tensors to a common dtype: `fuse` converts tiles."""
+        return tuple(
+            self.merge_group(group, out_dtype=out_dtype, **bound)
+            for group, bound in zip(groups, parameters, strict=True)
+        )
+
+
+def register() -> None:
+    """Add the method to mergekit's registry; idempotent. Raises `ValueError` if another `wp` is there."""
+    from mergekit.merge_methods import registry
+
+    held = registry._METHODS.get(METHOD_NAME)
+    if type(held).__qualname__ != WeightPatchingMerge.__qualname__:
+        registry.register(WeightPatchingMerge())

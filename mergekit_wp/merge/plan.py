@@ -1,0 +1,203 @@
+"""What mergekit is about to do, read from its task graph before any tensor is loaded.
+
+mergekit plans a merge as one `ExecuteMergeMethodTask` an output tensor, gathered under one `FinalizeModel`.
+A `PlannedTensor` is one of the former in plain words: which tensor of which checkpoint goes in, with which
+score files, and what comes out. The checks (`checks`), the disk estimate and the audit all read this.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.checkpoint import Checkpoint, Fingerprint, TensorHeader, fingerprint_of, read_header
+from mergekit_wp.errors import BadInput
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import FinalizeModel
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+METHOD_NAME = "wp"
+
+# safetensors' names of the dtypes that a merge can read, and torch's names of the same.
+TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor name speaks of; None for embeddings, final norm and LM head."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+class WeightFile(Checkpoint):
+    """One safetensors file as a model (mergekit-pytorch names files); its folder holds the config.json."""
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorHeader]:
+        path = Path(self.name)
+        if path.suffix != ".safetensors":
+            raise BadInput(f"{path}: not a .safetensors file; pickled weights are never opened, convert them first.")
+        return read_header(path)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor. `sources` gives each input's tensor name in its own checkpoint, None if absent."""
+
+    output: str
+    sources: Mapping[ModelReference, str | None]
+    base: ModelReference
+    experts: tuple[ModelReference, ...]
+    scores: tuple[str, ...]
+    allow_mismatch: bool
+    read_dtype: str | None
+    """The recipe's `dtype`: inputs are converted to it as they are read."""
+    write_dtype: str | None
+    """The recipe's `out_dtype`."""
+    realigned: bool
+    """A `tokenizer:` in the recipe brings the rows of all inputs into one vocabulary."""
+    in_base: bool
+    """The base's checkpoint has this tensor itself, so the merged one shall have it too."""
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        return (self.base, *self.experts)
+
+    @property
+    def source(self) -> str:
+        """The tensor's name in the base; its layer is that of every input once the checks have passed."""
+        return self.sources[self.base] or self.output
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All output tensors of one merge; `out` is None when it happens in memory."""
+
+    tensors: tuple[PlannedTensor, ...]
+    checkpoints: Mapping[ModelReference, Checkpoint]
+    out: Path | None
+
+    def header(self, model: ModelReference, name: str | None) -> TensorHeader | None:
+        return self.checkpoints[model].tensors.get(name or "")
+
+    def out_dtype(self, tensor: PlannedTensor) -> str:
+        """The recipe's `out_dtype`, else its `dtype`, else the dtype of the base's tensor.
+
+        mergekit would promote mixed inputs (float16 and bfloat16 give float32) and leave the config saying
+        float16. Raises `BadInput` for a dtype that weights cannot have.
+        """
+        header = self.header(tensor.base, tensor.source)
+        inherited = TORCH_DTYPE.get(header.dtype) if header else None
+        chosen = (tensor.write_dtype or tensor.read_dtype or inherited or "float32").removeprefix("torch.")
+        if chosen not in ITEM_BYTES:
+            raise BadInput(f"the recipe's dtype {chosen} cannot hold weights; use one of {', '.join(ITEM_BYTES)}.")
+        return chosen
+
+    def nbytes(self) -> int:
+        """Bytes that the merged weights will take on disk."""
+        total = 0
+        for tensor in self.tensors:
+            header = self.header(tensor.base, tensor.source)
+            if header and tensor.in_base:
+                elements = 1
+                for length in header.shape:
+                    elements *= length
+                total += elements * ITEM_BYTES[self.out_dtype(tensor)]
+        return total
+
+    def fingerprint(self, model: ModelReference) -> Fingerprint:
+        """Of a LoRA: of base and adapter as published, not of whatever the two were merged into."""
+        return fingerprint_of(str(model)) if model.lora else self.checkpoints[model].fingerprint
+
+
+def wp_tasks(finalize: FinalizeModel) -> list[tuple[ExecuteMergeMethodTask, str | None]]:
+    """The tasks of this method that mergekit's last task waits for, each with the dtype it is saved in."""
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+    saves: tuple[Any, ...] = finalize.tensor_save_tasks
+    return [
+        (save.tensor_task, save.dtype)
+        for save in saves
+        if isinstance(save.tensor_task, ExecuteMergeMethodTask) and save.tensor_task.method_name == METHOD_NAME
+    ]
+
+
+def read_plan(finalize: FinalizeModel) -> MergePlan | None:
+    """The plan behind mergekit's last task; None when another method does the merging."""
+    tasks = wp_tasks(finalize)
+    return _plan(tasks, Path(finalize.writer_task.out_path)) if tasks else None
+
+
+def read_task(task: ExecuteMergeMethodTask) -> MergePlan:
+    """The plan of a single tensor, for merges in memory, which have no `FinalizeModel`."""
+    return _plan([(task, None)], None)
+
+
+def _plan(pairs: Iterable[tuple[ExecuteMergeMethodTask, str | None]], out: Path | None) -> MergePlan:
+    checkpoints: dict[Any, Checkpoint] = {}
+    tensors = tuple(_planned(task, save_dtype, checkpoints) for task, save_dtype in pairs)
+    return MergePlan(tensors, checkpoints, out)
+
+
+def _planned(task: ExecuteMergeMethodTask, save_dtype: str | None, checkpoints: dict[Any, Checkpoint]) -> PlannedTensor:
+    from mergekit.merge_methods.task_adapter import TensorDictWrapper
+    from mergekit.tokenizer import PermutedVocabulary
+
+    inputs: Any = task.gather_tensors
+    base = task.base_model
+    assert base is not None  # validate_inputs refused anything else
+    if isinstance(inputs, TensorDictWrapper):
+        candidates = {model: [inputs.tensors[model].tensor_name] for model in inputs.tensors}
+        read_dtype = task.dtype
+    else:
+        # Under a tokenizer config or --unsafe-truncate-embeddings the gathering lies one level deeper.
+        gather = getattr(inputs, "gather_tensors", inputs)
+        candidates = {
+            model: [info.name, *(info.aliases or ()), *(info.tied_names or ())]
+            for model, info in gather.weight_info.items()
+        }
+        read_dtype = gather.dtype
+    for model in task.model_order:
+        if model not in candidates:
+            raise BadInput(
+                f"{task.output_weight.name}: {model} does not reach this tensor, because the first and the last "
+                "slice of the recipe list different models; list the same models in both."
+            )
+        if model not in checkpoints:
+            checkpoints[model] = _checkpoint(model, isinstance(inputs, TensorDictWrapper))
+    sources = {
+        model: next((name for name in names if name in checkpoints[model].tensors), None)
+        for model, names in candidates.items()
+    }
+    experts = tuple(model for model in task.model_order if model != base)
+    own_names = [task.output_weight.name, *(task.output_weight.aliases or ())]
+    return PlannedTensor(
+        output=task.output_weight.name,
+        sources=sources,
+        base=base,
+        experts=experts,
+        scores=tuple(task.input_parameters[model]["scores"] for model in experts),
+        allow_mismatch=bool(task.parameters["allow_mismatch"]),
+        read_dtype=read_dtype,
+        write_dtype=save_dtype or task.out_dtype,
+        realigned=isinstance(inputs, PermutedVocabulary),
+        in_base=not task.output_weight.optional or sources[base] in own_names,
+    )
+
+
+def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:
+    """The files that mergekit itself will read: downloaded already, and merged if the model is a LoRA."""
+    from mergekit.io.tasks import LoaderCache
+
+    if is_file:
+        path = Path(model.model.path)
+        return WeightFile(str(path), path.parent)
+    return Checkpoint(str(model), Path(LoaderCache().get(model).index.base_path))

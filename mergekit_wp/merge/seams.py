@@ -1,0 +1,108 @@
+"""The two places where the method takes a seat in mergekit's task graph; other methods pass by untouched.
+
+`FinalizeModel.arguments` is called once a merge, while the executor builds the graph, on every route
+(mergekit-yaml, -multi, -pytorch, multi-GPU), after all planning and before any tensor is read. It is the only
+task that sees the whole merge: every output tensor, the output folder and the output dtype. There the checks
+run.
+
+`ExecuteMergeMethodTask.execute` adapts one tensor: mergekit validates shapes before the method runs, tells
+the method the name of the output only, and promotes mixed dtypes. There expert embeddings are cut to the
+base's rows, the source's name and the output dtype are handed on, and a tied LM head is not written.
+
+`install` is called by the method itself when mergekit first asks it to validate a recipe.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.components import VOCABULARY_TENSORS
+from mergekit_wp.merge.checks import check_inputs, check_plan
+from mergekit_wp.merge.plan import METHOD_NAME, MergePlan, PlannedTensor, read_plan, read_task, wp_tasks
+
+if TYPE_CHECKING:
+    import torch
+    from mergekit.common import ModelReference
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+_lock = threading.Lock()
+_installed = False
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """What one task must know at its execution. `rows`: to cut a vocabulary tensor to, None for as they are."""
+
+    source: str
+    out_dtype: str
+    rows: int | None
+    written: bool
+
+
+_seats: weakref.WeakKeyDictionary[Any, _Seat] = weakref.WeakKeyDictionary()
+
+
+def install() -> None:
+    """Wrap the two methods of mergekit; idempotent."""
+    global _installed
+    from mergekit.io.tasks import FinalizeModel
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+    with _lock:
+        if not _installed:
+            FinalizeModel.arguments = _checking(FinalizeModel.arguments)
+            ExecuteMergeMethodTask.execute = _adapting(ExecuteMergeMethodTask.execute)
+            _installed = True
+
+
+def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def arguments(self: Any) -> Any:
+        plan = read_plan(self)
+        if plan is not None:
+            check_plan(plan)
+            for (task, _), tensor in zip(wp_tasks(self), plan.tensors, strict=True):
+                _seats[task] = _seat(plan, tensor)
+        return original(self)
+
+    return arguments
+
+
+def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def execute(self: Any, tensors: dict[ModelReference, torch.Tensor], **rest: Any) -> Any:
+        if self.method_name != METHOD_NAME:
+            return original(self, tensors, **rest)
+        seat = _seats.get(self) or _seat_in_memory(self)
+        if not seat.written:
+            return None
+        if seat.rows is not None:
+            tensors = {model: tensor[: seat.rows] for model, tensor in tensors.items()}
+        parameters = {**dict(self.parameters.items()), "source_name": seat.source}
+        task = self.model_copy(update={"out_dtype": seat.out_dtype, "parameters": parameters})
+        return original(task, tensors, **rest)
+
+    return execute
+
+
+def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
+    cut = tensor.output in VOCABULARY_TENSORS and not tensor.realigned
+    header = plan.header(tensor.base, tensor.source)
+    return _Seat(
+        source=tensor.source,
+        out_dtype=plan.out_dtype(tensor),
+        rows=header.shape[0] if cut and header else None,
+        written=tensor.in_base,
+    )
+
+
+def _seat_in_memory(task: ExecuteMergeMethodTask) -> _Seat:
+    """A merge that is not written to disk has no last task to check it; each tensor is checked as it comes."""
+    plan = read_task(task)
+    check_inputs(plan)
+    return _seats.setdefault(task, _seat(plan, plan.tensors[0]))

@@ -1,0 +1,73 @@
+"""Score files as the merge uses them: read once, and turned into each expert's share of each component."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from mergekit_wp.components import Geometry, TensorSlot
+from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.fusion import component_weights
+from mergekit_wp.scorefile import Scores, read_scores
+
+# A path with what tells a rewritten file apart: nanoseconds of modification, bytes.
+_Key = tuple[str, int, int]
+
+
+def load_scores(path: str) -> Scores:
+    """The validated score file at `path`; read again only when it has changed.
+
+    Raises `BadInput`, naming the file, as `scorefile.read_scores` does.
+    """
+    return _read(_key(path))
+
+
+def component_shares(paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_KLH and alpha_KLF of the K experts whose score files these are, in this order (float32).
+
+    Raises `BadInput` when a file is bad or the files are of different geometries.
+    """
+    return _shares(tuple(_key(path) for path in paths))
+
+
+def tensor_shares(paths: Sequence[str], slot: TensorSlot) -> torch.Tensor:
+    """alpha_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons."""
+    alpha_KLH, alpha_KLF = component_shares(paths)
+    geometry = load_scores(paths[0]).meta.geometry
+    return geometry.expand(slot, alpha_KLH[:, slot.layer], alpha_KLF[:, slot.layer])
+
+
+def geometry_of(path: str) -> Geometry:
+    """The geometry that a score file was made for."""
+    return load_scores(path).meta.geometry
+
+
+def _key(path: str) -> _Key:
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: cannot read this score file ({error.strerror or error}; relative paths start at "
+            f"{os.getcwd()}); make it with wp-score or mend the path."
+        ) from error
+    return path, stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=64)
+def _read(key: _Key) -> Scores:
+    return read_scores(key[0])
+
+
+@lru_cache(maxsize=64)
+def _shares(keys: tuple[_Key, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    files = [_read(key) for key in keys]
+    for key, scores in zip(keys, files, strict=True):
+        if different := scores.meta.geometry.differences(files[0].meta.geometry):
+            raise BadInput(f"{key[0]}: made for another shape than {keys[0][0]} ({'; '.join(different)}).")
+    return (
+        component_weights([scores.heads for scores in files]),
+        component_weights([scores.neurons for scores in files]),
+    )
