@@ -1,0 +1,119 @@
+"""The data and code that tasks read: whether they are there, and a hash of their content."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.suite import SuiteTask
+
+# Names that `datasets` takes for a file format: such a task reads the files it lists.
+_FILE_FORMATS = {"json", "csv", "parquet", "arrow", "text", "xml", "pandas"}
+_HUB_TIMEOUT_S = 5
+
+
+def check_data(task: str, config: dict[str, Any]) -> None:
+    """A task's data set must be here or reachable; lm-eval would retry for half a minute and then fail."""
+    source = config.get("dataset_path")
+    if source in _FILE_FORMATS:
+        for name in _data_files(config):
+            if "://" not in name and not glob.glob(name):
+                raise BadInput(
+                    f"task {task}: its data file {name} does not exist "
+                    f"(a relative path is taken from the current folder, {Path.cwd()})."
+                )
+    elif isinstance(source, str) and not Path(source).exists() and not _is_cached(source):
+        _check_hub(task, source)
+
+
+def _data_files(config: dict[str, Any]) -> list[str]:
+    """Every path in `dataset_kwargs.data_files`, which may be a string, a list or a mapping of either."""
+    pending = [(config.get("dataset_kwargs") or {}).get("data_files") or []]
+    names: list[str] = []
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            names.append(value)
+        else:
+            pending.extend(value.values() if isinstance(value, dict) else value)
+    return sorted(names)
+
+
+def _is_cached(dataset: str) -> bool:
+    """Whether the Hub data set has been downloaded before, under either of the caches' naming schemes."""
+    import datasets
+    import huggingface_hub
+
+    if Path(huggingface_hub.constants.HF_HUB_CACHE, f"datasets--{dataset.replace('/', '--')}").is_dir():
+        return True
+    prepared = Path(datasets.config.HF_DATASETS_CACHE)
+    wanted = dataset.replace("/", "___").replace("-", "_").lower()
+    return any(folder.name.replace("-", "_").lower() == wanted for folder in prepared.glob("*"))
+
+
+def _check_hub(task: str, dataset: str) -> None:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    advice = "download it where there is network (HF_HOME is the cache), or give the task a local data set"
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"task {task}: its data set {dataset} is not cached and HF_HUB_OFFLINE is set; {advice}.")
+    try:
+        HfApi().dataset_info(dataset, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise BadInput(f"task {task}: its data set {dataset} is gated; log in with `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"task {task}: there is no data set {dataset} on the Hub (or it is private).") from error
+    except Exception as error:  # whatever the HTTP client of the day raises for "no network"
+        raise BadInput(
+            f"task {task}: its data set {dataset} is not cached and the Hub cannot be reached "
+            f"({first_line(error)}); {advice}."
+        ) from error
+
+
+def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str, Any]]) -> str:
+    """A hash of how the task is asked and of every local file that defines it.
+
+    The column's title and the metric shown are left out: all metrics of a task are kept.
+    """
+    asked = {**asdict(spec), "gen_kwargs": gen_kwargs}
+    del asked["column"], asked["metric"]
+    digest = hashlib.sha256(json.dumps([asked, leaves], sort_keys=True, default=str).encode())
+    for path in sorted({path for leaf in leaves for path in _files_read(leaf)}):
+        digest.update(path.name.encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _files_read(config: dict[str, Any]) -> Iterator[Path]:
+    """Data files, a local data folder, and the folders of the Python functions that the YAML names."""
+    for name in _data_files(config):
+        yield from (Path(match) for match in glob.glob(name) if os.path.isfile(match))
+    folders = [Path(str(config.get("dataset_path") or ""))] if config.get("dataset_path") else []
+    folders += [module.parent for module in _function_modules(config)]
+    for folder in folders:
+        if folder.is_dir():
+            yield from (p for p in folder.iterdir() if p.is_file() and p.suffix not in (".yaml", ".pyc"))
+
+
+def _function_modules(value: Any) -> Iterator[Path]:
+    """The files behind `!function module.name`, which lm-eval's index keeps as `<folder>/module.name`."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _function_modules(item)
+    elif isinstance(value, str) and os.sep in value and "\n" not in value and len(value) < 1000:
+        module = Path(value.rpartition(".")[0] + ".py")
+        if module.is_file():
+            yield module
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, short enough for a sentence of ours."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:300].rstrip(".")

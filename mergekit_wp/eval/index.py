@@ -1,0 +1,87 @@
+"""lm-eval's index of tasks: finding names, and the configurations behind a task, a group or a tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.errors import BadInput
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's index of tasks; its 14,000 built-in ones (6 s) are read only if a name needs them."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise BadInput(
+                f"{include_path}: the suite's include_path is not a folder; "
+                "make it, or name another with --include-path."
+            )
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if not any(_missing(manager, name) for name in names):
+            return manager
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    for name in names:
+        if missing := _missing(manager, name):
+            where = f"lm-eval or in {include_path}" if include_path else "lm-eval; --include-path adds a folder"
+            local = [task for task in manager.all_tasks if _is_under(manager, task, include_path)]
+            near = get_close_matches(missing, manager.all_tasks, n=5) or local[:20]
+            raise BadInput(f"unknown task `{missing}`: not in {where}. Nearest: {', '.join(near) or 'none'}.")
+    return manager
+
+
+def _is_under(manager: TaskManager, task: str, folder: Path | None) -> bool:
+    source = manager.task_index[task].yaml_path
+    return folder is not None and source is not None and folder.resolve() in Path(source).resolve().parents
+
+
+def _missing(manager: TaskManager, name: str) -> str | None:
+    """The first name, this one or a member of this group, that the index lacks.
+
+    lm-eval itself would make a new, half-defined task out of an unknown member.
+    """
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return name
+    for member in _members(entry.cfg or {}):
+        inline = isinstance(member, dict) and ("group" in member or "dataset_path" in member)
+        child = member if isinstance(member, str) else member.get("task")
+        if isinstance(child, str) and not inline and (missing := _missing(manager, child)):
+            return missing
+    return None
+
+
+def _members(config: dict[str, Any]) -> list[Any]:
+    return config["task"] if isinstance(config.get("task"), list) else []
+
+
+def leaves(manager: TaskManager, name: str) -> Iterator[dict[str, Any]]:
+    """The configurations of the tasks behind a task, group or tag, functions unresolved."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    if entry.cfg is None:  # a tag
+        for tagged in sorted(entry.tags):
+            yield from leaves(manager, tagged)
+    elif members := _members(entry.cfg):
+        yield from _group_leaves(manager, entry.cfg, members)
+    else:
+        yield entry.cfg
+
+
+def _group_leaves(manager: TaskManager, group: dict[str, Any], members: list[Any]) -> Iterator[dict[str, Any]]:
+    shared = {key: value for key, value in group.items() if key in ("dataset_path", "unsafe_code")}
+    for member in members:
+        own = member if isinstance(member, dict) else {"task": member}
+        if nested := _members(own):
+            yield from _group_leaves(manager, {**shared, **own}, nested)
+            continue
+        child = own.get("task") or own.get("group")
+        found = list(leaves(manager, str(child))) or [{}]
+        yield from ({**leaf, **shared, **own} for leaf in found)

@@ -1,0 +1,98 @@
+"""The models named on the command line: distinct row names, and what identifies a model to the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_wp.checkpoint import Checkpoint, fingerprint_tensors
+from mergekit_wp.errors import BadInput
+
+# Beside the weights, the files that change what a model answers: the Hub's names for config, generation
+# defaults, tokenizer and chat template.
+_ANSWERING_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.py")
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """One row: the name shown, the reference as the user wrote it, the local folder, the fingerprint."""
+
+    name: str
+    reference: str
+    folder: Path
+    fingerprint: str
+
+
+def name_models(arguments: tuple[str, ...]) -> dict[str, str]:
+    """Row name -> model reference for every `MODEL` or `NAME=MODEL`, in order. Raises `BadInput`."""
+    references = [_split(argument) for argument in arguments]
+    return dict(zip(_distinct_names(references), (ref for _, ref in references), strict=True))
+
+
+def needs_download(reference: str) -> bool:
+    """Whether a model may have to come from the Hub; a wrong local path is not worth such a wait."""
+    return not Path(reference).is_dir() and reference.count("/") == 1
+
+
+def _split(argument: str) -> tuple[str | None, str]:
+    """`NAME=MODEL` in its parts; a path that itself holds `=` and exists is a path."""
+    name, equals, reference = argument.partition("=")
+    if not equals or Path(argument).exists():
+        return None, argument
+    if not name.strip() or not reference.strip():
+        raise BadInput(f"{argument}: expected NAME=MODEL, with a name before `=` and a model after it.")
+    return name.strip(), reference.strip()
+
+
+def _distinct_names(references: list[tuple[str | None, str]]) -> list[str]:
+    """The given names; else the last path parts, as many as it takes to tell the models apart."""
+    given = [name for name, _ in references if name]
+    for name in given:
+        if given.count(name) > 1:
+            raise BadInput(f"two models are named {name!r}; give each NAME=MODEL a name of its own.")
+    unnamed = [Path(reference).parts for name, reference in references if not name]
+    names: list[str] = []
+    for own_name, reference in references:
+        parts = Path(reference).parts
+        if unnamed.count(parts) > 1 and not own_name:
+            raise BadInput(f"{reference} is given twice; name it once, or tell the rows apart with NAME=MODEL.")
+        depth = 1
+        while not own_name and depth < len(parts) and _clashes(parts, depth, unnamed, given):
+            depth += 1
+        names.append(own_name or "/".join(parts[-depth:]))
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"two rows would be named {name!r}; tell them apart with NAME=MODEL.")
+    return names
+
+
+def _clashes(parts: tuple[str, ...], depth: int, unnamed: list[tuple[str, ...]], given: list[str]) -> bool:
+    tail = parts[-depth:]
+    return "/".join(tail) in given or sum(other[-depth:] == tail for other in unnamed) > 1
+
+
+def open_model(name: str, reference: str, trust_remote_code: bool) -> EvalModel:
+    """Read headers, config and tokenizer (no weights); fetch a Hub model first. Raises `BadInput`."""
+    checkpoint = Checkpoint.open(reference)
+    folder = checkpoint.folder
+    _check_loadable(reference, folder, trust_remote_code)
+    digest = hashlib.sha256(fingerprint_tensors(checkpoint.tensors).encode())
+    for path in sorted({path for pattern in _ANSWERING_FILES for path in folder.glob(pattern)}):
+        if not path.name.endswith(".index.json"):  # a re-sharded copy is the same model
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return EvalModel(name, reference, folder, digest.hexdigest())
+
+
+def _check_loadable(reference: str, folder: Path, trust_remote_code: bool) -> None:
+    """Config and tokenizer must load: a folder without its tokenizer would fail only when its turn comes."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for what, auto in (("config", AutoConfig), ("tokenizer", AutoTokenizer)):
+        try:
+            auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        except Exception as error:  # transformers raises many types; each means "not a usable model"
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise BadInput(
+                f"{reference}: transformers cannot load the {what} in this folder ({type(error).__name__}: {reason})."
+            ) from error

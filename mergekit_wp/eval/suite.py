@@ -1,0 +1,121 @@
+"""A suite: which lm-eval tasks make up the columns of a results table, and how models are run on them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_yaml_mapping
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """One column of the table: a task (or group of tasks) of lm-eval and the metric that is shown."""
+
+    task: str
+    column: str
+    metric: str
+    num_fewshot: int | None = None
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)
+    apply_chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("task", "column", "metric"):
+            if not isinstance(value := getattr(self, name), str) or not value.strip():
+                raise BadInput(f"`{name}` must be a non-empty string, found {value!r}.")
+        if self.num_fewshot is not None and not _is_count(self.num_fewshot, minimum=0):
+            raise BadInput(f"`num_fewshot` must be a whole number from 0 up, found {self.num_fewshot!r}.")
+        if not isinstance(self.gen_kwargs, dict):
+            raise BadInput(f"`gen_kwargs` must be a mapping, found {self.gen_kwargs!r}.")
+        if not isinstance(self.apply_chat_template, bool):
+            raise BadInput(f"`apply_chat_template` must be true or false, found {self.apply_chat_template!r}.")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The content of a suite file; every field is checked when the object is made."""
+
+    name: str
+    tasks: tuple[SuiteTask, ...]
+    include_path: Path | None = None
+    baseline: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    batch_size: int | str = 16
+    max_gen_toks: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise BadInput(f"`name` must be a non-empty string, found {self.name!r}.")
+        if not self.tasks:
+            raise BadInput("`tasks` is empty; a suite needs at least one task.")
+        for attribute in ("task", "column"):
+            values = [getattr(task, attribute) for task in self.tasks]
+            for value in values:
+                if values.count(value) > 1:
+                    raise BadInput(f"`tasks` names the {attribute} {value!r} twice; name it once.")
+        if self.dtype not in DTYPES:
+            raise BadInput(f"`dtype` must be one of {', '.join(DTYPES)}, found {self.dtype!r}.")
+        if self.batch_size != "auto" and not _is_count(self.batch_size, minimum=1):
+            raise BadInput(f"`batch_size` must be a whole number or `auto`, found {self.batch_size!r}.")
+        if self.max_gen_toks is not None and not _is_count(self.max_gen_toks, minimum=1):
+            raise BadInput(f"`max_gen_toks` must be a whole number from 1 up, found {self.max_gen_toks!r}.")
+        for name in ("baseline", "device"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise BadInput(f"`{name}` must be a string, found {value!r}.")
+
+    @property
+    def columns(self) -> list[str]:
+        return [task.column for task in self.tasks]
+
+
+def read_suite(path: str | os.PathLike[str]) -> Suite:
+    """The suite in a YAML file; `include_path` is taken relative to that file.
+
+    Raises `BadInput`, naming the file and the field, for anything that is not a valid suite.
+    """
+    content = read_yaml_mapping(path, "suite")
+    try:
+        _refuse_unknown(content, Suite, "a suite")
+        raw_tasks = content.get("tasks")
+        if not isinstance(raw_tasks, list):
+            raise BadInput("`tasks` must be a list of tasks, each with `task`, `column` and `metric`.")
+        tasks = tuple(_read_task(raw, number) for number, raw in enumerate(raw_tasks, start=1))
+        include = content.get("include_path")
+        if include is not None and not isinstance(include, str):
+            raise BadInput(f"`include_path` must be a folder, found {include!r}.")
+        include_path = Path(path).parent / Path(include).expanduser() if include else None
+        return Suite(**{**content, "tasks": tasks, "include_path": include_path})
+    except BadInput as error:
+        raise BadInput(f"{path}: {error.message}") from error
+
+
+def _read_task(raw: Any, number: int) -> SuiteTask:
+    try:
+        if not isinstance(raw, dict):
+            raise BadInput(f"expected a mapping with `task`, `column` and `metric`, found {raw!r}.")
+        _refuse_unknown(raw, SuiteTask, "a task")
+        return SuiteTask(**raw)
+    except BadInput as error:
+        raise BadInput(f"task {number}: {error.message}") from error
+
+
+def _refuse_unknown(content: dict[str, Any], kind: type[Suite] | type[SuiteTask], what: str) -> None:
+    """Refuse fields that `kind` does not have, and the absence of those it cannot do without."""
+    known = [item.name for item in fields(kind)]
+    required = ("name", "tasks") if kind is Suite else ("task", "column", "metric")
+    for name in content:
+        if name not in known:
+            raise BadInput(f"unknown field `{name}`; {what} has {', '.join(known)}.")
+    for name in required:
+        if name not in content:
+            raise BadInput(f"the field `{name}` is missing.")
+
+
+def _is_count(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum

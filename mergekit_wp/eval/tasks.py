@@ -1,0 +1,98 @@
+"""The tasks of a suite, found and checked in lm-eval before any model loads.
+
+Everything that lm-eval would notice only after hours of generation is looked at here first: unknown tasks and
+metrics, missing data, tasks that run model-written code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.datafiles import check_data, first_line, task_key
+from mergekit_wp.eval.index import leaves, task_manager
+from mergekit_wp.eval.suite import Suite, SuiteTask
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+@dataclass(frozen=True)
+class ReadyTask:
+    """A task of the suite: as lm-eval loaded it (its TaskDict), and the hash of everything that defines it."""
+
+    spec: SuiteTask
+    loaded: Any
+    key: str
+
+
+def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> list[ReadyTask]:
+    """Find, check and load every task of the suite.
+
+    Raises `BadInput` for an unknown task or metric, data that is neither here nor reachable, and
+    model-written code without consent, in an order such that nothing slow precedes a cheap check.
+    """
+    names = [task.task for task in suite.tasks]
+    manager = task_manager(names, include_path)
+    configs = {name: list(leaves(manager, name)) for name in names}
+    if not allow_code:
+        _refuse_code(configs)
+    for name, found in configs.items():
+        for config in found:
+            check_data(name, config)
+    return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
+
+
+def _refuse_code(configs: dict[str, list[dict[str, Any]]]) -> None:
+    unsafe = [name for name, found in configs.items() if any(config.get("unsafe_code") for config in found)]
+    if unsafe:
+        raise BadInput(
+            f"{', '.join(unsafe)}: this runs Python that the models write; "
+            "add --allow-code-execution if you accept that on this machine."
+        )
+
+
+def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[dict[str, Any]]) -> ReadyTask:
+    try:
+        found: Any = manager.load(spec.task)
+    except Exception as error:  # task files run arbitrary code: any exception can come out
+        raise BadInput(
+            f"task {spec.task}: lm-eval cannot load it ({type(error).__name__}: {first_line(error)})."
+        ) from error
+    named = found["groups"].get(spec.task) or found["tasks"].get(spec.task)
+    if named is None:
+        raise BadInput(
+            f"task {spec.task} is a tag, which has no value of its own; name its tasks: {', '.join(found['tasks'])}."
+        )
+    metrics = _metrics(named)
+    if metrics and spec.metric not in metrics:
+        raise BadInput(
+            f"task {spec.task} has no metric `{spec.metric}`; it has {', '.join(f'`{m}`' for m in metrics)}."
+        )
+    gen_kwargs = {**({"max_gen_toks": suite.max_gen_toks} if suite.max_gen_toks else {}), **spec.gen_kwargs}
+    for task in found["tasks"].values():
+        # A task that names no number of shots has none; the suite's number wins even where a task says 0.
+        shots = task.get_config("num_fewshot") if spec.num_fewshot is None else spec.num_fewshot
+        task.set_config(key="num_fewshot", value=shots or 0)
+        if gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+            task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
+    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs))
+
+
+def _metrics(loaded: Any) -> list[str]:
+    """The metric keys a task or group will report; empty where lm-eval cannot know before running."""
+    from lm_eval.api.group import Group
+
+    if isinstance(loaded, Group):
+        return [
+            f"{entry.metric},{name}"
+            for entry in loaded.aggregate_metric_list or []
+            for name in entry.filter_list or _filters(loaded.get_all_tasks()[0])
+        ]
+    return [f"{metric},{name}" for metric in loaded.aggregation() for name in _filters(loaded)]
+
+
+def _filters(task: Any) -> list[str]:
+    return [ensemble.name for ensemble in getattr(task, "_filters", [])]

@@ -1,0 +1,318 @@
+"""wp-eval end to end on tiny random models and local lm-eval tasks, against values computed here by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mergekit_wp.eval import run
+from mergekit_wp.eval.cli import main
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(28))]
+QUESTIONS = [" ".join(f"w{(7 * i + 3 * j) % 28}" for j in range(3 + i % 3)) for i in range(8)]
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    """A random Llama of a few thousand parameters with a word-level tokenizer."""
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    return LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@torch.no_grad()
+def greedy(folder: Path, question: str, length: int = 3) -> str:
+    """The model's greedy continuation, one full forward pass a token."""
+    model, tokenizer = load(folder)
+    ids = tokenizer(question)["input_ids"]
+    start = len(ids)
+    for _ in range(length):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def best_choice(folder: Path, question: str, choices: list[str]) -> int:
+    """Index of the one-word continuation with the highest log-probability."""
+    model, tokenizer = load(folder)
+    logits = model(torch.tensor([tokenizer(question)["input_ids"]])).logits[0, -1]
+    return max(range(len(choices)), key=lambda i: float(logits[tokenizer.convert_tokens_to_ids(choices[i])]))
+
+
+def choices_of(i: int) -> list[str]:
+    return [f"w{(i + 5 * j) % 28}" for j in range(4)]
+
+
+def write_tasks(folder: Path, right: Path) -> Path:
+    """tiny_gen (5 of 8 answers are what the model `right` says), tiny_choice, a group, a tag ..."""
+    folder.mkdir()
+    generated = [{"q": q, "a": greedy(right, q) if i < 5 else "never said"} for i, q in enumerate(QUESTIONS)]
+    chosen = [{"q": q, "choices": choices_of(i), "gold": i % 4} for i, q in enumerate(QUESTIONS)]
+    for name, rows in (("gen", generated), ("choice", chosen)):
+        (folder / f"{name}.json").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def task(name: str, data: str, **more: object) -> None:
+        source = {"data_files": {"test": str(folder / f"{data}.json")}}
+        content = {"task": name, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test",
+                   "doc_to_text": "{{q}}", **more}  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    generation = {"until": ["</s>"], "max_gen_toks": 3, "do_sample": False}
+    said = {"output_type": "generate_until", "doc_to_target": "{{a}}", "generation_kwargs": generation,
+            "metric_list": metric}  # fmt: skip
+    task("tiny_gen", "gen", **said)
+    task("tiny_unsafe", "gen", unsafe_code=True, **said)
+    task("tiny_tagged", "gen", tag="tiny_tag", **said)
+    task("tiny_choice", "choice", output_type="multiple_choice", doc_to_target="gold",
+         doc_to_choice="{{choices}}", metric_list=[{"metric": "acc"}])  # fmt: skip
+    task("tiny_nodata", "absent", **said)
+    group = {"group": "tiny_group", "task": ["tiny_gen"],
+             "aggregate_metric_list": [{"metric": "exact_match", "weight_by_size": True}]}  # fmt: skip
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
+    return folder
+
+
+TASKS = [
+    {"task": "tiny_gen", "column": "Gen", "metric": "exact_match,none"},
+    {"task": "tiny_choice", "column": "Choice", "metric": "acc,none"},
+]
+
+
+def write_suite(path: Path, **changes: object) -> Path:
+    content = {"name": "tiny", "include_path": "tasks", "batch_size": 4, "tasks": TASKS, **changes}
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """one/ and two/ (models), tasks/, suite.yaml; tests write elsewhere."""
+    root = tmp_path_factory.mktemp("eval")
+    make_model(root / "one", seed=1)
+    make_model(root / "two", seed=2)
+    write_tasks(root / "tasks", right=root / "one")
+    write_suite(root / "suite.yaml")
+    return root
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tasks that are really evaluated, in order."""
+    ran: list[str] = []
+    original = run._evaluate
+
+    def spy(lm, task, settings):
+        ran.append(task.spec.task)
+        return original(lm, task, settings)
+
+    monkeypatch.setattr(run, "_evaluate", spy)
+    return ran
+
+
+def wp_eval(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def cells(out: Path, name: str) -> dict:
+    return next(row["cells"] for row in results(out)["rows"] if row["name"] == name)
+
+
+def test_values_equal_an_independent_computation(world: Path, tmp_path: Path, counted: list[str]) -> None:
+    """Also: differences, mean, standard error, the three files, and a second run from the cache alone."""
+    arguments = (world / "suite.yaml", world / "one", f"second={world / 'two'}", "--baseline", "one")
+    out = tmp_path / "out"
+    outcome = wp_eval(*arguments, "--out", out)
+    assert outcome.exit_code == 0, outcome.output
+    answers = {row["q"]: row["a"] for row in map(json.loads, (world / "tasks/gen.json").open())}
+    expected = {}
+    for name, folder in (("one", world / "one"), ("second", world / "two")):
+        said = [greedy(folder, q) == answers[q] for q in QUESTIONS]
+        chosen = [best_choice(folder, q, choices_of(i)) == i % 4 for i, q in enumerate(QUESTIONS)]
+        expected[name] = (sum(said) / 8, sum(chosen) / 8)
+        assert cells(out, name)["Gen"]["value"] == pytest.approx(expected[name][0])
+        assert cells(out, name)["Choice"]["value"] == pytest.approx(expected[name][1])
+        assert cells(out, name)["Average"]["value"] == pytest.approx(sum(expected[name]) / 2)
+    assert expected["one"][0] == 5 / 8
+    deviation = (5 / 8 * 3 / 8 * 8 / 7) ** 0.5  # sample standard deviation of five ones and three zeros
+    assert cells(out, "one")["Gen"]["stderr"] == pytest.approx(deviation / 8**0.5)
+    assert cells(out, "one")["Gen"]["samples"] == 8
+    difference = expected["second"][0] - expected["one"][0]
+    assert cells(out, "second")["Gen"]["difference"] == pytest.approx(difference)
+    assert cells(out, "one")["Gen"]["difference"] is None
+
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [row["model"] for row in rows] == ["one", "second"]
+    assert float(rows[0]["Gen"]) == pytest.approx(62.5)
+    assert float(rows[1]["Gen - one"]) == pytest.approx(100 * difference)
+    assert rows[0]["Gen - one"] == ""
+    markdown = (out / "results.md").read_text().splitlines()
+    assert markdown[0] == "| model | Gen | Choice | Average |"
+    assert markdown[2].startswith("| one | **62.50** |")
+    assert f"({100 * difference:+.2f})" in markdown[3]
+    assert "62.50" in outcome.output
+
+    assert counted == ["tiny_gen", "tiny_choice"] * 2
+    before = results(out)
+    assert wp_eval(*arguments, "--out", out).exit_code == 0
+    assert counted == ["tiny_gen", "tiny_choice"] * 2
+    assert results(out) == before
+
+
+def test_what_changes_answers_is_measured_again(world: Path, tmp_path: Path, counted: list[str]) -> None:
+    model, out = make_model(tmp_path / "model", seed=3), tmp_path / "out"
+    suite = write_suite(tmp_path / "suite.yaml", include_path=str(world / "tasks"))
+
+    def ran(*more: object) -> list[str]:
+        counted.clear()
+        outcome = wp_eval(suite, model, "--out", out, *more)
+        assert outcome.exit_code == 0, outcome.output
+        return list(counted)
+
+    both = ["tiny_gen", "tiny_choice"]
+    assert ran() == both
+    assert ran() == []
+    assert ran("--limit", 2) == both
+    assert results(out)["rows"][0]["limit"] == 2
+    assert results(out)["rows"][0]["cells"]["Gen"]["samples"] == 2
+    assert "\\*" in (out / "results.md").read_text()
+    assert ran("--dtype", "bfloat16") == both
+    assert ran() == []
+    renamed = [{**TASKS[0], "column": "Another title"}, {**TASKS[1], "num_fewshot": 1}]
+    write_suite(suite, include_path=str(world / "tasks"), tasks=renamed)
+    assert ran() == ["tiny_choice"]  # the title of a column changes no answer
+    write_suite(suite, include_path=str(world / "tasks"), max_gen_toks=1)
+    assert ran() == both
+    make_model(model, seed=4)
+    assert ran() == both
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.5}))
+    assert ran() == both
+
+
+def test_task_data_enters_the_cache_key(world: Path, tmp_path: Path, counted: list[str]) -> None:
+    write_tasks(tmp_path / "tasks", right=world / "one")
+    suite = write_suite(tmp_path / "suite.yaml")
+    assert wp_eval(suite, world / "one", "--out", tmp_path / "out").exit_code == 0
+    data = tmp_path / "tasks" / "gen.json"
+    data.write_text(data.read_text().replace("never said", greedy(world / "one", QUESTIONS[7])))
+    counted.clear()
+    assert wp_eval(suite, world / "one", "--out", tmp_path / "out").exit_code == 0
+    assert counted == ["tiny_gen"]
+    assert cells(tmp_path / "out", "one")["Gen"]["value"] > 5 / 8
+
+
+def test_a_killed_run_goes_on_task_by_task(world: Path, tmp_path: Path, monkeypatch, counted) -> None:
+    spy = run._evaluate
+
+    def dies(lm, task, settings):
+        if task.spec.task == "tiny_choice":
+            raise KeyboardInterrupt
+        return spy(lm, task, settings)
+
+    arguments = (world / "suite.yaml", world / "one", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_evaluate", dies)
+        assert wp_eval(*arguments).exit_code != 0
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert wp_eval(*arguments).exit_code == 0
+    assert counted == ["tiny_gen", "tiny_choice"]
+
+
+def test_same_folder_names_become_distinct_rows(world: Path, tmp_path: Path, counted: list[str]) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "model").symlink_to(world / "one")
+    outcome = wp_eval(world / "suite.yaml", tmp_path / "a/model", tmp_path / "b/model", "--out", tmp_path / "out")
+    assert outcome.exit_code == 0, outcome.output
+    assert [row["name"] for row in results(tmp_path / "out")["rows"]] == ["a/model", "b/model"]
+    assert counted == ["tiny_gen", "tiny_choice"]  # the same model: measured once
+
+
+def test_groups_and_consented_code_run(world: Path, tmp_path: Path) -> None:
+    tasks = [
+        {"task": "tiny_group", "column": "Group", "metric": "exact_match,none"},
+        {"task": "tiny_unsafe", "column": "Unsafe", "metric": "exact_match,none"},
+    ]
+    suite = write_suite(tmp_path / "suite.yaml", include_path=str(world / "tasks"), tasks=tasks)
+    outcome = wp_eval(suite, world / "one", "--allow-code-execution", "--out", tmp_path / "out")
+    assert outcome.exit_code == 0, outcome.output
+    assert cells(tmp_path / "out", "one")["Group"]["value"] == 5 / 8
+    assert cells(tmp_path / "out", "one")["Unsafe"]["value"] == 5 / 8
+
+
+def _task(**changes: object) -> list[dict]:
+    return [{**TASKS[0], **changes}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "more", "sentence"),
+    [
+        ({"tasks": _task(task="tiny_genn")}, "one", (), "unknown task `tiny_genn`"),
+        ({"tasks": _task(metric="acc,none")}, "one", (), "it has `exact_match,none`"),
+        ({"tasks": _task(task="tiny_unsafe")}, "one", (), "--allow-code-execution"),
+        ({"tasks": _task(task="tiny_nodata")}, "one", (), "absent.json does not exist"),
+        ({"tasks": _task(task="tiny_tag")}, "one", (), "is a tag"),
+        ({"include_path": "/no/such/folder"}, "one", (), "include_path is not a folder"),
+        ({"tasks": _task(shots=3)}, "one", (), "unknown field `shots`"),
+        ({"colour": "red"}, "one", (), "unknown field `colour`"),
+        ({}, "absent", (), "no such model folder"),
+        ({}, "tasks", (), "cannot read the model's config"),
+        ({}, "no_tokenizer", (), "cannot load the tokenizer"),
+        ({}, "nan", (), "holds a NaN"),
+        ({}, "one", ("--baseline", "linear"), "--baseline linear: there is no such row"),
+        ({}, "one", ("--batch-size", "0"), "'0' is neither"),
+        ({}, "one", ("x=one", "x=two"), "two models are named 'x'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_output(
+    world: Path, tmp_path: Path, changes: dict, model: str, more: tuple, sentence: str
+) -> None:
+    if model == "no_tokenizer":
+        LlamaForCausalLM.from_pretrained(world / "one").save_pretrained(tmp_path / model)
+    if model == "nan":
+        broken, _ = load(make_model(tmp_path / model, seed=5))
+        broken.lm_head.weight.data[3, 3] = float("nan")
+        broken.save_pretrained(tmp_path / model)
+    folder = tmp_path / model if (tmp_path / model).exists() else world / model
+    suite = write_suite(tmp_path / "suite.yaml", **{"include_path": str(world / "tasks"), **changes})
+    outcome = wp_eval(suite, folder, *more, "--out", tmp_path / "out")
+    assert outcome.exit_code == 2, outcome.output
+    assert sentence in outcome.output
+    assert len(outcome.output.rstrip("\n").rsplit("Error: ", 1)[1].splitlines()) == 1
+    assert "Traceback" not in outcome.output
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_an_unwritable_output_folder_is_refused(world: Path, tmp_path: Path, counted: list[str]) -> None:
+    (tmp_path / "out").write_text("a file where the folder should be")
+    outcome = wp_eval(world / "suite.yaml", world / "one", "--out", tmp_path / "out")
+    assert outcome.exit_code == 2
+    assert "cannot write there" in outcome.output
+    assert counted == []
