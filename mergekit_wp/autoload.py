@@ -68,6 +68,9 @@ class _Loader:
 
 
 def _register() -> None:
+    half_imported = sys.modules.get("mergekit_wp.merge.method")
+    if half_imported is not None and not hasattr(half_imported, "register"):
+        return  # its own import made mergekit load; it registers itself at its end
     try:
         from mergekit_wp.merge.method import register
 

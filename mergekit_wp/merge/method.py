@@ -11,7 +11,7 @@ Recipe:
         parameters: {scores: b.safetensors}
 
 Imported while `mergekit.merge_methods` is half initialised (see `autoload`), so of mergekit it may import
-`merge_methods.base` alone, at the top.
+`merge_methods.base` alone, at the top. Importing it registers the method.
 """
 
 from __future__ import annotations
@@ -157,3 +157,7 @@ def register() -> None:
     held = registry._METHODS.get(METHOD_NAME)
     if type(held).__qualname__ != WeightPatchingMerge.__qualname__:
         registry.register(WeightPatchingMerge())
+
+
+# When this module is what made mergekit load, the hook in `autoload` came while it was half imported.
+register()

@@ -1,0 +1,175 @@
+"""wp-merge: mergekit-yaml with the method registered explicitly, a dry run before and an audit after.
+
+The merge is written beside OUT_PATH and moved there when all is well, so that no half a model is ever found
+under that name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import check_writable_parent
+from mergekit_wp.merge import register
+from mergekit_wp.merge.audit import AuditFailed, audit
+from mergekit_wp.merge.checks import check_plan, is_writable
+from mergekit_wp.merge.plan import MergePlan, layer_of
+from mergekit_wp.merge.recipe import Recipe, read_recipe
+from mergekit_wp.merge.shares import component_shares
+
+_EPILOG = """\b
+Examples:
+  wp-merge recipes/13b-all.yaml merged --dry-run
+  wp-merge recipes/13b-all.yaml merged
+  wp-merge recipe.yaml merged --cuda --overwrite
+  PYTHONPATH=TARGET python -S -m mergekit_wp.merge.cli recipe.yaml merged
+                                          (after pip install --target TARGET)
+"""
+
+
+@click.command("wp-merge", cls=PrettyPrintHelp, epilog=_EPILOG)
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("out_path", type=click.Path(file_okay=False), required=False)
+@click.option("--dry-run", is_flag=True, help="Run all checks, print each expert's share of each layer, write nothing")
+@click.option("--audit/--no-audit", "audited", default=True, show_default=True, help="Check the merged model")
+@click.option("--overwrite", is_flag=True, help="Replace OUT_PATH if it exists")
+@add_merge_options
+def main(
+    recipe: str,
+    out_path: str | None,
+    dry_run: bool,
+    audited: bool,
+    overwrite: bool,
+    merge_options: MergeOptions,
+) -> None:
+    """Merge models as the RECIPE (a mergekit YAML) says, and write the result to OUT_PATH.
+
+    The same as mergekit-yaml, with `merge_method: wp` known, every check before the first weight is read, and
+    an audit of the result. Score files are looked for in the working directory, then beside the recipe.
+    """
+    merge_options.apply_global_options()
+    register()
+    loaded = read_recipe(recipe)
+    if out_path is None:
+        if not dry_run:
+            raise click.UsageError("Missing argument 'OUT_PATH' (only --dry-run goes without).")
+        out_path = "merged"
+    out = Path(out_path).absolute()
+    if dry_run:
+        _dry_run(loaded, out, merge_options)
+        return
+    _refuse_existing(out, overwrite)
+    check_writable_parent(out)
+    with _workplace(out) as work:
+        _merge(loaded, out, work, merge_options, audited)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(work / out.name, out)
+    click.echo(f"wrote {out}")
+
+
+def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
+    recipe.prepare(options, merge_loras=False)
+    plan = recipe.plan(out, options)
+    if plan is None:
+        click.echo(f"{recipe.path}: merge_method {recipe.method}; mergekit can plan it, wp has nothing to check.")
+        return
+    # With no output folder the check of the disk would leave a probe file behind if it were killed.
+    check_plan(MergePlan(plan.tensors, plan.checkpoints, None))
+    if not is_writable(out):
+        raise BadInput(f"{out}: cannot write there; choose another output folder.")
+    free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
+    if free < plan.nbytes():
+        raise BadInput(f"{out}: the merged model takes {plan.nbytes():,} bytes, and {free:,} are free there.")
+    click.echo(shares_table(plan))
+    click.echo(f"all checks passed; the merge would write {plan.nbytes() / 1e9:.2f} GB to {out}. Nothing was written.")
+
+
+def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool) -> None:
+    """Merge into work/<name of out>, and audit it there."""
+    from mergekit.merge import run_merge
+
+    if options.lora_merge_cache is None:
+        options = options.model_copy(update={"lora_merge_cache": str(work / "loras")})
+    recipe.prepare(options, merge_loras=True)
+    plan = recipe.plan(work / out.name, options)
+    if plan is not None:
+        check_plan(plan)
+    # Under the name that it will have: the model card quotes it.
+    run_merge(recipe.config(), str(work / out.name), options, config_source=recipe.text)
+    _copy_generation_config(plan, work / out.name)
+    if not audited:
+        return
+    if not options.safe_serialization:
+        click.echo("audit: skipped, because --no-safe-serialization writes pickled weights, which are never opened.")
+        return
+    try:
+        audit(work / out.name, plan, seed=options.random_seed or 0, say=click.echo)
+    except AuditFailed as error:
+        rejected = out.with_name(out.name + ".rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        os.replace(work / out.name, rejected)
+        raise AuditFailed(
+            f"{error.message.replace(str(work / out.name), str(rejected))} It is kept there for inspection; "
+            f"{out} was not written."
+        ) from error
+
+
+def _copy_generation_config(plan: MergePlan | None, merged: Path) -> None:
+    """mergekit leaves it out when the recipe has a `tokenizer:`; the merged model is the base's in this too."""
+    if plan is None:
+        return
+    original = plan.checkpoints[plan.tensors[0].base].folder / "generation_config.json"
+    if original.is_file() and not (merged / original.name).exists():
+        shutil.copy(original, merged / original.name)
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise BadInput(f"{out}: exists and is not empty; name another folder, or add --overwrite to replace it.")
+
+
+@contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, on the same disk, gone at the end whatever happens."""
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    work.chmod(0o755)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def shares_table(plan: MergePlan) -> str:
+    """Which expert carries which layer: the mean share over the heads and over the neurons of each layer."""
+    rows = {
+        (to, source, tensor.experts, tensor.scores)
+        for tensor in plan.tensors
+        if (to := layer_of(tensor.output)) is not None and (source := layer_of(tensor.source)) is not None
+    }
+    lines: list[str] = []
+    shown: object = None
+    for to, source, experts, scores in sorted(rows, key=lambda row: row[0]):
+        if shown != experts:
+            shown = experts
+            names = [Path(str(expert)).name[-18:] for expert in experts]
+            width = max(9, *(len(name) + 2 for name in names))
+            header = "".join(name.rjust(width) for name in names)
+            lines += ["", f"{'layer':<12}{'heads'.ljust(len(header))}  neurons", f"{'':<12}{header}  {header}"]
+        alphas = component_shares(scores)
+        cells = ["".join(f"{x:.3f}".rjust(width) for x in alpha[:, source].mean(-1).tolist()) for alpha in alphas]
+        label = str(to) if to == source else f"{to} (from {source})"
+        lines.append(f"{label:<12}{cells[0]}  {cells[1]}")
+    return "\n".join(["mean share of each expert (shares of a component sum to 1)", *lines[1:], ""])
+
+
+if __name__ == "__main__":
+    main()

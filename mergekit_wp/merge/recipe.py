@@ -1,0 +1,129 @@
+"""A recipe as wp-merge reads it: mergekit's YAML, with its troubles in one sentence and its plan before the merge."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.merge.plan import METHOD_NAME, MergePlan, read_plan
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+_PARAMETERS = ("scores", "allow_mismatch")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`text` is the file as written; `content` its YAML with the paths of the score files found."""
+
+    path: Path
+    text: str
+    content: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        return str(self.content.get("merge_method"))
+
+    def config(self) -> MergeConfiguration:
+        """A fresh configuration: mergekit's planner rewrites the one it is given."""
+        from mergekit.config import MergeConfiguration
+
+        return self._by_mergekit(lambda: MergeConfiguration.model_validate(copy.deepcopy(self.content)))
+
+    def prepare(self, options: MergeOptions, *, merge_loras: bool) -> None:
+        """Open every model the way mergekit will, so that a missing or pickled one is refused at once.
+
+        merge_loras: False (a dry run) looks at a LoRA's base in its place, which has the same tensors.
+        """
+        from mergekit.common import ModelReference
+        from mergekit.io.tasks import LoaderCache
+
+        cache = LoaderCache()
+        cache.setup(options)
+        if self.method != METHOD_NAME:
+            return
+        for model in self.config().referenced_models():
+            bare = ModelReference(model=model.model)
+            folder = self._local_path(bare, options)
+            checkpoint = Checkpoint(str(model), Path(folder))
+            checkpoint.config, checkpoint.tensors  # noqa: B018  (reading them refuses what cannot be merged)
+            if model.lora and merge_loras:
+                self._by_mergekit(lambda model=model: cache.get(model))  # type: ignore[misc]
+            elif model.lora:
+                cache.loaders[model] = bare.lazy_loader(cache_dir=options.transformers_cache)
+
+    def plan(self, out: Path, options: MergeOptions) -> MergePlan | None:
+        """What mergekit would do; None when the method is not wp. Reads headers only."""
+        from mergekit.architecture import get_architecture_info
+        from mergekit.io.tasks import FinalizeModel
+        from mergekit.merge import _model_out_config
+        from mergekit.plan import MergePlanner
+
+        def plan() -> MergePlan | None:
+            config = self.config()
+            architecture = get_architecture_info(config, options)
+            out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+            planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
+            targets = planner.plan_to_disk(out_path=str(out))
+            return read_plan(next(task for task in targets if isinstance(task, FinalizeModel)))
+
+        return self._by_mergekit(plan)
+
+    def _local_path(self, model: ModelReference, options: MergeOptions) -> str:
+        try:
+            return model.local_path(cache_dir=options.transformers_cache)
+        except Exception as error:  # the Hub client raises many types; each means "not to be had"
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(
+                f"{model}: no such model folder, and the Hub did not give it ({type(error).__name__}: {reason})."
+            ) from error
+
+    def _by_mergekit(self, step: Callable[[], Any]) -> Any:
+        """Run a step of mergekit's own planning; what it finds wrong with the recipe becomes one sentence."""
+        try:
+            return step()
+        except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise BadInput(f"{self.path}: mergekit cannot carry out this recipe: {reason}") from error
+
+
+def read_recipe(path: str) -> Recipe:
+    """Read and complete a recipe. Raises `BadInput`, naming the file, for anything but a YAML mapping with a
+    `merge_method`, and for a parameter that wp does not know (mergekit would ignore it)."""
+    content = read_yaml_mapping(path, "recipe")
+    if "merge_method" not in content:
+        raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {METHOD_NAME}`.")
+    if content["merge_method"] == METHOD_NAME:
+        for parameters in _parameters(content):
+            if unknown := sorted(set(parameters) - set(_PARAMETERS)):
+                raise BadInput(
+                    f"{path}: unknown parameter {unknown[0]}; merge_method wp knows {' and '.join(_PARAMETERS)}."
+                )
+            scores = parameters.get("scores")
+            if isinstance(scores, str) and not Path(scores).exists():
+                beside = Path(path).absolute().parent / scores
+                if beside.exists():
+                    parameters["scores"] = str(beside)
+    return Recipe(Path(path), Path(path).read_text(encoding="utf-8"), content)
+
+
+def _parameters(node: Any) -> Iterator[dict[str, Any]]:
+    """Every `parameters:` mapping of the recipe, wherever mergekit allows one."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "parameters" and isinstance(value, dict):
+                yield value
+            else:
+                yield from _parameters(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _parameters(item)
