@@ -7,6 +7,7 @@ windows and tied embeddings (Gemma 2). Norm weights and biases are random too, s
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -58,11 +59,9 @@ def random_model(kind: str, seed: int = 0, **overrides: object) -> transformers.
     return model.eval()
 
 
-def fine_tuned(
-    base: transformers.PreTrainedModel, seed: int, size: float = 0.1
-) -> transformers.PreTrainedModel:
+def fine_tuned(base: transformers.PreTrainedModel, seed: int, size: float = 0.1) -> transformers.PreTrainedModel:
     """A copy of `base` whose every parameter moved by `size` of its own scale."""
-    expert = transformers.AutoModelForCausalLM.from_config(base.config)
+    expert = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
     expert.load_state_dict(base.state_dict())
     generator = torch.Generator().manual_seed(seed)
     for parameter in expert.parameters():
@@ -77,11 +76,20 @@ def add_rows(model: transformers.PreTrainedModel, rows: int) -> transformers.Pre
     return model
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words w0..w92 split at spaces; <s> in front comes from the caller's text, ids 0-3 are special."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def tokenizer(kind: str = "llama") -> transformers.PreTrainedTokenizerFast:
+    """Words w0..w92 split at spaces; ids 0-3 are special.
+
+    transformers loads any Qwen2 folder with its own byte-level BPE class, so there the letters are the tokens.
+    """
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    if kind == "qwen2":
+        letters = ["\u0120", "w", *map(str, range(10))]  # U+0120 is how byte-level BPE writes a space
+        core = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, []))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+        core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -97,13 +105,11 @@ def save(
     before = model.dtype
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     model.to(before)
-    tokenizer().save_pretrained(folder)
+    tokenizer(model.config.model_type).save_pretrained(folder)
     return folder
 
 
-def save_pair(
-    root: Path, kind: str, *, dtype: torch.dtype = torch.float32, extra_rows: int = 0
-) -> tuple[Path, Path]:
+def save_pair(root: Path, kind: str, *, dtype: torch.dtype = torch.float32, extra_rows: int = 0) -> tuple[Path, Path]:
     """root/base and root/expert, a fine-tune of it."""
     base = random_model(kind, seed=1)
     expert = add_rows(fine_tuned(base, seed=2), extra_rows) if extra_rows else fine_tuned(base, seed=2)

@@ -1,0 +1,214 @@
+"""Base and expert in memory, frozen, checked to be two fine-tunes of one architecture.
+
+Legend: B prompts, T tokens, D residual width, V vocabulary rows of the base.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergekit_wp.checkpoint import Checkpoint, Fingerprint, fingerprint_of
+from mergekit_wp.components import Geometry
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.batches import Batch
+from mergekit_wp.scoring.job import ScoringJob
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Both models on one device, parameters frozen; `geometry` is the base's."""
+
+    base: Any
+    expert: Any
+    tokenizer: Any
+    geometry: Geometry
+    base_print: Fingerprint
+    expert_print: Fingerprint
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that both models take."""
+        configs = (self.base.config, self.expert.config)
+        return min(getattr(config, "max_position_embeddings", None) or 10**9 for config in configs)
+
+
+def load_pair(job: ScoringJob) -> ModelPair:
+    """Check both models from their headers, then load them.
+
+    Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, an expert
+    with fewer vocabulary rows than the base, equal weights (no gap to explain), and NaN or infinite weights.
+    Other signs of a wrong lineage (another rope_theta, say) are logged as warnings.
+    """
+    base, expert = Checkpoint.open(job.base), Checkpoint.open(job.expert.partition("+")[0])
+    _check_comparable(base, expert)
+    prints = fingerprint_of(job.base), fingerprint_of(job.expert)
+    if prints[0].tensors == prints[1].tensors:
+        raise BadInput(f"{job.expert}: the weights equal those of the base {job.base}; there is no gap to explain.")
+    device = pick_device(job.device)
+    dtype = pick_dtype(job.dtype, device)
+    with _lora_merged(job) as merged_folder:
+        expert_folder = merged_folder or str(expert.folder)
+        expert_model = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
+    base_model = _load_model(job.base, str(base.folder), dtype, device, job.trust_remote_code)
+    tokenizer = _load_tokenizer(base, job.trust_remote_code)
+    return ModelPair(base_model, expert_model, tokenizer, base.geometry, *prints, device, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises `BadInput` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda:N.") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on an accelerator and float32 on a CPU, where float32 is exact enough to check by hand."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise BadInput("dtype: float16 is far slower than bfloat16 on a CPU; use bfloat16 or float32.")
+    return dtype
+
+
+def _check_comparable(base: Checkpoint, expert: Checkpoint) -> None:
+    if differences := expert.geometry.differences(base.geometry):
+        raise BadInput(
+            f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
+            "be a fine-tune of the base."
+        )
+    if expert.geometry.vocabulary < base.geometry.vocabulary:
+        raise BadInput(
+            f"{expert.name}: has {expert.geometry.vocabulary} vocabulary rows, fewer than the base's "
+            f"{base.geometry.vocabulary}; it is not a fine-tune of {base.name}."
+        )
+    for difference in expert.lineage_differences(base):
+        LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
+
+
+@contextmanager
+def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
+    """For an expert `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
+    if "+" not in job.expert:
+        yield None
+        return
+    from mergekit.common import ModelReference
+
+    with tempfile.TemporaryDirectory(prefix="wp-lora-") as cache:
+        try:
+            merged = ModelReference.parse(job.expert).merged(cache, trust_remote_code=job.trust_remote_code)
+        except Exception as error:  # peft raises many types for an adapter that does not fit
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{job.expert}: the LoRA could not be merged into its base ({reason}).") from error
+        yield merged.local_path()
+
+
+def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+        # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": str(device)},
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"{name}: does not fit on {device} beside what is there; use another device.") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        raise BadInput(f"{name}: the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download it again.")
+    model.requires_grad_(False)
+    model.eval()
+    for key, parameter in model.named_parameters():
+        low, high = torch.aminmax(parameter)
+        if not torch.isfinite(low + high):
+            raise BadInput(f"{name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
+    return model
+
+
+def _load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(base.folder), trust_remote_code=remote_code)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{base.name}: its tokenizer could not be loaded ({reason}).") from error
+
+
+@contextmanager
+def only_layers(model: Any, count: int) -> Iterator[None]:
+    """Run only the first `count` decoder layers inside the block; what lies above costs nothing."""
+    inner = model.model
+    whole = inner.layers
+    inner.layers = nn.ModuleList(list(whole)[:count])
+    try:
+        yield
+    finally:
+        inner.layers = whole
+
+
+@contextmanager
+def layer_hook(model: Any, layer: int, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Call `hook` with the residual stream after decoder layer `layer` [B, T, D]; what it returns replaces it."""
+
+    def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        changed = hook(stream)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = model.model.layers[layer].register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def residual_at_anchor(model: Any, batch: Batch, layer: int) -> torch.Tensor:
+    """z_l(x): the residual stream after `layer` at the anchor position, float32 [B, D]; nothing above is run."""
+    found: list[torch.Tensor] = []
+    with only_layers(model, layer + 1), layer_hook(model, layer, found.append):
+        model.model(input_ids=batch.ids_BT, use_cache=False)
+    return batch.at_anchor(found[0]).float()
+
+
+def next_token_logits(model: Any, final_BTD: torch.Tensor, batch: Batch, vocabulary: int) -> torch.Tensor:
+    """Logits of the token after each prompt, float32 [B, V]; rows beyond the base's vocabulary are cut.
+
+    `final_BTD` is the model's last hidden state, after its final norm.
+    """
+    logits_BV = model.lm_head(batch.at_anchor(final_BTD)).float()
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        logits_BV = cap * torch.tanh(logits_BV / cap)
+    return logits_BV[:, :vocabulary]

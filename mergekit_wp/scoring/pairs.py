@@ -1,0 +1,129 @@
+"""Prompt pairs: the JSONL that says what a capability is, and its split into extraction and scoring halves.
+
+One row a line: {"task": "title", "prompt": "... Add a title in << >>.", "contrast": "..."}.
+`prompt` asks for the capability, `contrast` is the same request without it. A row without `contrast` belongs to
+a capability that has no removable instruction (maths, code): its direction is the contrast between the expert
+and the base on the same prompt (METHOD.md 2).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_wp.errors import BadInput
+
+_FIELDS = {"task", "prompt", "contrast"}
+_BUILTIN_PREFIX = "builtin:"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt x+ and its contrast x- (None: contrast between models)."""
+
+    task: str
+    prompt: str
+    contrast: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskPairs:
+    """The pairs of one task: `extraction` gives the anchor direction, `scoring` the scores."""
+
+    task: str
+    extraction: tuple[Pair, ...]
+    scoring: tuple[Pair, ...]
+
+
+def load_pairs(source: str, samples: int | None, seed: int) -> list[Pair]:
+    """Pairs from a JSONL file, or from a built-in set (`builtin:instructions`, `builtin:maths`, `builtin:code`).
+
+    `samples` pairs a task are drawn with `seed`; None takes every row of a file, and 100 a task of a built-in set.
+    Raises `BadInput` for a missing file, a malformed line (named by number) or an unknown set.
+    """
+    if source.startswith(_BUILTIN_PREFIX):
+        from mergekit_wp.scoring.prompts import BUILTIN
+
+        name = source.removeprefix(_BUILTIN_PREFIX)
+        if name not in BUILTIN:
+            raise BadInput(f"pairs: no built-in set {name!r}; there are {', '.join(sorted(BUILTIN))}.")
+        return BUILTIN[name](samples or 100, seed)
+    pairs = read_pairs(source)
+    if samples is None:
+        return pairs
+    drawn = []
+    for task, rows in by_task(pairs).items():
+        if len(rows) < samples:
+            raise BadInput(f"{source}: task {task} has {len(rows)} rows, {samples} were asked for; lower --samples.")
+        drawn += _shuffled(rows, seed, task)[:samples]
+    return drawn
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Every row of a JSONL file, in order; blank lines are skipped. Raises `BadInput` naming file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot read the pairs ({getattr(error, 'strerror', None) or error}).") from error
+    lines = enumerate(text.split("\n"), start=1)
+    pairs = [_parse_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if not pairs:
+        raise BadInput(f"{path}: no pairs in this file; write one JSON object a line.")
+    for task, rows in by_task(pairs).items():
+        if len({row.contrast is None for row in rows}) > 1:
+            raise BadInput(f"{path}: task {task} mixes rows with and without a contrast; use one kind a task.")
+    return pairs
+
+
+def by_task(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """Pairs grouped by task, in order of first appearance."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.task, []).append(pair)
+    return groups
+
+
+def split_pairs(pairs: Sequence[Pair], split: str, seed: int) -> list[TaskPairs]:
+    """Cut every task's pairs into extraction and scoring sets.
+
+    `half` (App. B.3): a seeded shuffle, then two disjoint halves, the first of them rounded down; `shared`: all
+    pairs serve both. Raises `BadInput` when a task has too few pairs to be halved.
+    """
+    tasks = []
+    for task, rows in by_task(pairs).items():
+        if split == "shared":
+            tasks.append(TaskPairs(task, tuple(rows), tuple(rows)))
+            continue
+        if len(rows) < 2:
+            raise BadInput(f"task {task} has 1 pair, which cannot be halved; add pairs or use --split shared.")
+        shuffled = _shuffled(rows, seed, task)
+        middle = len(rows) // 2
+        tasks.append(TaskPairs(task, tuple(shuffled[:middle]), tuple(shuffled[middle:])))
+    return tasks
+
+
+def _shuffled(rows: Sequence[Pair], seed: int, task: str) -> list[Pair]:
+    # Seeded by task name too, so that a task's draw does not depend on which other tasks are in the file.
+    return random.Random(f"{seed}/{task}").sample(rows, len(rows))
+
+
+def _parse_row(line: str, where: str) -> Pair:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected an object with task and prompt, found {type(row).__name__}.")
+    if unknown := set(row) - _FIELDS:
+        raise BadInput(f"{where}: unknown field {sorted(unknown)[0]!r}; expected task, prompt and contrast.")
+    for name in ("task", "prompt"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise BadInput(f"{where}: the field {name} must be a non-empty string.")
+    if not isinstance(row.get("contrast"), (str, type(None))) or row.get("contrast") == "":
+        raise BadInput(f"{where}: the field contrast must be a non-empty string, or absent.")
+    if "/" in row["task"]:
+        raise BadInput(f"{where}: the task name {row['task']!r} must not contain a slash.")
+    return Pair(row["task"], row["prompt"], row.get("contrast"))

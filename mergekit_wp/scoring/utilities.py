@@ -1,0 +1,81 @@
+"""Utilities: how far a run has recovered the expert, one number a prompt.
+
+    anchor   F = cos(z_a(x | M), v)                          Eq. 5, read at the anchor layer
+    kl       F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, read at the output
+    staged   anchor for components up to the anchor layer, kl for those above (METHOD.md 2)
+
+and the gap G(x) = F(expert, x) - F(base, x) (Eq. 6) that scores are divided by. The mean of ratios (`sample`)
+drops prompts whose |G| is below a floor: they say nothing, and 1/G would let them dominate. The ratio of means
+(`mean`) keeps every prompt.
+
+Legend: B prompts, D residual width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scorefile import UtilityStats
+
+
+def anchor_utility(z_BD: torch.Tensor, direction_D: torch.Tensor) -> torch.Tensor:
+    """cos(z, v) per prompt, float32 [B]."""
+    return functional.cosine_similarity(z_BD.float(), direction_D[None], dim=-1)
+
+
+def kl_utility(logits_BV: torch.Tensor, expert_logits_BV: torch.Tensor) -> torch.Tensor:
+    """-KL(p_expert || p) per prompt, float32 [B]; 0 where the two agree."""
+    log_p_BV = functional.log_softmax(logits_BV, dim=-1)
+    log_p_expert_BV = functional.log_softmax(expert_logits_BV, dim=-1)
+    return -functional.kl_div(log_p_BV, log_p_expert_BV, log_target=True, reduction="none").sum(-1)
+
+
+@dataclass
+class GapLedger:
+    """Collects the gaps of one utility over the batches of one task, and gives each prompt its weight.
+
+    A score is sum_x w(x) s(x) / `normalizer()`: with `sample`, w = 1/G(x) and the normalizer counts prompts;
+    with `mean`, w = 1 and the normalizer is the sum of gaps. Both make it independent of the batching.
+    """
+
+    utility: str
+    gap: str
+    floor: float
+    used: int = 0
+    dropped: int = 0
+    total: float = 0.0
+
+    def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor) -> torch.Tensor:
+        """w(x) [B] from F(base, x) and F(expert, x), counted in the ledger. Raises `BadInput` if not finite."""
+        gap_B = (expert_B - base_B).detach().double()
+        if not torch.isfinite(gap_B).all():
+            raise BadInput(f"the {self.utility} utility is not finite on a prompt; use --dtype float32 or bfloat16.")
+        keep_B = gap_B.abs() >= self.floor if self.gap == "sample" else torch.ones_like(gap_B, dtype=torch.bool)
+        self.used += int(keep_B.sum())
+        self.dropped += int((~keep_B).sum())
+        self.total += float(gap_B[keep_B].sum())
+        inverse_B = torch.where(keep_B, 1 / torch.where(keep_B, gap_B, 1.0), 0.0)
+        return (inverse_B if self.gap == "sample" else torch.ones_like(gap_B)).float()
+
+    def normalizer(self, task: str) -> float:
+        """What the weighted sum is divided by. Raises `BadInput` when nothing is left to divide."""
+        if self.gap == "mean":
+            if abs(self.total) < self.floor * self.used:
+                raise BadInput(
+                    f"task {task}: the mean {self.utility} gap between expert and base is "
+                    f"{self.total / self.used:.2g}, below the floor {self.floor:g}; this expert does not differ here."
+                )
+            return self.total
+        if not self.used:
+            raise BadInput(
+                f"task {task}: all {self.dropped} scoring prompts were dropped, each with a {self.utility} gap below "
+                f"the floor {self.floor:g}; this expert does not differ from the base on them."
+            )
+        return float(self.used)
+
+    def stats(self) -> UtilityStats:
+        return UtilityStats(self.used, self.dropped, self.total / max(self.used, 1))

@@ -1,0 +1,292 @@
+"""Scores against slow references written straight from the definitions.
+
+The references run one prompt at a time on plain models: no hooks of ours, no batching, no padding, and slices
+indexed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.engine import anchor_layer, score
+from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.pairs import load_pairs, split_pairs
+
+LAYER = 2  # of 4, so that staged scoring has layers on both sides
+
+
+def write_pairs(path, contrast=True, tasks=("first", "second"), rows=3):
+    generator = torch.Generator().manual_seed(0)
+    with open(path, "w") as file:
+        for task in tasks:
+            for row in range(rows):
+                words = [tiny.WORDS[int(i)] for i in torch.randint(len(tiny.WORDS), (3 + row,), generator=generator)]
+                entry = {"task": task, "prompt": " ".join(words)}
+                if contrast:
+                    entry["contrast"] = " ".join(words[1:])
+                file.write(json.dumps(entry) + "\n")
+    return str(path)
+
+
+def job_for(tmp_path, kind, **options):
+    base, expert = tiny.save_pair(tmp_path, kind, extra_rows=options.pop("extra_rows", 0))
+    contrast = options.pop("contrast", True)
+    defaults = {"layer": LAYER, "batch_size": 2, "device": "cpu", "dtype": "float32", "gap_floor": 0.03}
+    pairs = write_pairs(tmp_path / "pairs.jsonl", contrast)
+    return ScoringJob(base=str(base), expert=str(expert), pairs=pairs, **{**defaults, **options})
+
+
+class Reference:
+    """Base, expert and everything that one prompt needs, computed in the plainest way."""
+
+    def __init__(self, job):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        def load(folder):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+        self.base, self.expert = load(job.base), load(job.expert)
+        self.job, self.config = job, self.base.config
+        self.tokenizer = AutoTokenizer.from_pretrained(job.base)
+
+    def run(self, model, text):
+        """(z at the anchor layer and position, next-token log-probabilities over the base's rows)."""
+        ids = torch.tensor([self.tokenizer(text)["input_ids"]])
+        kept = []
+        handle = model.model.layers[self.job.layer].register_forward_hook(
+            lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1, : self.config.vocab_size]
+        handle.remove()
+        return kept[0][0, -1], functional.log_softmax(logits, -1)
+
+    def direction(self, task):
+        with torch.no_grad():
+            differences = []
+            for pair in task.extraction:
+                other = (self.expert, pair.contrast) if pair.contrast else (self.base, pair.prompt)
+                differences.append(self.run(self.expert, pair.prompt)[0] - self.run(*other)[0])
+        return torch.stack(differences).mean(0)
+
+    def utility(self, name, model, text, direction):
+        z, log_p = self.run(model, text)
+        if name == "anchor":
+            return (z @ direction) / (z.norm() * direction.norm())
+        with torch.no_grad():
+            target = self.run(self.expert, text)[1]
+        return -(target.exp() * (target - log_p)).sum()
+
+    def gap(self, name, text, direction):
+        with torch.no_grad():
+            return self.utility(name, self.expert, text, direction) - self.utility(name, self.base, text, direction)
+
+    def components(self, layer):
+        """Every component of a layer as (kind, index, [(tensor name, rows or columns)])."""
+        width = self.base.model.layers[layer].self_attn.head_dim
+        prefix = f"model.layers.{layer}"
+        for head in range(self.config.num_attention_heads):
+            rows = list(range(head * width, (head + 1) * width))
+            q, o = f"{prefix}.self_attn.q_proj", f"{prefix}.self_attn.o_proj.weight"
+            yield "heads", head, [(f"{q}.weight", 0, rows), (f"{q}.bias", 0, rows), (o, 1, rows)]
+        for j in range(self.config.intermediate_size):
+            mlp = [f"{prefix}.mlp.{m}_proj.{w}" for m in ("gate", "up") for w in ("weight", "bias")]
+            yield "neurons", j, [*((name, 0, [j]) for name in mlp), (f"{prefix}.mlp.down_proj.weight", 1, [j])]
+
+    def scores(self, score_prompt):
+        """Mean over tasks of mean over prompts of what `score_prompt(text, direction, utility)` gives / G."""
+        tasks = split_pairs(load_pairs(self.job.pairs, None, self.job.seed), self.job.split, self.job.seed)
+        heads = torch.zeros(self.config.num_hidden_layers, self.config.num_attention_heads)
+        neurons = torch.zeros(self.config.num_hidden_layers, self.config.intermediate_size)
+        for task in tasks:
+            direction = self.direction(task)
+            for name, layers in self.stages().items():
+                gaps = torch.tensor([self.gap(name, pair.prompt, direction) for pair in task.scoring])
+                keep = (gaps.abs() >= self.job.gap_floor).float()
+                ratios = keep / gaps / keep.sum()
+                weights = ratios if self.job.gap == "sample" else torch.ones_like(gaps) / gaps.sum()
+                for pair, weight in zip(task.scoring, weights, strict=True):
+                    one = score_prompt(pair.prompt, direction, name)
+                    for layer in layers:
+                        heads[layer] += weight * one["heads"][layer] / len(tasks)
+                        neurons[layer] += weight * one["neurons"][layer] / len(tasks)
+        return heads, neurons
+
+    def stages(self):
+        every, cut = range(self.config.num_hidden_layers), self.job.layer + 1
+        return {
+            "anchor": {"anchor": every[:cut]},
+            "kl": {"kl": every},
+            "staged": {"anchor": every[:cut], "kl": every[cut:]},
+        }[self.job.utility]
+
+    def attr(self, text, direction, name):
+        """Autograd on the weights themselves."""
+        self.base.zero_grad()
+        self.utility(name, self.base, text, direction).backward()
+        expert, base = dict(self.expert.named_parameters()), dict(self.base.named_parameters())
+        found = self.empty()
+        for layer in range(self.config.num_hidden_layers):
+            for kind, index, slices in self.components(layer):
+                for tensor, axis, where in slices:
+                    if tensor in base and base[tensor].grad is not None:
+                        product = (expert[tensor] - base[tensor]).detach() * base[tensor].grad
+                        found[kind][layer, index] += product.index_select(axis, torch.tensor(where)).sum()
+        return found
+
+    def writeback(self, text, direction, name):
+        """Swap one component, take the difference of what its layer's projection writes, dot with the gradient."""
+        writes, gradients = {}, {}
+        handles = self.watch_writes(writes, gradients)
+        self.utility(name, self.base, text, direction).backward()
+        before = {key: value.detach().clone() for key, value in writes.items()}
+        found = self.empty()
+        expert, base = dict(self.expert.named_parameters()), dict(self.base.named_parameters())
+        with torch.no_grad():
+            for layer in range(self.config.num_hidden_layers):
+                for kind, index, slices in self.components(layer):
+                    present = [(t, axis, torch.tensor(where)) for t, axis, where in slices if t in base]
+                    saved = {tensor: base[tensor].detach().clone() for tensor, _, _ in present}
+                    for tensor, axis, where in present:
+                        new = expert[tensor].index_select(axis, where)
+                        base[tensor].index_copy_(axis, where, new)
+                    self.run(self.base, text)
+                    for tensor, old in saved.items():
+                        base[tensor].copy_(old)
+                    key = (layer, kind)
+                    if key in gradients:
+                        found[kind][layer, index] = ((writes[key] - before[key]) * gradients[key]).sum()
+        for handle in handles:
+            handle.remove()
+        return found
+
+    def watch_writes(self, writes, gradients):
+        def watch(key):
+            def hook(_module, _args, output):
+                writes[key] = output
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: gradients.__setitem__(key, gradient.clone()))
+
+            return hook
+
+        handles = []
+        for index, layer in enumerate(self.base.model.layers):
+            handles.append(layer.self_attn.o_proj.register_forward_hook(watch((index, "heads"))))
+            handles.append(layer.mlp.down_proj.register_forward_hook(watch((index, "neurons"))))
+        return handles
+
+    def empty(self):
+        layers = self.config.num_hidden_layers
+        return {
+            "heads": torch.zeros(layers, self.config.num_attention_heads),
+            "neurons": torch.zeros(layers, self.config.intermediate_size),
+        }
+
+
+def assert_close(got, wanted):
+    """Relative to the largest score of the tensor: 1e-4 of it, the issue's bound in float32."""
+    assert wanted.abs().max() > 0
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("method", ["attr", "writeback"])
+@pytest.mark.parametrize("kind", tiny.VARIANTS)
+def test_against_the_definition(tmp_path, kind, method):
+    """Staged covers both utilities and the cut between them; ragged batches of 2 of 3 prompts."""
+    job = job_for(tmp_path, kind, method=method, utility="staged", split="shared")
+    reference = Reference(job)
+    heads, neurons = reference.scores(getattr(reference, method))
+    got = score(job)
+    assert_close(got.heads, heads)
+    assert_close(got.neurons, neurons)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"utility": "anchor"},
+        {"utility": "kl"},
+        {"utility": "kl", "gap": "mean"},
+        {"utility": "anchor", "gap": "mean", "contrast": False},
+        {"utility": "staged", "contrast": False, "split": "half", "extra_rows": 1},
+    ],
+    ids=str,
+)
+def test_options_against_the_definition(tmp_path, options):
+    job = job_for(tmp_path, "llama", **{"split": "shared", "method": "writeback", **options})
+    reference = Reference(job)
+    heads, neurons = reference.scores(reference.writeback)
+    got = score(job)
+    assert_close(got.heads, heads)
+    assert_close(got.neurons, neurons)
+
+
+def test_direction_is_the_reference_mean(tmp_path):
+    job = job_for(tmp_path, "qwen3", split="half")
+    reference = Reference(job)
+    got = score(job)
+    for task in split_pairs(load_pairs(job.pairs, None, 0), "half", 0):
+        torch.testing.assert_close(got.tasks[task.task].anchor, reference.direction(task), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_size_does_not_matter(tmp_path):
+    one, many = (score(job_for(tmp_path / str(size), "gemma2", batch_size=size)) for size in (1, 8))
+    torch.testing.assert_close(one.heads, many.heads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.neurons, many.neurons, rtol=1e-4, atol=1e-6)
+
+
+def test_anchor_runs_nothing_above_its_layer(tmp_path, monkeypatch):
+    """A layer above the anchor that would raise is never called, in either model."""
+    from mergekit_wp.scoring import engine
+
+    job = job_for(tmp_path, "llama", utility="anchor")
+    load = engine.load_pair
+
+    def booby_trapped(job):
+        pair = load(job)
+        for model in (pair.base, pair.expert):
+            for layer in list(model.model.layers)[LAYER + 1 :]:
+                monkeypatch.setattr(layer, "forward", lambda *a, **k: pytest.fail("a layer above the anchor ran"))
+        return pair
+
+    monkeypatch.setattr(engine, "load_pair", booby_trapped)
+    scores = score(job)
+    assert not scores.heads[LAYER + 1 :].any()
+    assert scores.heads[: LAYER + 1].all()
+
+
+def test_no_weight_gradients_and_weights_untouched(tmp_path, monkeypatch):
+    from mergekit_wp.scoring import engine
+
+    job = job_for(tmp_path, "qwen2")
+    pair = engine.load_pair(job)
+    before = {key: value.clone() for key, value in pair.base.state_dict().items()}
+    monkeypatch.setattr(engine, "load_pair", lambda _job: pair)
+    score(job)
+    assert all(parameter.grad is None for parameter in pair.base.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in pair.base.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pair.base.modules())
+
+
+def test_bfloat16_agrees_in_ranking(tmp_path):
+    """Rounding the run to bfloat16 perturbs scores, but not which components lead."""
+    exact = score(job_for(tmp_path / "a", "llama"))
+    rounded = score(job_for(tmp_path / "b", "llama", dtype="bfloat16"))
+    correlation = torch.corrcoef(torch.stack([exact.neurons.flatten(), rounded.neurons.flatten()]))[0, 1]
+    assert correlation > 0.9
+
+
+@pytest.mark.parametrize(("layers", "wanted"), [(1, 0), (2, 1), (6, 4), (28, 19), (32, 21), (40, 27)])
+def test_default_anchor_layer(layers, wanted):
+    assert anchor_layer(None, layers) == wanted
+
+
+@pytest.mark.parametrize("asked", [-1, 4, 99])
+def test_anchor_layer_out_of_range(asked):
+    with pytest.raises(BadInput, match="layers 0 to 3"):
+        anchor_layer(asked, 4)
