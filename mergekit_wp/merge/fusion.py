@@ -28,6 +28,10 @@ _GPU_TILE = 16 * 1024 * 1024
 _scratch = threading.local()
 
 
+class NotFinite(ArithmeticError):
+    """A merged tensor has a NaN or an infinity, so one of its inputs has."""
+
+
 def component_weights(scores: Sequence[torch.Tensor]) -> torch.Tensor:
     """The share alpha_KLn of each expert in each component.
 
@@ -57,7 +61,8 @@ def fuse(
     weights along `axis` of the tensors, where n is their length on that axis, or None for 1/K everywhere.
     Returns a new contiguous tensor of dtype `out_dtype`.
 
-    Raises `ValueError` when shapes or weights do not fit, rather than broadcast.
+    Raises `ValueError` when shapes or weights do not fit, rather than broadcast, and `NotFinite` when an expert
+    holds a NaN or an infinity.
     """
     first, K = experts[0], len(experts)
     if any(expert.shape != first.shape for expert in experts):
@@ -75,7 +80,8 @@ def fuse(
         # A vector is one row, so its own axis 0 runs along columns.
         by_row = axis == 0 and first.ndim > 1
         alpha_KRC = alpha_Kn.to(first.device, wide).reshape((K, -1, 1) if by_row else (K, 1, -1))
-    _fuse_tiles([_matrix(expert) for expert in experts], alpha_KRC, _matrix(out))
+    if not _fuse_tiles([_matrix(expert) for expert in experts], alpha_KRC, _matrix(out)):
+        raise NotFinite
     return out
 
 
@@ -84,15 +90,16 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
 
 
-def _fuse_tiles(experts_RC: Sequence[torch.Tensor], alpha_KRC: torch.Tensor, out_RC: torch.Tensor) -> None:
-    """Fill `out_RC` tile by tile; alpha_KRC is [K, R, 1], [K, 1, C] or [K, 1, 1]."""
+def _fuse_tiles(experts_RC: Sequence[torch.Tensor], alpha_KRC: torch.Tensor, out_RC: torch.Tensor) -> bool:
+    """Fill `out_RC` tile by tile; alpha_KRC is [K, R, 1], [K, 1, C] or [K, 1, 1]. True if all came out finite."""
     R, C = out_RC.shape
     if not out_RC.numel():
-        return
+        return True
     tile = _GPU_TILE if out_RC.device.type != "cpu" else _CPU_TILE
     columns = min(C, tile)
     rows = max(1, min(R, tile // columns))
     total, term = _tiles(rows * columns, alpha_KRC.dtype, out_RC.device)
+    witness = torch.zeros((), dtype=alpha_KRC.dtype, device=out_RC.device)
     for r in range(0, R, rows):
         for c in range(0, C, columns):
             where = (slice(r, r + rows), slice(c, c + columns))
@@ -109,7 +116,10 @@ def _fuse_tiles(experts_RC: Sequence[torch.Tensor], alpha_KRC: torch.Tensor, out
                     torch.mul(term_rc, weight, out=sum_rc)
                 else:
                     sum_rc.addcmul_(term_rc, weight)
+            # One NaN or infinity makes the sum of all elements one; weights are far too small to overflow it.
+            witness += sum_rc.sum()
             target.copy_(sum_rc)
+    return bool(torch.isfinite(witness))
 
 
 def _tiles(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ from pydantic import BeforeValidator
 
 from mergekit_wp.components import slot_of
 from mergekit_wp.errors import BadInput
-from mergekit_wp.merge.fusion import fuse
+from mergekit_wp.merge.fusion import NotFinite, fuse
 from mergekit_wp.merge.plan import METHOD_NAME
 from mergekit_wp.merge.shares import load_scores, tensor_shares
 
@@ -120,19 +120,26 @@ class WeightPatchingMerge(GroupMergeMethod):
         `source_name` is the tensor's name in the inputs, whose layer decides the shares (under `slices:` the
         output's name has another layer); it falls back to the group's name. `out_dtype` falls back to the
         base's dtype. The base's values are not read. Raises `ValueError` when the tensor does not have the
-        shape that the score files were made for.
+        shape that the score files were made for, `BadInput` when an expert holds a NaN or an infinity.
         """
         base = group.base
         assert base is not None  # the contract says so
         experts = group.non_base
         slot = slot_of(source_name or group.metadata.name or "")
         alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot)
-        return fuse(
-            [expert.tensor for expert in experts],
-            alpha_Kn,
-            0 if slot is None else slot.axis,
-            out_dtype or base.tensor.dtype,
-        )
+        try:
+            return fuse(
+                [expert.tensor for expert in experts],
+                alpha_Kn,
+                0 if slot is None else slot.axis,
+                out_dtype or base.tensor.dtype,
+            )
+        except NotFinite:
+            bad = [str(e.id) for e in experts if not bool(torch.isfinite(e.tensor).all())]
+            raise BadInput(
+                f"{' and '.join(bad) or 'the experts'}: {source_name or group.metadata.name} holds a NaN or an "
+                "infinity; download or save that checkpoint again."
+            ) from None
 
     def _execute(
         self,
