@@ -222,9 +222,7 @@ def _weight_files(folder: Path) -> list[Path]:
             files = [folder / shard for shard in sorted(set(weight_map.values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing or not files:
-                raise BadInput(
-                    f"{folder}: the shard {', '.join(missing) or 'list'} is missing; download it again."
-                )
+                raise BadInput(f"{folder}: the shard {', '.join(missing) or 'list'} is missing; download it again.")
             return files
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]

@@ -99,9 +99,7 @@ class Geometry:
             elif type(value) is not int or value < 1:
                 raise BadInput(f"geometry field {name}: found {value!r}, expected a positive whole number.")
         if self.heads % self.kv_heads:
-            raise BadInput(
-                f"geometry: {self.heads} query heads cannot be shared out over {self.kv_heads} KV heads."
-            )
+            raise BadInput(f"geometry: {self.heads} query heads cannot be shared out over {self.kv_heads} KV heads.")
 
     @property
     def group_size(self) -> int:

@@ -45,6 +45,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         yield partial
+        if partial.is_file():
+            # Some writers make private files; outputs get the permissions that the user's umask gives.
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)
         os.replace(partial, target)
     finally:
         if partial.is_dir():

@@ -178,9 +178,7 @@ def read_scores(path: str | Path) -> Scores:
     try:
         meta = ScoreMeta.from_json(text)
         tasks = {
-            task: TaskScores(
-                **{part: tensors.pop(f"tasks/{task}/{part}") for part in ("heads", "neurons", "anchor")}
-            )
+            task: TaskScores(**{part: tensors.pop(f"tasks/{task}/{part}") for part in ("heads", "neurons", "anchor")})
             for task in meta.tasks
         }
         scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks)
@@ -188,9 +186,7 @@ def read_scores(path: str | Path) -> Scores:
             raise ValueError(f"unexpected tensors {sorted(tensors)}")
         return scores
     except KeyError as error:
-        raise BadInput(
-            f"{path}: this score file has no {error.args[0]}; make it again with wp-score."
-        ) from error
+        raise BadInput(f"{path}: this score file has no {error.args[0]}; make it again with wp-score.") from error
     except (ValueError, TypeError, AttributeError, BadInput) as error:
         reason = error.message if isinstance(error, BadInput) else str(error)
         raise BadInput(f"{path}: not a valid score file: {reason}.") from error

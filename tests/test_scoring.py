@@ -213,7 +213,7 @@ def test_against_the_definition(tmp_path, kind, method):
         {"utility": "kl"},
         {"utility": "kl", "gap": "mean"},
         {"utility": "anchor", "gap": "mean", "contrast": False},
-        {"utility": "staged", "contrast": False, "split": "half", "extra_rows": 1},
+        {"utility": "staged", "contrast": False, "split": "half", "extra_rows": 1, "gap_floor": 3e-3},
     ],
     ids=str,
 )
@@ -247,8 +247,8 @@ def test_anchor_runs_nothing_above_its_layer(tmp_path, monkeypatch):
     job = job_for(tmp_path, "llama", utility="anchor")
     load = engine.load_pair
 
-    def booby_trapped(job):
-        pair = load(job)
+    def booby_trapped(*args):
+        pair = load(*args)
         for model in (pair.base, pair.expert):
             for layer in list(model.model.layers)[LAYER + 1 :]:
                 monkeypatch.setattr(layer, "forward", lambda *a, **k: pytest.fail("a layer above the anchor ran"))
@@ -264,9 +264,9 @@ def test_no_weight_gradients_and_weights_untouched(tmp_path, monkeypatch):
     from mergekit_wp.scoring import engine
 
     job = job_for(tmp_path, "qwen2")
-    pair = engine.load_pair(job)
+    pair = engine.load_pair(job, engine.check_pair(job))
     before = {key: value.clone() for key, value in pair.base.state_dict().items()}
-    monkeypatch.setattr(engine, "load_pair", lambda _job: pair)
+    monkeypatch.setattr(engine, "load_pair", lambda *_args: pair)
     score(job)
     assert all(parameter.grad is None for parameter in pair.base.parameters())
     assert all(torch.equal(value, before[key]) for key, value in pair.base.state_dict().items())

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.pairs import TaskPairs
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,46 @@ class Batch:
         return x_BTD[torch.arange(len(self.last_B), device=x_BTD.device), self.last_B]
 
 
-def tokenize(tokenizer, prompts: Sequence[str], template: str, limit: int) -> list[list[int]]:  # type: ignore[no-untyped-def]
-    """Token ids of every prompt in its template.
+Tokens = list[list[int]]
 
-    Raises `BadInput` when a prompt has no token, or more than the `limit` positions of the model.
+
+@dataclass(frozen=True)
+class TaskTokens:
+    """Token ids of one task: extraction prompts, their contrasts (None: contrast the models), scoring prompts."""
+
+    task: str
+    extraction: Tokens
+    contrasts: Tokens | None
+    scoring: Tokens
+
+
+def tokenize_tasks(tokenizer: Any, tasks: Sequence[TaskPairs], template: str, limit: int) -> list[TaskTokens]:
+    """Put every prompt into the template and tokenise it.
+
+    Raises `BadInput` when a prompt has no token, or more than the `limit` positions of the models.
     """
-    texts = [template.replace("{prompt}", prompt) for prompt in prompts]
-    ids = [list(tokenizer(text)["input_ids"]) for text in texts]
-    for text, tokens in zip(texts, ids, strict=True):
-        if not tokens:
-            raise BadInput(f"the prompt {text[:60]!r} gives no token under this tokenizer; remove it from the pairs.")
-        if len(tokens) > limit:
-            raise BadInput(f"the prompt {text[:60]!r} has {len(tokens)} tokens, the model takes {limit}; shorten it.")
-    return ids
+
+    def ids(texts: Sequence[str]) -> Tokens:
+        return [_ids(tokenizer, template.replace("{prompt}", text), limit) for text in texts]
+
+    return [
+        TaskTokens(
+            task.task,
+            ids([pair.prompt for pair in task.extraction]),
+            ids([pair.contrast for pair in task.extraction if pair.contrast]) or None,
+            ids([pair.prompt for pair in task.scoring]),
+        )
+        for task in tasks
+    ]
+
+
+def _ids(tokenizer: Any, text: str, limit: int) -> list[int]:
+    tokens = list(tokenizer(text)["input_ids"])
+    if not tokens:
+        raise BadInput(f"the prompt {text[:60]!r} gives no token under this tokenizer; remove it from the pairs.")
+    if len(tokens) > limit:
+        raise BadInput(f"the prompt {text[:60]!r} has {len(tokens)} tokens, the models take {limit}; shorten it.")
+    return tokens
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[Batch]:

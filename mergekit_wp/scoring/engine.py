@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -22,19 +22,22 @@ import torch
 from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores
-from mergekit_wp.scoring.batches import Batch, batches, tokenize
+from mergekit_wp.scoring.batches import Batch, TaskTokens, batches, tokenize_tasks
 from mergekit_wp.scoring.capture import LayerRecord, capture_layers, differentiable_embeddings
 from mergekit_wp.scoring.firstorder import SCORE_LAYER
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import (
+    CheckedPair,
     ModelPair,
+    check_pair,
     layer_hook,
     load_pair,
+    load_tokenizer,
     next_token_logits,
     only_layers,
     residual_at_anchor,
 )
-from mergekit_wp.scoring.pairs import Pair, TaskPairs, load_pairs, split_pairs
+from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.utilities import GapLedger, anchor_utility, kl_utility
 
 Tick = Callable[[int], object]
@@ -46,10 +49,13 @@ def score(job: ScoringJob, progress: Callable[[int, str], Tick] | None = None) -
     `progress(total prompts, what)` may return a function that is told of every prompt done.
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
-    tasks = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split, job.seed)
-    pair = load_pair(job)
-    layer = anchor_layer(job.layer, pair.geometry.layers)
-    prompts = sum(_extraction_runs(task) + len(task.scoring) for task in tasks)
+    checked = check_pair(job)
+    layer = anchor_layer(job.layer, checked.base.geometry.layers)
+    pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split, job.seed)
+    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
+    pair = load_pair(job, checked)  # only now, when nothing but the weights themselves can be wrong
+    prompts = sum(2 * len(task.extraction) + len(task.scoring) for task in tasks)
     tick = progress(prompts, "Scoring prompts") if progress else (lambda _n: None)
     metas, scores = {}, {}
     for task in tasks:
@@ -57,7 +63,7 @@ def score(job: ScoringJob, progress: Callable[[int, str], Tick] | None = None) -
             metas[task.task], scores[task.task] = score_task(job, pair, task, layer, tick)
         except torch.OutOfMemoryError as error:
             raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
-    return Scores.from_tasks(_meta(job, pair, layer, metas), scores)
+    return Scores.from_tasks(_meta(job, checked, pair, layer, metas), scores)
 
 
 def anchor_layer(asked: int | None, layers: int) -> int:
@@ -72,12 +78,12 @@ def anchor_layer(asked: int | None, layers: int) -> int:
 
 
 def score_task(
-    job: ScoringJob, pair: ModelPair, task: TaskPairs, layer: int, tick: Tick = lambda _n: None
+    job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, tick: Tick = lambda _n: None
 ) -> tuple[TaskMeta, TaskScores]:
     """Direction and scores of one task. Raises `BadInput` when no prompt shows a gap."""
     direction_D = extract_direction(job, pair, task, layer, tick)
     run = TaskRun(job, pair, layer, direction_D)
-    for batch in _batches(job, pair, task.scoring, "prompt"):
+    for batch in batches(task.scoring, job.batch_size, pair.device):
         run.add(batch)
         tick(len(batch.last_B))
     heads_LH, neurons_LF = run.finish(task.task)
@@ -87,17 +93,17 @@ def score_task(
 
 
 def extract_direction(
-    job: ScoringJob, pair: ModelPair, task: TaskPairs, layer: int, tick: Tick = lambda _n: None
+    job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, tick: Tick = lambda _n: None
 ) -> torch.Tensor:
     """v [D], float32: the mean over extraction pairs of z(x+|expert) - z(x-|expert) (Eq. 3).
 
     Without contrasts, of z(x|expert) - z(x|base). Raises `BadInput` when it vanishes.
     """
-    runs = [(pair.expert, "prompt", 1)]
-    runs += [(pair.expert, "contrast", -1)] if task.extraction[0].contrast else [(pair.base, "prompt", -1)]
+    runs = [(1, pair.expert, task.extraction)]
+    runs += [(-1, pair.expert, task.contrasts)] if task.contrasts else [(-1, pair.base, task.extraction)]
     total_D = torch.zeros(pair.geometry.d_model, dtype=torch.float64, device=pair.device)
-    for model, which, sign in runs:
-        for batch in _batches(job, pair, task.extraction, which):
+    for sign, model, prompts in runs:
+        for batch in batches(prompts, job.batch_size, pair.device):
             total_D += sign * residual_at_anchor(model, batch, layer).double().sum(0)
             tick(len(batch.last_B))
     direction_D = (total_D / len(task.extraction)).float()
@@ -192,21 +198,12 @@ class TaskRun:
         self.neurons_LF[layer] += neurons_F
 
 
-def _batches(job: ScoringJob, pair: ModelPair, rows: Sequence[Pair], which: str):  # type: ignore[no-untyped-def]
-    texts = [getattr(row, which) for row in rows]
-    return batches(tokenize(pair.tokenizer, texts, job.template, pair.context_limit), job.batch_size, pair.device)
-
-
-def _extraction_runs(task: TaskPairs) -> int:
-    return 2 * len(task.extraction)
-
-
-def _meta(job: ScoringJob, pair: ModelPair, layer: int, tasks: dict[str, TaskMeta]) -> ScoreMeta:
+def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, tasks: dict[str, TaskMeta]) -> ScoreMeta:
     packages = ("mergekit-wp", "torch", "transformers", "safetensors")
     name = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
     return ScoreMeta(
-        base=_model_id(job.base, pair.base_print),
-        expert=_model_id(job.expert, pair.expert_print),
+        base=_model_id(job.base, checked.base_print),
+        expert=_model_id(job.expert, checked.expert_print),
         geometry=pair.geometry,
         tasks=tasks,
         method=job.method,

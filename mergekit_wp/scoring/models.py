@@ -25,45 +25,67 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ModelPair:
-    """Both models on one device, parameters frozen; `geometry` is the base's."""
+class CheckedPair:
+    """Base and expert on disk, known to fit each other; nothing loaded yet."""
 
-    base: Any
-    expert: Any
-    tokenizer: Any
-    geometry: Geometry
+    base: Checkpoint
+    expert: Checkpoint
     base_print: Fingerprint
     expert_print: Fingerprint
-    device: torch.device
-    dtype: torch.dtype
 
     @property
     def context_limit(self) -> int:
         """Positions that both models take."""
         configs = (self.base.config, self.expert.config)
-        return min(getattr(config, "max_position_embeddings", None) or 10**9 for config in configs)
+        return min(config.get("max_position_embeddings") or 10**9 for config in configs)
 
 
-def load_pair(job: ScoringJob) -> ModelPair:
-    """Check both models from their headers, then load them.
+@dataclass(frozen=True)
+class ModelPair:
+    """Both models on one device, parameters frozen; `geometry` is the base's."""
+
+    base: Any
+    expert: Any
+    geometry: Geometry
+    device: torch.device
+    dtype: torch.dtype
+
+
+def check_pair(job: ScoringJob) -> CheckedPair:
+    """Open both models and compare them by their configs and tensor headers.
 
     Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, an expert
-    with fewer vocabulary rows than the base, equal weights (no gap to explain), and NaN or infinite weights.
-    Other signs of a wrong lineage (another rope_theta, say) are logged as warnings.
+    with fewer vocabulary rows than the base, and equal weights (no gap to explain). Other signs of a wrong
+    lineage (another rope_theta, say) are logged as warnings.
     """
     base, expert = Checkpoint.open(job.base), Checkpoint.open(job.expert.partition("+")[0])
-    _check_comparable(base, expert)
-    prints = fingerprint_of(job.base), fingerprint_of(job.expert)
-    if prints[0].tensors == prints[1].tensors:
+    if differences := expert.geometry.differences(base.geometry):
+        raise BadInput(
+            f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
+            "be a fine-tune of the base."
+        )
+    if expert.geometry.vocabulary < base.geometry.vocabulary:
+        raise BadInput(
+            f"{expert.name}: has {expert.geometry.vocabulary} vocabulary rows, fewer than the base's "
+            f"{base.geometry.vocabulary}; it is not a fine-tune of {base.name}."
+        )
+    checked = CheckedPair(base, expert, fingerprint_of(job.base), fingerprint_of(job.expert))
+    if checked.base_print.tensors == checked.expert_print.tensors:
         raise BadInput(f"{job.expert}: the weights equal those of the base {job.base}; there is no gap to explain.")
+    for difference in expert.lineage_differences(base):
+        LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
+    return checked
+
+
+def load_pair(job: ScoringJob, checked: CheckedPair) -> ModelPair:
+    """Load both models. Raises `BadInput` when one does not load, does not fit, or holds a NaN or an infinity."""
     device = pick_device(job.device)
     dtype = pick_dtype(job.dtype, device)
     with _lora_merged(job) as merged_folder:
-        expert_folder = merged_folder or str(expert.folder)
-        expert_model = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
-    base_model = _load_model(job.base, str(base.folder), dtype, device, job.trust_remote_code)
-    tokenizer = _load_tokenizer(base, job.trust_remote_code)
-    return ModelPair(base_model, expert_model, tokenizer, base.geometry, *prints, device, dtype)
+        expert_folder = merged_folder or str(checked.expert.folder)
+        expert = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
+    base = _load_model(job.base, str(checked.base.folder), dtype, device, job.trust_remote_code)
+    return ModelPair(base, expert, checked.base.geometry, device, dtype)
 
 
 def pick_device(name: str) -> torch.device:
@@ -89,21 +111,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _check_comparable(base: Checkpoint, expert: Checkpoint) -> None:
-    if differences := expert.geometry.differences(base.geometry):
-        raise BadInput(
-            f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
-            "be a fine-tune of the base."
-        )
-    if expert.geometry.vocabulary < base.geometry.vocabulary:
-        raise BadInput(
-            f"{expert.name}: has {expert.geometry.vocabulary} vocabulary rows, fewer than the base's "
-            f"{base.geometry.vocabulary}; it is not a fine-tune of {base.name}."
-        )
-    for difference in expert.lineage_differences(base):
-        LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
-
-
 @contextmanager
 def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
     """For an expert `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
@@ -124,11 +131,12 @@ def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
         # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = load(
             folder,
             dtype=dtype,
             device_map={"": str(device)},
@@ -154,7 +162,8 @@ def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device
     return model
 
 
-def _load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:
+def load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:
+    """The base's tokenizer: its ids are valid in both models. Raises `BadInput` when it does not load."""
     from transformers import AutoTokenizer
 
     try:

@@ -72,7 +72,7 @@ class GapLedger:
             return self.total
         if not self.used:
             raise BadInput(
-                f"task {task}: all {self.dropped} scoring prompts were dropped, each with a {self.utility} gap below "
+                f"task {task}: all {self.dropped} scoring prompts were dropped, each with its {self.utility} gap below "
                 f"the floor {self.floor:g}; this expert does not differ from the base on them."
             )
         return float(self.used)

@@ -1,0 +1,144 @@
+"""wp-score: score every head and neuron of one expert, and write one score file.
+
+Heavy packages are imported inside the command, so that `wp-score --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_wp import __version__
+from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import check_writable_parent
+from mergekit_wp.scoring.job import CHOICES, load_job
+
+if TYPE_CHECKING:
+    from mergekit_wp.scorefile import Scores
+
+_GROUPS = {
+    "Models and Prompts": ("base", "expert", "pairs", "template", "samples", "seed"),
+    "Method": ("layer", "method", "utility", "split", "gap", "gap_floor"),
+    "Output Settings": ("out",),
+    "Performance": ("device", "dtype", "batch_size"),
+    "Dangerous Options": ("trust_remote_code",),
+}
+
+_EPILOG = """\b
+Examples:
+  wp-score scoring/wizardlm-13b.yaml --out scores/wizardlm-13b.safetensors
+  wp-score scoring/wizardlm-13b.yaml --method writeback --device cuda:1 --out scores/lm.safetensors
+  wp-score --base ./base --expert ./maths --pairs maths.jsonl --out scores/maths.safetensors
+  wp-score --base ./base --expert ./base+./lora --pairs builtin:instructions --samples 50 --out s.safetensors
+
+A flag overrides the field of the same name in JOB.yaml. Pairs are JSON lines {"task", "prompt", "contrast"};
+without "contrast" the expert is contrasted with the base.
+"""
+
+
+@click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
+@click.argument("job_file", metavar="[JOB.yaml]", required=False)
+@click.option("--base", metavar="MODEL", help="Base model: a folder or a Hub name.")
+@click.option("--expert", metavar="MODEL[+LORA]", help="Expert fine-tuned from it.")
+@click.option("--pairs", metavar="FILE.jsonl", help="Prompt pairs, or builtin:{instructions,maths,code}.")
+@click.option("--template", help="Text around each prompt; must contain {prompt}.")
+@click.option("--samples", type=int, help="Pairs a task, drawn by seed (default: all; 100 of a built-in set).")
+@click.option("--seed", type=int, help="Seed of the draw and of the split (default: 0).")
+@click.option("--layer", type=int, help="Anchor layer, from 0 (default: two thirds of the depth).")
+@click.option("--method", type=click.Choice(CHOICES["method"]), help="How to score (default: writeback).")
+@click.option("--utility", type=click.Choice(CHOICES["utility"]), help="What recovery means (default: staged).")
+@click.option("--split", type=click.Choice(CHOICES["split"]), help="Disjoint or shared prompts (default: half).")
+@click.option("--gap", type=click.Choice(CHOICES["gap"]), help="Mean of ratios or ratio of means (default: sample).")
+@click.option("--gap-floor", type=float, help="Drop prompts with a smaller gap (default: 0.001).")
+@click.option("--out", required=True, metavar="FILE", help="Score file to write (.safetensors).")
+@click.option("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one).")
+@click.option("--dtype", type=click.Choice(CHOICES["dtype"]), help="Dtype to run in (default: bfloat16 on a GPU).")
+@click.option("--batch-size", type=int, help="Prompts a forward pass (default: 16).")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python that comes with a model folder.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.version_option(__version__)
+def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
+    """Score every attention head and MLP neuron of an expert by Weight Patching.
+
+    A score is the share of the gap between base and expert, on prompts that ask for a capability, that the
+    component restores when it alone is put into the base.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    job = load_job(job_file, given)
+    target = check_writable_parent(out)
+    if target.is_dir():
+        raise BadInput(f"--out {out}: this is a folder; name a file, such as {out}/scores.safetensors.")
+    watched = sys.stderr.isatty() and not quiet
+    _quieten(watched)
+    from mergekit_wp.scorefile import write_scores
+    from mergekit_wp.scoring.engine import score
+
+    if not quiet:
+        click.echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
+    with Progress(not quiet) as progress:
+        scores = score(job, progress)
+    write_scores(scores, target)
+    if not quiet:
+        click.echo(summary(scores), err=True)
+        click.echo(f"Written: {out}", err=True)
+
+
+def summary(scores: Scores) -> str:
+    """What a user checks first: prompts used and dropped, the gap, and the leading heads and neurons."""
+    meta = scores.meta
+    lines = [f"Anchor layer {meta.anchor_layer} of {meta.geometry.layers}; {meta.dtype} on {meta.device}"]
+    for task, about in meta.tasks.items():
+        parts = [
+            f"{utility} gap {stats.mean_gap:.3g} over {stats.used} prompts"
+            + (f" ({stats.dropped} dropped)" if stats.dropped else "")
+            for utility, stats in about.utilities.items()
+        ]
+        lines.append(f"  {task}: {'; '.join(parts)}")
+    for name, letter, table in (("heads", "H", scores.heads), ("neurons", "N", scores.neurons)):
+        values, places = table.flatten().topk(min(5, table.numel()))
+        width = table.shape[1]
+        leaders = [
+            f"L{int(p) // width}{letter}{int(p) % width} {float(v):.3f}" for v, p in zip(values, places, strict=True)
+        ]
+        lines.append(f"Leading {name}: {', '.join(leaders)}")
+    return "\n".join(lines)
+
+
+class Progress:
+    """A tqdm bar over prompts, with the time left; one line at the start where nobody watches."""
+
+    def __init__(self, shown: bool):
+        self.shown = shown
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[int, str], Callable[[int], object]] | None:
+        return self.start if self.shown else None
+
+    def start(self, total: int, what: str) -> Callable[[int], object]:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc=what, unit="prompt", mininterval=0.5 if sys.stderr.isatty() else 30)
+        return self.bar.update
+
+    def __exit__(self, *_error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _quieten(watched: bool) -> None:
+    """Leave the terminal to our own lines and bar."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    if not watched:
+        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()
