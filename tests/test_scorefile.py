@@ -1,0 +1,163 @@
+"""Score files: what is written is read back, and nothing damaged is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mergekit_wp.components import Geometry
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scorefile import (
+    ModelId,
+    ScoreMeta,
+    Scores,
+    TaskMeta,
+    TaskScores,
+    UtilityStats,
+    read_scores,
+    write_scores,
+)
+
+GEOMETRY = Geometry("LlamaForCausalLM", 3, 4, 2, 8, 10, 24, 97)
+
+
+def example(tasks=("a", "b")) -> Scores:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    scores = {task: TaskScores(random(3, 4), random(3, 10), random(24)) for task in tasks}
+    about = TaskMeta(8, 8, {"anchor": UtilityStats(7, 1, 0.25), "kl": UtilityStats(8, 0, 1.5)})
+    meta = ScoreMeta(
+        base=ModelId("base", None, "c", "t"),
+        expert=ModelId("user/expert", "main", "c", "u"),
+        geometry=GEOMETRY,
+        tasks=dict.fromkeys(tasks, about),
+        method="writeback",
+        utility="staged",
+        gap="sample",
+        split="half",
+        anchor_layer=2,
+        dtype="float32",
+        device="cpu",
+        seed=0,
+        versions={"torch": "2"},
+        date="2026-01-01T00:00:00+00:00",
+    )
+    return Scores.from_tasks(meta, scores)
+
+
+def damage(path, change):
+    """Rewrite a score file through `change(tensors, meta)`."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta = json.loads(file.metadata()["wp"])
+    change(tensors, meta)
+    save_file(tensors, path, metadata={"wp": json.dumps(meta)})
+
+
+def test_round_trip(tmp_path):
+    written = example()
+    write_scores(written, tmp_path / "s.safetensors")
+    got = read_scores(tmp_path / "s.safetensors")
+    assert got.meta == written.meta
+    assert {k: v.tolist() for k, v in got.tensors().items()} == {k: v.tolist() for k, v in written.tensors().items()}
+    assert sorted(got.tensors()) == sorted(
+        ["heads", "neurons", *(f"tasks/{t}/{p}" for t in "ab" for p in ("heads", "neurons", "anchor"))]
+    )
+
+
+def test_overall_scores_are_the_mean_over_tasks():
+    scores = example()
+    assert torch.equal(scores.heads, (scores.tasks["a"].heads + scores.tasks["b"].heads) / 2)
+    assert torch.equal(scores.neurons, (scores.tasks["a"].neurons + scores.tasks["b"].neurons) / 2)
+
+
+def _set(key, index, value):
+    return lambda tensors, _meta: tensors[key].__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_set("heads", (0, 0), float("nan")), "heads holds a NaN"),
+        (_set("tasks/a/anchor", 3, float("inf")), "tasks/a/anchor holds a NaN or an infinity"),
+        (lambda t, m: t.update(neurons=t["neurons"][:, :9].clone()), r"neurons has shape [3, 9], expected [3, 10]"),
+        (lambda t, m: t.update(heads=t["heads"].double()), "heads has dtype torch.float64"),
+        (lambda t, m: t.pop("heads"), "has no heads"),
+        (lambda t, m: t.pop("tasks/b/neurons"), "has no tasks/b/neurons"),
+        (lambda t, m: t.update(more=torch.zeros(1)), "unexpected tensors ['more']"),
+        (lambda t, m: m.update(format=2), "format version 2"),
+        (lambda t, m: m.pop("anchor_layer"), "anchor_layer"),
+        (lambda t, m: m.update(anchor_layer=3), "anchor layer 3 of 3"),
+        (lambda t, m: m.update(surprise=1), "surprise"),
+        (lambda t, m: m["geometry"].update(heads=0), "heads"),
+        (lambda t, m: m["geometry"].update(architecture="GPT2LMHeadModel"), "GPT2LMHeadModel"),
+        (lambda t, m: m.update(tasks={}), "tasks"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_sentence(tmp_path, change, said):
+    path = tmp_path / "s.safetensors"
+    write_scores(example(), path)
+    damage(path, change)
+    with pytest.raises(BadInput) as caught:
+        read_scores(path)
+    assert str(path) in caught.value.message
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "cannot be read"), (b"PK\x03\x04zip", "cannot be read"), (b"\xff" * 64, "cannot be read")],
+)
+def test_not_safetensors(tmp_path, content, said):
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=said):
+        read_scores(path)
+
+
+def test_other_safetensors_and_missing(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="without the `wp` metadata"):
+        read_scores(tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="no such score file"):
+        read_scores(tmp_path / "y.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "z.safetensors", metadata={"wp": "not json"})
+    with pytest.raises(BadInput, match=re.escape("z.safetensors")):
+        read_scores(tmp_path / "z.safetensors")
+
+
+def test_a_scores_object_that_exists_is_valid():
+    scores = example()
+    with pytest.raises(ValueError, match="NaN"):
+        replace(scores, heads=scores.heads * float("nan"))
+
+
+def test_metadata_is_plain_json(tmp_path):
+    write_scores(example(), tmp_path / "s.safetensors")
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
+        meta = json.loads(file.metadata()["wp"])
+    assert meta == json.loads(json.dumps(asdict(example().meta)))
+    assert meta["tasks"]["a"]["utilities"]["anchor"] == {"used": 7, "dropped": 1, "mean_gap": 0.25}
+
+
+def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    from mergekit_wp import scorefile
+
+    def broken(_tensors, path, **_options):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(scorefile, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_scores(example(), tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
