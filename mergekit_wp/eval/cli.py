@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
+from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
 from mergekit_wp.files import check_writable_parent, write_text
@@ -41,22 +42,6 @@ is taken from OUT/cache: a run that was killed goes on where it stopped.
 """
 
 
-class GroupedCommand(click.Command):
-    """Help with options under headings, the way mergekit's commands group theirs."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        heading = {name: title for title, names in _GROUPS.items() for name in names}
-        for title in [*_GROUPS, "Miscellaneous"]:
-            chosen = [
-                p
-                for p in self.get_params(ctx)
-                if isinstance(p, click.Option) and heading.get(p.name or "", "Miscellaneous") == title
-            ]
-            if records := [record for p in chosen if (record := p.get_help_record(ctx))]:
-                with formatter.section(title):
-                    formatter.write_dl(records)
-
-
 class BatchSize(click.ParamType):
     """A whole number, or `auto`."""
 
@@ -70,7 +55,7 @@ class BatchSize(click.ParamType):
         self.fail(f"{value!r} is neither a whole number from 1 up nor `auto`.", param, ctx)
 
 
-@click.command(cls=GroupedCommand, epilog=_EPILOG)
+@click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
 @click.argument("suite_file", metavar="SUITE.yaml")
 @click.argument("models", metavar="[NAME=]MODEL...", nargs=-1, required=True)
 @click.option("--baseline", metavar="NAME", help="Row that differences are taken from (default: the suite's).")

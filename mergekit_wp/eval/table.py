@@ -11,10 +11,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mergekit_wp.eval.run import Row, plain
-from mergekit_wp.eval.suite import Suite
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.models import EvalModel
+from mergekit_wp.eval.run import Cell, Row, plain
+from mergekit_wp.eval.suite import Suite, SuiteTask
 
 AVERAGE = "Average"
 
@@ -147,3 +150,27 @@ def to_json(table: Table, about: dict[str, Any]) -> str:
         "rows": rows,
     }
     return json.dumps(plain(content), indent=2) + "\n"
+
+
+def read_results(path: Path) -> Table:
+    """The table in a results.json. Raises `BadInput` when it is missing or not one of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tasks = tuple(SuiteTask(**column) for column in content["columns"])
+        rows = [
+            Row(
+                EvalModel(row["name"], row["model"], Path(row["model"]), row["fingerprint"]),
+                {
+                    task.column: Cell(**{k: row["cells"][task.column][k] for k in ("value", "stderr", "samples")})
+                    for task in tasks
+                },
+                row["measured"],
+            )
+            for row in content["rows"]
+        ]
+        suite = Suite(content["suite_content"]["name"], tasks)
+        return Table(suite, rows, content["baseline"], content["limit"])
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read these results ({error.strerror or error}).") from error
+    except (ValueError, KeyError, TypeError, BadInput) as error:
+        raise BadInput(f"{path}: not a results.json of wp-eval ({error}); evaluate again.") from error

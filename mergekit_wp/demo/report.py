@@ -1,0 +1,165 @@
+"""report.html: one page with everything in it, from a results table, score files and the commands used.
+
+No scripts and no requests to anywhere: style and pictures are in the page itself.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import click
+
+from mergekit_wp.demo.page import LEAD, PAGE, SCORES, SHARES, STYLE
+from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, share_bars
+from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, readable, score_file
+from mergekit_wp.eval.table import Table, read_results
+from mergekit_wp.files import shipped, write_text
+from mergekit_wp.merge.fusion import component_weights
+from mergekit_wp.scorefile import Scores, read_scores
+
+
+@dataclass(frozen=True)
+class Command:
+    """One step as a person would type it, with a line on what it is for."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. `scores` maps each expert's name to its score file, in the merge's order."""
+
+    table: Table
+    scores: dict[str, Scores]
+    merges: Sequence[str]
+    commands: Sequence[Command]
+
+    def html(self) -> str:
+        sections = [
+            _section("Results", _results(self.table, self.merges)),
+            _section("Where each capability is written", SCORES + "".join(map(self._expert, self.scores))),
+            _section("Which expert carries which layer of the merge", self._shares()),
+            _section("Each step by hand", _commands(self.commands)),
+        ]
+        return PAGE.format(style=STYLE, lead=LEAD, body="\n".join(sections), foot=self._foot())
+
+    def _expert(self, name: str) -> str:
+        scores, colour = self.scores[name], expert_colour(list(self.scores).index(name))
+        meta = scores.meta
+        used = sum(max(u.used for u in task.utilities.values()) for task in meta.tasks.values())
+        about = (
+            f"Anchor layer {meta.anchor_layer}, method <code>{escape(meta.method)}</code>, utility "
+            f"<code>{escape(meta.utility)}</code>, {used} prompts of {len(meta.tasks)} "
+            f"{'task' if len(meta.tasks) == 1 else 'tasks'}."
+        )
+        heads = head_map(scores.heads, meta.anchor_layer, colour)
+        neurons = neuron_map(scores.neurons, meta.anchor_layer, colour)
+        return (
+            f'<article><h3><span class="dot" style="background:{colour}"></span>{escape(name)}</h3>'
+            f"<p>{about}</p>"
+            f'<div class="pair"><figure><figcaption>Heads</figcaption>{heads}</figure>'
+            f"<figure><figcaption>Neurons, sorted within each layer</figcaption>{neurons}</figure></div></article>"
+        )
+
+    def _shares(self) -> str:
+        names = list(self.scores)
+        heads = component_weights([scores.heads for scores in self.scores.values()])
+        neurons = component_weights([scores.neurons for scores in self.scores.values()])
+        return (
+            f'{SHARES}<div class="pair"><figure>{share_bars(heads, names, "heads")}</figure>'
+            f"<figure>{share_bars(neurons, names, 'neurons')}</figure></div>"
+        )
+
+    def _foot(self) -> str:
+        meta = next(iter(self.scores.values())).meta
+        packages = ", ".join(f"{escape(name)} {escape(str(value))}" for name, value in meta.versions.items())
+        return f"Scored {escape(meta.date[:10])} in {escape(meta.dtype)} with {packages}."
+
+
+def _results(table: Table, merges: Sequence[str]) -> str:
+    """The table; the best merge of each column is bold, the other models are there to compare with."""
+    merged = [row for row in table.rows if row.model.name in merges]
+    best = {column: max((table.value(row, column) for row in merged), default=None) for column in table.columns}
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    lines = []
+    for row in table.rows:
+        cells = []
+        for column in table.columns:
+            value, difference = table.value(row, column), table.difference(row, column)
+            text = f"{100 * value:.1f}"
+            if row in merged and value == best[column]:
+                text = f"<strong>{text}</strong>"
+            if row in merged and difference is not None:
+                kind = "up" if difference > 0 else "down" if difference < 0 else "same"
+                text += f'<small class="{kind}">{100 * difference:+.1f}</small>'
+            elif table.baseline:
+                text += "<small></small>"  # keeps the figures of a column under one another
+            cells.append(f"<td>{text}</td>")
+        kind = ' class="merge"' if row in merged else ""
+        lines.append(f"<tr{kind}><th>{escape(table.label(row))}</th>{''.join(cells)}</tr>")
+    note = "Percent of test items answered right. Bold: the best merge."
+    if table.baseline:
+        note += f" Small: points of difference to <em>{escape(table.baseline)}</em>, the plain average."
+    if items := sorted({cell.samples for row in table.rows for cell in row.cells.values() if cell.samples}):
+        errors = [table.stderr(row, c) or 0 for row in merged for c in table.columns[:-1]]
+        note += f" {items[0]} items a capability" + (" or more" if len(items) > 1 else "")
+        note += f"; a standard error is at most {100 * max(errors, default=0):.1f} points."
+    differences = ' class="differences"' if table.baseline else ""
+    return (
+        f'<div class="scroll"><table{differences}><thead><tr><th>model</th>{head}</tr></thead>'
+        f'<tbody>{"".join(lines)}</tbody></table></div><p class="note">{note}</p>'
+    )
+
+
+def _commands(commands: Sequence[Command]) -> str:
+    return "".join(
+        f"<h3>{escape(command.title)}</h3><pre><code>{escape(command.text)}</code></pre>" for command in commands
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
+
+
+def wrapped(words: Sequence[str], width: int = 96) -> str:
+    """A shell command over several lines, which can be pasted as it is; a flag stays with its value."""
+    parts: list[str] = []
+    for word in words:
+        value_of_flag = parts and parts[-1].startswith("--") and " " not in parts[-1] and word[:2] != "--"
+        if value_of_flag:
+            parts[-1] += f" {shlex.quote(word)}"
+        else:
+            parts.append(shlex.quote(word))
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 1 > width:
+            lines.append("   ")
+        lines[-1] += f" {part}"
+    return " \\\n".join(lines)
+
+
+@click.command()
+@click.argument("out", type=Path)
+@click.option("--worlds", type=Path, default=Path("runs/worlds"), show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(out: Path, worlds: Path, seed: int) -> None:
+    """Write OUT/report.html from the demo's results, score files and recipes."""
+    suite = readable(shipped("eval/miniature.yaml"))
+    commands = []
+    for step in demo_steps(out, worlds, seed, suite):
+        recipes = [path for path in step.inputs if path.parent == out / "recipes" and step.name != "report"]
+        shown = [f"# {path}\n{path.read_text(encoding='utf-8')}" for path in recipes]
+        commands.append(Command(step.title, "\n".join([*shown, wrapped(step.command)])))
+    scores = {expert: read_scores(score_file(out, expert)) for expert in EXPERTS}
+    report = Report(read_results(out / "eval" / "results.json"), scores, MERGES, commands)
+    write_text(out / "report.html", report.html())
+    click.echo(f"wrote {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
