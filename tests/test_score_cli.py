@@ -238,3 +238,29 @@ class TestSplit:
     def test_one_pair_cannot_be_halved(self):
         with pytest.raises(Exception, match="--split shared"):
             split_pairs(BUILTIN["code"](1, 0), "half", 0)
+
+
+def test_lora_expert_equals_the_merged_model(world, tmp_path):
+    """`base+lora` is scored as the full model that the LoRA makes of the base."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(world / "base"), config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    model.save_pretrained(tmp_path / "lora")
+    merged = tiny.save(model.merge_and_unload(), tmp_path / "merged")
+
+    as_lora = run(world, out="lora.safetensors", expert=f"{world / 'base'}+{tmp_path / 'lora'}")
+    assert as_lora[0].exit_code == 0, as_lora[0].output
+    scores, full = read_scores(as_lora[1]), read_scores(run(world, out="full.safetensors", expert=merged)[1])
+    torch.testing.assert_close(scores.heads, full.heads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores.neurons, full.neurons, rtol=1e-4, atol=1e-6)
+    assert scores.meta.expert.tensors != full.meta.expert.tensors
+
+
+def test_missing_lora(world):
+    refused(*run(world, expert=f"{world / 'base'}+./nowhere"), "./nowhere", "no such model folder")

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The wheel in a fresh environment, outside the checkout: score two experts, merge them with the stock
+# mergekit-yaml, with nothing of ours imported by hand.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"${PYTHON:-python3}" -m venv "$work/venv"
+bin=$work/venv/bin
+"$bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$work/dist" "$root"
+"$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$work"/dist/*.whl
+cd "$work"
+cp "$root/tests/tiny.py" "$root/tests/wheel_models.py" .
+export HF_HUB_OFFLINE=1
+"$bin/python" wheel_models.py
+for expert in one two; do
+  "$bin/wp-score" --base base --expert $expert --pairs pairs.jsonl --out scores/$expert.safetensors --quiet
+done
+"$bin/mergekit-yaml" recipe.yaml merged --quiet
+"$bin/wp-merge" recipe.yaml merged-by-wp-merge --quiet
+"$bin/python" wheel_models.py compare
+"$bin/wp-eval" --help >/dev/null
+# Uninstalling takes the start-up hook along.
+"$bin/python" -m pip uninstall --quiet --yes mergekit-wp
+test -z "$(find "$work/venv" -iname '*mergekit_wp*' -print -quit)"
+echo "wheel test passed"
