@@ -139,6 +139,22 @@ def test_expert_equal_to_base(world):
     refused(*run(world, expert=world / "base"), "equal those of the base")
 
 
+def test_expert_that_differs_in_one_element_is_not_equal(world, tmp_path):
+    """Its fingerprint, which samples the weights, may equal the base's; the comparison must not rest on that."""
+    copy = tmp_path / "one"
+    shutil.copytree(world / "base", copy)
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def move(tensors):
+        if name in tensors:
+            tensors[name][3, 7] += 5.0
+
+    _edit_weights(copy, move)
+    result, path = run(world, out="one.safetensors", expert=copy, utility="kl", gap_floor=1e-9)
+    assert result.exit_code == 0, result.output
+    assert read_scores(path).neurons.nonzero().tolist() == [[0, 7]]
+
+
 def test_expert_of_another_shape(world, tmp_path):
     other = tiny.save(tiny.random_model("llama", num_hidden_layers=3), tmp_path / "other")
     refused(*run(world, expert=other), "layers 3 against 4")

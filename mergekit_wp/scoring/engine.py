@@ -215,7 +215,7 @@ def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, ta
         device=name,
         seed=job.seed,
         versions={package: importlib.metadata.version(package) for package in packages},
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mergekit_wp.checkpoint import Checkpoint, Fingerprint, fingerprint_of
+from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batches import Batch
@@ -70,7 +70,9 @@ def check_pair(job: ScoringJob) -> CheckedPair:
             f"{base.geometry.vocabulary}; it is not a fine-tune of {base.name}."
         )
     checked = CheckedPair(base, expert, fingerprint_of(job.base), fingerprint_of(job.expert))
-    if checked.base_print.tensors == checked.expert_print.tensors:
+    # Equal fingerprints only sample the weights: an expert that differs in one head alone is a fair question.
+    same = checked.base_print.tensors == checked.expert_print.tensors
+    if same and content_digest(base.tensors) == content_digest(expert.tensors):
         raise BadInput(f"{job.expert}: the weights equal those of the base {job.base}; there is no gap to explain.")
     for difference in expert.lineage_differences(base):
         LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
