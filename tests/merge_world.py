@@ -150,3 +150,20 @@ def reference(world: World, experts: list[int] | None = None) -> dict[str, torch
             put("mlp.up_proj", slice(j, j + 1), weights)
             put("mlp.down_proj", (slice(None), slice(j, j + 1)), weights)
     return out
+
+
+def merge(world: World, config: dict[str, Any] | None = None, out: str = "out", **options: Any) -> Path:
+    """What mergekit-yaml does after parsing, in this process; returns the output folder."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    import mergekit_wp.merge
+
+    mergekit_wp.merge.register()
+    LoaderCache.loaders.clear()
+    folder = world.root / out
+    validated = MergeConfiguration.model_validate(config or world.config())
+    run_merge(validated, str(folder), MergeOptions(quiet=True, **options))
+    return folder

@@ -35,7 +35,7 @@ from pydantic import BeforeValidator
 
 from mergekit_wp.components import slot_of
 from mergekit_wp.errors import BadInput
-from mergekit_wp.merge.fusion import NotFinite, fuse
+from mergekit_wp.merge.fusion import NotFiniteError, fuse
 from mergekit_wp.merge.plan import METHOD_NAME
 from mergekit_wp.merge.shares import load_scores, tensor_shares
 
@@ -134,7 +134,7 @@ class WeightPatchingMerge(GroupMergeMethod):
                 0 if slot is None else slot.axis,
                 out_dtype or base.tensor.dtype,
             )
-        except NotFinite:
+        except NotFiniteError:
             bad = [str(e.id) for e in experts if not bool(torch.isfinite(e.tensor).all())]
             raise BadInput(
                 f"{' and '.join(bad) or 'the experts'}: {source_name or group.metadata.name} holds a NaN or an "
