@@ -9,88 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner, Result
+from eval_world import (
+    QUESTIONS,
+    TASKS,
+    best_choice,
+    cells,
+    choices_of,
+    greedy,
+    make_model,
+    results,
+    wp_eval,
+    write_suite,
+    write_tasks,
+)
 from tiny import random_model, save
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from mergekit_wp.eval import run
-from mergekit_wp.eval.cli import main
-
-QUESTIONS = [" ".join(f"w{(7 * i + 3 * j) % 28}" for j in range(3 + i % 3)) for i in range(8)]
-
-
-def make_model(folder: Path, seed: int) -> Path:
-    return save(random_model("llama", seed), folder)
-
-
-def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    return LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-@torch.no_grad()
-def greedy(folder: Path, question: str, length: int = 3) -> str:
-    """The model's greedy continuation, one full forward pass a token."""
-    model, tokenizer = load(folder)
-    ids = tokenizer(question)["input_ids"]
-    start = len(ids)
-    for _ in range(length):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True)
-
-
-@torch.no_grad()
-def best_choice(folder: Path, question: str, choices: list[str]) -> int:
-    """Index of the one-word continuation with the highest log-probability."""
-    model, tokenizer = load(folder)
-    logits = model(torch.tensor([tokenizer(question)["input_ids"]])).logits[0, -1]
-    return max(range(len(choices)), key=lambda i: float(logits[tokenizer.convert_tokens_to_ids(choices[i])]))
-
-
-def choices_of(i: int) -> list[str]:
-    return [f"w{(i + 5 * j) % 28}" for j in range(4)]
-
-
-def write_tasks(folder: Path, right: Path) -> Path:
-    """tiny_gen (5 of 8 answers are what the model `right` says), tiny_choice, a group, a tag ..."""
-    folder.mkdir()
-    generated = [{"q": q, "a": greedy(right, q) if i < 5 else "never said"} for i, q in enumerate(QUESTIONS)]
-    chosen = [{"q": q, "choices": choices_of(i), "gold": i % 4} for i, q in enumerate(QUESTIONS)]
-    for name, rows in (("gen", generated), ("choice", chosen)):
-        (folder / f"{name}.json").write_text("\n".join(json.dumps(row) for row in rows))
-
-    def task(name: str, data: str, **more: object) -> None:
-        source = {"data_files": {"test": str(folder / f"{data}.json")}}
-        content = {"task": name, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test",
-                   "doc_to_text": "{{q}}", **more}  # fmt: skip
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-
-    metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
-    generation = {"until": ["</s>"], "max_gen_toks": 3, "do_sample": False}
-    said = {"output_type": "generate_until", "doc_to_target": "{{a}}", "generation_kwargs": generation,
-            "metric_list": metric}  # fmt: skip
-    task("tiny_gen", "gen", **said)
-    task("tiny_unsafe", "gen", unsafe_code=True, **said)
-    task("tiny_tagged", "gen", tag="tiny_tag", **said)
-    task("tiny_choice", "choice", output_type="multiple_choice", doc_to_target="gold",
-         doc_to_choice="{{choices}}", metric_list=[{"metric": "acc"}])  # fmt: skip
-    task("tiny_nodata", "absent", **said)
-    group = {"group": "tiny_group", "task": ["tiny_gen"],
-             "aggregate_metric_list": [{"metric": "exact_match", "weight_by_size": True}]}  # fmt: skip
-    (folder / "group.yaml").write_text(yaml.safe_dump(group))
-    return folder
-
-
-TASKS = [
-    {"task": "tiny_gen", "column": "Gen", "metric": "exact_match,none"},
-    {"task": "tiny_choice", "column": "Choice", "metric": "acc,none"},
-]
-
-
-def write_suite(path: Path, **changes: object) -> Path:
-    content = {"name": "tiny", "include_path": "tasks", "batch_size": 4, "tasks": TASKS, **changes}
-    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,18 +60,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(run, "_evaluate", spy)
     return ran
-
-
-def wp_eval(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
-
-
-def cells(out: Path, name: str) -> dict:
-    return next(row["cells"] for row in results(out)["rows"] if row["name"] == name)
 
 
 def test_values_equal_an_independent_computation(world: Path, tmp_path: Path, counted: list[str]) -> None:
@@ -223,6 +146,35 @@ def test_task_data_enters_the_cache_key(world: Path, tmp_path: Path, counted: li
     assert cells(tmp_path / "out", "one")["Gen"]["value"] > 5 / 8
 
 
+def test_graders_and_what_lies_beside_them_enter_the_cache_key(world: Path, tmp_path: Path, counted) -> None:
+    """A task whose Python reads its data from a folder of its own and grades with a module it imports."""
+    tasks, package = tmp_path / "tasks", tmp_path / "graders"
+    (tasks / "data").mkdir(parents=True)
+    package.mkdir()
+    (tasks / "data" / "rows.jsonl").write_text(json.dumps({"q": QUESTIONS[0]}) + "\n")
+    (package / "rule.py").write_text("def process_results(doc, results):\n    return {'acc': 1.0}\n")
+    (tasks / "glue.py").write_text(
+        f"import sys\nfrom pathlib import Path\nfrom datasets import Dataset\nsys.path.insert(0, {str(package)!r})\n"
+        "from rule import process_results\n\ndef rows(**_):\n"
+        "    return {'test': Dataset.from_json(str(Path(__file__).parent / 'data' / 'rows.jsonl'))}\n"
+    )
+    (tasks / "py_task.yaml").write_text(
+        "task: py_task\ncustom_dataset: !function glue.rows\ntest_split: test\ndoc_to_text: q\ndoc_to_target: q\n"
+        "output_type: generate_until\ngeneration_kwargs: {until: ['w1'], max_gen_toks: 2}\n"
+        "process_results: !function glue.process_results\nmetric_list: [{metric: acc, aggregation: mean}]\n"
+    )
+    spec = [{"task": "py_task", "column": "Py", "metric": "acc,none"}]
+    suite = write_suite(tmp_path / "suite.yaml", tasks=spec)
+    for change in (None, tasks / "data" / "rows.jsonl", package / "rule.py"):
+        if change:
+            change.write_text(change.read_text() + "\n")
+        for _ in range(2):
+            outcome = wp_eval(suite, world / "one", "--out", tmp_path / "out")
+            assert outcome.exit_code == 0, outcome.output
+    assert cells(tmp_path / "out", "one")["Py"]["value"] == 1.0
+    assert counted == ["py_task"] * 3
+
+
 def test_a_killed_run_goes_on_task_by_task(world: Path, tmp_path: Path, monkeypatch, counted) -> None:
     spy = run._evaluate
 
@@ -262,6 +214,14 @@ def test_groups_and_consented_code_run(world: Path, tmp_path: Path) -> None:
     assert cells(tmp_path / "out", "one")["Unsafe"]["value"] == 5 / 8
 
 
+def test_two_metrics_of_one_task_are_measured_once(world: Path, tmp_path: Path, counted: list[str]) -> None:
+    tasks = [TASKS[1], {**TASKS[1], "column": "Again"}]
+    suite = write_suite(tmp_path / "suite.yaml", include_path=str(world / "tasks"), tasks=tasks)
+    assert wp_eval(suite, world / "one", "--out", tmp_path / "out").exit_code == 0
+    assert counted == ["tiny_choice"]
+    assert cells(tmp_path / "out", "one")["Again"] == cells(tmp_path / "out", "one")["Choice"]
+
+
 def _task(**changes: object) -> list[dict]:
     return [{**TASKS[0], **changes}]
 
@@ -283,6 +243,7 @@ def _task(**changes: object) -> list[dict]:
         ({}, "nan", (), "holds a NaN"),
         ({}, "one", ("--baseline", "linear"), "--baseline linear: there is no such row"),
         ({}, "one", ("--batch-size", "0"), "'0' is neither"),
+        ({}, "one", ("--device", "cuda:99"), "device cuda:99: this machine has"),
         ({}, "one", ("x=one", "x=two"), "two models are named 'x'"),
     ],
 )

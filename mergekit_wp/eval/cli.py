@@ -96,7 +96,7 @@ def main(
     from mergekit_wp.eval.run import Settings
 
     settings = Settings(
-        device=device or suite.device or _default_device(),
+        device=_device(device or suite.device),
         dtype=dtype or suite.dtype,
         batch_size=batch_size or suite.batch_size,
         limit=limit,
@@ -158,10 +158,15 @@ def _write(table: Table, suite_file: str, out: Path) -> None:
     click.echo(f"Written: {', '.join(str(out / f'results.{kind}') for kind in ('json', 'csv', 'md'))}", err=True)
 
 
-def _default_device() -> str:
+def _device(wanted: str | None) -> str:
+    """The device asked for, or a GPU where there is one. lm-eval itself takes another one without a word."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = [*(["cuda", *gpus] if gpus else []), "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if wanted is not None and wanted not in here:
+        raise BadInput(f"device {wanted}: this machine has {', '.join(here)}.")
+    return wanted or here[0]
 
 
 def _quieten(bars: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -78,29 +79,34 @@ def _check_hub(task: str, dataset: str) -> None:
         ) from error
 
 
-def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str, Any]]) -> str:
-    """A hash of how the task is asked and of every local file that defines it.
+def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str, Any]], tasks: list[Any]) -> str:
+    """A hash of how the task is asked and of every local file that defines it or grades it.
 
-    The column's title and the metric shown are left out: all metrics of a task are kept.
+    `leaves` are its configurations as read, `tasks` as loaded. The column's title and the metric shown are
+    left out: all metrics of a task are kept.
     """
     asked = {**asdict(spec), "gen_kwargs": gen_kwargs}
     del asked["column"], asked["metric"]
     digest = hashlib.sha256(json.dumps([asked, leaves], sort_keys=True, default=str).encode())
-    for path in sorted({path for leaf in leaves for path in _files_read(leaf)}):
+    files = {path for leaf in leaves for path in _files_read(leaf)} | {path for t in tasks for path in _code_of(t)}
+    for path in sorted(files):
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def _files_read(config: dict[str, Any]) -> Iterator[Path]:
-    """Data files, a local data folder, and the folders of the Python functions that the YAML names."""
+    """Data files, a local data folder, and the folders of the Python functions that the YAML names.
+
+    Such a function may read anything beside it, so all files below its folder count.
+    """
     for name in _data_files(config):
         yield from (Path(match) for match in glob.glob(name) if os.path.isfile(match))
     folders = [Path(str(config.get("dataset_path") or ""))] if config.get("dataset_path") else []
     folders += [module.parent for module in _function_modules(config)]
     for folder in folders:
         if folder.is_dir():
-            yield from (p for p in folder.iterdir() if p.is_file() and p.suffix not in (".yaml", ".pyc"))
+            yield from (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".yaml", ".pyc"))
 
 
 def _function_modules(value: Any) -> Iterator[Path]:
@@ -112,6 +118,13 @@ def _function_modules(value: Any) -> Iterator[Path]:
         module = Path(value.rpartition(".")[0] + ".py")
         if module.is_file():
             yield module
+
+
+def _code_of(task: Any) -> Iterator[Path]:
+    """Modules that hold the task's functions, with their neighbours: a file beside the YAML may only import them."""
+    for function in vars(task.config).values():
+        if inspect.isfunction(function) and (source := inspect.getsourcefile(function)):
+            yield from Path(source).parent.glob("*.py")
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -80,13 +80,14 @@ def evaluate_model(
     """
     path = _cache_file(cache, model, settings.key(model))
     done = _read_cache(path)
-    missing = [task for task in tasks if task.key not in done]
+    # By key: two columns may show two metrics of one task.
+    missing = {task.key: task for task in tasks if task.key not in done}
     for task in tasks:
         if task.key in done:
             say(f"{model.name}: {task.spec.task} {_show(model, task, done)} (from {path.name})")
     if missing:
         with _loaded(model, settings) as lm:
-            for task in missing:
+            for task in missing.values():
                 say(f"{model.name}: {task.spec.task} ...")
                 done[task.key] = _evaluate(lm, task, settings)
                 # Kept now: a run that is killed goes on from here.
@@ -157,7 +158,7 @@ def _evaluate(lm: Any, task: ReadyTask, settings: Settings) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

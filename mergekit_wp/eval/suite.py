@@ -54,11 +54,9 @@ class Suite:
             raise BadInput(f"`name` must be a non-empty string, found {self.name!r}.")
         if not self.tasks:
             raise BadInput("`tasks` is empty; a suite needs at least one task.")
-        for attribute in ("task", "column"):
-            values = [getattr(task, attribute) for task in self.tasks]
-            for value in values:
-                if values.count(value) > 1:
-                    raise BadInput(f"`tasks` names the {attribute} {value!r} twice; name it once.")
+        for column in self.columns:
+            if self.columns.count(column) > 1:
+                raise BadInput(f"`tasks` has two columns {column!r}; give each a title of its own.")
         if self.dtype not in DTYPES:
             raise BadInput(f"`dtype` must be one of {', '.join(DTYPES)}, found {self.dtype!r}.")
         if self.batch_size != "auto" and not _is_count(self.batch_size, minimum=1):

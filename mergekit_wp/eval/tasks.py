@@ -78,7 +78,7 @@ def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[di
         task.set_config(key="num_fewshot", value=shots or 0)
         if gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
-    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs))
+    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs, list(found["tasks"].values())))
 
 
 def _metrics(loaded: Any) -> list[str]:
