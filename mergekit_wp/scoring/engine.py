@@ -126,9 +126,9 @@ class TaskRun:
     ledgers: dict[str, GapLedger] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = {"staged": ("anchor", "kl")}.get(self.job.utility, (self.job.utility,))
-        self.ledgers = {name: GapLedger(name, self.job.gap, self.job.gap_floor) for name in names}
         shape = self.pair.geometry
+        needed = sorted({self.utility_of(layer) for layer in range(shape.layers)})
+        self.ledgers = {name: GapLedger(name, self.job.gap, self.job.gap_floor) for name in needed}
         zeros = {"dtype": torch.float64, "device": self.pair.device}
         self.heads_LH = torch.zeros(shape.layers, shape.heads, **zeros)  # type: ignore[call-overload]
         self.neurons_LF = torch.zeros(shape.layers, shape.neurons, **zeros)  # type: ignore[call-overload]
@@ -156,7 +156,7 @@ class TaskRun:
             differentiable_embeddings(self.pair.base),
             capture_layers(layers, self._add_layer),
         ):
-            base = self._utilities(self.pair.base, batch, cut=self.job.utility == "staged")
+            base = self._utilities(self.pair.base, batch, cut=len(self.ledgers) > 1)
             if target_BV is not None:
                 base["kl"] = kl_utility(base["kl"], target_BV)
             weights = {name: self.ledgers[name].weights(base[name], expert[name]) for name in base}
