@@ -16,6 +16,7 @@ import importlib.metadata
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -129,9 +130,8 @@ class TaskRun:
         shape = self.pair.geometry
         needed = sorted({self.utility_of(layer) for layer in range(shape.layers)})
         self.ledgers = {name: GapLedger(name, self.job.gap, self.job.gap_floor) for name in needed}
-        zeros = {"dtype": torch.float64, "device": self.pair.device}
-        self.heads_LH = torch.zeros(shape.layers, shape.heads, **zeros)  # type: ignore[call-overload]
-        self.neurons_LF = torch.zeros(shape.layers, shape.neurons, **zeros)  # type: ignore[call-overload]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.pair.device)
+        self.heads_LH, self.neurons_LF = zeros(shape.layers, shape.heads), zeros(shape.layers, shape.neurons)
 
     @property
     def depth(self) -> int:
