@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,25 @@ def read_recipe(path: str) -> Recipe:
                 beside = Path(path).absolute().parent / scores
                 if beside.exists():
                     parameters["scores"] = str(beside)
-    return Recipe(Path(path), Path(path).read_text(encoding="utf-8"), content)
+    return Recipe(Path(path), Path(path).read_text(encoding="utf-8"), _absolute_models(content))
+
+
+def _absolute_models(node: Any) -> Any:
+    """The recipe with local model folders made absolute.
+
+    For a relative one of fewer than two slashes, mergekit asks the Hub when it writes the model card, and without
+    a network it stops there: after the merge, before the tokenizer is copied.
+    """
+    if isinstance(node, list):
+        return [_absolute_models(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: "+".join(os.path.abspath(part) if os.path.isdir(part) else part for part in value.split("+"))
+        if key in ("model", "base_model") and isinstance(value, str)
+        else _absolute_models(value)
+        for key, value in node.items()
+    }
 
 
 def _parameters(node: Any) -> Iterator[dict[str, Any]]:
