@@ -19,6 +19,7 @@ from mergekit_wp.components import Geometry
 from mergekit_wp.demo.pictures import head_map, neuron_map, rank_edges, share_bars
 from mergekit_wp.demo.report import Command, Report, wrapped
 from mergekit_wp.demo.steps import EXPERTS, MERGES, Step, demo_steps, digest, write_recipes
+from mergekit_wp.demo.world import WorldChoice
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.run import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
@@ -192,7 +193,7 @@ def test_the_plan_makes_every_input_before_it_is_read(tmp_path: Path) -> None:
     suite = tmp_path / "suite.yaml"
     write_recipes(tmp_path)
     made = {suite, *(tmp_path / "recipes").iterdir()}
-    for step in demo_steps(tmp_path, tmp_path / "worlds", 0, suite):
+    for step in demo_steps(tmp_path, WorldChoice(tmp_path / "worlds"), suite):
         for path in step.inputs:
             assert path in made or tmp_path / "world" in path.parents, f"{step.name} reads {path}"
         made |= set(step.outputs)

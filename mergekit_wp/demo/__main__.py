@@ -8,19 +8,19 @@ from pathlib import Path
 import click
 
 from mergekit_wp.demo.steps import demo_steps, readable, write_recipes
+from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.files import check_writable_parent, shipped
 
 
 @click.command()
 @click.option("--out", type=Path, default=Path("runs/demo"), show_default=True, help="Where everything goes.")
-@click.option("--worlds", type=Path, default=Path("runs/worlds"), show_default=True, help="Cache of worlds.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the miniature world.")
-def main(out: Path, worlds: Path, seed: int) -> None:
+@world_options
+def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
     """Train a small base and three experts, score them, merge them, grade everything, and write a report."""
     started = time.monotonic()
     check_writable_parent(out / "report.html")
     write_recipes(out)
-    steps = demo_steps(out, worlds, seed, readable(shipped("eval/miniature.yaml")))
+    steps = demo_steps(out, WorldChoice(worlds, seed, smoke), readable(shipped("eval/miniature.yaml")))
     stamps = out / ".steps"
     for number, step in enumerate(steps, start=1):
         click.secho(f"\n[{number}/{len(steps)}] {step.title}", bold=True)

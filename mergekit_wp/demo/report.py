@@ -16,6 +16,7 @@ import click
 from mergekit_wp.demo.page import LEAD, PAGE, SCORES, SHARES, STYLE
 from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, share_bars
 from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, readable, score_file
+from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.eval.table import Table, read_results
 from mergekit_wp.files import shipped, write_text
 from mergekit_wp.merge.fusion import component_weights
@@ -145,13 +146,12 @@ def wrapped(words: Sequence[str], width: int = 96) -> str:
 
 @click.command()
 @click.argument("out", type=Path)
-@click.option("--worlds", type=Path, default=Path("runs/worlds"), show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-def main(out: Path, worlds: Path, seed: int) -> None:
+@world_options
+def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
     """Write OUT/report.html from the demo's results, score files and recipes."""
     suite = readable(shipped("eval/miniature.yaml"))
     commands = []
-    for step in demo_steps(out, worlds, seed, suite):
+    for step in demo_steps(out, WorldChoice(worlds, seed, smoke), suite):
         recipes = [path for path in step.inputs if path.parent == out / "recipes" and step.name != "report"]
         shown = [f"# {path}\n{path.read_text(encoding='utf-8')}" for path in recipes]
         commands.append(Command(step.title, "\n".join([*shown, wrapped(step.command)])))

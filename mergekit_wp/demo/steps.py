@@ -21,6 +21,7 @@ import click
 import yaml
 
 import mergekit_wp
+from mergekit_wp.demo.world import WorldChoice
 from mergekit_wp.files import write_text
 
 EXPERTS = ("instruction", "maths", "code")
@@ -74,15 +75,15 @@ class Step:
         write_text(stamps / f"{self.name}.json", json.dumps(stamp, indent=2) + "\n")
 
 
-def demo_steps(out: Path, worlds: Path, seed: int, suite: Path) -> list[Step]:
-    """Every step of the demo, in order; `out` and `worlds` as the user wrote them."""
+def demo_steps(out: Path, choice: WorldChoice, suite: Path) -> list[Step]:
+    """Every step of the demo, in order; paths as the user wrote them."""
     world, results = out / "world", tuple(out / "eval" / f"results.{kind}" for kind in ("json", "csv", "md"))
     module = ("python", "-m")
     steps = [
         Step(
             "world",
             "Train the base and three experts",
-            (*module, "mergekit_wp.demo.world", str(world), "--worlds", str(worlds), "--seed", str(seed)),
+            (*module, "mergekit_wp.demo.world", str(world), *choice.flags()),
             (),
             (world,),
             "miniature",
@@ -95,7 +96,7 @@ def demo_steps(out: Path, worlds: Path, seed: int, suite: Path) -> list[Step]:
     evaluate += ["--include-path", str(world / "tasks"), "--allow-code-execution", "--out", str(out / "eval")]
     inputs = (suite, world / "tasks", *models.values())
     steps.append(Step("eval", "Grade every model", tuple(evaluate), inputs, results, "eval"))
-    report = (*module, "mergekit_wp.demo.report", str(out), "--worlds", str(worlds), "--seed", str(seed))
+    report = (*module, "mergekit_wp.demo.report", str(out), *choice.flags())
     inputs = (results[0], *(score_file(out, expert) for expert in EXPERTS), *_recipes(out))
     steps.append(Step("report", "Write the report", report, inputs, (out / "report.html",), "demo"))
     return steps

@@ -5,6 +5,7 @@ Heavy packages are imported inside the command, so that `wp-eval --help` answers
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -177,6 +178,8 @@ def _quieten(bars: bool) -> None:
     import datasets
     import transformers
 
+    # It warns of metrics that count for some items only, for every model anew; a task may mean that.
+    logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
