@@ -128,7 +128,7 @@ def _write_scores(root: Path, k: int) -> None:
         device="cpu",
         seed=k,
         versions={},
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     write_scores(Scores.from_tasks(meta, {"random": task}), root / f"expert{k}.scores.safetensors")
 
@@ -168,7 +168,7 @@ def run_once(recipe: Path, out: Path) -> Run:
 
 
 def warm(root: Path) -> None:
-    """Read every input once, so that the first method does not pay for the disk."""
+    """Read every input once, so that no method pays for the disk."""
     for path in root.glob("*/model.safetensors"):
         with open(path, "rb", buffering=0) as stream:
             while stream.read(1 << 24):
@@ -209,10 +209,13 @@ def main(size: str, methods: str, repeat: int, folder: Path, keep: bool) -> None
     root = folder.absolute() / size
     make_models(root, size)
     parameters = sum(torch.Size(shape).numel() for shape in tensor_shapes(size).values())
-    warm(root)
     runs: dict[str, list[Run]] = {method: [] for method in chosen}
     for turn in range(repeat):
-        for method in chosen:
+        # Another method first each time, and the inputs in the page cache for all: whoever comes first after a
+        # pause would otherwise pay for what the machine has evicted meanwhile.
+        first = turn % len(chosen)
+        for method in chosen[first:] + chosen[:first]:
+            warm(root)
             run = run_once(write_recipe(root, method), root / "out")
             runs[method].append(run)
             click.echo(f"run {turn + 1} {method}: wall {run.wall:.1f} s, CPU {run.cpu:.1f} s, {run.rss / 1e9:.2f} GB")

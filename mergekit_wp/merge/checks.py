@@ -117,6 +117,15 @@ def _check_fingerprint(
 
 def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     """One output tensor: its inputs exist, are of one layer, of one shape, and of a dtype that can be merged."""
+    headers = {model: plan.header(model, tensor.sources[model]) for model in tensor.models}
+    for model, header in headers.items():
+        if header is None:
+            raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
+        if header.dtype not in TORCH_DTYPE:
+            raise BadInput(
+                f"{model}: {tensor.sources[model]} has dtype {header.dtype}, expected one of "
+                f"{', '.join(TORCH_DTYPE)}; merge the unquantised checkpoint."
+            )
     layers = {model: layer_of(name or "") for model, name in tensor.sources.items()}
     if len(set(layers.values())) > 1:
         listed = ", ".join(f"layer {layer} of {model}" for model, layer in layers.items())
@@ -124,17 +133,9 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
             f"{tensor.output}: the recipe's slices would mix {listed}; scores speak of one layer, so give every "
             "source of a slice the same layer_range."
         )
-    base_header = plan.header(tensor.base, tensor.sources[tensor.base])
-    for model in tensor.models:
-        header = plan.header(model, tensor.sources[model])
-        if header is None or base_header is None:
-            raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
-        if header.dtype not in TORCH_DTYPE:
-            raise BadInput(
-                f"{model}: {tensor.sources[model]} has dtype {header.dtype}, expected one of "
-                f"{', '.join(TORCH_DTYPE)}; merge the unquantised checkpoint."
-            )
-        _check_shape(tensor, model, header.shape, base_header.shape)
+    shapes = {model: header.shape for model, header in headers.items() if header}
+    for model, shape in shapes.items():
+        _check_shape(tensor, model, shape, shapes[tensor.base])
     if not tensor.in_base:
         _check_tied(plan, tensor)
     plan.out_dtype(tensor)

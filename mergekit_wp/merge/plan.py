@@ -122,11 +122,11 @@ def wp_tasks(finalize: FinalizeModel) -> list[tuple[ExecuteMergeMethodTask, str 
     """The tasks of this method that mergekit's last task waits for, each with the dtype it is saved in."""
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-    saves: tuple[Any, ...] = finalize.tensor_save_tasks
+    pairs = ((getattr(save, "tensor_task", None), save) for save in finalize.tensor_save_tasks)
     return [
-        (save.tensor_task, save.dtype)
-        for save in saves
-        if isinstance(save.tensor_task, ExecuteMergeMethodTask) and save.tensor_task.method_name == METHOD_NAME
+        (task, getattr(save, "dtype", None))
+        for task, save in pairs
+        if isinstance(task, ExecuteMergeMethodTask) and task.method_name == METHOD_NAME
     ]
 
 
