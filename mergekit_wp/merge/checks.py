@@ -217,16 +217,22 @@ def check_layer_types(plan: MergePlan) -> None:
             )
 
 
-def check_room(nbytes: int, out: Path) -> None:
-    """The output folder can be made and written, and its disk has room for `nbytes`."""
+def check_room(nbytes: int, out: Path, *, touch: bool = True) -> None:
+    """The output folder can be made and written, and its disk has room for `nbytes`.
+
+    touch: prove the first by making a file and removing it; False (a dry run) asks for the permission only.
+    """
     anchor = out.absolute()
     while not anchor.exists():
         anchor = anchor.parent
     try:
         if not anchor.is_dir():
             raise NotADirectoryError(0, f"{anchor} is a file")
-        with tempfile.NamedTemporaryFile(dir=anchor, prefix=".wp-probe-"):
-            pass
+        if not os.access(anchor, os.W_OK | os.X_OK):
+            raise PermissionError(0, f"no permission to write in {anchor}")
+        if touch:
+            with tempfile.NamedTemporaryFile(dir=anchor, prefix=".wp-probe-"):
+                pass
         free = shutil.disk_usage(anchor).free
     except OSError as error:
         raise BadInput(
@@ -241,11 +247,3 @@ def check_room(nbytes: int, out: Path) -> None:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
-
-
-def is_writable(out: Path) -> bool:
-    """Whether `out` could be made, judged without touching the disk (for a dry run)."""
-    anchor = out.absolute()
-    while not anchor.exists():
-        anchor = anchor.parent
-    return anchor.is_dir() and os.access(anchor, os.W_OK | os.X_OK)

@@ -20,7 +20,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
-from mergekit_wp.merge.checks import check_plan, is_writable
+from mergekit_wp.merge.checks import check_plan, check_room
 from mergekit_wp.merge.plan import MergePlan, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import component_shares
@@ -71,7 +71,7 @@ def main(
     with _workplace(out) as work:
         _merge(loaded, out, work, merge_options, audited)
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, work / ".replaced")
         os.replace(work / out.name, out)
     click.echo(f"wrote {out}")
 
@@ -82,13 +82,8 @@ def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
     if plan is None:
         click.echo(f"{recipe.path}: merge_method {recipe.method}; mergekit can plan it, wp has nothing to check.")
         return
-    # With no output folder the check of the disk would leave a probe file behind if it were killed.
     check_plan(MergePlan(plan.tensors, plan.checkpoints, None))
-    if not is_writable(out):
-        raise BadInput(f"{out}: cannot write there; choose another output folder.")
-    free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
-    if free < plan.nbytes():
-        raise BadInput(f"{out}: the merged model takes {plan.nbytes():,} bytes, and {free:,} are free there.")
+    check_room(plan.nbytes(), out, touch=False)
     click.echo(shares_table(plan))
     click.echo(f"all checks passed; the merge would write {plan.nbytes() / 1e9:.2f} GB to {out}. Nothing was written.")
 
