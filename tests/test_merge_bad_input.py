@@ -232,6 +232,11 @@ def test_no_base_and_no_expert(world):
     assert "found no expert" in refused(world, alone)
 
 
+@pytest.mark.parametrize("more", [{"dtype": "int64", "out_dtype": "float16"}, {"out_dtype": "float8"}])
+def test_dtypes_that_cannot_hold_weights(more, world):
+    assert "cannot hold weights" in refused(world, world.config(**more))
+
+
 def test_output_under_a_file(world):
     (world.root / "file").write_text("")
     with pytest.raises(BadInput, match="cannot write there"):

@@ -96,10 +96,11 @@ class MergePlan:
         """
         header = self.header(tensor.base, tensor.source)
         inherited = TORCH_DTYPE.get(header.dtype) if header else None
-        chosen = (tensor.write_dtype or tensor.read_dtype or inherited or "float32").removeprefix("torch.")
-        if chosen not in ITEM_BYTES:
-            raise BadInput(f"the recipe's dtype {chosen} cannot hold weights; use one of {', '.join(ITEM_BYTES)}.")
-        return chosen
+        given = [name.removeprefix("torch.") for name in (tensor.write_dtype, tensor.read_dtype) if name]
+        for name in given:
+            if name not in ITEM_BYTES:
+                raise BadInput(f"the recipe's dtype {name} cannot hold weights; use one of {', '.join(ITEM_BYTES)}.")
+        return given[0] if given else inherited or "float32"
 
     def nbytes(self) -> int:
         """Bytes that the merged weights will take on disk."""
