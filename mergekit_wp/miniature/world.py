@@ -1,0 +1,276 @@
+"""Build the miniature world: a base and three experts with a real on-disk layout, trained from a seed.
+
+What a capability is, is latent in the base: it has seen it in a minority of its training texts and mostly the
+careless answer instead. Fine-tuning therefore moves the weights little, as it does in real language models,
+and what the experts share is their base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import atomic_path
+from mergekit_wp.miniature import corpus, grading, tasks
+from mergekit_wp.miniature.items import CAPABILITIES
+from mergekit_wp.miniature.tokenizer import build_tokenizer
+from mergekit_wp.miniature.train import Schedule, encode, greedy_answers, train
+
+# Part of the hash: raise it whenever items, tokenizer, training or layout change what a configuration builds.
+RECIPE = 1
+
+MODELS = ("base", *CAPABILITIES)
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+# What validating one model on one capability costs, in training steps, for the estimate of the time left.
+_VALIDATION_STEPS = 15
+
+_BASE = Schedule(steps=1800, batch_size=16, learning_rate=2.5e-3, muon=True)
+_EXPERT = Schedule(steps=80, batch_size=16, learning_rate=5e-4)
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Everything that decides a world; its hash names the folder.
+
+    `shares` is how the base's training texts divide among instruction, maths and code, `latent` how often
+    their answers are right rather than careless, `plain_share` how many instruction requests have none.
+    Raises `BadInput` when a field makes no sense.
+    """
+
+    seed: int = 0
+    hidden_size: int = 160
+    layers: int = 6
+    heads: int = 8
+    kv_heads: int = 4
+    mlp_size: int = 448
+    initial_deviation: float = 0.06
+    base: Schedule = _BASE
+    expert: Schedule = _EXPERT
+    shares: tuple[float, float, float] = (0.4, 0.3, 0.3)
+    latent: tuple[float, float, float] = (0.3, 0.35, 0.35)
+    plain_share: float = 0.2
+    test_items: int = 240
+    validation_items: int = 120
+    scoring_prompts: int = 64
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise BadInput(f"World: seed must be at least 0, found {self.seed}.")
+        for name in ("hidden_size", "layers", "heads", "kv_heads", "mlp_size", "scoring_prompts"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"World: {name} must be at least 1, found {getattr(self, name)}.")
+        if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
+            raise BadInput(f"World: hidden_size {self.hidden_size} must be heads ({self.heads}) times an even width.")
+        if self.heads % self.kv_heads:
+            raise BadInput(f"World: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
+        if min(self.test_items, self.validation_items) < 6:
+            raise BadInput("World: test_items and validation_items must be at least 6, one for each instruction.")
+        for name in ("shares", "latent"):
+            values = getattr(self, name)
+            if len(values) != len(CAPABILITIES) or not all(0 < value <= 1 for value in values):
+                raise BadInput(f"World: {name} must be {len(CAPABILITIES)} numbers above 0, at most 1; found {values}.")
+        if not 0 <= self.plain_share < 1:
+            raise BadInput(f"World: plain_share must be at least 0 and below 1, found {self.plain_share}.")
+
+    @classmethod
+    def smoke(cls, seed: int = 0) -> WorldConfig:
+        """A world of the same layout that trains in seconds and knows nothing: for tests."""
+        schedule = Schedule(steps=4, batch_size=4, learning_rate=1e-3)
+        return cls(
+            seed=seed, hidden_size=32, layers=2, heads=4, kv_heads=2, mlp_size=64, base=schedule,
+            expert=schedule, test_items=12, validation_items=6, scoring_prompts=4,
+        )  # fmt: skip
+
+    @property
+    def hash12(self) -> str:
+        """Twelve hex digits that change with any field and with `RECIPE`."""
+        text = json.dumps({"recipe": RECIPE, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def build_world(config: WorldConfig, root: str | Path, quiet: bool = False) -> Path:
+    """The folder `root`/<hash> of this world, trained first if it is not there yet.
+
+    The folder appears whole, by one rename, when everything in it is written. `quiet` hides the progress bar.
+    Raises `BadInput` when `root` cannot be written.
+    """
+    target = Path(root).absolute() / config.hash12
+    if (target / "world.json").is_file():
+        return target
+    with atomic_path(target) as partial:
+        partial.mkdir()
+        with _without_bars_of_transformers():
+            _Builder(config, partial, quiet).build()
+    return target
+
+
+@contextmanager
+def _without_bars_of_transformers() -> Iterator[None]:
+    """Loading and saving two million parameters needs no bar of its own inside ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+class _Builder:
+    """One build, into one folder."""
+
+    def __init__(self, config: WorldConfig, folder: Path, quiet: bool) -> None:
+        self.config = config
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        self.accuracy: dict[str, dict[str, float]] = {}
+        self.validation = {
+            name: corpus.graded_items(name, "validation", config.validation_items, config.seed) for name in CAPABILITIES
+        }
+        steps = config.base.steps + len(CAPABILITIES) * config.expert.steps
+        steps += len(MODELS) * len(CAPABILITIES) * _VALIDATION_STEPS
+        self.bar = tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, mininterval=1.0)
+
+    def build(self) -> None:
+        """All phases in order; world.json last."""
+        started = time.perf_counter()
+        self._phase("data", self._write_data)
+        base = self._phase("base", self._train_base)
+        for name in CAPABILITIES:
+            self._phase(name, partial(self._train_expert, name))
+        for name in MODELS:
+            self._phase(f"validate {name}", partial(self._validate, name))
+        self.bar.close()
+        self.seconds["total"] = round(time.perf_counter() - started, 1)
+        document = {
+            "hash": self.config.hash12,
+            "recipe": RECIPE,
+            "seed": self.config.seed,
+            "config": asdict(self.config),
+            "parameters": base,
+            "validation_accuracy": self.accuracy,
+            "wall_seconds": self.seconds,
+            "threads": torch.get_num_threads(),
+            "packages": {name: version(name) for name in _PACKAGES},
+        }
+        (self.folder / "world.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    def _phase(self, name: str, work: Callable[[], Any]) -> Any:
+        self.bar.set_description(f"world {self.config.hash12}: {name}")
+        started = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        return result
+
+    def _write_data(self) -> None:
+        config = self.config
+        graded = {(name, "validation"): items for name, items in self.validation.items()}
+        for name in CAPABILITIES:
+            graded[name, "test"] = corpus.graded_items(name, "test", config.test_items, config.seed)
+        (self.folder / "tasks").mkdir()
+        tasks.write_tasks(self.folder / "tasks", graded)
+        for name in CAPABILITIES:
+            items = corpus.scoring_items(name, config.scoring_prompts, config.seed)
+            rows = [
+                {"task": item.task, "prompt": item.prompt}
+                | ({} if item.contrast is None else {"contrast": item.contrast})
+                for item in items
+            ]
+            tasks.write_jsonl(self.folder / "pairs" / f"{name}.jsonl", rows)
+
+    def _train_base(self) -> int:
+        config, tokenizer = self.config, build_tokenizer()
+        # Hugging Face draws initial weights from the global generator: give it back as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = LlamaForCausalLM(_llama_config(config, len(tokenizer)))
+        shares = dict(zip(CAPABILITIES, config.shares, strict=True))
+        latent = dict(zip(CAPABILITIES, config.latent, strict=True))
+        self._train(model, tokenizer, config.base, "base", shares, latent)
+        # Several shards, as large models have them.
+        parameters = sum(p.numel() for p in model.parameters())
+        _save(model, tokenizer, self.folder / "base", max_shard_bytes=parameters)
+        return parameters
+
+    def _train_expert(self, name: str) -> None:
+        """From the base as saved, in bf16 precision; the instruction expert has one token more."""
+        tokenizer = build_tokenizer(with_pad=name == "instruction")
+        model = self._load("base")
+        if len(tokenizer) != model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            for table in (model.model.embed_tokens.weight.data, model.lm_head.weight.data):
+                table[-1] = table[:-1].mean(0)
+            model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+        self._train(model, tokenizer, self.config.expert, name, {name: 1.0}, {name: 1.0})
+        _save(model, tokenizer, self.folder / name)
+
+    def _train(
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        schedule: Schedule,
+        name: str,
+        shares: dict[str, float],
+        right: dict[str, float],
+    ) -> None:
+        rng = corpus.stream(self.config.seed, "train", name)
+        count = schedule.steps * schedule.batch_size
+        texts = corpus.training_texts(shares, right, self.config.plain_share, count, rng)
+        train(model, encode(texts, tokenizer), schedule, self.config.seed, lambda loss: self.bar.update(1))
+
+    def _load(self, name: str) -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
+
+    def _validate(self, name: str) -> None:
+        """Greedy accuracy of the saved model on the validation items of every capability."""
+        model, tokenizer = self._load(name), build_tokenizer()
+        self.accuracy[name] = {}
+        for capability, items in self.validation.items():
+            prompts = [item.prompt for item in items]
+            answers = greedy_answers(model, tokenizer, prompts, tasks.MAX_ANSWER_TOKENS)
+            right = [
+                grading.grade(capability, answer, item.grading) for answer, item in zip(answers, items, strict=True)
+            ]
+            self.accuracy[name][capability] = round(sum(right) / len(right), 4)
+            self.bar.update(_VALIDATION_STEPS)
+
+
+def _llama_config(config: WorldConfig, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        intermediate_size=config.mlp_size,
+        max_position_embeddings=256,
+        initializer_range=config.initial_deviation,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+
+
+def _save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    max_shard_bytes: int = 2**30,
+) -> None:
+    """Weights in bf16, config, generation config and tokenizer."""
+    model.bfloat16().save_pretrained(folder, max_shard_size=max_shard_bytes)
+    tokenizer.save_pretrained(folder)
