@@ -37,7 +37,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            tensors.update({name: weights.get_tensor(name) for name in weights.keys()})
+            tensors.update({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
     return tensors
 
 
@@ -52,7 +52,8 @@ def test_world_json_says_what_was_built(world: Path) -> None:
     assert document["hash"] == CONFIG.hash12
     assert document["seed"] == CONFIG.seed
     assert document["parameters"] == sum(t.numel() for t in _tensors(world / "base").values())
-    assert {m: set(a) for m, a in document["validation_accuracy"].items()} == dict.fromkeys(MODELS, set(CAPABILITIES))
+    assert set(document["validation_accuracy"]) == set(MODELS)
+    assert all(set(row) == set(CAPABILITIES) for row in document["validation_accuracy"].values())
     assert document["wall_seconds"]["total"] > 0
     assert "torch" in document["packages"]
 
@@ -174,6 +175,23 @@ def test_the_command_prints_a_table_and_the_folder(root: Path, world: Path) -> N
     assert result.exit_code == 0, result.output
     assert str(world) in result.output
     assert all(name in result.output for name in MODELS)
+
+
+def test_a_world_finished_by_another_process_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(self) -> None:
+        (self.folder / "half").write_text("")
+        (tmp_path / CONFIG.hash12).mkdir()
+        (tmp_path / CONFIG.hash12 / "world.json").write_text("{}")
+
+    monkeypatch.setattr(world_module._Builder, "build", build)
+    assert build_world(CONFIG, tmp_path, quiet=True) == tmp_path / CONFIG.hash12
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG.hash12]
+
+
+def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CONFIG.hash12 / "mine").mkdir(parents=True)
+    with pytest.raises(BadInput, match="no world"):
+        build_world(CONFIG, tmp_path, quiet=True)
 
 
 def test_a_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

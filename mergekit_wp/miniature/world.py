@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,15 +107,23 @@ def build_world(config: WorldConfig, root: str | Path, quiet: bool = False) -> P
     """The folder `root`/<hash> of this world, trained first if it is not there yet.
 
     The folder appears whole, by one rename, when everything in it is written. `quiet` hides the progress bar.
-    Raises `BadInput` when `root` cannot be written.
+    Raises `BadInput` when `root` cannot be written, or when something else is in the folder's place.
     """
     target = Path(root).absolute() / config.hash12
     if (target / "world.json").is_file():
         return target
-    with atomic_path(target) as partial:
-        partial.mkdir()
-        with _without_bars_of_transformers():
-            _Builder(config, partial, quiet).build()
+    if target.exists():
+        raise BadInput(f"{target}: holds no world.json, so it is no world of ours; move it away.")
+    try:
+        with atomic_path(target) as partial:
+            partial.mkdir()
+            # Hugging Face draws initial weights from the global generator: it is given back as it was.
+            with _without_bars_of_transformers(), torch.random.fork_rng(devices=[]):
+                _Builder(config, partial, quiet).build()
+    except OSError:
+        # Another process may have finished the same world in the meantime.
+        if not (target / "world.json").is_file():
+            raise
     return target
 
 
@@ -143,25 +152,27 @@ class _Builder:
         }
         steps = config.base.steps + len(CAPABILITIES) * config.expert.steps
         steps += len(MODELS) * len(CAPABILITIES) * _VALIDATION_STEPS
-        self.bar = tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, mininterval=1.0)
+        # Into a log file, one line every half minute is enough.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, mininterval=interval)
 
     def build(self) -> None:
         """All phases in order; world.json last."""
         started = time.perf_counter()
         self._phase("data", self._write_data)
-        base = self._phase("base", self._train_base)
-        for name in CAPABILITIES:
-            self._phase(name, partial(self._train_expert, name))
-        for name in MODELS:
-            self._phase(f"validate {name}", partial(self._validate, name))
-        self.bar.close()
+        with self.bar:
+            parameters = self._phase("base", self._train_base)
+            for name in CAPABILITIES:
+                self._phase(name, partial(self._train_expert, name))
+            for name in MODELS:
+                self._phase(f"validate {name}", partial(self._validate, name))
         self.seconds["total"] = round(time.perf_counter() - started, 1)
         document = {
             "hash": self.config.hash12,
             "recipe": RECIPE,
             "seed": self.config.seed,
             "config": asdict(self.config),
-            "parameters": base,
+            "parameters": parameters,
             "validation_accuracy": self.accuracy,
             "wall_seconds": self.seconds,
             "threads": torch.get_num_threads(),
@@ -170,7 +181,7 @@ class _Builder:
         (self.folder / "world.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def _phase(self, name: str, work: Callable[[], Any]) -> Any:
-        self.bar.set_description(f"world {self.config.hash12}: {name}")
+        self.bar.set_description(f"world {self.config.hash12}: {name}", refresh=sys.stderr.isatty())
         started = time.perf_counter()
         result = work()
         self.seconds[name] = round(time.perf_counter() - started, 1)
@@ -194,10 +205,8 @@ class _Builder:
 
     def _train_base(self) -> int:
         config, tokenizer = self.config, build_tokenizer()
-        # Hugging Face draws initial weights from the global generator: give it back as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = LlamaForCausalLM(_llama_config(config, len(tokenizer)))
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(_llama_config(config, len(tokenizer)))
         shares = dict(zip(CAPABILITIES, config.shares, strict=True))
         latent = dict(zip(CAPABILITIES, config.latent, strict=True))
         self._train(model, tokenizer, config.base, "base", shares, latent)
