@@ -170,6 +170,12 @@ def _device(wanted: str | None) -> str:
     return wanted or here[0]
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    """Not lm-eval's advice on its own command, nor, for every model, that a metric counts for some items only."""
+    text = record.getMessage()
+    return "Custom kwargs can be passed" not in text and "not scored on the same number" not in text
+
+
 def _quieten(bars: bool) -> None:
     """Silence what the libraries say about themselves; must run before they are first imported."""
     if not bars:
@@ -178,8 +184,8 @@ def _quieten(bars: bool) -> None:
     import datasets
     import transformers
 
-    # It warns of metrics that count for some items only, for every model anew; a task may mean that.
-    logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.ERROR)
+    for name in ("lm_eval.api.task", "lm_eval.evaluator_utils"):
+        logging.getLogger(name).addFilter(_says_something)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -31,8 +31,8 @@ _VERSIONS = ("lm-eval", "transformers", "torch")
 class Settings:
     """How models are run. `dtype`, `limit` and the versions enter the cache's key: they change answers.
 
-    Device and batch size are recorded with each result but not part of the key: they change no more than
-    the last bits, and a cached result should outlive a move to a GPU.
+    Device and batch size are recorded with each result but not part of the key: they change the rounding,
+    which moves an answer now and then, and a cached result should outlive a move to a GPU.
     """
 
     device: str
