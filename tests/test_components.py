@@ -160,3 +160,21 @@ class TestCheckpoint:
         (expert / "config.json").write_text(json.dumps(config))
         differences = Checkpoint.open(str(expert)).lineage_differences(Checkpoint.open(str(base)))
         assert differences == ["rope_theta 1000000.0 against the base's 10000.0"]
+
+
+def test_content_digest_sees_what_a_fingerprint_only_samples(tmp_path):
+    """One element far from the sampled windows: the same fingerprint, but another model to wp-eval."""
+    from mergekit_wp.checkpoint import content_digest
+    from mergekit_wp.eval.models import open_model
+
+    model = tiny.random_model("llama", intermediate_size=2048)
+    one = tiny.save(model, tmp_path / "one", max_shard_size="1GB")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[500, 3] += 1.0
+    two = tiny.save(model, tmp_path / "two", max_shard_size="200KB")
+    a, b = Checkpoint.open(str(one)), Checkpoint.open(str(two))
+    assert a.fingerprint == b.fingerprint
+    assert content_digest(a.tensors) != content_digest(b.tensors)
+    assert open_model("x", str(one), False).fingerprint != open_model("x", str(two), False).fingerprint
+    again = Checkpoint.open(str(tiny.save(tiny.random_model("llama", intermediate_size=2048), tmp_path / "again")))
+    assert content_digest(again.tensors) == content_digest(a.tensors)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_wp.checkpoint import Checkpoint, fingerprint_tensors
+from mergekit_wp.checkpoint import Checkpoint, content_digest
 from mergekit_wp.errors import BadInput
 
 # Beside the weights, the files that change what a model answers: the Hub's names for config, generation
@@ -73,11 +73,15 @@ def _clashes(parts: tuple[str, ...], depth: int, unnamed: list[tuple[str, ...]],
 
 
 def open_model(name: str, reference: str, trust_remote_code: bool) -> EvalModel:
-    """Read headers, config and tokenizer (no weights); fetch a Hub model first. Raises `BadInput`."""
+    """Identify a model by all its bytes, and see that config and tokenizer load; a Hub model is fetched first.
+
+    Raises `BadInput`.
+    """
     checkpoint = Checkpoint.open(reference)
     folder = checkpoint.folder
     _check_loadable(reference, folder, trust_remote_code)
-    digest = hashlib.sha256(fingerprint_tensors(checkpoint.tensors).encode())
+    # Every byte, not the samples of a fingerprint: two merges may differ in the rows of one head.
+    digest = hashlib.sha256(content_digest(checkpoint.tensors).encode())
     for path in sorted({path for pattern in _ANSWERING_FILES for path in folder.glob(pattern)}):
         if not path.name.endswith(".index.json"):  # a re-sharded copy is the same model
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
