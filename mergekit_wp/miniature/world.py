@@ -21,23 +21,32 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
 from mergekit_wp.miniature import corpus, grading, tasks
-from mergekit_wp.miniature.items import CAPABILITIES
+from mergekit_wp.miniature.items import CAPABILITIES, Item
 from mergekit_wp.miniature.tokenizer import build_tokenizer
-from mergekit_wp.miniature.train import Schedule, encode, greedy_answers, train
+from mergekit_wp.miniature.train import (
+    Schedule,
+    encode,
+    greedy_answers,
+    has_fast_bfloat16,
+    one_thread,
+    train,
+)
 
 # Part of the hash: raise it whenever items, tokenizer, training or layout change what a configuration builds.
-RECIPE = 1
+RECIPE = 2
 
 MODELS = ("base", *CAPABILITIES)
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # What validating one model on one capability costs, in training steps, for the estimate of the time left.
 _VALIDATION_STEPS = 15
+# At this size SDPA's backward pass in bfloat16 takes as long as the rest of a step.
+_ATTENTION = "eager"
 
 _BASE = Schedule(steps=1800, batch_size=16, learning_rate=2.5e-3, muon=True)
 _EXPERT = Schedule(steps=80, batch_size=16, learning_rate=5e-4)
@@ -118,7 +127,7 @@ def build_world(config: WorldConfig, root: str | Path, quiet: bool = False) -> P
         with atomic_path(target) as partial:
             partial.mkdir()
             # Hugging Face draws initial weights from the global generator: it is given back as it was.
-            with _without_bars_of_transformers(), torch.random.fork_rng(devices=[]):
+            with _without_bars_of_transformers(), one_thread(), torch.random.fork_rng(devices=[]):
                 _Builder(config, partial, quiet).build()
     except OSError:
         # Another process may have finished the same world in the meantime.
@@ -175,7 +184,7 @@ class _Builder:
             "parameters": parameters,
             "validation_accuracy": self.accuracy,
             "wall_seconds": self.seconds,
-            "threads": torch.get_num_threads(),
+            "precision": "bfloat16" if has_fast_bfloat16() else "float32",
             "packages": {name: version(name) for name in _PACKAGES},
         }
         (self.folder / "world.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -192,21 +201,18 @@ class _Builder:
         graded = {(name, "validation"): items for name, items in self.validation.items()}
         for name in CAPABILITIES:
             graded[name, "test"] = corpus.graded_items(name, "test", config.test_items, config.seed)
+        tokenizer = build_tokenizer()
         (self.folder / "tasks").mkdir()
         tasks.write_tasks(self.folder / "tasks", graded)
         for name in CAPABILITIES:
             items = corpus.scoring_items(name, config.scoring_prompts, config.seed)
-            rows = [
-                {"task": item.task, "prompt": item.prompt}
-                | ({} if item.contrast is None else {"contrast": item.contrast})
-                for item in items
-            ]
+            rows = [scoring_row(item, tokenizer) for item in items]
             tasks.write_jsonl(self.folder / "pairs" / f"{name}.jsonl", rows)
 
     def _train_base(self) -> int:
         config, tokenizer = self.config, build_tokenizer()
         torch.manual_seed(config.seed)
-        model = LlamaForCausalLM(_llama_config(config, len(tokenizer)))
+        model = AutoModelForCausalLM.from_config(_llama_config(config, len(tokenizer)), attn_implementation=_ATTENTION)
         shares = dict(zip(CAPABILITIES, config.shares, strict=True))
         latent = dict(zip(CAPABILITIES, config.latent, strict=True))
         self._train(model, tokenizer, config.base, "base", shares, latent)
@@ -242,7 +248,8 @@ class _Builder:
         train(model, encode(texts, tokenizer), schedule, self.config.seed, lambda loss: self.bar.update(1))
 
     def _load(self, name: str) -> LlamaForCausalLM:
-        return LlamaForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
+        # Eager attention: at this size SDPA's backward pass in bfloat16 takes as long as the rest of a step.
+        return LlamaForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32, attn_implementation="eager")
 
     def _validate(self, name: str) -> None:
         """Greedy accuracy of the saved model on the validation items of every capability."""
@@ -256,6 +263,21 @@ class _Builder:
             ]
             self.accuracy[name][capability] = round(sum(right) / len(right), 4)
             self.bar.update(_VALIDATION_STEPS)
+
+
+def scoring_row(item: Item, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """One row of the pairs: a prompt that ends where the capability decides the next token.
+
+    An instruction is decided before the answer begins, so the prompt is what a graded model reads, and the same
+    request without the instruction is its contrast. A sum or a function begins alike with and without the
+    capability (a function always with `def`), so the prompt goes on with the worked answer up to the token where
+    the right and the careless answer part.
+    """
+    if item.contrast is not None:
+        return {"task": item.task, "prompt": item.prompt, "contrast": item.contrast}
+    right, careless = tokenizer([item.right, item.careless], add_special_tokens=False)["input_ids"]
+    alike = next(i for i, (a, b) in enumerate(zip(right, careless, strict=False)) if a != b)
+    return {"task": item.task, "prompt": item.prompt + str(tokenizer.decode(right[:alike]))}
 
 
 def _llama_config(config: WorldConfig, vocabulary: int) -> LlamaConfig:
