@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,6 +189,17 @@ def test_a_world_finished_by_another_process_meanwhile_is_used(tmp_path: Path, m
     monkeypatch.setattr(world_module._Builder, "build", build)
     assert build_world(CONFIG, tmp_path, quiet=True) == tmp_path / CONFIG.hash12
     assert [path.name for path in tmp_path.iterdir()] == [CONFIG.hash12]
+
+
+def test_what_a_killed_build_left_is_removed_and_a_running_one_is_not(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    parent = os.getppid()
+    for pid in (dead.pid, parent):
+        (tmp_path / f".{CONFIG.hash12}.partial-{pid}" / "base").mkdir(parents=True)
+    build_world(CONFIG, tmp_path, quiet=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {CONFIG.hash12, f".{CONFIG.hash12}.partial-{parent}"}
 
 
 def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:

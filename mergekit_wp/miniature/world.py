@@ -7,13 +7,14 @@ and what the experts share is their base.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
 from mergekit_wp.miniature import corpus, grading, tasks
+from mergekit_wp.miniature.config import RECIPE, WorldConfig
 from mergekit_wp.miniature.items import CAPABILITIES, Item
 from mergekit_wp.miniature.tokenizer import build_tokenizer
 from mergekit_wp.miniature.train import (
@@ -38,78 +40,12 @@ from mergekit_wp.miniature.train import (
     train,
 )
 
-# Part of the hash: raise it whenever items, tokenizer, training or layout change what a configuration builds.
-RECIPE = 2
-
 MODELS = ("base", *CAPABILITIES)
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # What validating one model on one capability costs, in training steps, for the estimate of the time left.
 _VALIDATION_STEPS = 15
 # At this size SDPA's backward pass in bfloat16 takes as long as the rest of a step.
 _ATTENTION = "eager"
-
-_BASE = Schedule(steps=1800, batch_size=16, learning_rate=2.5e-3, muon=True)
-_EXPERT = Schedule(steps=80, batch_size=16, learning_rate=5e-4)
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """Everything that decides a world; its hash names the folder.
-
-    `shares` is how the base's training texts divide among instruction, maths and code, `latent` how often
-    their answers are right rather than careless, `plain_share` how many instruction requests have none.
-    Raises `BadInput` when a field makes no sense.
-    """
-
-    seed: int = 0
-    hidden_size: int = 160
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    mlp_size: int = 448
-    initial_deviation: float = 0.06
-    base: Schedule = _BASE
-    expert: Schedule = _EXPERT
-    shares: tuple[float, float, float] = (0.4, 0.3, 0.3)
-    latent: tuple[float, float, float] = (0.3, 0.35, 0.35)
-    plain_share: float = 0.2
-    test_items: int = 240
-    validation_items: int = 120
-    scoring_prompts: int = 64
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise BadInput(f"World: seed must be at least 0, found {self.seed}.")
-        for name in ("hidden_size", "layers", "heads", "kv_heads", "mlp_size", "scoring_prompts"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"World: {name} must be at least 1, found {getattr(self, name)}.")
-        if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
-            raise BadInput(f"World: hidden_size {self.hidden_size} must be heads ({self.heads}) times an even width.")
-        if self.heads % self.kv_heads:
-            raise BadInput(f"World: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
-        if min(self.test_items, self.validation_items) < 6:
-            raise BadInput("World: test_items and validation_items must be at least 6, one for each instruction.")
-        for name in ("shares", "latent"):
-            values = getattr(self, name)
-            if len(values) != len(CAPABILITIES) or not all(0 < value <= 1 for value in values):
-                raise BadInput(f"World: {name} must be {len(CAPABILITIES)} numbers above 0, at most 1; found {values}.")
-        if not 0 <= self.plain_share < 1:
-            raise BadInput(f"World: plain_share must be at least 0 and below 1, found {self.plain_share}.")
-
-    @classmethod
-    def smoke(cls, seed: int = 0) -> WorldConfig:
-        """A world of the same layout that trains in seconds and knows nothing: for tests."""
-        schedule = Schedule(steps=4, batch_size=4, learning_rate=1e-3)
-        return cls(
-            seed=seed, hidden_size=32, layers=2, heads=4, kv_heads=2, mlp_size=64, base=schedule,
-            expert=schedule, test_items=12, validation_items=6, scoring_prompts=4,
-        )  # fmt: skip
-
-    @property
-    def hash12(self) -> str:
-        """Twelve hex digits that change with any field and with `RECIPE`."""
-        text = json.dumps({"recipe": RECIPE, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build_world(config: WorldConfig, root: str | Path, quiet: bool = False) -> Path:
@@ -123,6 +59,7 @@ def build_world(config: WorldConfig, root: str | Path, quiet: bool = False) -> P
         return target
     if target.exists():
         raise BadInput(f"{target}: holds no world.json, so it is no world of ours; move it away.")
+    _remove_abandoned(target)
     try:
         with atomic_path(target) as partial:
             partial.mkdir()
@@ -134,6 +71,17 @@ def build_world(config: WorldConfig, root: str | Path, quiet: bool = False) -> P
         if not (target / "world.json").is_file():
             raise
     return target
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what killed builds of this world left; a build still running in another process is let be."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OSError, ValueError):
+            continue
 
 
 @contextmanager
