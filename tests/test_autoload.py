@@ -93,14 +93,14 @@ def test_the_start_file_names_a_callable():
 
 
 def test_looking_for_the_module_does_not_use_the_hook_up():
+    # Before the finder is there: importing the package loads the registry, which would use the hook up.
+    package = importlib.import_module("mergekit.merge_methods")
     finder = autoload._Finder()
     sys.meta_path.insert(0, finder)
     try:
         assert importlib.util.find_spec("json") is not None
         assert finder in sys.meta_path
-        spec = finder.find_spec(
-            "mergekit.merge_methods.registry", importlib.import_module("mergekit.merge_methods").__path__
-        )
+        spec = finder.find_spec("mergekit.merge_methods.registry", package.__path__)
         assert spec.loader.get_filename(spec.name).endswith("registry.py")
         assert finder in sys.meta_path
     finally:

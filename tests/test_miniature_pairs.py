@@ -1,0 +1,32 @@
+"""Scoring prompts of the miniature end where the capability decides the next token."""
+
+from __future__ import annotations
+
+import pytest
+
+from mergekit_wp.miniature import corpus
+from mergekit_wp.miniature.tokenizer import build_tokenizer
+from mergekit_wp.miniature.world import scoring_row
+
+
+@pytest.mark.parametrize("capability", ["maths", "code"])
+def test_the_prompt_goes_on_to_where_right_and_careless_part(capability):
+    tokenizer = build_tokenizer()
+    for item in corpus.scoring_items(capability, 40, seed=3):
+        row = scoring_row(item, tokenizer)
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        right, careless = (
+            tokenizer(item.prompt)["input_ids"] + tokenizer(answer, add_special_tokens=False)["input_ids"]
+            for answer in (item.right, item.careless)
+        )
+        assert "contrast" not in row
+        # Tokenised as one text, the prompt is what the model has read when it comes to the next token ...
+        assert prompt == right[: len(prompt)] == careless[: len(prompt)]
+        # ... which is the first that tells the answers apart.
+        assert right[len(prompt)] != careless[len(prompt)]
+
+
+def test_an_instruction_is_decided_before_the_answer():
+    tokenizer = build_tokenizer()
+    for item in corpus.scoring_items("instruction", 5, seed=3):
+        assert scoring_row(item, tokenizer) == {"task": item.task, "prompt": item.prompt, "contrast": item.contrast}
