@@ -246,4 +246,4 @@ def check_room(nbytes: int, out: Path, *, touch: bool = True) -> None:
 
 
 def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
