@@ -8,14 +8,15 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+# mergekit's model card asks the Hub about any model named with fewer than two slashes, so folders are absolute.
 RECIPE = """\
 merge_method: wp
-base_model: base
+base_model: {here}/base
 models:
-  - model: one
-    parameters: {scores: scores/one.safetensors}
-  - model: two
-    parameters: {scores: scores/two.safetensors}
+  - model: {here}/one
+    parameters: {{scores: scores/one.safetensors}}
+  - model: {here}/two
+    parameters: {{scores: scores/two.safetensors}}
 dtype: bfloat16
 """
 
@@ -27,7 +28,7 @@ def prepare() -> None:
     tiny.save(tiny.add_rows(tiny.fine_tuned(base, seed=3), 1), Path("two"), torch.bfloat16)
     rows = [{"task": "t", "prompt": f"w{i} w{i + 1} w5", "contrast": f"w{i} w{i + 1}"} for i in range(8)]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    Path("recipe.yaml").write_text(RECIPE)
+    Path("recipe.yaml").write_text(RECIPE.format(here=Path.cwd()))
 
 
 def compare() -> None:
