@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
@@ -27,9 +27,6 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import slot_of
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
-
-if TYPE_CHECKING:
-    pass
 
 _SLICES_A_KIND = 4
 _ROWS = 16
