@@ -83,6 +83,7 @@ def by_autograd(pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Te
         pair.base.model(input_ids=part.ids_BT, use_cache=False)
         pair.base.model.layers = whole
         handle.remove()
+        residual_at_anchor(pair.expert, part, layer)  # the gap needs it, in every method
         anchor_utility(part.at_anchor(found[0]), direction_D).sum().backward()
         for (name, i), weight in zip(owned, weights, strict=True):
             assert weight.grad is not None
