@@ -252,7 +252,10 @@ def _weight_files(folder: Path) -> list[Path]:
         raise BadInput(
             f"{folder}: holds pickled .bin weights only, which are never opened; convert them to safetensors."
         )
-    raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json there.")
+    raise BadInput(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json there; if this model comes as pickled "
+        ".bin files, which are never opened, convert it to safetensors once."
+    )
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
