@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 
+from mergekit_wp import __version__
 from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores
@@ -199,8 +200,8 @@ class TaskRun:
 
 
 def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, tasks: dict[str, TaskMeta]) -> ScoreMeta:
-    packages = ("mergekit-wp", "torch", "transformers", "safetensors")
-    name = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
+    packages = ("torch", "transformers", "safetensors")
+    device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
     return ScoreMeta(
         base=_model_id(job.base, checked.base_print),
         expert=_model_id(job.expert, checked.expert_print),
@@ -212,9 +213,9 @@ def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, ta
         split=job.split,
         anchor_layer=layer,
         dtype=str(pair.dtype).removeprefix("torch."),
-        device=name,
+        device=device,
         seed=job.seed,
-        versions={package: importlib.metadata.version(package) for package in packages},
+        versions={"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
