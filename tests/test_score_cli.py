@@ -280,3 +280,15 @@ def test_lora_expert_equals_the_merged_model(world, tmp_path):
 
 def test_missing_lora(world):
     refused(*run(world, expert=f"{world / 'base'}+./nowhere"), "./nowhere", "no such model folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("user/model", ("user/model", None)), ("user/model@v1", ("user/model", "v1")), ("a@v1+b", ("a@v1+b", None))],
+)
+def test_model_names_in_the_score_file(name, wanted):
+    from mergekit_wp.checkpoint import Fingerprint
+    from mergekit_wp.scoring.engine import _model_id
+
+    model = _model_id(name, Fingerprint("c", "t"))
+    assert (model.name, model.revision) == wanted

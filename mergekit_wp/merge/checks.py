@@ -240,10 +240,11 @@ def check_room(nbytes: int, out: Path, *, touch: bool = True) -> None:
         ) from error
     if free < nbytes + _SLACK_BYTES:
         raise BadInput(
-            f"{out}: the merged model takes {_gb(nbytes + _SLACK_BYTES)}, and {_gb(free)} are free there; make room "
-            "or choose another disk."
+            f"{out}: the merged model takes {size_text(nbytes + _SLACK_BYTES)}, and {size_text(free)} are free there; "
+            "make room or choose another disk."
         )
 
 
-def _gb(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """Bytes for people."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -20,7 +20,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
-from mergekit_wp.merge.checks import check_plan, check_room
+from mergekit_wp.merge.checks import check_plan, check_room, size_text
 from mergekit_wp.merge.plan import MergePlan, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import component_shares
@@ -85,7 +85,7 @@ def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
     check_plan(MergePlan(plan.tensors, plan.checkpoints, None))
     check_room(plan.nbytes(), out, touch=False)
     click.echo(shares_table(plan))
-    click.echo(f"all checks passed; the merge would write {plan.nbytes() / 1e9:.2f} GB to {out}. Nothing was written.")
+    click.echo(f"all checks passed; the merge would write {size_text(plan.nbytes())} to {out}. Nothing was written.")
 
 
 def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool) -> None:

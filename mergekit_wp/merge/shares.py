@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from mergekit_wp.components import Geometry, TensorSlot
+from mergekit_wp.components import TensorSlot
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.fusion import component_weights
 from mergekit_wp.scorefile import Scores, read_scores
@@ -38,11 +38,6 @@ def tensor_shares(paths: Sequence[str], slot: TensorSlot) -> torch.Tensor:
     alpha_KLH, alpha_KLF = component_shares(paths)
     geometry = load_scores(paths[0]).meta.geometry
     return geometry.expand(slot, alpha_KLH[:, slot.layer], alpha_KLF[:, slot.layer])
-
-
-def geometry_of(path: str) -> Geometry:
-    """The geometry that a score file was made for."""
-    return load_scores(path).meta.geometry
 
 
 def _key(path: str) -> _Key:

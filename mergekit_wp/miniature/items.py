@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CAPABILITIES = ("instruction", "maths", "code")
-SPLITS = ("test", "validation", "pairs", "train")
 
 # Of every ten request keys: one is for tests, one for validation, one for scoring prompts, the rest for training.
 _SPLIT_OF_RESIDUE = ("test", "validation", "pairs") + ("train",) * 7

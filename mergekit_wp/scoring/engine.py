@@ -221,5 +221,6 @@ def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, ta
 
 
 def _model_id(name: str, fingerprint: Fingerprint) -> ModelId:
-    path, _, revision = name.partition("@")
+    # A LoRA's name holds two models, each perhaps with a revision: it stays whole.
+    path, _, revision = (name, "", "") if "+" in name else name.partition("@")
     return ModelId(path, revision or None, fingerprint.config, fingerprint.tensors)

@@ -69,7 +69,8 @@ def check_pair(job: ScoringJob) -> CheckedPair:
             f"{expert.name}: has {expert.geometry.vocabulary} vocabulary rows, fewer than the base's "
             f"{base.geometry.vocabulary}; it is not a fine-tune of {base.name}."
         )
-    checked = CheckedPair(base, expert, fingerprint_of(job.base), fingerprint_of(job.expert))
+    expert_print = fingerprint_of(job.expert) if "+" in job.expert else expert.fingerprint
+    checked = CheckedPair(base, expert, base.fingerprint, expert_print)
     # Equal fingerprints only sample the weights: an expert that differs in one head alone is a fair question.
     same = checked.base_print.tensors == checked.expert_print.tensors
     if same and content_digest(base.tensors) == content_digest(expert.tensors):
