@@ -1,23 +1,27 @@
-"""What a forward and backward pass of the base leaves behind, one decoder layer at a time.
+"""Run one decoder layer and keep what scoring needs of it.
 
-Parameters stay frozen, so autograd computes gradients of activations only. Forward hooks keep the inputs and
-outputs of the projections (references, no copies: autograd holds most of them anyway); tensor hooks keep the
-gradients at their outputs. The gradient at a layer's input is the last to arrive, so a hook there hands the full
-`LayerRecord` to the consumer and forgets it: one layer's gradients are alive at a time.
+Parameters stay frozen, so autograd computes gradients of activations only. Hooks keep the inputs and outputs of
+the projections (references, no copies: autograd holds most of them anyway); one call of autograd gives the
+gradients at all of them and at the layer's input.
+
+The topmost layer that is run matters at the anchor positions only: `at_anchors` lets o_proj and the MLP compute
+those alone. There, and in the record, T is then 1.
 
 Legend: B prompts, T tokens, D residual width, Q = H*d_h query width, F neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from mergekit_wp.scoring.stack import Call, Stack
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -28,95 +32,142 @@ PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_GRADIENTS = ("q", "o", "gate", "up", "down")  # keys and values belong to no component
+_INPUT_GRADIENTS = ("o", "down")
 
 
 @dataclass
 class LayerRecord:
-    """One layer of the base run, keyed by projection (q, k, v, o, gate, up, down).
+    """One layer of one model on one batch, keyed by projection (q, k, v, o, gate, up, down).
 
-    inputs[p], outputs[p]   activations of the base run [B, T, width]
-    grad_out[p]             dS/d(output of p), S the scalar that was differentiated
+    stream_BTD              the layer's input
+    inputs[p], outputs[p]   activations [B, T, width]; T is 1 for o and the MLP if only anchors were computed
+    grad_out[p]             dS/d(output of p), S the scalar that was differentiated (after `backward`)
     grad_in[p]              dS/d(input of p), for o and down: there it is delta W, one product saved
     attention_call          args and kwargs that self_attn was called with
+    anchors_B               the positions kept where only anchors were computed, else None
     """
 
+    stream_BTD: torch.Tensor
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     grad_out: dict[str, torch.Tensor] = field(default_factory=dict)
     grad_in: dict[str, torch.Tensor] = field(default_factory=dict)
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    anchors_B: torch.Tensor | None = None
+
+    def kept(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """`x_BTD` at the positions that were computed: all of them, or the anchors [B, 1, D]."""
+        return x_BTD if self.anchors_B is None else _pick(x_BTD, self.anchors_B)
+
+    def backward(self, above_BTD: torch.Tensor, gradient_BTD: torch.Tensor, *, below: bool = True) -> torch.Tensor:
+        """Fill the gradients from dS/d(layer's output) and return dS/d(layer's input), unless not `below`.
+
+        `above_BTD` is the output of the recorded call. The graph is freed.
+        """
+        leaves = [self.stream_BTD] if below else []
+        inner = [self.outputs[p] for p in _GRADIENTS] + [self.inputs[p] for p in _INPUT_GRADIENTS]
+        found = torch.autograd.grad(above_BTD, leaves + inner, gradient_BTD)
+        gradient_below = found[0] if below else torch.zeros(0)
+        found = found[len(leaves) :]
+        self.grad_out = dict(zip(_GRADIENTS, found, strict=False))
+        self.grad_in = dict(zip(_INPUT_GRADIENTS, found[len(_GRADIENTS) :], strict=True))
+        for tensors in (self.inputs, self.outputs):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.detach()
+        return gradient_below
 
 
-Consumer = Callable[[int, LayerRecord], None]
-
-
-@contextmanager
-def capture_layers(layers: Sequence[nn.Module], consume: Consumer) -> Iterator[None]:
-    """Within the block, every backward pass through `layers` calls `consume(layer index, record)`, top down."""
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            for handle in _LayerHooks(index, layer, consume).handles:
-                stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def differentiable_embeddings(model: Any) -> Iterator[None]:
-    """Make the embeddings the leaves of autograd; otherwise, with frozen parameters, there would be no graph."""
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda _module, _args, output: output.requires_grad_(True)
-    )
+def run_layer(
+    stack: Stack,
+    layer: nn.Module,
+    stream_BTD: torch.Tensor,
+    call: Call,
+    *,
+    gradient: bool,
+    anchors_B: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, LayerRecord]:
+    """The stream above `layer` and its record; with `gradient`, ready for `LayerRecord.backward`."""
+    record = LayerRecord(stream_BTD.detach(), anchors_B=anchors_B)
+    if gradient:
+        record.stream_BTD.requires_grad_(True)
+    handles = [layer.self_attn.register_forward_pre_hook(partial(_on_attention, record), with_kwargs=True)]
+    for key, path in PROJECTIONS.items():
+        handles.append(layer.get_submodule(path).register_forward_hook(partial(_on_projection, record, key)))
     try:
+        with torch.set_grad_enabled(gradient), at_anchors(layer, anchors_B):
+            above_BTD = stack.call(layer, record.stream_BTD, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return above_BTD, record
+
+
+def _on_attention(record: LayerRecord, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    record.attention_call = (args, kwargs)
+
+
+def _on_projection(record: LayerRecord, key: str, _module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    record.inputs[key], record.outputs[key] = args[0], output
+
+
+@contextmanager
+def substituted(parent: Any, **stubs: nn.Module) -> Iterator[None]:
+    """Put `stubs` in the place of submodules of `parent` inside the block."""
+    originals = {name: getattr(parent, name) for name in stubs}
+    try:
+        for name, stub in stubs.items():
+            setattr(parent, name, stub)
         yield
     finally:
-        handle.remove()
+        for name, original in originals.items():
+            setattr(parent, name, original)
 
 
-class _LayerHooks:
-    """Fills one `LayerRecord` over a forward and a backward pass of one decoder layer, then hands it over."""
+@contextmanager
+def at_anchors(layer: Any, anchors_B: torch.Tensor | None) -> Iterator[None]:
+    """Inside the block, `layer` computes o_proj and the MLP at the positions `anchors_B` alone (None: everywhere).
 
-    def __init__(self, index: int, layer: Any, consume: Consumer):
-        self.index, self.consume = index, consume
-        self.record = LayerRecord()
-        self.handles = [
-            layer.register_forward_pre_hook(self.on_layer, with_kwargs=True),
-            layer.self_attn.register_forward_pre_hook(self.on_attention, with_kwargs=True),
-        ]
-        for key, path in PROJECTIONS.items():
-            hook = partial(self.on_projection, key)
-            self.handles.append(layer.get_submodule(path).register_forward_hook(hook))
-
-    def on_layer(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        # A new record every forward pass: one whose backward pass never came must not leak into the next.
-        self.record = LayerRecord()
-        stream = args[0] if args else kwargs["hidden_states"]
-        stream.register_hook(self.on_layer_gradient)
-
-    def on_attention(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.record.attention_call = (args, kwargs)
-
-    def on_projection(self, key: str, _module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        record = self.record
-        record.inputs[key], record.outputs[key] = args[0].detach(), output.detach()
-        if key not in ("k", "v"):  # keys and values belong to no component
-            output.register_hook(partial(record.grad_out.__setitem__, key))
-        if key in ("o", "down"):
-            args[0].register_hook(partial(record.grad_in.__setitem__, key))
-
-    def on_layer_gradient(self, _gradient: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.consume(self.index, self.record)
-        self.record = LayerRecord()
+    The stream above it is then right at those positions only.
+    """
+    if anchors_B is None:
+        with nullcontext():
+            yield
+        return
+    attention = layer.self_attn
+    with (
+        substituted(attention, o_proj=_AtAnchors(attention.o_proj, anchors_B)),
+        substituted(layer, mlp=_AtAnchors(layer.mlp, anchors_B)),
+    ):
+        yield
 
 
-class _Constant(nn.Module):
-    """Stands in for a projection whose output is known already."""
+def _pick(x_BTD: torch.Tensor, anchors_B: torch.Tensor) -> torch.Tensor:
+    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), anchors_B].unsqueeze(1)
 
-    def __init__(self, output: torch.Tensor):
+
+class _AtAnchors(nn.Module):
+    """Runs a module at one position of each prompt and puts zeros elsewhere."""
+
+    def __init__(self, inner: nn.Module, anchors_B: torch.Tensor):
+        super().__init__()
+        self.inner, self.anchors_B = inner, anchors_B
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        some_B1D = self.inner(_pick(x_BTD, self.anchors_B))
+        all_BTD = some_B1D.new_zeros(*x_BTD.shape[:-1], some_B1D.shape[-1])
+        rows_B = torch.arange(len(x_BTD), device=x_BTD.device)
+        return all_BTD.index_put((rows_B, self.anchors_B), some_B1D.squeeze(1))
+
+
+class Constant(nn.Module):
+    """Stands in for a module whose output is known already."""
+
+    def __init__(self, output: Any):
         super().__init__()
         self.output = output
 
-    def forward(self, _x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self.output
 
 
@@ -128,26 +179,24 @@ class _Catch(nn.Module):
         return x_BTQ
 
 
-def rerun_attention(attention: Any, record: LayerRecord, q_BTQ: torch.Tensor) -> torch.Tensor:
-    """The input of o_proj [B, T, Q] if q_proj had put out `q_BTQ` while keys and values stay the base's.
+def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor) -> torch.Tensor:
+    """The input of o_proj [B, T, Q] if q_proj had put out `q_BTQ` while keys and values stay the record's.
 
     Runs the architecture's own code (q/k norms, rotary, soft-capping, masks), so it is exact for each; only the
-    four projections are replaced by constants, so it costs the attention kernel alone.
+    four projections are replaced by constants, so it costs the attention kernel alone. Where the record has
+    anchors only, so has the result (T = 1).
     """
     catch = _Catch()
-    stubs = {
-        "q_proj": _Constant(q_BTQ),
-        "k_proj": _Constant(record.outputs["k"]),
-        "v_proj": _Constant(record.outputs["v"]),
-        "o_proj": catch,
-    }
-    originals = {name: getattr(attention, name) for name in stubs}
     args, kwargs = record.attention_call
-    try:
-        for name, stub in stubs.items():
-            setattr(attention, name, stub)
-        attention.forward(*args, **kwargs)  # not __call__: the capturing hooks must not fire again
-    finally:
-        for name, original in originals.items():
-            setattr(attention, name, original)
-    return catch.seen
+    with (
+        stack.autocast(),
+        substituted(
+            attention,
+            q_proj=Constant(q_BTQ),
+            k_proj=Constant(record.outputs["k"]),
+            v_proj=Constant(record.outputs["v"]),
+            o_proj=catch,
+        ),
+    ):
+        attention.forward(*args, **kwargs)
+    return record.kept(catch.seen)

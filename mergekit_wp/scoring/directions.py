@@ -10,14 +10,15 @@ Legend: L layers swept, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batches import TaskTokens, Tokens, batches
-from mergekit_wp.scoring.stack import Stack, Start
+from mergekit_wp.scoring.stack import Stack
+from mergekit_wp.scoring.sweep import ascend
 
 Tick = Callable[[int], object]
 
@@ -36,47 +37,51 @@ class Directions:
         return (self.mean_LD * unit_LD).sum(-1)  # the mean of projections is the projection of the mean
 
 
-@torch.no_grad()
-def ascend(stack: Stack, starts: Sequence[Start], depth: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Sweep up through layers 0 to depth-1 without gradients; after each, (layer, residual streams [B, T, D]).
-
-    Layers are the outer loop, so each is read once however many batches there are. The list is the same one at
-    every step; its entries are replaced.
-    """
-    streams = [start.stream_BTD for start in starts]
-    for index, layer in enumerate(stack.layers(range(depth))):
-        for i, start in enumerate(starts):
-            streams[i] = stack.call(layer, streams[i], start.calls[index])
-        yield index, streams
-
-
 def extract_directions(
     base: Stack, expert: Stack, task: TaskTokens, depth: int, batch_size: int, tick: Tick = lambda _n: None
 ) -> Directions:
-    """Directions after layers 0 to depth-1. Raises `BadInput` when one is not finite or vanishes everywhere."""
-    with_capability_LD = mean_residuals(expert, task.extraction, depth, batch_size, tick)
-    if task.contrasts:
-        without_LD = mean_residuals(expert, task.contrasts, depth, batch_size, tick)
-    else:
-        without_LD = mean_residuals(base, task.extraction, depth, batch_size, tick)
-    v_LD = with_capability_LD - without_LD
-    if not torch.isfinite(v_LD).all() or not v_LD[-1].any():
-        raise BadInput(
-            f"task {task.task}: prompts and contrasts leave the same residual at layer {depth - 1}, so there is no "
-            "anchor direction; check the pairs and the expert."
-        )
-    return Directions(v_LD.float(), with_capability_LD.float())
+    """Directions of one task after layers 0 to depth-1; see `extract_all`."""
+    return extract_all(base, expert, [task], depth, batch_size, tick)[0]
+
+
+def extract_all(
+    base: Stack, expert: Stack, tasks: Sequence[TaskTokens], depth: int, batch_size: int, tick: Tick = lambda _n: None
+) -> list[Directions]:
+    """Directions of every task after layers 0 to depth-1, each model swept once.
+
+    Raises `BadInput` when the direction of the last layer vanishes or one is not finite.
+    """
+    wanted = [task.extraction for task in tasks]
+    with_LD = mean_residuals(expert, wanted + [task.contrasts or [] for task in tasks], depth, batch_size, tick)
+    bare_LD = mean_residuals(base, [[] if t.contrasts else t.extraction for t in tasks], depth, batch_size, tick)
+    found = []
+    for i, task in enumerate(tasks):
+        without_LD = with_LD[len(tasks) + i] if task.contrasts else bare_LD[i]
+        v_LD = with_LD[i] - without_LD
+        if not torch.isfinite(v_LD).all() or not v_LD[-1].any():
+            raise BadInput(
+                f"task {task.task}: prompts and contrasts leave the same residual at layer {depth - 1}, so there is "
+                "no anchor direction; check the pairs and the expert."
+            )
+        found.append(Directions(v_LD.float(), with_LD[i].float()))
+    return found
 
 
 def mean_residuals(
-    stack: Stack, prompts: Tokens, depth: int, batch_size: int, tick: Tick = lambda _n: None
-) -> torch.Tensor:
-    """Mean over prompts of z_l(x) after every layer, float64 [depth, D] on the stack's device."""
-    parts = list(batches(prompts, batch_size, stack.device))
-    starts = [stack.start(part) for part in parts]
-    total_LD = torch.zeros(depth, stack.width, dtype=torch.float64, device=stack.device)
-    for layer, streams in ascend(stack, starts, depth):
-        for part, stream_BTD in zip(parts, streams, strict=True):
-            total_LD[layer] += part.at_anchor(stream_BTD).double().sum(0)
-    tick(len(prompts))
-    return total_LD / len(prompts)
+    stack: Stack, sets: Sequence[Tokens], depth: int, batch_size: int, tick: Tick = lambda _n: None
+) -> list[torch.Tensor]:
+    """Of every set of prompts, the mean of z_l(x) after every layer: float64 [depth, D] on the stack's device.
+
+    All sets share one sweep; that of an empty set is zero.
+    """
+    parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, stack.device)]
+    totals = [torch.zeros(depth, stack.width, dtype=torch.float64, device=stack.device) for _ in sets]
+    if not parts:
+        return totals
+    starts = [stack.start(batch) for _i, batch in parts]
+    for layer, streams in ascend(stack, starts, depth, at=[batch.last_B for _i, batch in parts]):
+        for (i, batch), stream_BTD in zip(parts, streams, strict=True):
+            totals[i][layer] += batch.at_anchor(stream_BTD).double().sum(0)
+    for prompts in sets:
+        tick(len(prompts))
+    return [total / max(len(prompts), 1) for total, prompts in zip(totals, sets, strict=True)]

@@ -1,0 +1,120 @@
+"""Sweeps over the layers of a stack: up without gradients, and back down with them, a layer at a time.
+
+Layers are the outer loop and batches the inner one, so a streamed layer is read once however many batches there
+are. The way down recomputes each layer from its stored input, unless its graph was kept on the way up (which
+saves a forward pass and costs memory). Two layers of weights are needed at a time (METHOD.md 3).
+
+Legend: B prompts, T tokens, D residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mergekit_wp.scoring.capture import LayerRecord, at_anchors, run_layer
+from mergekit_wp.scoring.stack import Stack, Start
+
+Streams = list[torch.Tensor]
+
+
+@torch.no_grad()
+def ascend(
+    stack: Stack, starts: Sequence[Start], depth: int, *, at: Sequence[torch.Tensor] | None = None, below: int = 0
+) -> Iterator[tuple[int, Streams]]:
+    """Sweep up through layers `below` to depth-1 without gradients; after each, (layer, residual streams [B, T, D]).
+
+    `start.stream_BTD` is the stream under layer `below`. With `at` (the anchor positions of every batch) the last
+    layer computes those positions alone. The list is the same one at every step; its entries are replaced.
+    """
+    streams = [start.stream_BTD for start in starts]
+    order = range(below, depth)
+    for index, layer in zip(order, stack.layers(order), strict=True):
+        for i, start in enumerate(starts):
+            with at_anchors(layer, at[i] if at is not None and index == depth - 1 else None):
+                streams[i] = stack.call(layer, streams[i], start.calls[index])
+        yield index, streams
+
+
+@dataclass
+class Trail:
+    """What the base's way up leaves for the way back: the input of every layer for every batch, or its graph.
+
+    `inputs[layer][batch]` [B, T, D] lies in host memory if `offload`, else where it was computed. `graphs` holds
+    (stream above, record) instead where they were kept.
+    """
+
+    starts: Sequence[Start]
+    anchors: Sequence[torch.Tensor]
+    depth: int
+    keep_graphs: bool = False
+    offload: bool = False
+    inputs: list[Streams] = field(default_factory=list)
+    graphs: list[list[tuple[torch.Tensor, LayerRecord]]] = field(default_factory=list)
+
+    def at(self, layer: int, batch: int) -> torch.Tensor | None:
+        """Where layer `layer` is to be computed: the anchor positions for the topmost, None (everywhere) below."""
+        return self.anchors[batch] if layer == self.depth - 1 else None
+
+    def climb(self, stack: Stack) -> Iterator[tuple[int, Streams]]:
+        """Sweep up as `ascend` does, and remember."""
+        streams = [start.stream_BTD for start in self.starts]
+        order = range(self.depth)
+        for index, layer in zip(order, stack.layers(order), strict=True):
+            if self.keep_graphs:
+                self.graphs.append([self._run(stack, layer, index, i, x) for i, x in enumerate(streams)])
+                streams = [above.detach() for above, _record in self.graphs[-1]]
+            else:
+                self.inputs.append([x.cpu() if self.offload else x for x in streams])
+                with torch.no_grad():
+                    for i, (x_BTD, start) in enumerate(zip(streams, self.starts, strict=True)):
+                        with at_anchors(layer, self.at(index, i)):
+                            streams[i] = stack.call(layer, x_BTD, start.calls[index])
+                streams = list(streams)
+            yield index, streams
+
+    def recorded(
+        self, stack: Stack, layer: nn.Module, index: int, batch: int, *, gradient: bool
+    ) -> tuple[torch.Tensor, LayerRecord]:
+        """The stream above `layer` and its record for one batch, kept or recomputed."""
+        if self.keep_graphs:
+            return self.graphs[index][batch]
+        return self._run(stack, layer, index, batch, self.inputs[index][batch].to(stack.device), gradient)
+
+    def forget(self, index: int) -> None:
+        """Free what was kept of layer `index`; the layers below it stay."""
+        kept: list[list] = self.graphs if self.keep_graphs else self.inputs  # type: ignore[assignment,type-arg]
+        kept[index] = []
+
+    def _run(
+        self, stack: Stack, layer: nn.Module, index: int, batch: int, stream_BTD: torch.Tensor, gradient: bool = True
+    ) -> tuple[torch.Tensor, LayerRecord]:
+        call = self.starts[batch].calls[index]
+        return run_layer(stack, layer, stream_BTD, call, gradient=gradient, anchors_B=self.at(index, batch))
+
+
+Inject = Callable[[int, int, torch.Tensor | None], torch.Tensor]
+Consume = Callable[[int, int, nn.Module, nn.Module, LayerRecord], None]
+
+
+def descend(base: Stack, expert: Stack, trail: Trail, inject: Inject, consume: Consume) -> None:
+    """Sweep down the base with gradients, the expert's layers alongside.
+
+    inject(layer, batch, g)   the gradient [B, T, D] at the stream above `layer`, given that from above it (None at
+                              the top)
+    consume(layer, batch, base layer, expert layer, record)   takes every record with its gradients
+    """
+    gradients: list[torch.Tensor | None] = [None] * len(trail.starts)
+    order = range(trail.depth - 1, -1, -1)
+    for index, layer, expert_layer in zip(order, base.layers(order), expert.layers(order), strict=True):
+        for i in range(len(trail.starts)):
+            gradient_BTD = inject(index, i, gradients[i])
+            above_BTD, record = trail.recorded(base, layer, index, i, gradient=True)
+            gradients[i] = record.backward(above_BTD, gradient_BTD, below=index > 0)
+            with torch.no_grad(), base.autocast():
+                consume(index, i, layer, expert_layer, record)
+            del above_BTD, record  # before the next batch's are made
+        trail.forget(index)
