@@ -1,0 +1,133 @@
+"""Reading a checkpoint tensor by tensor, through a small buffer, with nothing mapped into memory.
+
+Memory-mapped shards count as resident memory for as long as they are open, the whole file of them (measured: 1.1 GB
+for a 1 GB shard, against 150 MB read this way, at the same speed). So tensors are read with plain reads, a block at a
+time, straight into a tensor of the wanted dtype on the wanted device; a block is converted while the cache holds it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import torch
+
+from mergekit_wp.checkpoint import TensorHeader
+from mergekit_wp.errors import BadInput
+
+_BLOCK = 4 << 20  # bytes, a multiple of every item size
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Shards:
+    """The tensors of one checkpoint by name; `name` is the model's in errors. Safe to read from several threads."""
+
+    def __init__(self, name: str, tensors: Mapping[str, TensorHeader], device: torch.device):
+        self.name, self.device = name, device
+        self._tensors = tensors
+        self._finite: set[str] = set()
+        self._lock = threading.Lock()  # the block and the stream serve one reader at a time
+        on_gpu = device.type == "cuda"
+        self._block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def check(self, wanted: Mapping[str, torch.Size]) -> None:
+        """Raise `BadInput` unless every wanted tensor is there, of this shape and a float dtype; reads no weights."""
+        if missing := sorted(set(wanted) - set(self._tensors)):
+            raise BadInput(
+                f"{self.name}: the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download it again."
+            )
+        for key, shape in wanted.items():
+            header = self._tensors[key]
+            if header.shape != tuple(shape):
+                raise BadInput(
+                    f"{self.name}: the tensor {key} has the shape {list(header.shape)}, config.json asks for "
+                    f"{list(shape)}; download the checkpoint again."
+                )
+            if header.dtype not in _DTYPES:
+                raise BadInput(
+                    f"{self.name}: the tensor {key} is stored as {header.dtype}, expected one of "
+                    f"{', '.join(_DTYPES)}; convert the checkpoint, or use --offload none."
+                )
+            if header.end - header.start != _bytes(header):
+                raise BadInput(
+                    f"{header.file}: the tensor {key} takes {header.end - header.start} bytes, its shape and dtype "
+                    f"ask for {_bytes(header)}; download the checkpoint again."
+                )
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """The dtype in which the file holds a tensor."""
+        return _DTYPES[self._tensors[key].dtype]
+
+    @contextmanager
+    def transfer(self) -> Iterator[None]:
+        """What is read and computed inside the block runs beside the device's own work, and is done at its end.
+
+        On CUDA that is a side stream, whose memory must not be freed while another stream still uses it.
+        """
+        with torch.cuda.stream(self._stream):
+            yield
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    @torch.no_grad()
+    def read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that passed `check`, converted to `dtype`, complete on the device when this returns.
+
+        Raises `BadInput` when the file does not give it, the device cannot hold it, or, found at the first reading,
+        it holds a NaN or an infinity.
+        """
+        header = self._tensors[key]
+        try:
+            with self._lock, self.transfer(), open(header.file, "rb", buffering=0) as file:
+                target = torch.empty(header.shape, dtype=dtype, device=self.device)
+                finite = self._fill(target.view(-1), header, file, key in self._finite)
+        except OSError as error:
+            raise BadInput(f"{header.file}: cannot read this weight file ({error.strerror or error}).") from error
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                f"{self.name}: a layer of it does not fit on {self.device} beside what is there; use another device."
+            ) from error
+        if not finite:
+            raise BadInput(f"{self.name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
+        self._finite.add(key)
+        return target
+
+    def _fill(self, flat: torch.Tensor, header: TensorHeader, file: BinaryIO, known_finite: bool) -> bool:
+        """Read a tensor's bytes into `flat`; whether every element is finite (True unchecked if known)."""
+        finite, filled = True, 0
+        for block in self._blocks(header, file):
+            values = block.view(_DTYPES[header.dtype])
+            part = flat[filled : filled + len(values)]
+            part.copy_(values, non_blocking=True)
+            if not known_finite:
+                # After the conversion, which may overflow (float16).
+                finite = finite and bool(torch.isfinite(torch.stack(torch.aminmax(part))).all())
+            if self._stream is not None:
+                self._stream.synchronize()  # the block is about to be overwritten, and `flat` used elsewhere
+            filled += len(values)
+        return finite
+
+    def _blocks(self, header: TensorHeader, file: BinaryIO) -> Iterator[torch.Tensor]:
+        """The tensor's bytes, uint8, in order; every block overwrites the one before."""
+        view: memoryview = self._block.numpy().data
+        file.seek(header.start)
+        left = header.end - header.start
+        while left:
+            wanted, got = min(left, _BLOCK), 0
+            while got < wanted:
+                count = file.readinto(view[got:wanted])  # type: ignore[attr-defined]
+                if not count:
+                    raise BadInput(f"{header.file}: cut short; download or save it again.")
+                got += count
+            yield self._block[:wanted]
+            left -= wanted
+
+
+def _bytes(header: TensorHeader) -> int:
+    return torch.Size(header.shape).numel() * _DTYPES[header.dtype].itemsize

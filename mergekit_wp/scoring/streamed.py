@@ -1,0 +1,221 @@
+"""A model whose decoder layers are read from its shards when their turn comes, and dropped after it.
+
+What lies outside the layers (embeddings, final norm, rotary tables) is held; the output head is read when logits are
+first asked for. While one layer computes, a thread reads the next, so a sweep holds the weights of two layers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.lora import Adapter
+from mergekit_wp.scoring.shards import Shards
+from mergekit_wp.scoring.stack import Stack
+
+Weights = dict[str, torch.Tensor]
+_LAYERS, _HEAD = "model.layers.", "lm_head."
+
+
+def open_streamed(
+    name: str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+) -> StreamedStack:
+    """The model of `checkpoint`, with the LoRA `adapter` (folder or Hub name) over it, ready to be swept.
+
+    `name` is what the user calls the whole (`base+lora`). Every tensor's presence and shape is checked here, from
+    the headers; NaNs and infinities when a tensor is first read. Raises `BadInput` for what transformers cannot
+    build, damaged or quantised checkpoints, and adapters that only a whole model can take.
+    """
+    if checkpoint.config.get("quantization_config"):
+        raise BadInput(f"{name}: a quantised checkpoint cannot be streamed; use --offload none.")
+    shards = Shards(name, checkpoint.tensors, device)
+    skeleton = _skeleton(name, checkpoint, dtype, trust_remote_code)
+    lora = None
+    if adapter is not None:
+        lora = Adapter(name, adapter, _skeleton(name, checkpoint, dtype, trust_remote_code), device)
+    return StreamedStack(skeleton, shards, dtype, lora)
+
+
+class StreamedStack(Stack):
+    """Made by `open_streamed`. `model` is a causal LM of transformers without weights, which come from `shards`."""
+
+    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, lora: Adapter | None = None):
+        super().__init__(model, shards.device, dtype)
+        self._shards, self._lora = shards, lora
+        self._users: Counter[int] = Counter()  # of a layer's weights: sweeps that are at this layer
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._source = _sources(model, shapes, shards)
+        shards.check({source: shapes[name] for name, source in self._source.items()})
+        if lora is not None:
+            _check_targets(lora, model)
+        self._empty: list[Weights] = [dict(layer.state_dict()) for layer in model.model.layers]
+        _move_buffers(model, self.device)
+        model.load_state_dict(
+            self._read(name for name in shapes if not name.startswith((_LAYERS, _HEAD))), strict=False, assign=True
+        )
+
+    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+        """As `Stack.layers`; a layer's weights go when the next is asked for, or when the iterator is closed.
+
+        A sweep may run inside another, at the price of two layers more. Raises `BadInput` when a layer cannot be
+        read.
+        """
+        upcoming = iter(order)
+        reading = self._read_ahead(upcoming)
+        try:
+            while reading is not None:
+                index, weights = reading.index, reading.result()
+                reading = self._read_ahead(upcoming)
+                with self._holding(index, weights):
+                    yield self.model.model.layers[index]
+        finally:
+            if reading is not None:
+                reading.cancel()
+
+    def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """As `Stack.logits`; the first call reads the output head, which then stays."""
+        names = [name for name in self._source if name.startswith(_HEAD)]
+        if any(parameter.is_meta for parameter in self.model.lm_head.parameters()):
+            embedding = "model.embed_tokens.weight"
+            tied = [name for name in names if self._source[name] == self._source[embedding]]
+            weights = self._read(name for name in names if name not in tied)
+            weights |= {name: self.model.get_parameter(embedding) for name in tied}
+            self.model.load_state_dict(weights, strict=False, assign=True)
+        return super().logits(final_BD, vocabulary)
+
+    def _read_ahead(self, upcoming: Iterator[int]) -> _Reading | None:
+        """Start to read the next layer of a sweep; None at its end."""
+        index = next(upcoming, None)
+        return None if index is None else _Reading(index, self._read_layer)
+
+    def _read_layer(self, index: int, cancelled: Callable[[], bool]) -> Weights:
+        prefix = f"{_LAYERS}{index}."
+        read = self._read((prefix + key for key in self._empty[index]), cancelled)
+        return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
+
+    @torch.no_grad()
+    def _read(self, names: Iterable[str], cancelled: Callable[[], bool] = lambda: False) -> Weights:
+        """The model's tensors of these names, LoRA applied, in the stack's dtype; incomplete when cancelled."""
+        weights: Weights = {}
+        with self._shards.transfer():
+            for name in names:
+                if cancelled():
+                    break
+                weights[name] = self._read_one(name)
+        return weights
+
+    def _read_one(self, name: str) -> torch.Tensor:
+        source = self._source[name]
+        if self._lora is None or name not in self._lora.targets:
+            return self._shards.read(source, self.dtype)
+        merged = self._lora.add(name, self._shards.read(source, torch.float32))
+        # A merged model is saved in its base's dtype: the same rounding as the resident route, and as wp-merge.
+        return merged.to(self._shards.stored_dtype(source)).to(self.dtype)
+
+    @contextmanager
+    def _holding(self, index: int, weights: Weights) -> Iterator[None]:
+        """The layer has `weights` inside the block, and none after it unless an outer sweep is at the same layer."""
+        layer = self.model.model.layers[index]
+        if not self._users[index]:
+            layer.load_state_dict(weights, assign=True)
+        weights.clear()  # the caller's frame still holds the dict
+        self._users[index] += 1
+        try:
+            yield
+        finally:
+            self._users[index] -= 1
+            if not self._users[index]:
+                if self.device.type == "cuda":
+                    # The next layer may be copied into this memory, on another stream than the one computing here.
+                    torch.cuda.current_stream(self.device).synchronize()
+                layer.load_state_dict(self._empty[index], assign=True)
+
+
+class _Reading(threading.Thread):
+    """One layer being read; ends with it, so no thread outlives a sweep."""
+
+    def __init__(self, index: int, read: Callable[[int, Callable[[], bool]], Weights]):
+        super().__init__(name=f"wp-read-layer-{index}")
+        self.index, self._reader = index, read
+        self._stop_asked = threading.Event()
+        self._weights: Weights = {}
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._weights = self._reader(self.index, self._stop_asked.is_set)
+        except BaseException as error:  # raised where the layer is used
+            self._error = error
+
+    def result(self) -> Weights:
+        """Wait for the layer; raises what reading it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._weights
+
+    def cancel(self) -> None:
+        """Stop after the tensor at hand, and wait for that."""
+        self._stop_asked.set()
+        self.join()
+
+
+def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
+    """The frozen model of the checkpoint's config: parameters on the meta device, buffers real, on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=remote_code)
+        # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        # Buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale) must be computed here.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+    return model.requires_grad_(False).eval()
+
+
+def _sources(model: Any, names: Iterable[str], shards: Shards) -> dict[str, str]:
+    """The checkpoint's tensor for every tensor of the model: its namesake, or of a tied pair the one that is stored."""
+    sources = {name: name for name in names}
+    for one, other in model.all_tied_weights_keys.items():
+        # With both stored, both are read: transformers does not tie weights that a checkpoint keeps apart.
+        if (one in shards) != (other in shards):
+            sources[one] = sources[other] = one if one in shards else other
+    return sources
+
+
+def _check_targets(lora: Adapter, model: Any) -> None:
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    if shared := sorted(lora.targets & tied):
+        raise BadInput(
+            f"{lora.name}: the LoRA changes {shared[0]}, which this model shares between input and output; that "
+            "cannot be streamed; use --offload none, which merges it whole."
+        )
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers that hold values on the device; parameters stay where they are."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)
