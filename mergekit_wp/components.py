@@ -152,6 +152,11 @@ class Geometry:
         """The rows of q_proj (columns of o_proj) that head `head` owns."""
         return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
+    def columns(self, kind: str, components_C: torch.Tensor) -> torch.Tensor:
+        """Which columns of o_proj (heads) or down_proj (neurons) each component owns: [C] -> [C, d_h] or [C, 1]."""
+        width = self.head_dim if kind == "heads" else 1
+        return components_C[:, None] * width + torch.arange(width)
+
     def owned_slices(self, kind: Literal["head", "neuron"], layer: int, index: int) -> list[tuple[str, Any]]:
         """(tensor name, index expression) of every slice that one component owns, biases included.
 

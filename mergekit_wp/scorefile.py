@@ -6,6 +6,9 @@ A safetensors file, all tensors float32:
     neurons [L, F]                mean over tasks of the neurons' scores
     tasks/<task>/heads [L, H]     scores of one task; likewise tasks/<task>/neurons [L, F]
     tasks/<task>/anchor [D]       the anchor direction v of the task, at the anchor layer
+    parts/<part> [L, H] or [L, F] with --parts: what each of q, o (heads), gate, up, down (neurons) adds to the
+                                  score, mean over tasks; likewise tasks/<task>/parts/<part>
+    scored/heads, scored/neurons  if a subset was scored: 1 where it was, 0 where the score 0 means "not asked"
 
 with a JSON document under the metadata key `wp` (`ScoreMeta`). A score is the share of the gap between base
 and expert that the component alone restores (1 = all of it); it has no unit.
@@ -16,7 +19,7 @@ Legend: L layers, H query heads, F neurons a layer, D residual width.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,9 @@ from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
 
-FORMAT = 1
+FORMAT = 2  # 1 knew neither parts nor subsets, and is read as a file without them
 _METADATA_KEY = "wp"
+PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,23 @@ class UtilityStats:
 
 @dataclass(frozen=True)
 class TaskMeta:
-    """How many prompts a task had for the direction (`extraction`) and for the scores (`scoring`)."""
+    """How many prompts a task had for the direction (`extraction`) and for the scores (`scoring`).
+
+    alpha: the expert's mean projection on the unit anchor direction, the target of steering (Eq. 36).
+    """
 
     extraction: int
     scoring: int
     utilities: dict[str, UtilityStats]
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
 class ScoreMeta:
-    """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC."""
+    """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
+
+    subset: the components, layers and top that were asked for, where not all were scored.
+    """
 
     base: ModelId
     expert: ModelId
@@ -82,13 +93,14 @@ class ScoreMeta:
     versions: dict[str, str]
     date: str
     format: int = FORMAT
+    subset: dict[str, Any] | None = None
 
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises KeyError, TypeError, ValueError (`read_scores` makes them a BadInput)."""
         raw: dict[str, Any] = json.loads(text)
-        if raw.get("format") != FORMAT:
-            raise ValueError(f"format version {raw.get('format')!r}, this program reads {FORMAT}")
+        if raw.get("format") not in range(1, FORMAT + 1):
+            raise ValueError(f"format version {raw.get('format')!r}, this program reads 1 to {FORMAT}")
         known = {f.name for f in fields(cls)}
         if unknown := set(raw) - known:
             raise ValueError(f"unknown metadata fields {sorted(unknown)}")
@@ -103,11 +115,12 @@ class ScoreMeta:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """heads [L, H], neurons [L, F], anchor [D], float32."""
+    """heads [L, H], neurons [L, F], anchor [D], parts as `PART_KIND` says, float32."""
 
     heads: torch.Tensor
     neurons: torch.Tensor
     anchor: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,13 +131,27 @@ class Scores:
     heads: torch.Tensor
     neurons: torch.Tensor
     tasks: dict[str, TaskScores]
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    scored: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_tasks(cls, meta: ScoreMeta, tasks: dict[str, TaskScores]) -> Scores:
-        """The file of one scoring run: overall scores are the mean over its tasks."""
-        heads = torch.stack([task.heads for task in tasks.values()]).mean(0)
-        neurons = torch.stack([task.neurons for task in tasks.values()]).mean(0)
-        return cls(meta, heads, neurons, tasks)
+    def from_tasks(
+        cls, meta: ScoreMeta, tasks: dict[str, TaskScores], scored: dict[str, torch.Tensor] | None = None
+    ) -> Scores:
+        """The file of one scoring run: overall scores are the mean over its tasks.
+
+        `scored`: masks (heads [L, H], neurons [L, F]) of what was scored, where that is not everything.
+        """
+        every = list(tasks.values())
+        heads = torch.stack([task.heads for task in every]).mean(0)
+        neurons = torch.stack([task.neurons for task in every]).mean(0)
+        parts = {part: torch.stack([task.parts[part] for task in every]).mean(0) for part in every[0].parts}
+        return cls(meta, heads, neurons, tasks, parts, {k: mask.float() for k, mask in (scored or {}).items()})
+
+    @property
+    def complete(self) -> bool:
+        """Whether every component was scored, as a merge needs it."""
+        return not self.scored
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) != set(self.meta.tasks):
@@ -137,18 +164,21 @@ class Scores:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors under the names that they have in the file."""
         named = {"heads": self.heads, "neurons": self.neurons}
+        named |= {f"scored/{kind}": mask for kind, mask in self.scored.items()}
+        named |= {f"parts/{part}": table for part, table in self.parts.items()}
         for task, scores in self.tasks.items():
-            for part in ("heads", "neurons", "anchor"):
-                named[f"tasks/{task}/{part}"] = getattr(scores, part)
+            for name in ("heads", "neurons", "anchor"):
+                named[f"tasks/{task}/{name}"] = getattr(scores, name)
+            named |= {f"tasks/{task}/parts/{part}": table for part, table in scores.parts.items()}
         return named
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        geometry = self.meta.geometry
+        geometry, last = self.meta.geometry, name.rsplit("/", 1)[-1]
         return {
             "heads": (geometry.layers, geometry.heads),
             "neurons": (geometry.layers, geometry.neurons),
             "anchor": (geometry.d_model,),
-        }[name.rsplit("/", 1)[-1]]
+        }[PART_KIND.get(last, last)]
 
 
 def write_scores(scores: Scores, path: str | Path) -> None:
@@ -177,11 +207,10 @@ def read_scores(path: str | Path) -> Scores:
         raise BadInput(f"{path}: a safetensors file, but without the `wp` metadata of a score file.")
     try:
         meta = ScoreMeta.from_json(text)
-        tasks = {
-            task: TaskScores(**{part: tensors.pop(f"tasks/{task}/{part}") for part in ("heads", "neurons", "anchor")})
-            for task in meta.tasks
-        }
-        scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks)
+        tasks = {task: _take_task(tensors, f"tasks/{task}/") for task in meta.tasks}
+        scored = {k: tensors.pop(f"scored/{k}") for k in ("heads", "neurons") if f"scored/{k}" in tensors}
+        parts = _take_parts(tensors, "")
+        scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks, parts, scored)
         if tensors:
             raise ValueError(f"unexpected tensors {sorted(tensors)}")
         return scores
@@ -190,6 +219,15 @@ def read_scores(path: str | Path) -> Scores:
     except (ValueError, TypeError, AttributeError, BadInput) as error:
         reason = error.message if isinstance(error, BadInput) else str(error)
         raise BadInput(f"{path}: not a valid score file: {reason}.") from error
+
+
+def _take_task(tensors: dict[str, torch.Tensor], prefix: str) -> TaskScores:
+    heads, neurons, anchor = (tensors.pop(prefix + name) for name in ("heads", "neurons", "anchor"))
+    return TaskScores(heads, neurons, anchor, _take_parts(tensors, prefix))
+
+
+def _take_parts(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {part: tensors.pop(f"{prefix}parts/{part}") for part in PART_KIND if f"{prefix}parts/{part}" in tensors}
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.engine import anchor_layer, score
-from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.job import METHODS, ScoringJob
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 
 LAYER = 2  # of 4, so that staged scoring has layers on both sides
@@ -53,13 +53,14 @@ class Reference:
 
         self.base, self.expert = load(job.base), load(job.expert)
         self.job, self.config = job, self.base.config
+        self.anchor = self.config.num_hidden_layers - 1 if job.utility == "projection" else job.layer
         self.tokenizer = AutoTokenizer.from_pretrained(job.base)
 
     def run(self, model, text):
         """(z at the anchor layer and position, next-token log-probabilities over the base's rows)."""
         ids = torch.tensor([self.tokenizer(text)["input_ids"]])
         kept = []
-        handle = model.model.layers[self.job.layer].register_forward_hook(
+        handle = model.model.layers[self.anchor].register_forward_hook(
             lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
         )
         logits = model(input_ids=ids, use_cache=False).logits[0, -1, : self.config.vocab_size]
@@ -76,7 +77,7 @@ class Reference:
 
     def utility(self, name, model, text, direction):
         z, log_p = self.run(model, text)
-        if name == "anchor":
+        if name in ("anchor", "projection"):
             return (z @ direction) / (z.norm() * direction.norm())
         with torch.no_grad():
             target = self.run(self.expert, text)[1]
@@ -118,10 +119,11 @@ class Reference:
         return heads, neurons
 
     def stages(self):
-        every, cut = range(self.config.num_hidden_layers), self.job.layer + 1
+        every, cut = range(self.config.num_hidden_layers), self.anchor + 1
         return {
             "anchor": {"anchor": every[:cut]},
             "kl": {"kl": every},
+            "projection": {"projection": every},
             "staged": {"anchor": every[:cut], "kl": every[cut:]},
         }[self.job.utility]
 
@@ -146,23 +148,105 @@ class Reference:
         self.utility(name, self.base, text, direction).backward()
         before = {key: value.detach().clone() for key, value in writes.items()}
         found = self.empty()
-        expert, base = dict(self.expert.named_parameters()), dict(self.base.named_parameters())
         with torch.no_grad():
-            for layer in range(self.config.num_hidden_layers):
-                for kind, index, slices in self.components(layer):
-                    present = [(t, axis, torch.tensor(where)) for t, axis, where in slices if t in base]
-                    saved = {tensor: base[tensor].detach().clone() for tensor, _, _ in present}
-                    for tensor, axis, where in present:
-                        new = expert[tensor].index_select(axis, where)
-                        base[tensor].index_copy_(axis, where, new)
-                    self.run(self.base, text)
-                    for tensor, old in saved.items():
-                        base[tensor].copy_(old)
-                    key = (layer, kind)
-                    if key in gradients:
-                        found[kind][layer, index] = ((writes[key] - before[key]) * gradients[key]).sum()
+            for kind, layer, index, restore in self.each_swapped():
+                self.run(self.base, text)
+                restore()
+                key = (layer, kind)
+                if key in gradients:
+                    found[kind][layer, index] = ((writes[key] - before[key]) * gradients[key]).sum()
         for handle in handles:
             handle.remove()
+        return found
+
+    def each_swapped(self):
+        """Every component in turn, its slices in the base replaced by the expert's: (kind, layer, index, undo)."""
+        expert, base = dict(self.expert.named_parameters()), dict(self.base.named_parameters())
+        for layer in range(self.config.num_hidden_layers):
+            for kind, index, slices in self.components(layer):
+                present = [(t, axis, torch.tensor(where)) for t, axis, where in slices if t in base]
+                saved = {tensor: base[tensor].detach().clone() for tensor, _, _ in present}
+                for tensor, axis, where in present:
+                    base[tensor].index_copy_(axis, where, expert[tensor].index_select(axis, where))
+
+                def undo(saved=saved):
+                    for tensor, old in saved.items():
+                        base[tensor].copy_(old)
+
+                yield kind, layer, index, undo
+
+    @torch.no_grad()
+    def exact(self, text, direction, name):
+        """Replace the weights, run the whole model, restore (Eq. 10)."""
+        before, found = self.utility(name, self.base, text, direction), self.empty()
+        for kind, layer, index, undo in self.each_swapped():
+            found[kind][layer, index] = self.utility(name, self.base, text, direction) - before
+            undo()
+        return found
+
+    def activations(self, model, text, change=None):
+        """Inputs of o_proj and down_proj of every layer; `change(key, x)` may replace what the projection reads."""
+        kept, handles = {}, []
+
+        def watch(key):
+            def hook(_module, args):
+                kept[key] = args[0]
+                return None if change is None else (change(key, args[0]),)
+
+            return hook
+
+        for index, layer in enumerate(model.model.layers):
+            for kind, module in (("heads", layer.self_attn.o_proj), ("neurons", layer.mlp.down_proj)):
+                handles.append(module.register_forward_pre_hook(watch((index, kind))))
+        return kept, handles
+
+    def columns(self, layer, kind, index):
+        width = self.base.model.layers[layer].self_attn.head_dim if kind == "heads" else 1
+        return slice(index * width, (index + 1) * width)
+
+    @torch.no_grad()
+    def ap(self, text, direction, name):
+        """Put the expert's activation of one component into the base run (Eq. 12)."""
+        theirs, handles = self.activations(self.expert, text)
+        self.run(self.expert, text)
+        for handle in handles:
+            handle.remove()
+        before, found = self.utility(name, self.base, text, direction), self.empty()
+        for kind in found:
+            for layer, index in torch.cartesian_prod(*map(torch.arange, found[kind].shape)).tolist():
+                where = self.columns(layer, kind, index)
+
+                def put(key, x, wanted=(layer, kind), where=where):
+                    if key == wanted:
+                        x = x.clone()
+                        x[..., where] = theirs[key][..., where]
+                    return x
+
+                _, handles = self.activations(self.base, text, put)
+                # Through `run`, which reads the base with the hooks on; the target of kl is the expert's, without.
+                found[kind][layer, index] = self.utility(name, self.base, text, direction) - before
+                for handle in handles:
+                    handle.remove()
+        return found
+
+    def atp(self, text, direction, name):
+        """(expert's activation - base's) . gradient at the base (Eq. 58)."""
+        theirs, handles = self.activations(self.expert, text)
+        with torch.no_grad():
+            self.run(self.expert, text)
+        for handle in handles:
+            handle.remove()
+        ours, handles = self.activations(self.base, text)
+        value = self.utility(name, self.base, text, direction)
+        reached = {key: x for key, x in ours.items() if x.requires_grad}
+        gradients = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        found = self.empty()
+        for (layer, kind), x, gradient in zip(reached, reached.values(), gradients, strict=True):
+            if gradient is not None:
+                product = ((theirs[layer, kind] - x) * gradient).detach().sum((0, 1))
+                found[kind][layer] = product.unflatten(0, (found[kind].shape[1], -1)).sum(-1)
         return found
 
     def watch_writes(self, writes, gradients):
@@ -194,13 +278,13 @@ def assert_close(got, wanted):
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("method", ["attr", "writeback"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", tiny.VARIANTS)
 def test_against_the_definition(tmp_path, kind, method):
     """Staged covers both utilities and the cut between them; ragged batches of 2 of 3 prompts."""
     job = job_for(tmp_path, kind, method=method, utility="staged", split="shared")
     reference = Reference(job)
-    heads, neurons = reference.scores(getattr(reference, method))
+    heads, neurons = reference.scores(getattr(reference, method))  # every head and every neuron
     got = score(job)
     assert_close(got.heads, heads)
     assert_close(got.neurons, neurons)
@@ -212,6 +296,10 @@ def test_against_the_definition(tmp_path, kind, method):
         {"utility": "anchor"},
         {"utility": "kl"},
         {"utility": "kl", "gap": "mean"},
+        {"utility": "projection", "layer": None},
+        {"utility": "projection", "layer": None, "method": "exact"},
+        {"utility": "anchor", "method": "exact", "gap": "mean", "contrast": False, "extra_rows": 1},
+        {"utility": "kl", "method": "ap"},
         {"utility": "anchor", "gap": "mean", "contrast": False},
         {"utility": "staged", "contrast": False, "split": "half", "extra_rows": 1, "gap_floor": 3e-3},
     ],
@@ -220,7 +308,7 @@ def test_against_the_definition(tmp_path, kind, method):
 def test_options_against_the_definition(tmp_path, options):
     job = job_for(tmp_path, "llama", **{"split": "shared", "method": "writeback", **options})
     reference = Reference(job)
-    heads, neurons = reference.scores(reference.writeback)
+    heads, neurons = reference.scores(getattr(reference, job.method))
     got = score(job)
     assert_close(got.heads, heads)
     assert_close(got.neurons, neurons)
@@ -249,8 +337,8 @@ def test_anchor_runs_nothing_above_its_layer(tmp_path, monkeypatch):
 
     def booby_trapped(*args):
         pair = load(*args)
-        for model in (pair.base, pair.expert):
-            for layer in list(model.model.layers)[LAYER + 1 :]:
+        for stack in (pair.base, pair.expert):
+            for layer in list(stack.model.model.layers)[LAYER + 1 :]:
                 monkeypatch.setattr(layer, "forward", lambda *a, **k: pytest.fail("a layer above the anchor ran"))
         return pair
 
@@ -265,12 +353,14 @@ def test_no_weight_gradients_and_weights_untouched(tmp_path, monkeypatch):
 
     job = job_for(tmp_path, "qwen2")
     pair = engine.load_pair(job, engine.check_pair(job))
-    before = {key: value.clone() for key, value in pair.base.state_dict().items()}
+    model = pair.base.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     monkeypatch.setattr(engine, "load_pair", lambda *_args: pair)
     score(job)
-    assert all(parameter.grad is None for parameter in pair.base.parameters())
-    assert all(torch.equal(value, before[key]) for key, value in pair.base.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pair.base.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert {type(layer).__name__ for layer in model.model.layers} == {"Qwen2DecoderLayer"}
 
 
 def test_bfloat16_agrees_in_ranking(tmp_path):

@@ -13,7 +13,7 @@ Legend: B prompts, T tokens, D residual width, Q = H*d_h query width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -80,7 +80,7 @@ class LayerRecord:
 
 def run_layer(
     stack: Stack,
-    layer: nn.Module,
+    layer: Any,
     stream_BTD: torch.Tensor,
     call: Call,
     *,
@@ -131,8 +131,7 @@ def at_anchors(layer: Any, anchors_B: torch.Tensor | None) -> Iterator[None]:
     The stream above it is then right at those positions only.
     """
     if anchors_B is None:
-        with nullcontext():
-            yield
+        yield
         return
     attention = layer.self_attn
     with (

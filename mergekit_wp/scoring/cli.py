@@ -5,6 +5,7 @@ Heavy packages are imported inside the command, so that `wp-score --help` answer
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Models and Prompts": ("base", "expert", "pairs", "template", "samples", "seed"),
     "Method": ("layer", "method", "utility", "split", "gap", "gap_floor"),
-    "Output Settings": ("out",),
-    "Performance": ("device", "dtype", "batch_size"),
+    "Components": ("components", "layers", "top", "parts"),
+    "Output Settings": ("out", "quiet"),
+    "Performance": ("device", "dtype", "batch_size", "offload"),
     "Dangerous Options": ("trust_remote_code",),
 }
 
@@ -35,9 +37,12 @@ Examples:
   wp-score scoring/wizardlm-13b.yaml --method writeback --device cuda:1 --out scores/lm.safetensors
   wp-score --base ./base --expert ./maths --pairs maths.jsonl --out scores/maths.safetensors
   wp-score --base ./base --expert ./base+./lora --pairs builtin:instructions --samples 50 --out s.safetensors
+  wp-score JOB.yaml --method exact --top 20 first.safetensors --out validated.safetensors
+  accelerate launch --num_processes 4 -m mergekit_wp.scoring.cli JOB.yaml --out s.safetensors
 
 A flag overrides the field of the same name in JOB.yaml. Pairs are JSON lines {"task", "prompt", "contrast"};
-without "contrast" the expert is contrasted with the base.
+without "contrast" the expert is contrasted with the base. A run of exact or ap that was killed goes on where it was
+when started again.
 """
 
 
@@ -55,10 +60,15 @@ without "contrast" the expert is contrasted with the base.
 @click.option("--split", type=click.Choice(CHOICES["split"]), help="Disjoint or shared prompts (default: half).")
 @click.option("--gap", type=click.Choice(CHOICES["gap"]), help="Mean of ratios or ratio of means (default: sample).")
 @click.option("--gap-floor", type=float, help="Drop prompts with a smaller gap (default: 0.001).")
+@click.option("--components", type=click.Choice(CHOICES["components"]), help="What to score (default: all).")
+@click.option("--layers", metavar="0-5,7", help="Score the components of these layers alone.")
+@click.option("--top", type=(int, str), metavar="K FILE", help="Score the K best heads and neurons of a score file.")
+@click.option("--parts", is_flag=True, default=None, help="Keep what q, o, gate, up and down add to each score.")
 @click.option("--out", required=True, metavar="FILE", help="Score file to write (.safetensors).")
 @click.option("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one).")
 @click.option("--dtype", type=click.Choice(CHOICES["dtype"]), help="Dtype to run in (default: bfloat16 on a GPU).")
 @click.option("--batch-size", type=int, help="Prompts a forward pass (default: 16).")
+@click.option("--offload", type=click.Choice(CHOICES["offload"]), help="Stream layers from disk (default: auto).")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python that comes with a model folder.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.version_option(__version__)
@@ -73,17 +83,23 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
     target = check_writable_parent(out)
     if target.is_dir():
         raise BadInput(f"--out {out}: this is a folder; name a file, such as {out}/scores.safetensors.")
-    watched = sys.stderr.isatty() and not quiet
-    _quieten(watched)
+    from mergekit_wp.scoring.team import Team
+
+    team = Team.join(job.device)
+    shown = not quiet and team.first
+    _quieten(sys.stderr.isatty() and shown, shown)
     from mergekit_wp.scorefile import write_scores
     from mergekit_wp.scoring.engine import score
+    from mergekit_wp.scoring.resume import folder_for, forget
 
-    if not quiet:
+    if shown:
         click.echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
-    with Progress(not quiet) as progress:
-        scores = score(job, progress)
-    write_scores(scores, target)
-    if not quiet:
+    with Progress(shown) as progress:
+        scores = score(job, progress, team, target)
+    if team.first:
+        write_scores(scores, target)
+        forget(folder_for(target))
+    if shown:
         click.echo(summary(scores), err=True)
         click.echo(f"Written: {out}", err=True)
 
@@ -110,27 +126,31 @@ def summary(scores: Scores) -> str:
 
 
 class Progress:
-    """A tqdm bar over prompts, with the time left; one line at the start where nobody watches."""
+    """A tqdm bar for each part of the run, with the time left; lines now and then where nobody watches."""
 
     def __init__(self, shown: bool):
         self.shown = shown
         self.bar: Any = None
 
-    def __enter__(self) -> Callable[[int, str], Callable[[int], object]] | None:
+    def __enter__(self) -> Callable[[int, str, str], Callable[[float], object]] | None:
         return self.start if self.shown else None
 
-    def start(self, total: int, what: str) -> Callable[[int], object]:
+    def start(self, total: int, what: str, unit: str) -> Callable[[float], object]:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, desc=what, unit="prompt", mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.close()
+        self.bar = tqdm(total=total, desc=what, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
         return self.bar.update
 
-    def __exit__(self, *_error: object) -> None:
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
-def _quieten(watched: bool) -> None:
+
+def _quieten(watched: bool, shown: bool) -> None:
     """Leave the terminal to our own lines and bar."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
@@ -138,6 +158,10 @@ def _quieten(watched: bool) -> None:
     if not watched:
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if shown:
+        logging.getLogger("mergekit_wp").setLevel(logging.INFO)
+    else:
+        logging.getLogger("mergekit_wp").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batches import TaskTokens, Tokens, batches
 from mergekit_wp.scoring.stack import Stack
-from mergekit_wp.scoring.sweep import ascend
+from mergekit_wp.scoring.sweep import ascend, waves
+from mergekit_wp.scoring.team import Team
 
 Tick = Callable[[int], object]
 
@@ -45,15 +46,23 @@ def extract_directions(
 
 
 def extract_all(
-    base: Stack, expert: Stack, tasks: Sequence[TaskTokens], depth: int, batch_size: int, tick: Tick = lambda _n: None
+    base: Stack,
+    expert: Stack,
+    tasks: Sequence[TaskTokens],
+    depth: int,
+    batch_size: int,
+    tick: Tick = lambda _n: None,
+    team: Team | None = None,
 ) -> list[Directions]:
     """Directions of every task after layers 0 to depth-1, each model swept once.
 
     Raises `BadInput` when the direction of the last layer vanishes or one is not finite.
     """
     wanted = [task.extraction for task in tasks]
-    with_LD = mean_residuals(expert, wanted + [task.contrasts or [] for task in tasks], depth, batch_size, tick)
-    bare_LD = mean_residuals(base, [[] if t.contrasts else t.extraction for t in tasks], depth, batch_size, tick)
+    without = [task.contrasts or [] for task in tasks]
+    of_base = [[] if task.contrasts else task.extraction for task in tasks]
+    with_LD = mean_residuals(expert, wanted + without, depth, batch_size, tick, team)
+    bare_LD = mean_residuals(base, of_base, depth, batch_size, tick, team)
     found = []
     for i, task in enumerate(tasks):
         without_LD = with_LD[len(tasks) + i] if task.contrasts else bare_LD[i]
@@ -68,20 +77,24 @@ def extract_all(
 
 
 def mean_residuals(
-    stack: Stack, sets: Sequence[Tokens], depth: int, batch_size: int, tick: Tick = lambda _n: None
+    stack: Stack,
+    sets: Sequence[Tokens],
+    depth: int,
+    batch_size: int,
+    tick: Tick = lambda _n: None,
+    team: Team | None = None,
 ) -> list[torch.Tensor]:
     """Of every set of prompts, the mean of z_l(x) after every layer: float64 [depth, D] on the stack's device.
 
-    All sets share one sweep; that of an empty set is zero.
+    All sets share one sweep; that of an empty set is zero. A team shares the batches.
     """
-    parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, stack.device)]
+    team = team or Team()
+    every = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, stack.device)]
     totals = [torch.zeros(depth, stack.width, dtype=torch.float64, device=stack.device) for _ in sets]
-    if not parts:
-        return totals
-    starts = [stack.start(batch) for _i, batch in parts]
-    for layer, streams in ascend(stack, starts, depth, at=[batch.last_B for _i, batch in parts]):
-        for (i, batch), stream_BTD in zip(parts, streams, strict=True):
-            totals[i][layer] += batch.at_anchor(stream_BTD).double().sum(0)
-    for prompts in sets:
-        tick(len(prompts))
-    return [total / max(len(prompts), 1) for total, prompts in zip(totals, sets, strict=True)]
+    for parts in waves(stack, team.share(every), lambda part: part[1].ids_BT.numel()):
+        starts = [stack.start(batch) for _i, batch in parts]
+        for layer, streams in ascend(stack, starts, depth, at=[batch.last_B for _i, batch in parts]):
+            for (i, batch), stream_BTD in zip(parts, streams, strict=True):
+                totals[i][layer] += batch.at_anchor(stream_BTD).double().sum(0)
+        tick(team.size * sum(len(batch.last_B) for _i, batch in parts))
+    return [team.add_up(total) / max(len(prompts), 1) for total, prompts in zip(totals, sets, strict=True)]

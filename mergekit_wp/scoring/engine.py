@@ -1,71 +1,85 @@
 """The scoring run: pairs -> anchor direction -> gaps and scores -> score file content.
 
-For each task: the direction v from the extraction pairs (Eq. 3, or the contrast between models); then, batch by
-batch over the scoring prompts, one expert forward pass for the gap, one base forward and backward pass, and the
-first-order scores of every layer as the backward pass reaches it. Under `anchor` nothing above the anchor layer
-is run. Under `staged` the residual stream is cut after the anchor layer: the anchor utility's gradient flows
-below the cut and the kl utility's above it, so one backward pass serves both.
+Every method takes the same way (METHOD.md 2 and 3). Of every task the direction v comes from the extraction pairs;
+then the scoring prompts go up through the expert and through the base (`wave.Wave`), which gives each prompt's gap.
+First-order methods sweep back down and score all components of a layer as they pass it; `exact` and `ap` restart
+from each layer with the components patched one by one. Nothing above the topmost gauge is run.
 
-Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons, V vocabulary rows.
+Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from mergekit_wp import __version__
 from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores
-from mergekit_wp.scoring.batches import Batch, TaskTokens, batches, tokenize_tasks
-from mergekit_wp.scoring.capture import LayerRecord, capture_layers, differentiable_embeddings
-from mergekit_wp.scoring.firstorder import SCORE_LAYER
+from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
+from mergekit_wp.scoring.batches import TaskTokens, batches, tokenize_tasks
+from mergekit_wp.scoring.directions import Directions, extract_all
+from mergekit_wp.scoring.gauges import gauge_of, make_gauges
 from mergekit_wp.scoring.job import ScoringJob
-from mergekit_wp.scoring.models import (
-    CheckedPair,
-    ModelPair,
-    check_pair,
-    layer_hook,
-    load_pair,
-    load_tokenizer,
-    next_token_logits,
-    only_layers,
-    residual_at_anchor,
-)
+from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.offload import free_memory
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-from mergekit_wp.scoring.utilities import GapLedger, anchor_utility, kl_utility
+from mergekit_wp.scoring.resume import Resume, folder_for
+from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.scoring.sweep import waves
+from mergekit_wp.scoring.tally import TaskRun
+from mergekit_wp.scoring.team import Team
+from mergekit_wp.scoring.wave import PATCHING, Item, PatchPlan, Wave, first_order, patch_layer
 
-Tick = Callable[[int], object]
+LOG = logging.getLogger(__name__)
+Tick = Callable[[float], object]
+Progress = Callable[[int, str, str], Tick]
 
 
-def score(job: ScoringJob, progress: Callable[[int, str], Tick] | None = None) -> Scores:
+def score(
+    job: ScoringJob, progress: Progress | None = None, team: Team | None = None, out: Path | None = None
+) -> Scores:
     """Run a whole scoring job.
 
-    `progress(total prompts, what)` may return a function that is told of every prompt done.
+    progress  called as (total, what, unit) at the start of each part; returns a function that is told what is done
+    team      the processes that share the work; alone by default
+    out       the file to be written: `exact` and `ap` keep their finished layers beside it and go on from them
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
+    team = team or Team()
     checked = check_pair(job)
-    layer = anchor_layer(job.layer, checked.base.geometry.layers)
+    shape = checked.base.geometry
+    layer = shape.layers - 1 if job.utility == "projection" else anchor_layer(job.layer, shape.layers)
+    subset = choose_subset(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split, job.seed)
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
-    pair = load_pair(job, checked)  # only now, when nothing but the weights themselves can be wrong
-    prompts = sum(2 * len(task.extraction) + len(task.scoring) for task in tasks)
-    tick = progress(prompts, "Scoring prompts") if progress else (lambda _n: None)
-    metas, scores = {}, {}
-    for task in tasks:
-        try:
-            metas[task.task], scores[task.task] = score_task(job, pair, task, layer, tick)
-        except torch.OutOfMemoryError as error:
-            raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
-    return Scores.from_tasks(_meta(job, checked, pair, layer, metas), scores)
+    resume = Resume(folder_for(out) if out and team.first else None, _inputs(job, checked), _now())
+    pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
+    LOG.info(pair.reason)
+    start = progress or (lambda _total, _what, _unit: lambda _done: None)
+    try:
+        tick = start(sum((2 if t.contrasts else 1) * len(t.extraction) for t in tasks), "Directions", "prompt")
+        directions = extract_all(pair.base, pair.expert, tasks, layer + 1, job.batch_size, tick, team)
+        runs = [_task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
+        if job.method in PATCHING:
+            _patch(job, pair, tasks, runs, subset, team, resume, start)
+        else:
+            _sweep(job, pair, tasks, runs, subset, team, start)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
+    finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
+    names = [task.task for task in tasks]
+    meta = _meta(job, checked, pair, layer, dict(zip(names, [m for m, _s in finished], strict=True)), resume.date)
+    tables = dict(zip(names, [s for _m, s in finished], strict=True))
+    return Scores.from_tasks(meta, tables, None if subset.whole else dict(subset.masks))
 
 
 def anchor_layer(asked: int | None, layers: int) -> int:
@@ -79,129 +93,121 @@ def anchor_layer(asked: int | None, layers: int) -> int:
     return layer
 
 
-def score_task(
-    job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, tick: Tick = lambda _n: None
+def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
+    """The components that the job asks for. Raises `BadInput` for a ranking of other models or an empty choice."""
+    ranked = None
+    if job.top is not None:
+        count, path = job.top
+        scores = read_scores(path)
+        for role, ours in (("base", checked.base_print), ("expert", checked.expert_print)):
+            theirs: ModelId = getattr(scores.meta, role)
+            if (theirs.config, theirs.tensors) != (ours.config, ours.tensors):
+                raise BadInput(
+                    f"top: {path} ranks components of another {role} ({theirs.name}); score this pair first."
+                )
+        ranked = (count, scores)
+    layers = None if job.layers is None else str(job.layers)
+    return Subset.choose(checked.base.geometry, job.components, layers, ranked)
+
+
+def _task_run(job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, found: Directions) -> TaskRun:
+    shape = pair.geometry
+    gauges = make_gauges(job.utility, layer, shape.layers, found.v_LD[layer], shape.vocabulary)
+    return TaskRun(task.task, job.method, shape, gauges, job.gap, job.gap_floor, pair.device)
+
+
+def _sweep(
+    job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskRun], subset: Subset,
+    team: Team, start: Progress,
+) -> None:  # fmt: skip
+    """First order: each process takes its share of the batches."""
+    items = [
+        Item(r, b) for t, r in zip(tasks, runs, strict=True) for b in batches(t.scoring, job.batch_size, pair.device)
+    ]
+    tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
+    for group in waves(pair.base, team.share(items), lambda item: item.batch.ids_BT.numel()):
+        first_order(Wave(pair, job.method, group, keep_graphs=pair.offload == "none"), subset)
+        tick(team.size * sum(len(item.batch.last_B) for item in group))
+    for run in runs:
+        run.gather(team)
+
+
+def _patch(
+    job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskRun], subset: Subset,
+    team: Team, resume: Resume, start: Progress,
+) -> None:  # fmt: skip
+    """One component at a time: each process takes its share of the components, all prompts of each."""
+    seen = [layer for layer in range(pair.geometry.layers) if gauge_of(runs[0].gauges, layer)]
+    chosen = sum(len(subset.of(kind, layer)) for kind in subset.masks for layer in seen)
+    tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
+    plan = PatchPlan(subset, _patch_tokens(pair), team, lambda done: tick(team.size * done))
+    if resume.found:
+        LOG.info("Going on after %d finished layers.", resume.found)
+    for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
+        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.device)]
+        wave = Wave(pair, job.method, items, keep_graphs=False)
+        done = team.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
+        order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]
+        for layer in order:
+            if done[layer]:
+                for kind, table in run.sums.items():
+                    table["whole"][layer] = done[layer][kind].to(pair.device)
+                tick(sum(len(subset.of(kind, layer)) for kind in subset.masks) * len(task.scoring))
+        left = [layer for layer in order if not done[layer]]
+        for layer, base, expert in zip(left, pair.base.layers(left), pair.expert.layers(left), strict=True):
+            patch_layer(wave, plan, layer, base, expert)
+            for table in run.sums.values():
+                table["whole"][layer] = team.add_up(table["whole"][layer])
+            resume.save(number, layer, {kind: table["whole"][layer] for kind, table in run.sums.items()})
+
+
+def _patch_tokens(pair: ModelPair) -> int:
+    """How many tokens of patched prompts to stack: as many as a third of the free memory holds, up to a width beyond
+    which products do not get faster."""
+    shape = pair.geometry
+    attention = 4 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
+    floats = 8 * shape.d_model + max(attention, 3 * shape.neurons)  # of one token while a layer runs
+    most = 1 << (13 if pair.device.type == "cpu" else 16)
+    return max(1, min(most, free_memory(pair.device) // 3 // (4 * floats)))
+
+
+def _finish(
+    job: ScoringJob, task: TaskTokens, run: TaskRun, found: Directions, layer: int
 ) -> tuple[TaskMeta, TaskScores]:
-    """Direction and scores of one task. Raises `BadInput` when no prompt shows a gap."""
-    direction_D = extract_direction(job, pair, task, layer, tick)
-    run = TaskRun(job, pair, layer, direction_D)
-    for batch in batches(task.scoring, job.batch_size, pair.device):
-        run.add(batch)
-        tick(len(batch.last_B))
-    heads_LH, neurons_LF = run.finish(task.task)
+    tables = {kind: {part: t.float() for part, t in parts.items()} for kind, parts in run.finish().items()}
+    heads, neurons = (sum(parts.values(), start=torch.zeros(())) for parts in tables.values())
+    parts = {part: table for kind in tables.values() for part, table in kind.items()} if job.parts else {}
     stats = {name: ledger.stats() for name, ledger in run.ledgers.items()}
-    meta = TaskMeta(len(task.extraction), len(task.scoring), stats)
-    return meta, TaskScores(heads_LH, neurons_LF, direction_D.cpu())
+    meta = TaskMeta(len(task.extraction), len(task.scoring), stats, float(found.alpha_L[layer]))
+    return meta, TaskScores(heads, neurons, found.v_LD[layer].cpu(), parts)
 
 
-def extract_direction(
-    job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, tick: Tick = lambda _n: None
-) -> torch.Tensor:
-    """v [D], float32: the mean over extraction pairs of z(x+|expert) - z(x-|expert) (Eq. 3).
-
-    Without contrasts, of z(x|expert) - z(x|base). Raises `BadInput` when it vanishes.
-    """
-    runs = [(1, pair.expert, task.extraction)]
-    runs += [(-1, pair.expert, task.contrasts)] if task.contrasts else [(-1, pair.base, task.extraction)]
-    total_D = torch.zeros(pair.geometry.d_model, dtype=torch.float64, device=pair.device)
-    for sign, model, prompts in runs:
-        for batch in batches(prompts, job.batch_size, pair.device):
-            total_D += sign * residual_at_anchor(model, batch, layer).double().sum(0)
-            tick(len(batch.last_B))
-    direction_D = (total_D / len(task.extraction)).float()
-    if not torch.isfinite(direction_D).all() or not direction_D.any():
-        raise BadInput(
-            f"task {task.task}: prompts and contrasts leave the same residual at layer {layer}, so there is no "
-            "anchor direction; check the pairs and the expert."
-        )
-    return direction_D
+def _now() -> str:
+    """ISO 8601 UTC; SOURCE_DATE_EPOCH, where set, stands for the clock (reproducible-builds.org)."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.datetime.fromtimestamp(int(epoch), datetime.UTC) if epoch else datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="seconds")
 
 
-@dataclass
-class TaskRun:
-    """Accumulates the weighted scores of one task over batches; `heads_LH` and `neurons_LF` are float64 sums."""
-
-    job: ScoringJob
-    pair: ModelPair
-    layer: int
-    direction_D: torch.Tensor
-    ledgers: dict[str, GapLedger] = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape = self.pair.geometry
-        needed = sorted({self.utility_of(layer) for layer in range(shape.layers)})
-        self.ledgers = {name: GapLedger(name, self.job.gap, self.job.gap_floor) for name in needed}
-        zeros = partial(torch.zeros, dtype=torch.float64, device=self.pair.device)
-        self.heads_LH, self.neurons_LF = zeros(shape.layers, shape.heads), zeros(shape.layers, shape.neurons)
-
-    @property
-    def depth(self) -> int:
-        """Layers that are run."""
-        return self.pair.geometry.layers if "kl" in self.ledgers else self.layer + 1
-
-    def utility_of(self, layer: int) -> str:
-        """The utility that scores the components of a layer."""
-        return ("anchor" if layer <= self.layer else "kl") if self.job.utility == "staged" else self.job.utility
-
-    def add(self, batch: Batch) -> None:
-        """Score one batch of prompts and add it to the sums."""
-        with torch.no_grad():
-            expert = self._utilities(self.pair.expert, batch, cut=False)
-        if "kl" in expert:
-            target_BV, expert["kl"] = expert["kl"], torch.zeros(len(batch.last_B), device=self.pair.device)
-        else:
-            target_BV = None
-        layers = list(self.pair.base.model.layers)[: self.depth]
-        with (
-            torch.enable_grad(),
-            differentiable_embeddings(self.pair.base),
-            capture_layers(layers, self._add_layer),
-        ):
-            base = self._utilities(self.pair.base, batch, cut=len(self.ledgers) > 1)
-            if target_BV is not None:
-                base["kl"] = kl_utility(base["kl"], target_BV)
-            weights = {name: self.ledgers[name].weights(base[name], expert[name]) for name in base}
-            torch.stack([(weights[name] * base[name]).sum() for name in base]).sum().backward()
-
-    def finish(self, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(heads [L, H], neurons [L, F]) float32 on the CPU; layers that no utility sees are 0."""
-        divisor = {name: ledger.normalizer(task) for name, ledger in self.ledgers.items()}
-        for layer in range(self.depth):
-            self.heads_LH[layer] /= divisor[self.utility_of(layer)]
-            self.neurons_LF[layer] /= divisor[self.utility_of(layer)]
-        return self.heads_LH.float().cpu(), self.neurons_LF.float().cpu()
-
-    def _utilities(self, model: object, batch: Batch, cut: bool) -> dict[str, torch.Tensor]:
-        """One forward pass: anchor -> cosines [B], kl -> logits [B, V] (their KL needs both models)."""
-        stream: list[torch.Tensor] = []
-
-        def on_anchor(z_BTD: torch.Tensor) -> torch.Tensor | None:
-            stream.append(z_BTD)
-            return z_BTD.detach().requires_grad_(True) if cut else None
-
-        with ExitStack() as stack:
-            stack.enter_context(only_layers(model, self.depth))
-            if "anchor" in self.ledgers:
-                stack.enter_context(layer_hook(model, self.layer, on_anchor))
-            output = model.model(input_ids=batch.ids_BT, use_cache=False)  # type: ignore[attr-defined]
-        values = {}
-        if "anchor" in self.ledgers:
-            values["anchor"] = anchor_utility(batch.at_anchor(stream[0]), self.direction_D)
-        if "kl" in self.ledgers:
-            vocabulary = self.pair.geometry.vocabulary
-            values["kl"] = next_token_logits(model, output.last_hidden_state, batch, vocabulary)
-        return values
-
-    def _add_layer(self, layer: int, record: LayerRecord) -> None:
-        base, expert = (model.model.layers[layer] for model in (self.pair.base, self.pair.expert))
-        heads_H, neurons_F = SCORE_LAYER[self.job.method](base, expert, record, self.pair.geometry)
-        self.heads_LH[layer] += heads_H
-        self.neurons_LF[layer] += neurons_F
-
-
-def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, tasks: dict[str, TaskMeta]) -> ScoreMeta:
+def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "safetensors")
+    return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _inputs(job: ScoringJob, checked: CheckedPair) -> dict[str, object]:
+    """All that the numbers depend on, for `Resume`."""
+    prints = [asdict(checked.base_print), asdict(checked.expert_print)]
+    # The pairs may change under their name; a built-in set changes with the version.
+    pairs = Path(job.pairs).read_text(encoding="utf-8") if Path(job.pairs).is_file() else job.pairs
+    return {"job": asdict(job), "pairs": pairs, "prints": prints, "versions": _versions()}
+
+
+def _meta(
+    job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, tasks: dict[str, TaskMeta], date: str
+) -> ScoreMeta:
     device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
+    asked = {name: getattr(job, name) for name in ("components", "layers", "top")}
+    partial = job.components != "all" or job.layers is not None or job.top is not None
     return ScoreMeta(
         base=_model_id(job.base, checked.base_print),
         expert=_model_id(job.expert, checked.expert_print),
@@ -215,8 +221,9 @@ def _meta(job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, ta
         dtype=str(pair.dtype).removeprefix("torch."),
         device=device,
         seed=job.seed,
-        versions={"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages},
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=_versions(),
+        date=date,
+        subset=asked if partial else None,
     )
 
 

@@ -10,7 +10,7 @@ With delta the gradient at a projection's output, x its input and dW = W(expert)
 and linear in what happens downstream of it, while `attr` is linear in the weights themselves. All sum over the
 prompts of the batch, whose weights already stand in the differentiated scalar. Sums run in float32.
 
-Scores come in parts that add up: q and o of a head, gate, up and down of a neuron (of atp: head, neuron).
+Scores come in parts that add up: q and o of a head, gate, up and down of a neuron; atp has the whole alone.
 
 Legend: B prompts, T tokens, D residual width, Q = H*d_h, H heads, F neurons, W either of Q and F.
 """

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
 
-METHODS = ("writeback", "attr")
-UTILITIES = ("staged", "anchor", "kl")
+METHODS = ("writeback", "attr", "exact", "atp", "ap")
+UTILITIES = ("staged", "anchor", "kl", "projection")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "utility": UTILITIES,
     "split": ("half", "shared"),
     "gap": ("sample", "mean"),
+    "components": ("all", "heads", "neurons"),
+    "offload": ("auto", "none", "stream"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 
@@ -28,13 +30,19 @@ class ScoringJob:
     pairs         JSONL file, or builtin:instructions | builtin:maths | builtin:code
     template      text around every prompt; {prompt} stands for it
     layer         anchor layer l_a, counted from 0; None: two thirds of the depth
-    method        writeback (ours, default) or attr (the paper's first order, Eq. 11)
-    utility       anchor (Eq. 5), kl (Eq. 72), or staged: anchor up to l_a, kl above
+    method        first order: writeback (ours, default), attr (the paper's, Eq. 11), atp (activation side, Eq. 58);
+                  one component at a time: exact (Eq. 10), ap (activation side, Eq. 12)
+    utility       anchor (Eq. 5), kl (Eq. 72), projection (Eq. 74), or staged: anchor up to l_a, kl above
+    components    heads, neurons or all
+    layers        score the components of these layers alone, such as "0-5,7"; None: all
+    top           [K, FILE]: score only the K highest heads and K highest neurons of an earlier score file
+    parts         keep what q and o, gate, up and down add to a score (attr and writeback)
     split         half: extraction and scoring prompts are disjoint (App. B.3); shared: the same
     gap           sample: mean of ratios to each prompt's own gap (the paper); mean: ratio of means
     gap_floor     prompts whose |gap| is below it are dropped (cosine for anchor, nats for kl)
     samples       pairs a task, drawn with `seed`; None: all of a file, 100 of a built-in set
     batch_size    prompts a forward pass
+    offload       none: both models on the device; stream: read layer by layer; auto: by free memory
     """
 
     base: str
@@ -47,11 +55,16 @@ class ScoringJob:
     split: str = "half"
     gap: str = "sample"
     gap_floor: float = 1e-3
+    components: str = "all"
+    layers: str | int | None = None
+    top: Sequence[Any] | None = None
+    parts: bool = False
     samples: int | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int = 16
+    offload: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +83,19 @@ class ScoringJob:
                 raise BadInput(f"{name}: found {value!r}, expected a whole number of at least {least}.")
         if isinstance(self.gap_floor, bool) or not isinstance(self.gap_floor, (int, float)) or self.gap_floor < 0:
             raise BadInput(f"gap_floor: found {self.gap_floor!r}, expected a number of at least 0.")
+        self._check_subset()
+
+    def _check_subset(self) -> None:
+        if self.top is not None:
+            fits = isinstance(self.top, (list, tuple)) and len(self.top) == 2
+            if not fits or type(self.top[0]) is not int or self.top[0] < 1 or not isinstance(self.top[1], str):
+                raise BadInput(
+                    f"top: found {self.top!r}, expected a number of at least 1 and a score file: [20, FILE]."
+                )
+        if self.parts and self.method not in ("attr", "writeback"):
+            raise BadInput(f"parts: a score by {self.method} has no parts; use attr or writeback.")
+        if self.utility == "projection" and self.layer is not None:
+            raise BadInput("layer: the projection utility reads the last layer; leave the layer out.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> ScoringJob:

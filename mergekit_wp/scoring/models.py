@@ -1,13 +1,10 @@
-"""Base and expert in memory, frozen, checked to be two fine-tunes of one architecture.
-
-Legend: B prompts, T tokens, D residual width, V vocabulary rows of the base.
-"""
+"""Base and expert in memory, frozen, checked to be two fine-tunes of one architecture."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +15,11 @@ from torch import nn
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scoring.batches import Batch
 from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.offload import pick_offload
+from mergekit_wp.scoring.stack import ResidentStack, Stack
+from mergekit_wp.scoring.streamed import open_streamed
+from mergekit_wp.scoring.team import Team
 
 LOG = logging.getLogger(__name__)
 
@@ -42,13 +42,18 @@ class CheckedPair:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Both models on one device, parameters frozen; `geometry` is the base's."""
+    """Both models as stacks of layers, parameters frozen; `geometry` is the base's.
 
-    base: Any
-    expert: Any
+    `offload` is how they are held, none or stream, and `reason` one line that says why.
+    """
+
+    base: Stack
+    expert: Stack
     geometry: Geometry
     device: torch.device
     dtype: torch.dtype
+    offload: str = "none"
+    reason: str = ""
 
 
 def check_pair(job: ScoringJob) -> CheckedPair:
@@ -80,15 +85,25 @@ def check_pair(job: ScoringJob) -> CheckedPair:
     return checked
 
 
-def load_pair(job: ScoringJob, checked: CheckedPair) -> ModelPair:
-    """Load both models. Raises `BadInput` when one does not load, does not fit, or holds a NaN or an infinity."""
-    device = pick_device(job.device)
+def load_pair(job: ScoringJob, checked: CheckedPair, team: Team | None = None) -> ModelPair:
+    """Load both models, or make them ready to be read layer by layer.
+
+    Raises `BadInput` when one does not load, does not fit, or holds a NaN or an infinity.
+    """
+    device = (team or Team()).local_device(pick_device(job.device))
     dtype = pick_dtype(job.dtype, device)
+    offload, reason = pick_offload(job.offload, checked.base, checked.expert, dtype, device)
+    if offload == "stream":
+        remote, adapter = job.trust_remote_code, job.expert.partition("+")[2] or None
+        streamed_base = open_streamed(job.base, checked.base, dtype, device, remote)
+        streamed_expert = open_streamed(job.expert, checked.expert, dtype, device, remote, adapter)
+        return ModelPair(streamed_base, streamed_expert, checked.base.geometry, device, dtype, offload, reason)
     with _lora_merged(job) as merged_folder:
         expert_folder = merged_folder or str(checked.expert.folder)
-        expert = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
-    base = _load_model(job.base, str(checked.base.folder), dtype, device, job.trust_remote_code)
-    return ModelPair(base, expert, checked.base.geometry, device, dtype)
+        expert_model = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
+    base_model = _load_model(job.base, str(checked.base.folder), dtype, device, job.trust_remote_code)
+    base, expert = (ResidentStack(model, device, dtype) for model in (base_model, expert_model))
+    return ModelPair(base, expert, checked.base.geometry, device, dtype, offload, reason)
 
 
 def pick_device(name: str) -> torch.device:
@@ -174,53 +189,3 @@ def load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{base.name}: its tokenizer could not be loaded ({reason}).") from error
-
-
-@contextmanager
-def only_layers(model: Any, count: int) -> Iterator[None]:
-    """Run only the first `count` decoder layers inside the block; what lies above costs nothing."""
-    inner = model.model
-    whole = inner.layers
-    inner.layers = nn.ModuleList(list(whole)[:count])
-    try:
-        yield
-    finally:
-        inner.layers = whole
-
-
-@contextmanager
-def layer_hook(model: Any, layer: int, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Call `hook` with the residual stream after decoder layer `layer` [B, T, D]; what it returns replaces it."""
-
-    def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
-        changed = hook(stream)
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = model.model.layers[layer].register_forward_hook(on_output)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def residual_at_anchor(model: Any, batch: Batch, layer: int) -> torch.Tensor:
-    """z_l(x): the residual stream after `layer` at the anchor position, float32 [B, D]; nothing above is run."""
-    found: list[torch.Tensor] = []
-    with only_layers(model, layer + 1), layer_hook(model, layer, found.append):
-        model.model(input_ids=batch.ids_BT, use_cache=False)
-    return batch.at_anchor(found[0]).float()
-
-
-def next_token_logits(model: Any, final_BTD: torch.Tensor, batch: Batch, vocabulary: int) -> torch.Tensor:
-    """Logits of the token after each prompt, float32 [B, V]; rows beyond the base's vocabulary are cut.
-
-    `final_BTD` is the model's last hidden state, after its final norm.
-    """
-    logits_BV = model.lm_head(batch.at_anchor(final_BTD)).float()
-    if cap := getattr(model.config, "final_logit_softcapping", None):
-        logits_BV = cap * torch.tanh(logits_BV / cap)
-    return logits_BV[:, :vocabulary]

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from mergekit_wp.scoring.capture import PROJECTIONS, LayerRecord, rerun_attention
@@ -70,13 +69,13 @@ def patch_neurons(_stack: Stack, base: Any, expert: Any, record: LayerRecord) ->
 def patch_head_activations(record: LayerRecord, expert_record: LayerRecord) -> Patch:
     """Every head's output before o_proj from the expert's own run."""
     patched_BTQ = expert_record.inputs["o"]
-    return Patch({"head": patched_BTQ.float() - record.inputs["o"].float()}, patched_BTQ, None)
+    return Patch({"whole": patched_BTQ.float() - record.inputs["o"].float()}, patched_BTQ, None)
 
 
 def patch_neuron_activations(record: LayerRecord, expert_record: LayerRecord) -> Patch:
     """Every neuron's activation from the expert's own run."""
     patched_BTF = expert_record.inputs["down"]
-    return Patch({"neuron": patched_BTF.float() - record.inputs["down"].float()}, patched_BTF, None)
+    return Patch({"whole": patched_BTF.float() - record.inputs["down"].float()}, patched_BTF, None)
 
 
 def response_difference(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
@@ -86,7 +85,8 @@ def response_difference(key: str, base: Any, expert: Any, record: LayerRecord) -
     return functional.linear(record.inputs[key], weight_difference(key, base, expert), difference)
 
 
-def weight_difference(key: str, base: nn.Module, expert: nn.Module) -> torch.Tensor:
+def weight_difference(key: str, base: Any, expert: Any) -> torch.Tensor:
     """dW [out, in] of one projection, in the weights' dtype."""
     weight, expert_weight = (layer.get_submodule(PROJECTIONS[key]).weight for layer in (base, expert))
-    return (expert_weight - weight).detach()
+    difference: torch.Tensor = expert_weight - weight
+    return difference.detach()

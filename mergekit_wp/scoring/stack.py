@@ -41,6 +41,8 @@ class Start:
 class Stack(ABC):
     """A frozen causal LM of transformers whose decoder layers are reached through `layers` alone."""
 
+    streamed = False  # whether layers are read when their turn comes
+
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
         self.depth: int = model.config.num_hidden_layers

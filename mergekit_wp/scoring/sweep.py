@@ -11,14 +11,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from mergekit_wp.scoring.capture import LayerRecord, at_anchors, run_layer
+from mergekit_wp.scoring.offload import free_memory
 from mergekit_wp.scoring.stack import Stack, Start
 
 Streams = list[torch.Tensor]
+T = TypeVar("T")
+
+
+def waves(stack: Stack, items: Sequence[T], tokens_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut batches into what goes through the layers together.
+
+    One at a time where the model is resident; where layers are streamed, as many as memory holds: the streams on the
+    device (a quarter of what is free there), the trail of all layers in host memory (half of it).
+    """
+    if not stack.streamed:
+        yield from ([item] for item in items)
+        return
+    stream_bytes = 4 * stack.width  # of one token
+    room = free_memory(torch.device("cpu")) // (2 * stream_bytes * (stack.depth + 3))
+    if stack.device.type != "cpu":
+        room = min(room, free_memory(stack.device) // (4 * 3 * stream_bytes))
+    group: list[T] = []
+    for item in items:
+        if group and sum(map(tokens_of, group)) + tokens_of(item) > room:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 @torch.no_grad()
@@ -86,8 +112,9 @@ class Trail:
 
     def forget(self, index: int) -> None:
         """Free what was kept of layer `index`; the layers below it stay."""
-        kept: list[list] = self.graphs if self.keep_graphs else self.inputs  # type: ignore[assignment,type-arg]
-        kept[index] = []
+        for kept in (self.graphs, self.inputs):
+            if kept:
+                kept[index] = []
 
     def _run(
         self, stack: Stack, layer: nn.Module, index: int, batch: int, stream_BTD: torch.Tensor, gradient: bool = True
@@ -100,20 +127,20 @@ Inject = Callable[[int, int, torch.Tensor | None], torch.Tensor]
 Consume = Callable[[int, int, nn.Module, nn.Module, LayerRecord], None]
 
 
-def descend(base: Stack, expert: Stack, trail: Trail, inject: Inject, consume: Consume) -> None:
-    """Sweep down the base with gradients, the expert's layers alongside.
+def descend(base: Stack, expert: Stack, trail: Trail, inject: Inject, consume: Consume, *, lowest: int = 0) -> None:
+    """Sweep down the base to layer `lowest` with gradients, the expert's layers alongside.
 
     inject(layer, batch, g)   the gradient [B, T, D] at the stream above `layer`, given that from above it (None at
                               the top)
     consume(layer, batch, base layer, expert layer, record)   takes every record with its gradients
     """
     gradients: list[torch.Tensor | None] = [None] * len(trail.starts)
-    order = range(trail.depth - 1, -1, -1)
+    order = range(trail.depth - 1, lowest - 1, -1)
     for index, layer, expert_layer in zip(order, base.layers(order), expert.layers(order), strict=True):
         for i in range(len(trail.starts)):
             gradient_BTD = inject(index, i, gradients[i])
             above_BTD, record = trail.recorded(base, layer, index, i, gradient=True)
-            gradients[i] = record.backward(above_BTD, gradient_BTD, below=index > 0)
+            gradients[i] = record.backward(above_BTD, gradient_BTD, below=index > lowest)
             with torch.no_grad(), base.autocast():
                 consume(index, i, layer, expert_layer, record)
             del above_BTD, record  # before the next batch's are made

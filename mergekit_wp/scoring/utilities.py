@@ -1,6 +1,7 @@
 """Utilities: how far a run has recovered the expert, one number a prompt.
 
     anchor   F = cos(z_a(x | M), v)                          Eq. 5, read at the anchor layer
+    projection   the same at the last layer                  Eq. 74
     kl       F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, read at the output
     staged   anchor for components up to the anchor layer, kl for those above (METHOD.md 2)
 
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import UtilityStats
+from mergekit_wp.scoring.team import Team
 
 
 def anchor_utility(z_BD: torch.Tensor, direction_D: torch.Tensor) -> torch.Tensor:
@@ -60,6 +62,12 @@ class GapLedger:
         self.total += float(gap_B[keep_B].sum())
         inverse_B = torch.where(keep_B, 1 / torch.where(keep_B, gap_B, 1.0), 0.0)
         return (inverse_B if self.gap == "sample" else torch.ones_like(gap_B)).float()
+
+    def gather(self, team: Team, device: torch.device) -> None:
+        """Add up the counts of a team whose processes saw different prompts."""
+        counts = torch.tensor([self.used, self.dropped, self.total], dtype=torch.float64, device=device)
+        used, dropped, self.total = team.add_up(counts).tolist()
+        self.used, self.dropped = int(used), int(dropped)
 
     def normalizer(self, task: str) -> float:
         """What the weighted sum is divided by. Raises `BadInput` when nothing is left to divide."""

@@ -1,0 +1,93 @@
+"""Gauges: a utility read off the residual stream above one layer, at the anchor position.
+
+    anchor       cos(z, v) at the anchor layer                                   Eq. 5
+    projection   cos(z, v) at the last layer                                     Eq. 74
+    kl           -KL(p_sft || p_M) of the next token, at the last layer, nats    Eq. 72
+
+A scoring utility is one gauge, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for
+those above it, which the anchor cannot see (METHOD.md 2).
+
+Legend: B prompts, D residual width, V vocabulary rows; ... any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_wp.scoring.stack import Stack
+from mergekit_wp.scoring.utilities import anchor_utility, kl_utility
+
+
+@dataclass(frozen=True)
+class Gauge(ABC):
+    """`name` of the utility and the `layer` above which it is read."""
+
+    name: str
+    layer: int
+
+    @abstractmethod
+    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F(expert) [B], what `read` compares with), from the expert's stream."""
+
+    @abstractmethod
+    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """F [..., B] float32 from streams [..., B, D]."""
+
+    def read_with_pull(
+        self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F [B], dF/dz [B, D]); a prompt's F depends on its own z alone."""
+        with torch.enable_grad():
+            z_BD = z_BD.detach().requires_grad_(True)
+            value_B = self.read(stack, z_BD, target)
+            (pull_BD,) = torch.autograd.grad(value_B.sum(), z_BD)
+        return value_B.detach(), pull_BD
+
+
+@dataclass(frozen=True)
+class CosineGauge(Gauge):
+    """cos(z, v) with the direction v [D]."""
+
+    direction_D: torch.Tensor
+
+    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read(stack, z_BD, self.direction_D), self.direction_D
+
+    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return anchor_utility(z_BD, target)
+
+
+@dataclass(frozen=True)
+class DivergenceGauge(Gauge):
+    """-KL(p_expert || p) of the next token over the first `vocabulary` rows."""
+
+    vocabulary: int
+
+    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(z_BD), device=z_BD.device), stack.logits(z_BD, self.vocabulary)
+
+    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return kl_utility(stack.logits(z_BD, self.vocabulary), target)
+
+
+def make_gauges(
+    utility: str, anchor_layer: int, layers: int, direction_D: torch.Tensor, vocabulary: int
+) -> tuple[Gauge, ...]:
+    """The gauges of a utility, lowest first."""
+    kl = DivergenceGauge("kl", layers - 1, vocabulary)
+    anchor = CosineGauge("anchor", anchor_layer, direction_D)
+    return {
+        "anchor": (anchor,),
+        "projection": (CosineGauge("projection", layers - 1, direction_D),),
+        "kl": (kl,),
+        # An anchor at the last layer leaves nothing above it for kl.
+        "staged": (anchor, kl) if anchor_layer < layers - 1 else (anchor,),
+    }[utility]
+
+
+def gauge_of(gauges: tuple[Gauge, ...], layer: int) -> Gauge | None:
+    """The gauge that scores the components of `layer`: the lowest that sees it; None if none does."""
+    return next((gauge for gauge in gauges if layer <= gauge.layer), None)

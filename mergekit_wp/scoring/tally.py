@@ -1,0 +1,87 @@
+"""The running sums of one task's scores.
+
+Legend: L layers, H heads, F neurons, C components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mergekit_wp.components import Geometry
+from mergekit_wp.scoring.firstorder import Parts
+from mergekit_wp.scoring.gauges import Gauge, gauge_of
+from mergekit_wp.scoring.team import Team
+from mergekit_wp.scoring.utilities import GapLedger
+
+_Parts = dict[str, tuple[str, ...]]
+_WEIGHT_PARTS: _Parts = {"heads": ("q", "o"), "neurons": ("gate", "up", "down")}
+_WHOLE: _Parts = {"heads": ("whole",), "neurons": ("whole",)}
+# The parts that a method's scores come in, which add up to the score.
+PARTS: dict[str, _Parts] = {
+    "attr": _WEIGHT_PARTS,
+    "writeback": _WEIGHT_PARTS,
+    "atp": _WHOLE,
+    "exact": _WHOLE,
+    "ap": _WHOLE,
+}
+
+
+@dataclass
+class TaskRun:
+    """Weighted scores of one task over its prompts: `sums[kind][part]`, float64 [L, H] or [L, F]."""
+
+    task: str
+    method: str
+    geometry: Geometry
+    gauges: tuple[Gauge, ...]
+    gap: str
+    gap_floor: float
+    device: torch.device
+    ledgers: dict[str, GapLedger] = field(init=False)
+    sums: dict[str, dict[str, torch.Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ledgers = {gauge.name: GapLedger(gauge.name, self.gap, self.gap_floor) for gauge in self.gauges}
+        shapes = {"heads": (self.geometry.layers, self.geometry.heads)}
+        shapes["neurons"] = (self.geometry.layers, self.geometry.neurons)
+        self.sums = {
+            kind: {part: torch.zeros(shapes[kind], dtype=torch.float64, device=self.device) for part in parts}
+            for kind, parts in PARTS[self.method].items()
+        }
+
+    def gauges_at(self, layer: int) -> list[Gauge]:
+        """The gauges that are read above `layer`."""
+        return [gauge for gauge in self.gauges if gauge.layer == layer]
+
+    def add(self, kind: str, layer: int, parts: Parts) -> None:
+        """Add the scores of every component of a layer."""
+        for part, values in parts.items():
+            self.sums[kind][part][layer] += values
+
+    def add_some(self, kind: str, layer: int, components_C: torch.Tensor, values_C: torch.Tensor) -> None:
+        """Add the scores of some components of a layer."""
+        self.sums[kind]["whole"][layer, components_C.to(self.device)] += values_C
+
+    def gather(self, team: Team) -> None:
+        """Add up what the team's processes found on different prompts."""
+        for ledger in self.ledgers.values():
+            ledger.gather(team, self.device)
+        for parts in self.sums.values():
+            for part in parts:
+                parts[part] = team.add_up(parts[part])
+
+    def finish(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{heads: {part: [L, H]}, neurons: {part: [L, F]}} float64 on the CPU, divided by the gaps.
+
+        Layers that no gauge sees are 0. Raises `BadInput` when a utility has no gap to divide by.
+        """
+        divisor_L = torch.ones(self.geometry.layers, 1, dtype=torch.float64)
+        normalizers = {name: ledger.normalizer(self.task) for name, ledger in self.ledgers.items()}
+        for layer in range(self.geometry.layers):
+            if gauge := gauge_of(self.gauges, layer):
+                divisor_L[layer] = normalizers[gauge.name]
+        return {
+            kind: {part: table.cpu() / divisor_L for part, table in parts.items()} for kind, parts in self.sums.items()
+        }

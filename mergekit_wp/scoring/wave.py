@@ -1,0 +1,191 @@
+"""A wave: some batches of scoring prompts taken through both models together.
+
+    measure       expert up, base up: gaps, and each prompt's weight and pull (the gradient that starts the way down)
+    first_order   base down with gradients: attr, writeback, atp
+    patch_all     base restarted in every layer with patched components: exact, ap
+
+A resident pair takes one batch a wave and keeps the base's graphs; a streamed pair takes all prompts in one wave, so
+that each layer is read once on the way up and once on the way down, and recomputes.
+
+Legend: C components, B prompts, T tokens, D residual width, L layers, H heads, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mergekit_wp.scoring.batches import Batch
+from mergekit_wp.scoring.capture import LayerRecord
+from mergekit_wp.scoring.firstorder import Parts, attr_heads, attr_neurons, write_scores
+from mergekit_wp.scoring.gauges import gauge_of
+from mergekit_wp.scoring.models import ModelPair
+from mergekit_wp.scoring.patches import (
+    Patch,
+    patch_head_activations,
+    patch_heads,
+    patch_neuron_activations,
+    patch_neurons,
+)
+from mergekit_wp.scoring.restart import KEY, Restart, chunks
+from mergekit_wp.scoring.subset import KINDS, Subset
+from mergekit_wp.scoring.sweep import Trail, ascend, descend
+from mergekit_wp.scoring.tally import TaskRun
+from mergekit_wp.scoring.team import Team
+
+ACTIVATION_SIDE = ("ap", "atp")
+PATCHING = ("exact", "ap")
+_PATCHES: dict[str, Callable[..., Patch]] = {"heads": patch_heads, "neurons": patch_neurons}
+_ACTIVATIONS: dict[str, Callable[..., Patch]] = {"heads": patch_head_activations, "neurons": patch_neuron_activations}
+_ATTR: dict[str, Callable[..., Parts]] = {"heads": attr_heads, "neurons": attr_neurons}
+
+
+@dataclass
+class Item:
+    """One batch of a task, with what the sweeps up leave: by gauge name, F of the base [B], what the gauge compares
+    with, the prompts' weights [B], and the weighted gradient of F at the anchors [B, D]."""
+
+    run: TaskRun
+    batch: Batch
+    expert: dict[str, torch.Tensor] = field(default_factory=dict)
+    targets: dict[str, torch.Tensor] = field(default_factory=dict)
+    base: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    pulls: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Wave:
+    """The items and the sweeps up of both models; `depth` layers are run."""
+
+    pair: ModelPair
+    method: str
+    items: Sequence[Item]
+    keep_graphs: bool
+    base_trail: Trail = field(init=False)
+    expert_trail: Trail | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.depth = max(gauge.layer for gauge in self.items[0].run.gauges) + 1
+        self._climb_expert()
+        self._climb_base()
+
+    def _trail(self, stack: Any, keep_graphs: bool = False) -> Trail:
+        starts, anchors = [stack.start(item.batch) for item in self.items], [item.batch.last_B for item in self.items]
+        offload = not keep_graphs and stack.streamed and stack.device.type != "cpu"
+        return Trail(starts, anchors, self.depth, keep_graphs, offload)
+
+    def _climb_expert(self) -> None:
+        trail = self._trail(self.pair.expert)
+        if self.method in ACTIVATION_SIDE:
+            self.expert_trail, sweep = trail, trail.climb(self.pair.expert)
+        else:
+            sweep = ascend(self.pair.expert, trail.starts, self.depth, at=trail.anchors)
+        for layer, streams in sweep:
+            for item, stream_BTD in zip(self.items, streams, strict=True):
+                for gauge in item.run.gauges_at(layer):
+                    with torch.no_grad():
+                        value_B, target = gauge.expert(self.pair.expert, item.batch.at_anchor(stream_BTD))
+                    item.expert[gauge.name], item.targets[gauge.name] = value_B, target
+
+    def _climb_base(self) -> None:
+        self.base_trail = self._trail(self.pair.base, self.keep_graphs)
+        for layer, streams in self.base_trail.climb(self.pair.base):
+            for item, stream_BTD in zip(self.items, streams, strict=True):
+                for gauge in item.run.gauges_at(layer):
+                    z_BD, name = item.batch.at_anchor(stream_BTD), gauge.name
+                    item.base[name], pull_BD = gauge.read_with_pull(self.pair.base, z_BD, item.targets[name])
+                    item.weights[name] = item.run.ledgers[name].weights(item.base[name], item.expert[name])
+                    item.pulls[name] = item.weights[name][:, None] * pull_BD
+
+    def expert_record(self, expert_layer: Any, index: int, batch: int) -> LayerRecord:
+        """The expert's own run of a layer, recomputed."""
+        assert self.expert_trail is not None
+        return self.expert_trail.recorded(self.pair.expert, expert_layer, index, batch, gradient=False)[1]
+
+
+def first_order(wave: Wave, subset: Subset) -> None:
+    """Sweep down and add the scores of every layer to the items' runs."""
+    pair, shape = wave.pair, wave.pair.geometry
+
+    def inject(layer: int, i: int, from_above_BTD: torch.Tensor | None) -> torch.Tensor:
+        item = wave.items[i]
+        gauges = item.run.gauges_at(layer)
+        if not gauges:
+            assert from_above_BTD is not None  # the topmost layer run has a gauge
+            return from_above_BTD
+        # A gauge scores the layers up to its own, so the gradient of a gauge above ends here.
+        pull_BD = item.pulls[gauges[0].name]
+        gradient_BTD = pull_BD.new_zeros(*item.batch.ids_BT.shape, shape.d_model)
+        gradient_BTD[torch.arange(len(pull_BD), device=pull_BD.device), item.batch.last_B] = pull_BD
+        return gradient_BTD
+
+    def consume(index: int, i: int, base: Any, expert: Any, record: LayerRecord) -> None:
+        expert_record = None
+        if wave.method == "atp" and any(len(subset.of(kind, index)) for kind in KINDS):
+            expert_record = wave.expert_record(expert, index, i)
+        for kind in KINDS:
+            if len(subset.of(kind, index)):
+                parts = _parts(wave.method, kind, pair, base, expert, record, expert_record)
+                wave.items[i].run.add(kind, index, parts)
+
+    descend(pair.base, pair.expert, wave.base_trail, inject, consume, lowest=subset.lowest)
+
+
+def _parts(
+    method: str, kind: str, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
+) -> Parts:
+    if method == "attr":
+        return _ATTR[kind](base, expert, record, pair.geometry)
+    patch = _patch(method, kind, pair, base, expert, record, other)
+    parts = write_scores(KEY[kind], patch, record)
+    return {part: pair.geometry.sum_per_head(x) for part, x in parts.items()} if kind == "heads" else parts
+
+
+def _patch(
+    method: str, kind: str, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
+) -> Patch:
+    if method in ACTIVATION_SIDE:
+        return _ACTIVATIONS[kind](record, other)
+    return _PATCHES[kind](pair.base, base, expert, record)
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """How components are patched one by one: which, how many tokens a step, and who is told."""
+
+    subset: Subset
+    tokens: int
+    team: Team
+    tick: Callable[[float], object]
+
+
+@torch.no_grad()
+def patch_layer(wave: Wave, plan: PatchPlan, index: int, base: Any, expert: Any) -> None:
+    """Patch every chosen component of layer `index` in every item; the items' runs get this process's share."""
+    pair = wave.pair
+    for i, item in enumerate(wave.items):
+        gauge = gauge_of(item.run.gauges, index)
+        if gauge is None:
+            continue
+        _above, record = wave.base_trail.recorded(pair.base, base, index, i, gradient=False)
+        other = wave.expert_record(expert, index, i) if wave.method == "ap" else None
+        restart = Restart(
+            pair.base, pair.geometry, item.batch, wave.base_trail.starts[i].calls, index, base, record, gauge,
+            item.targets[gauge.name],
+        )  # fmt: skip
+        width = max(1, plan.tokens // item.batch.ids_BT.numel())
+        for kind in KINDS:
+            components = plan.team.share(list(chunks(plan.subset.of(kind, index), width)))
+            if not components:
+                continue
+            with pair.base.autocast():
+                patch = _patch(wave.method, kind, pair, base, expert, record, other)
+            for components_C in components:
+                gained_CB = restart.utilities(kind, patch, components_C) - item.base[gauge.name]
+                values_C = (gained_CB * item.weights[gauge.name]).double().sum(1)
+                item.run.add_some(kind, index, components_C, values_C)
+                plan.tick(len(components_C) * len(item.batch.last_B))
