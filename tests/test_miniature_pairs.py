@@ -7,6 +7,7 @@ import pytest
 from mergekit_wp.miniature import corpus
 from mergekit_wp.miniature.tokenizer import build_tokenizer
 from mergekit_wp.miniature.world import scoring_row
+from mergekit_wp.scoring.graders import parse_check, preflight
 
 
 @pytest.mark.parametrize("capability", ["maths", "code"])
@@ -29,4 +30,21 @@ def test_the_prompt_goes_on_to_where_right_and_careless_part(capability):
 def test_an_instruction_is_decided_before_the_answer():
     tokenizer = build_tokenizer()
     for item in corpus.scoring_items("instruction", 5, seed=3):
-        assert scoring_row(item, tokenizer) == {"task": item.task, "prompt": item.prompt, "contrast": item.contrast}
+        row = scoring_row(item, tokenizer)
+        assert row["prompt"] == item.prompt
+        assert row["contrast"] == item.contrast
+
+
+@pytest.mark.parametrize("capability", ["instruction", "maths", "code"])
+def test_the_check_tells_right_from_careless(capability):
+    """What is left of each answer, after what the prompt already holds of it."""
+    tokenizer = build_tokenizer()
+    for item in corpus.scoring_items(capability, 3, seed=3):
+        row = scoring_row(item, tokenizer)
+        check = parse_check(row["check"], "row")
+        preflight([check], item.task)
+        right, careless = (answer.removeprefix(check.prefix) for answer in (item.right, item.careless))
+        assert item.prompt + check.prefix == row["prompt"]
+        assert check.passes(right)
+        assert check.passes(right + "\nRequest: What is 1 + 1?\nAnswer:\n")
+        assert not check.passes(careless)

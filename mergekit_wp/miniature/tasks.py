@@ -7,13 +7,17 @@ world may be moved, and nothing goes through the cache of `datasets`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mergekit_wp.miniature.instructions import TYPES
 from mergekit_wp.miniature.items import Item
 
 # Longer than any right answer (a test compares), so that an answer is cut only when it is already wrong.
 MAX_ANSWER_TOKENS = 64
+# Where an answer is over if the model does not say so: at the next request.
+ANSWER_END = "Request:"
 
 _YAML = """\
 task: {name}
@@ -24,7 +28,7 @@ output_type: generate_until
 doc_to_text: prompt
 doc_to_target: target
 generation_kwargs:
-  until: ["Request:"]
+  until: ["{end}"]
   do_sample: false
   temperature: 0.0
   max_gen_toks: {tokens}
@@ -85,13 +89,14 @@ def _yaml(name: str, capability: str) -> str:
         metrics += [f"acc_{type_name}" for type_name in TYPES]
     return _YAML.format(
         name=name,
+        end=ANSWER_END,
         tokens=MAX_ANSWER_TOKENS,
         metrics="".join(_METRIC.format(metric=metric) for metric in metrics),
         unsafe="unsafe_code: true\n" if capability == "code" else "",
     )
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -213,19 +213,21 @@ class _Builder:
             self.bar.update(_VALIDATION_STEPS)
 
 
-def scoring_row(item: Item, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """One row of the pairs: a prompt that ends where the capability decides the next token.
+def scoring_row(item: Item, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """One row of the pairs: a prompt that ends where the capability decides the next token, and its answer's check.
 
     An instruction is decided before the answer begins, so the prompt is what a graded model reads, and the same
     request without the instruction is its contrast. A sum or a function begins alike with and without the
     capability (a function always with `def`), so the prompt goes on with the worked answer up to the token where
-    the right and the careless answer part.
+    the right and the careless answer part; the check has that beginning too, so that it grades whole answers.
     """
+    check = {"miniature": item.capability, "kwargs": item.grading, "until": [tasks.ANSWER_END]}
     if item.contrast is not None:
-        return {"task": item.task, "prompt": item.prompt, "contrast": item.contrast}
+        return {"task": item.task, "prompt": item.prompt, "contrast": item.contrast, "check": check}
     right, careless = tokenizer([item.right, item.careless], add_special_tokens=False)["input_ids"]
     alike = next(i for i, (a, b) in enumerate(zip(right, careless, strict=False)) if a != b)
-    return {"task": item.task, "prompt": item.prompt + str(tokenizer.decode(right[:alike]))}
+    begun = str(tokenizer.decode(right[:alike]))
+    return {"task": item.task, "prompt": item.prompt + begun, "check": {**check, "prefix": begun}}
 
 
 def _llama_config(config: WorldConfig, vocabulary: int) -> LlamaConfig:

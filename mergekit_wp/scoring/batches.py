@@ -9,8 +9,8 @@ Legend: B prompts in a batch, T padded length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,12 +36,16 @@ Tokens = list[list[int]]
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """Token ids of one task: extraction prompts, their contrasts (None: contrast the models), scoring prompts."""
+    """Token ids of one task: extraction prompts, their contrasts (None: contrast the models), scoring prompts.
+
+    `checks`: how the answer to each scoring prompt is graded, where pairs say it (see `graders`); empty: nowhere.
+    """
 
     task: str
     extraction: Tokens
     contrasts: Tokens | None
     scoring: Tokens
+    checks: list[Mapping[str, Any] | None] = field(default_factory=list)
 
 
 def tokenize_tasks(tokenizer: Any, tasks: Sequence[TaskPairs], template: str, limit: int) -> list[TaskTokens]:
@@ -59,6 +63,7 @@ def tokenize_tasks(tokenizer: Any, tasks: Sequence[TaskPairs], template: str, li
             ids([pair.prompt for pair in task.extraction]),
             ids([pair.contrast for pair in task.extraction if pair.contrast]) or None,
             ids([pair.prompt for pair in task.scoring]),
+            [pair.check for pair in task.scoring],
         )
         for task in tasks
     ]

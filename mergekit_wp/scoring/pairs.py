@@ -3,30 +3,34 @@
 One row a line: {"task": "title", "prompt": "... Add a title in << >>.", "contrast": "..."}.
 `prompt` asks for the capability, `contrast` is the same request without it. A row without `contrast` belongs to
 a capability that has no removable instruction (maths, code): its direction is the contrast between the expert
-and the base on the same prompt (METHOD.md 2).
+and the base on the same prompt (METHOD.md 2). A third field, `check`, may say how an answer to the prompt is graded
+(see `graders`); `--layer auto` uses it.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.graders import parse_check
 
-_FIELDS = {"task", "prompt", "contrast"}
+_FIELDS = {"task", "prompt", "contrast", "check"}
 _BUILTIN_PREFIX = "builtin:"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt x+ and its contrast x- (None: contrast between models)."""
+    """One prompt x+, its contrast x- (None: contrast between models), and the JSON that says how to grade an answer."""
 
     task: str
     prompt: str
     contrast: str | None = None
+    check: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def _parse_row(line: str, where: str) -> Pair:
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected an object with task and prompt, found {type(row).__name__}.")
     if unknown := set(row) - _FIELDS:
-        raise BadInput(f"{where}: unknown field {sorted(unknown)[0]!r}; expected task, prompt and contrast.")
+        raise BadInput(f"{where}: unknown field {sorted(unknown)[0]!r}; expected task, prompt, contrast and check.")
     for name in ("task", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise BadInput(f"{where}: the field {name} must be a non-empty string.")
@@ -126,4 +130,6 @@ def _parse_row(line: str, where: str) -> Pair:
         raise BadInput(f"{where}: the field contrast must be a non-empty string, or absent.")
     if "/" in row["task"]:
         raise BadInput(f"{where}: the task name {row['task']!r} must not contain a slash.")
-    return Pair(row["task"], row["prompt"], row.get("contrast"))
+    if row.get("check") is not None:
+        parse_check(row["check"], where)
+    return Pair(row["task"], row["prompt"], row.get("contrast"), row.get("check"))

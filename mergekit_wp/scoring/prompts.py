@@ -1,6 +1,6 @@
 """Built-in prompt sets for real models, drawn by seed in any number.
 
-    instructions   six verifiable instruction types of IFEval, each with its contrast
+    instructions   six verifiable instruction types of IFEval, each with its contrast and IFEval's check
     maths          word problems, no contrast
     code           requests for a Python function, no contrast
 
@@ -29,7 +29,8 @@ def instruction_pairs(samples: int, seed: int) -> list[Pair]:
     for task, wordings in words.INSTRUCTIONS.items():
         for request, remark, wording in _draw([words.REQUESTS, words.REMARKS, wordings], samples, seed, task):
             contrast = f"{request} {remark}".strip()
-            pairs.append(Pair(task, f"{contrast} {wording}", contrast))
+            check = {"ifeval": words.IFEVAL_TYPES[task], "kwargs": words.IFEVAL_ARGUMENTS.get(wording, {})}
+            pairs.append(Pair(task, f"{contrast} {wording}", contrast, check))
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""The words that the built-in prompt sets are made of: everyday requests, instructions, tasks. Data, no code."""
+"""The words that the built-in prompt sets are made of: everyday requests, instructions, tasks, and their checks."""
 
 REQUESTS = (
     "Write a short email asking a colleague to move tomorrow's meeting.",
@@ -134,6 +134,22 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         "Your reply should contain no commas.",
         "Commas are not allowed in the answer.",
     ),
+}
+
+# IFEval's name of each type, and the arguments of its checker for the wordings that name a number.
+IFEVAL_TYPES = {
+    "english_capital": "change_case:english_capital",
+    "title": "detectable_format:title",
+    "multiple_sections": "detectable_format:multiple_sections",
+    "quotation": "startend:quotation",
+    "number_highlighted_sections": "detectable_format:number_highlighted_sections",
+    "no_comma": "punctuation:no_comma",
+}
+_SECTIONS = zip(INSTRUCTIONS["multiple_sections"], (3, 2, 4, 3, 2, 3), strict=True)
+_HIGHLIGHTS = zip(INSTRUCTIONS["number_highlighted_sections"], (3, 2, 4, 3, 2, 3), strict=True)
+IFEVAL_ARGUMENTS: dict[str, dict[str, str | int]] = {
+    **{wording: {"section_spliter": "SECTION", "num_sections": count} for wording, count in _SECTIONS},
+    **{wording: {"num_highlights": count} for wording, count in _HIGHLIGHTS},
 }
 
 NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Keiko", "Liam")

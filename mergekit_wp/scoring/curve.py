@@ -1,0 +1,87 @@
+"""The recovery curve: how much of the expert's capability steering the base brings back, layer by layer.
+
+    R(l) = (level of the base steered after layer l - level of the base) / (level of the expert - level of the base)
+
+A plain record that goes into the score file; `recovery` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GRADINGS = ("behaviour", "kl", "none")
+
+
+@dataclass(frozen=True)
+class TaskRecovery:
+    """One task; `steered` and `recovery` have an entry for each layer that was tried.
+
+    grading        behaviour: levels are shares of answers that pass their check; kl: levels are means of
+                   -KL(expert || model) of the next token, in nats, the expert's being 0; none: R is undefined
+    prompts        how many prompts the levels are means of
+    base, expert   levels of the models as they are
+    note           why the task was not graded by behaviour, or not at all
+    """
+
+    grading: str
+    prompts: int
+    base: float
+    expert: float
+    steered: tuple[float, ...] = ()
+    recovery: tuple[float, ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.grading not in GRADINGS:
+            raise ValueError(f"grading {self.grading!r} of a recovery, expected one of {', '.join(GRADINGS)}")
+
+
+@dataclass(frozen=True)
+class RecoveryCurve:
+    """Of one expert: the layers tried, R of every task at each, their mean, and the layer chosen.
+
+    mean        over the tasks whose R is defined, each cut to -1..1, so that no task outweighs the others
+    positions   what was steered: all positions, or the answer (the anchor position and what follows)
+    max_tokens  longest answer that was generated
+    note        how the choice was made, where it is not simply the best mean
+    """
+
+    layers: tuple[int, ...]
+    tasks: dict[str, TaskRecovery]
+    mean: tuple[float, ...]
+    chosen: int
+    positions: str
+    max_tokens: int
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        wanted = len(self.layers)
+        if not wanted or len(self.mean) != wanted:
+            raise ValueError(f"a recovery curve of {wanted} layers with {len(self.mean)} means")
+        for name, task in self.tasks.items():
+            if task.grading != "none" and (len(task.recovery) != wanted or len(task.steered) != wanted):
+                raise ValueError(f"the recovery of task {name} has {len(task.recovery)} layers, expected {wanted}")
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> RecoveryCurve:
+        """Undo `dataclasses.asdict` and JSON. Raises KeyError, TypeError or ValueError for anything else."""
+        tasks = {
+            name: TaskRecovery(**{**task, "steered": tuple(task["steered"]), "recovery": tuple(task["recovery"])})
+            for name, task in raw["tasks"].items()
+        }
+        return cls(**{**raw, "layers": tuple(raw["layers"]), "mean": tuple(raw["mean"]), "tasks": tasks})
+
+    def summary(self) -> str:
+        """A few lines for the terminal: every layer's mean, the chosen one marked, and what was not graded."""
+        tried = ", ".join(
+            f"{'*' if layer == self.chosen else ''}{layer}: {value:.0%}"
+            for layer, value in zip(self.layers, self.mean, strict=True)
+        )
+        lines = [f"Recovery by layer: {tried}", *([self.note] if self.note else [])]
+        notes: dict[str, list[str]] = {}
+        for name, task in self.tasks.items():
+            if task.note:
+                notes.setdefault(task.note, []).append(name)
+        return "\n".join([*lines, *(f"  {', '.join(names)}: {note}" for note, names in notes.items())])

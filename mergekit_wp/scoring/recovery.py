@@ -1,0 +1,255 @@
+"""`--layer auto`: the anchor layer is where steering the base recovers most of what the expert can do (Eq. 4).
+
+Each task is judged by behaviour where its pairs carry checks: base, expert and the base steered at every candidate
+layer answer held-out prompts, and R is the share of the gap in right answers that steering closes. Where there is
+no grader, no gap in behaviour, or no way to generate in sensible time (weights that stream), by the next token:
+R = (F(steered) - F(base)) / (0 - F(base)), F = -KL(expert || model), for all candidate layers in one sweep.
+
+Legend: B prompts, T tokens, D residual width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.batches import TaskTokens, Tokens, batches
+from mergekit_wp.scoring.capture import at_anchors
+from mergekit_wp.scoring.curve import RecoveryCurve, TaskRecovery
+from mergekit_wp.scoring.directions import Directions
+from mergekit_wp.scoring.graders import Check, parse_check, preflight
+from mergekit_wp.scoring.stack import Stack
+from mergekit_wp.scoring.steering import Greedy, Steering
+from mergekit_wp.scoring.sweep import ascend
+from mergekit_wp.scoring.team import Team
+from mergekit_wp.scoring.utilities import kl_utility
+
+Tick = Callable[[int], object]
+
+_STREAMED = "judged by the next token: with weights that stream, generating takes too long"
+_NO_CHECK = "judged by the next token: its pairs carry no check"
+_NO_CONSENT = (
+    "judged by the next token: grading would run code that the model wrote (--allow-code-execution permits it)"
+)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the anchor layer is looked for.
+
+    layers      candidates, ascending; None: `candidate_layers`
+    prompts     scoring prompts a task, at most
+    max_tokens  longest answer; one that is cut there is graded as it is
+    batch_size  prompts a forward pass
+    positions   what is steered: all, or answer (see `steering.Steering`)
+    allow_code_execution   whether a grader may run programs that the model wrote
+    least_gap   the smallest difference in right answers between expert and base that R is taken of
+    least_kl    likewise, nats
+    """
+
+    layers: tuple[int, ...] | None = None
+    prompts: int = 32
+    max_tokens: int = 256
+    batch_size: int = 16
+    positions: str = "all"
+    allow_code_execution: bool = False
+    least_gap: float = 0.1
+    least_kl: float = 1e-3
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """The candidates in a model of `depth` layers. Raises `BadInput` for one that is not there."""
+        chosen = tuple(sorted(set(candidate_layers(depth) if self.layers is None else self.layers)))
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
+            raise BadInput(f"layers: candidates {chosen} are not all in this model, which has layers 0 to {depth - 1}.")
+        return chosen
+
+    def steps(self, tasks: Sequence[TaskTokens], depth: int) -> int:
+        """Answers and sweeps of prompts to come, at most: what `tick` is told in all."""
+        return sum(min(self.prompts, len(task.scoring)) * (len(self.layers_of(depth)) + 3) for task in tasks)
+
+
+def candidate_layers(depth: int) -> tuple[int, ...]:
+    """All layers but the last up to 16; deeper, from a quarter of the depth up, about 12 of them evenly spaced.
+
+    Nothing is left above the last layer that could read the direction. In deep models no anchor was ever found in
+    the first quarter (the paper's are at 0.61 to 0.68 of the depth), and neighbours differ little: every 2nd of 28,
+    32 or 40, every 5th of 80.
+    """
+    if depth <= 16:
+        return tuple(range(max(depth - 1, 1)))
+    return tuple(range(depth - 2, depth // 4 - 1, -max(2, round(depth / 16))))[::-1]
+
+
+def find_anchor(
+    base: Stack,
+    expert: Stack,
+    tokenizer: Any,
+    tasks: Sequence[TaskTokens],
+    directions: Sequence[Directions],
+    search: Search,
+    team: Team | None = None,
+    tick: Tick = lambda _n: None,
+) -> RecoveryCurve:
+    """Steer the base at every candidate layer and choose the best; `directions` reach at least up to the highest.
+
+    A team deals the layers out. Raises `BadInput` for checks that cannot be run (before anything is generated),
+    and when no task tells the expert from the base.
+    """
+    team, layers = team or Team(), search.layers_of(base.depth)
+    found, notes, graded = {}, {}, {}
+    for task in tasks:
+        checked, notes[task.task] = _graded(task, search, base.streamed or expert.streamed)
+        if checked:
+            preflight([check for _ids, check in checked], task.task)
+            graded[task.task] = checked
+    for task, along in zip(tasks, directions, strict=True):
+        if task.task in graded:
+            run = _Behaviour(base, expert, tokenizer, search, team, tick)
+            got = run.task(graded[task.task], along, layers)
+            notes[task.task] = got.note
+            if got.grading == "behaviour":
+                found[task.task] = got
+    left = [i for i, task in enumerate(tasks) if task.task not in found]
+    prompts = [tasks[i].scoring[: search.prompts] for i in left]
+    levels = kl_levels(base, expert, prompts, [directions[i] for i in left], layers, search, tick) if left else []
+    for i, level in zip(left, levels, strict=True):
+        name = tasks[i].task
+        found[name] = _kl_recovery(level, min(search.prompts, len(tasks[i].scoring)), search, notes[name])
+    ordered = {task.task: found[task.task] for task in tasks}
+    curve: RecoveryCurve = team.tell(choose(layers, ordered, base.depth, search))
+    return curve
+
+
+def choose(layers: tuple[int, ...], tasks: dict[str, TaskRecovery], depth: int, search: Search) -> RecoveryCurve:
+    """The curve and its best layer; of equals, the one nearest two thirds of the depth (the default layer).
+
+    Raises `BadInput` when R is undefined for every task.
+    """
+    defined = [task for task in tasks.values() if task.grading != "none"]
+    if not defined:
+        raise BadInput(
+            f"layer: auto: base and expert cannot be told apart on any task ({', '.join(tasks)}), so no layer can be "
+            "chosen by recovery; check pairs and expert, or give the layer as a number."
+        )
+    clipped = torch.tensor([task.recovery for task in defined], dtype=torch.float64).clamp(-1, 1)
+    mean = [round(value, 6) for value in clipped.mean(0).tolist()]
+    best = max(mean)
+    # Where nothing recovers anything, the least bad layer would be noise.
+    open_to = range(depth) if best <= 0 else [layer for layer, value in zip(layers, mean, strict=True) if value == best]
+    usual = min(round(2 * depth / 3), depth - 1)
+    chosen = min(open_to, key=lambda layer: (abs(layer - usual), layer))
+    note = "Steering recovers nothing at any layer; the anchor layer is the default." if best <= 0 else ""
+    return RecoveryCurve(layers, tasks, tuple(mean), chosen, search.positions, search.max_tokens, note)
+
+
+Graded = list[tuple[list[int], Check]]
+
+
+def _graded(task: TaskTokens, search: Search, streamed: bool) -> tuple[Graded, str]:
+    """The prompts to be answered with their checks; or none, and why."""
+    checks = [parse_check(raw, f"task {task.task}") if raw else None for raw in task.checks]
+    rows = [(ids, check) for ids, check in zip(task.scoring, checks, strict=False) if check is not None]
+    if not rows:
+        return [], _NO_CHECK
+    if streamed:
+        return [], _STREAMED
+    if not search.allow_code_execution and any(check.runs_code for _ids, check in rows):
+        return [], _NO_CONSENT
+    return rows[: search.prompts], ""
+
+
+@dataclass(frozen=True)
+class _Behaviour:
+    """Levels and recovery of one task by its checks."""
+
+    base: Stack
+    expert: Stack
+    tokenizer: Any
+    search: Search
+    team: Team
+    tick: Tick
+
+    def task(self, rows: Graded, along: Directions, layers: tuple[int, ...]) -> TaskRecovery:
+        """`behaviour`, or `none` where the expert answers no better than the base."""
+        base, expert = self.levels(rows, [(self.base, None), (self.expert, None)])
+        prompts = len(rows)
+        if expert - base < self.search.least_gap:
+            note = (
+                f"judged by the next token: the expert passes {expert:.0%} of {prompts} checks, the base {base:.0%}, "
+                "which is no gap to recover"
+            )
+            return TaskRecovery("none", prompts, base, expert, note=note)
+        alpha_L, positions = along.alpha_L, self.search.positions
+        ways = [Steering(layer, along.v_LD[layer], float(alpha_L[layer]), positions) for layer in layers]
+        steered = self.levels(rows, [(self.base, way) for way in ways])
+        recovery = tuple((level - base) / (expert - base) for level in steered)
+        return TaskRecovery("behaviour", prompts, base, expert, tuple(steered), recovery)
+
+    def levels(self, rows: Graded, runs: Sequence[tuple[Stack, Steering | None]]) -> list[float]:
+        """The share of right answers in each run; the team deals the runs out."""
+        passed = torch.zeros(len(runs), dtype=torch.float64, device=self.base.device)
+        for i in self.team.share(range(len(runs))):
+            passed[i] = self.share(rows, *runs[i])
+        return [float(value) for value in self.team.add_up(passed)]
+
+    def share(self, rows: Graded, stack: Stack, steering: Steering | None) -> float:
+        search, until = self.search, dict.fromkeys(end for _ids, check in rows for end in check.until)
+        models = (self.base.model, self.expert.model)
+        greedy = Greedy.of(models, self.tokenizer, search.max_tokens, search.batch_size)
+        answers = greedy.answers(stack.model, [ids for ids, _check in rows], list(until), steering, self.tick)
+        right = [check.passes(answer) for (_ids, check), answer in zip(rows, answers, strict=True)]
+        return sum(right) / len(right)
+
+
+def _kl_recovery(level: tuple[float, tuple[float, ...]], prompts: int, search: Search, note: str) -> TaskRecovery:
+    base, steered = level
+    if -base < search.least_kl:
+        said = f"left out: expert and base predict the same next token (KL {-base:.2g} nats)"
+        return TaskRecovery("none", prompts, base, 0.0, note=said)
+    return TaskRecovery("kl", prompts, base, 0.0, steered, tuple((f - base) / -base for f in steered), note)
+
+
+@torch.no_grad()
+def kl_levels(
+    base: Stack,
+    expert: Stack,
+    sets: Sequence[Tokens],
+    directions: Sequence[Directions],
+    layers: Sequence[int],
+    search: Search,
+    tick: Tick = lambda _n: None,
+) -> list[tuple[float, tuple[float, ...]]]:
+    """For every set of prompts, the mean F = -KL(expert || model) in nats of the base, and of it steered at each layer.
+
+    One sweep of each model, whatever the number of layers: above layer l a steered copy of the base's stream branches
+    off, and all branches go up together. Memory: (len(layers) + 1) float32 streams [B, T, D] of every prompt.
+    """
+    vocabulary = base.model.config.vocab_size
+    parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, search.batch_size, base.device)]
+    anchors = [batch.last_B for _i, batch in parts]
+    starts = [expert.start(batch) for _i, batch in parts]
+    tops = [start.stream_BTD for start in starts]
+    for _layer, tops in ascend(expert, starts, expert.depth, at=anchors):  # noqa: B007
+        pass
+    targets = [expert.logits(batch.at_anchor(top), vocabulary) for (_i, batch), top in zip(parts, tops, strict=True)]
+    starts = [base.start(batch) for _i, batch in parts]
+    branches = [[start.stream_BTD] for start in starts]
+    for index, layer in zip(range(base.depth), base.layers(range(base.depth)), strict=True):
+        for k, (i, batch) in enumerate(parts):
+            with at_anchors(layer, batch.last_B if index == base.depth - 1 else None):
+                branches[k] = [base.call(layer, stream, starts[k].calls[index]) for stream in branches[k]]
+            if index in layers:
+                way = Steering(index, directions[i].v_LD[index], float(directions[i].alpha_L[index]), search.positions)
+                branches[k].append(way.at(branches[k][0], batch.last_B))
+    totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
+    for (i, batch), streams, target_BV in zip(parts, branches, targets, strict=True):
+        for column, stream in enumerate(streams):
+            logits_BV = base.logits(batch.at_anchor(stream), vocabulary)
+            totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
+        tick(len(batch.last_B))
+    means = [(total / len(prompts)).tolist() for total, prompts in zip(totals, sets, strict=True)]
+    return [(mean[0], tuple(mean[1:])) for mean in means]
