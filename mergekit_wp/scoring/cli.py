@@ -158,10 +158,16 @@ def _quieten(watched: bool, shown: bool) -> None:
     if not watched:
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    if shown:
-        logging.getLogger("mergekit_wp").setLevel(logging.INFO)
-    else:
-        logging.getLogger("mergekit_wp").setLevel(logging.ERROR)
+    log = logging.getLogger("mergekit_wp")
+    log.setLevel(logging.INFO if shown else logging.ERROR)
+    log.handlers, log.propagate = [_Echo()], False
+
+
+class _Echo(logging.Handler):
+    """What the run has to say, as lines of the terminal's error stream."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,10 @@ def _patch(
     """One component at a time: each process takes its share of the components, all prompts of each."""
     seen = [layer for layer in range(pair.geometry.layers) if gauge_of(runs[0].gauges, layer)]
     chosen = sum(len(subset.of(kind, layer)) for kind in subset.masks for layer in seen)
-    tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
-    plan = PatchPlan(subset, _patch_tokens(pair), team, lambda done: tick(team.size * done))
     if resume.found:
         LOG.info("Going on after %d finished layers.", resume.found)
+    tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
+    plan = PatchPlan(subset, _patch_tokens(pair), team, lambda done: tick(team.size * done))
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
         items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.device)]
         wave = Wave(pair, job.method, items, keep_graphs=False)
