@@ -43,7 +43,7 @@ class RecoveryCurve:
     """Of one expert: the layers tried, R of every task at each, their mean, and the layer chosen.
 
     mean        over the tasks whose R is defined, each cut to -1..1, so that no task outweighs the others
-    positions   what was steered: all positions, or the answer (the anchor position and what follows)
+    positions   what was steered (see `steering`)
     max_tokens  longest answer that was generated
     note        how the choice was made, where it is not simply the best mean
     """

@@ -5,7 +5,7 @@ layer answer held-out prompts, and R is the share of the gap in right answers th
 no grader, no gap in behaviour, or no way to generate in sensible time (weights that stream), by the next token:
 R = (F(steered) - F(base)) / (0 - F(base)), F = -KL(expert || model), for all candidate layers in one sweep.
 
-Legend: B prompts, T tokens, D residual width, V vocabulary rows.
+Legend: L layers, D residual width.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scoring.batches import TaskTokens, Tokens, batches
-from mergekit_wp.scoring.capture import at_anchors
+from mergekit_wp.scoring.batches import TaskTokens
+from mergekit_wp.scoring.branches import kl_levels
 from mergekit_wp.scoring.curve import RecoveryCurve, TaskRecovery
-from mergekit_wp.scoring.directions import Directions
+from mergekit_wp.scoring.directions import Directions, extract_all
 from mergekit_wp.scoring.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.scoring.steering import Greedy, Steering
-from mergekit_wp.scoring.sweep import ascend
 from mergekit_wp.scoring.team import Team
-from mergekit_wp.scoring.utilities import kl_utility
 
-Tick = Callable[[int], object]
+Tick = Callable[[float], object]
+Start = Callable[[int, str, str], Tick]
+Graded = list[tuple[list[int], Check]]  # prompts and how their answers are graded
 
 _STREAMED = "judged by the next token: with weights that stream, generating takes too long"
 _NO_CHECK = "judged by the next token: its pairs carry no check"
@@ -45,7 +45,7 @@ class Search:
     prompts     scoring prompts a task, at most
     max_tokens  longest answer; one that is cut there is graded as it is
     batch_size  prompts a forward pass
-    positions   what is steered: all, or answer (see `steering.Steering`)
+    positions   what is steered: prompt, all, answer or anchor (see `steering`)
     allow_code_execution   whether a grader may run programs that the model wrote
     least_gap   the smallest difference in right answers between expert and base that R is taken of
     least_kl    likewise, nats
@@ -55,7 +55,7 @@ class Search:
     prompts: int = 32
     max_tokens: int = 256
     batch_size: int = 16
-    positions: str = "all"
+    positions: str = "prompt"
     allow_code_execution: bool = False
     least_gap: float = 0.1
     least_kl: float = 1e-3
@@ -66,10 +66,6 @@ class Search:
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
             raise BadInput(f"layers: candidates {chosen} are not all in this model, which has layers 0 to {depth - 1}.")
         return chosen
-
-    def steps(self, tasks: Sequence[TaskTokens], depth: int) -> int:
-        """Answers and sweeps of prompts to come, at most: what `tick` is told in all."""
-        return sum(min(self.prompts, len(task.scoring)) * (len(self.layers_of(depth)) + 3) for task in tasks)
 
 
 def candidate_layers(depth: int) -> tuple[int, ...]:
@@ -84,6 +80,36 @@ def candidate_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(depth - 2, depth // 4 - 1, -max(2, round(depth / 16))))[::-1]
 
 
+def usual_layer(depth: int) -> int:
+    """Two thirds of the depth (27 of 40, as the paper's 13B): the anchor layer where none is looked for."""
+    return min(round(2 * depth / 3), depth - 1)
+
+
+def locate(
+    base: Stack,
+    expert: Stack,
+    tokenizer: Any,
+    tasks: Sequence[TaskTokens],
+    layer: int | None,
+    search: Search,
+    team: Team | None = None,
+    start: Start = lambda _total, _what, _unit: lambda _done: None,
+) -> tuple[int, list[Directions], RecoveryCurve | None]:
+    """The anchor layer, every task's directions up to it at least, and the curve if it was looked for.
+
+    layer   the anchor layer; None: the best by recovery
+    start   called as (total, what, unit) at the start of each part; returns a function that is told what is done
+    Raises `BadInput` as `extract_all` and `find_anchor` do.
+    """
+    top = layer if layer is not None else max(*search.layers_of(base.depth), usual_layer(base.depth))
+    tick = start(sum((2 if t.contrasts else 1) * len(t.extraction) for t in tasks), "Directions", "prompt")
+    directions = extract_all(base, expert, tasks, top + 1, search.batch_size, tick, team)
+    if layer is not None:
+        return layer, directions, None
+    curve = find_anchor(base, expert, tokenizer, tasks, directions, search, team, start)
+    return curve.chosen, directions, curve
+
+
 def find_anchor(
     base: Stack,
     expert: Stack,
@@ -92,7 +118,7 @@ def find_anchor(
     directions: Sequence[Directions],
     search: Search,
     team: Team | None = None,
-    tick: Tick = lambda _n: None,
+    start: Start = lambda _total, _what, _unit: lambda _done: None,
 ) -> RecoveryCurve:
     """Steer the base at every candidate layer and choose the best; `directions` reach at least up to the highest.
 
@@ -100,22 +126,28 @@ def find_anchor(
     and when no task tells the expert from the base.
     """
     team, layers = team or Team(), search.layers_of(base.depth)
-    found, notes, graded = {}, {}, {}
+    found: dict[str, TaskRecovery] = {}
+    notes: dict[str, str] = {}
+    graded: dict[str, Graded] = {}
     for task in tasks:
         checked, notes[task.task] = _graded(task, search, base.streamed or expert.streamed)
         if checked:
             preflight([check for _ids, check in checked], task.task)
             graded[task.task] = checked
+    answers = sum(map(len, graded.values())) * (len(layers) + 2)
+    tick = start(answers, f"Steering at {len(layers)} layers", "answer") if answers else lambda _n: None
+    run = _Behaviour(base, expert, tokenizer, search, team, tick)
     for task, along in zip(tasks, directions, strict=True):
         if task.task in graded:
-            run = _Behaviour(base, expert, tokenizer, search, team, tick)
             got = run.task(graded[task.task], along, layers)
             notes[task.task] = got.note
             if got.grading == "behaviour":
                 found[task.task] = got
     left = [i for i, task in enumerate(tasks) if task.task not in found]
     prompts = [tasks[i].scoring[: search.prompts] for i in left]
-    levels = kl_levels(base, expert, prompts, [directions[i] for i in left], layers, search, tick) if left else []
+    along_left = [directions[i] for i in left]
+    tick = start(sum(map(len, prompts)), f"Next token, {len(layers)} layers", "prompt") if left else tick
+    levels = kl_levels(base, expert, prompts, along_left, layers, search.positions, search.batch_size, tick)
     for i, level in zip(left, levels, strict=True):
         name = tasks[i].task
         found[name] = _kl_recovery(level, min(search.prompts, len(tasks[i].scoring)), search, notes[name])
@@ -125,7 +157,7 @@ def find_anchor(
 
 
 def choose(layers: tuple[int, ...], tasks: dict[str, TaskRecovery], depth: int, search: Search) -> RecoveryCurve:
-    """The curve and its best layer; of equals, the one nearest two thirds of the depth (the default layer).
+    """The curve and its best layer; of equals, the one nearest to `usual_layer`.
 
     Raises `BadInput` when R is undefined for every task.
     """
@@ -140,13 +172,9 @@ def choose(layers: tuple[int, ...], tasks: dict[str, TaskRecovery], depth: int, 
     best = max(mean)
     # Where nothing recovers anything, the least bad layer would be noise.
     open_to = range(depth) if best <= 0 else [layer for layer, value in zip(layers, mean, strict=True) if value == best]
-    usual = min(round(2 * depth / 3), depth - 1)
-    chosen = min(open_to, key=lambda layer: (abs(layer - usual), layer))
+    chosen = min(open_to, key=lambda layer: (abs(layer - usual_layer(depth)), layer))
     note = "Steering recovers nothing at any layer; the anchor layer is the default." if best <= 0 else ""
     return RecoveryCurve(layers, tasks, tuple(mean), chosen, search.positions, search.max_tokens, note)
-
-
-Graded = list[tuple[list[int], Check]]
 
 
 def _graded(task: TaskTokens, search: Search, streamed: bool) -> tuple[Graded, str]:
@@ -200,7 +228,8 @@ class _Behaviour:
         search, until = self.search, dict.fromkeys(end for _ids, check in rows for end in check.until)
         models = (self.base.model, self.expert.model)
         greedy = Greedy.of(models, self.tokenizer, search.max_tokens, search.batch_size)
-        answers = greedy.answers(stack.model, [ids for ids, _check in rows], list(until), steering, self.tick)
+        prompts = [ids for ids, _check in rows]
+        answers = greedy.answers(stack.model, prompts, list(until), steering, lambda n: self.tick(n * self.team.size))
         right = [check.passes(answer) for (_ids, check), answer in zip(rows, answers, strict=True)]
         return sum(right) / len(right)
 
@@ -211,45 +240,3 @@ def _kl_recovery(level: tuple[float, tuple[float, ...]], prompts: int, search: S
         said = f"left out: expert and base predict the same next token (KL {-base:.2g} nats)"
         return TaskRecovery("none", prompts, base, 0.0, note=said)
     return TaskRecovery("kl", prompts, base, 0.0, steered, tuple((f - base) / -base for f in steered), note)
-
-
-@torch.no_grad()
-def kl_levels(
-    base: Stack,
-    expert: Stack,
-    sets: Sequence[Tokens],
-    directions: Sequence[Directions],
-    layers: Sequence[int],
-    search: Search,
-    tick: Tick = lambda _n: None,
-) -> list[tuple[float, tuple[float, ...]]]:
-    """For every set of prompts, the mean F = -KL(expert || model) in nats of the base, and of it steered at each layer.
-
-    One sweep of each model, whatever the number of layers: above layer l a steered copy of the base's stream branches
-    off, and all branches go up together. Memory: (len(layers) + 1) float32 streams [B, T, D] of every prompt.
-    """
-    vocabulary = base.model.config.vocab_size
-    parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, search.batch_size, base.device)]
-    anchors = [batch.last_B for _i, batch in parts]
-    starts = [expert.start(batch) for _i, batch in parts]
-    tops = [start.stream_BTD for start in starts]
-    for _layer, tops in ascend(expert, starts, expert.depth, at=anchors):  # noqa: B007
-        pass
-    targets = [expert.logits(batch.at_anchor(top), vocabulary) for (_i, batch), top in zip(parts, tops, strict=True)]
-    starts = [base.start(batch) for _i, batch in parts]
-    branches = [[start.stream_BTD] for start in starts]
-    for index, layer in zip(range(base.depth), base.layers(range(base.depth)), strict=True):
-        for k, (i, batch) in enumerate(parts):
-            with at_anchors(layer, batch.last_B if index == base.depth - 1 else None):
-                branches[k] = [base.call(layer, stream, starts[k].calls[index]) for stream in branches[k]]
-            if index in layers:
-                way = Steering(index, directions[i].v_LD[index], float(directions[i].alpha_L[index]), search.positions)
-                branches[k].append(way.at(branches[k][0], batch.last_B))
-    totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
-    for (i, batch), streams, target_BV in zip(parts, branches, targets, strict=True):
-        for column, stream in enumerate(streams):
-            logits_BV = base.logits(batch.at_anchor(stream), vocabulary)
-            totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
-        tick(len(batch.last_B))
-    means = [(total / len(prompts)).tolist() for total, prompts in zip(totals, sets, strict=True)]
-    return [(mean[0], tuple(mean[1:])) for mean in means]

@@ -2,8 +2,11 @@
 
     v^ = v / |v|,   alpha = mean <z_a(x+ | expert), v^>,   z <- z + (alpha - <z, v^>) v^        Eq. 34-37
 
-input-adaptive: whatever z has along v^, it leaves with alpha. By default every position is steered, prompt and
-answer alike, as lm-eval's steered model does with what `wp-anchor` exports (a test holds the two together).
+input-adaptive: whatever z has along v^, it leaves with alpha. By default the whole prompt is steered and the answer
+runs free: alpha is what the expert has where an answer is about to begin, and a model held there begins again and
+again (`<< << <<` for a title). In the miniature world the six instruction types recover 65 % of the gap so at the best
+layer, 58 % if the anchor position alone is steered, 10 % if the answer is steered too. That last way, `all`, is what
+lm-eval's steered model does with the .pt of `wp-anchor` (a test holds the two together).
 
 Legend: B prompts, T tokens, D residual width, V vocabulary rows.
 """
@@ -11,8 +14,9 @@ Legend: B prompts, T tokens, D residual width, V vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,21 +26,22 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.graders import cut
 
-Tick = Callable[[int], object]
-POSITIONS = ("all", "answer")
+Tick = Callable[[float], object]
+POSITIONS = ("prompt", "all", "anchor", "answer")
 
 
 @dataclass(frozen=True)
 class Steering:
     """Clamp the stream above decoder layer `layer` to `alpha` along `v_D` (any length but 0).
 
-    positions  all: every token; answer: the prompt's last token (the anchor position) and everything generated
+    positions  prompt: the prompt's tokens; all: those and everything generated; anchor: the prompt's last token, the
+               anchor position; answer: that and everything generated
     """
 
     layer: int
     v_D: torch.Tensor
     alpha: float
-    positions: str = "all"
+    positions: str = "prompt"
 
     def clamp(self, z_BTD: torch.Tensor) -> torch.Tensor:
         """Eq. 37 at every position given, in float32; same shape and dtype as `z_BTD`."""
@@ -46,7 +51,7 @@ class Steering:
 
     def at(self, z_BTD: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
         """The stream of whole prompts, steered; `last_B` is where each prompt's last token stands."""
-        if self.positions == "all":
+        if self.positions in ("all", "prompt"):
             return self.clamp(z_BTD)
         rows_B, steered_BTD = torch.arange(len(z_BTD), device=z_BTD.device), z_BTD.clone()
         steered_BTD[rows_B, last_B] = self.clamp(z_BTD[rows_B, last_B])
@@ -57,11 +62,13 @@ class Steering:
 def steered(model: Any, steering: Steering) -> Iterator[None]:
     """Inside the block, `model` (a causal LM of transformers) runs steered.
 
-    Prompts must be padded on the left, if at all: `answer` takes the last column of a forward pass for the anchor
-    position or the newest token.
+    The first forward pass reads the prompts, padded on the left if at all, later ones a generated token each.
     """
+    passes = count()
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if next(passes) and steering.positions in ("prompt", "anchor"):
+            return None
         z_BTD = output[0] if isinstance(output, tuple) else output
         last_B = torch.full((len(z_BTD),), z_BTD.shape[1] - 1, device=z_BTD.device)
         changed = steering.at(z_BTD, last_B)
@@ -122,15 +129,13 @@ class Greedy:
         """
         found = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with ExitStack() as stack:
-            stack.enter_context(_plain_greedy(model))
-            if steering is not None:
-                stack.enter_context(steered(model, steering))
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                for i, text in zip(chosen, self._batch(model, [prompts[i] for i in chosen], until), strict=True):
-                    found[i] = text
-                tick(len(chosen))
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            with _plain_greedy(model), nullcontext() if steering is None else steered(model, steering):
+                texts = self._batch(model, [prompts[i] for i in chosen], until)
+            for i, text in zip(chosen, texts, strict=True):
+                found[i] = text
+            tick(len(chosen))
         return found
 
     def _batch(self, model: Any, prompts: Sequence[Sequence[int]], until: Sequence[str]) -> list[str]:
