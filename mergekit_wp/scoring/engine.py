@@ -66,7 +66,7 @@ def score(
     LOG.info(pair.reason)
     start = progress or (lambda _total, _what, _unit: lambda _done: None)
     try:
-        tick = start(sum((2 if t.contrasts else 1) * len(t.extraction) for t in tasks), "Directions", "prompt")
+        tick = start(sum(2 * len(task.extraction) for task in tasks), "Directions", "prompt")
         directions = extract_all(pair.base, pair.expert, tasks, layer + 1, job.batch_size, tick, team)
         runs = [_task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
         if job.method in PATCHING:
