@@ -1,7 +1,7 @@
 """A LoRA laid over its base one tensor at a time, without the model: W + scaling * B A.
 
-peft builds its layers over an empty model and computes the products, so rank and alpha patterns, rsLoRA and transposed
-layers are peft's own. What a sum onto single weights cannot express is refused.
+peft builds its layers over a model without weights and computes the products, so rank and alpha patterns, rsLoRA and
+transposed layers are peft's own. What a sum onto single weights cannot express is refused.
 """
 
 from __future__ import annotations
@@ -47,10 +47,19 @@ class Adapter:
         return set(self._layers)
 
     @torch.no_grad()
-    def add(self, key: str, weight: torch.Tensor) -> torch.Tensor:
-        """`weight`, the float32 base weight of the target `key`, with the LoRA's share added in place."""
+    def merge(self, key: str, weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+        """`weight`, the float32 base weight of the target `key`, with the LoRA's share, in the dtype `stored`.
+
+        That is the base's own, in which a merged model is saved (by mergekit's loader too). Bit for bit what peft
+        writes there.
+        """
+        from peft.tuners.lora import Embedding
+
         layer = self._layers[key]
-        return weight.add_(layer.get_delta_weight(layer.active_adapters[0]))
+        delta = layer.get_delta_weight(layer.active_adapters[0])
+        if isinstance(layer, Embedding):
+            delta = delta.to(stored)
+        return weight.add_(delta).to(stored)
 
 
 def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -60,6 +69,11 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
 
     path, _, revision = adapter.partition("@")
     at: dict[str, Any] = {"revision": revision} if revision else {}
+    # peft moves factors to where the base's weights are: there, but one zero seen in every place.
+    zero = torch.zeros((), device=device)
+    skeleton.load_state_dict(
+        {key: zero.expand(value.shape) for key, value in skeleton.state_dict().items()}, assign=True
+    )
     try:
         config = PeftConfig.from_pretrained(path, **at)
         _check_plain(name, config)
@@ -71,6 +85,11 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
     except Exception as error:  # peft raises many types for an adapter that does not fit
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{name}: the LoRA could not be merged into its base ({reason}).") from error
+    if any(p.data_ptr() != zero.data_ptr() for key, p in model.named_parameters() if "lora_" not in key):
+        raise BadInput(
+            f"{name}: the LoRA carries weights of the base, such as embeddings (save_embedding_layers), and cannot be "
+            f"streamed; {_RESIDENT}."
+        )
     found = {}
     for module, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):

@@ -52,6 +52,8 @@ def open_streamed(
 class StreamedStack(Stack):
     """Made by `open_streamed`. `model` is a causal LM of transformers without weights, which come from `shards`."""
 
+    streamed = True
+
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, lora: Adapter | None = None):
         super().__init__(model, shards.device, dtype)
         self._shards, self._lora = shards, lora
@@ -121,9 +123,8 @@ class StreamedStack(Stack):
         source = self._source[name]
         if self._lora is None or name not in self._lora.targets:
             return self._shards.read(source, self.dtype)
-        merged = self._lora.add(name, self._shards.read(source, torch.float32))
-        # A merged model is saved in its base's dtype: the same rounding as the resident route, and as wp-merge.
-        return merged.to(self._shards.stored_dtype(source)).to(self.dtype)
+        base_weight = self._shards.read(source, torch.float32)
+        return self._lora.merge(name, base_weight, self._shards.stored_dtype(source)).to(self.dtype)
 
     @contextmanager
     def _holding(self, index: int, weights: Weights) -> Iterator[None]:
@@ -175,23 +176,44 @@ class _Reading(threading.Thread):
 
 
 def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
-    """The frozen model of the checkpoint's config: parameters on the meta device, buffers real, on the CPU."""
-    from accelerate import init_empty_weights
+    """The frozen model of the checkpoint's config: parameters on the meta device, tables real, on the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=remote_code)
         # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-        # Buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale) must be computed here.
-        with init_empty_weights(include_buffers=False):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
             )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+    _compute_tables(name, model)
     return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _compute_tables(name: str, model: Any) -> None:
+    """Fill the buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale), as transformers does.
+
+    They start as NaNs, so one that the model's own code does not fill is found.
+    """
+    for prefix, module in model.named_modules():
+        keys = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+        for key in keys:
+            buffer = module._buffers[key]
+            if buffer.is_floating_point():
+                module._buffers[key] = torch.full_like(buffer, torch.nan, device="cpu")
+        if keys:
+            model._init_weights(module)
+        for key in keys:
+            if module._buffers[key].is_meta or module._buffers[key].isnan().any():
+                raise BadInput(
+                    f"{name}: this architecture does not say how to compute its table {prefix}.{key}, so it cannot be "
+                    "streamed; use --offload none."
+                )
 
 
 def _sources(model: Any, names: Iterable[str], shards: Shards) -> dict[str, str]:
