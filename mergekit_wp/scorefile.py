@@ -160,6 +160,9 @@ class Scores:
             raise ValueError(f"anchor layer {self.meta.anchor_layer} of {self.meta.geometry.layers} layers")
         for name, tensor in self.tensors().items():
             _check_tensor(name, tensor, self._shape(name))
+        for kind, mask in self.scored.items():
+            if not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"scored/{kind} holds other values than 0 and 1")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors under the names that they have in the file."""

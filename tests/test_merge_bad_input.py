@@ -15,6 +15,7 @@ from test_merge_method import slices
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
+from mergekit_wp.scorefile import Scores, read_scores, write_scores
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,15 @@ def test_missing_score_file(world):
 def test_score_file_that_is_not_safetensors(world):
     world.score(1).write_text("no")
     assert str(world.score(1)) in refused(world)
+
+
+def test_score_file_of_some_components_only(world):
+    scores = read_scores(world.score(1))
+    mask = {"heads": torch.ones_like(scores.heads), "neurons": torch.zeros_like(scores.neurons)}
+    write_scores(Scores.from_tasks(scores.meta, scores.tasks, mask), world.score(1))
+    message = refused(world)
+    assert message.startswith(f"{world.score(1)}: holds scores of {scores.heads.numel()} of ")
+    assert "without --components" in message
 
 
 def test_score_file_with_a_nan(world):

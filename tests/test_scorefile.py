@@ -74,6 +74,39 @@ def test_round_trip(tmp_path):
     )
 
 
+def test_files_of_format_1_are_read(tmp_path):
+    """They have neither a task's alpha nor a subset."""
+    path = tmp_path / "s.safetensors"
+    write_scores(example(), path)
+
+    def age(_tensors, meta):
+        meta["format"] = 1
+        del meta["subset"]
+        for task in meta["tasks"].values():
+            del task["alpha"]
+
+    damage(path, age)
+    got = read_scores(path)
+    assert torch.equal(got.heads, example().heads)
+    assert got.meta.tasks["a"].alpha is None
+    assert got.complete
+
+
+def test_parts_and_subset_round_trip(tmp_path):
+    whole = example()
+    parts = {"q": torch.ones(3, 4), "down": torch.ones(3, 10)}
+    tasks = {name: replace(t, parts={k: v.clone() for k, v in parts.items()}) for name, t in whole.tasks.items()}
+    mask = {"heads": torch.zeros(3, 4, dtype=torch.bool), "neurons": torch.ones(3, 10, dtype=torch.bool)}
+    written = Scores.from_tasks(replace(whole.meta, subset={"components": "neurons"}), tasks, mask)
+    write_scores(written, tmp_path / "s.safetensors")
+    got = read_scores(tmp_path / "s.safetensors")
+    assert not got.complete
+    assert got.scored["neurons"].all()
+    assert not got.scored["heads"].any()
+    assert torch.equal(got.parts["q"], parts["q"])
+    assert torch.equal(got.tasks["b"].parts["down"], parts["down"])
+
+
 def test_overall_scores_are_the_mean_over_tasks():
     scores = example()
     assert torch.equal(scores.heads, (scores.tasks["a"].heads + scores.tasks["b"].heads) / 2)
@@ -94,7 +127,10 @@ def _set(key, index, value):
         (lambda t, m: t.pop("heads"), "has no heads"),
         (lambda t, m: t.pop("tasks/b/neurons"), "has no tasks/b/neurons"),
         (lambda t, m: t.update(more=torch.zeros(1)), "unexpected tensors ['more']"),
-        (lambda t, m: m.update(format=2), "format version 2"),
+        (lambda t, m: m.update(format=3), "format version 3"),
+        (lambda t, m: t.update({"parts/q": torch.zeros(3, 10)}), "parts/q has shape [3, 10], expected [3, 4]"),
+        (lambda t, m: t.update({"parts/k": torch.zeros(3, 4)}), "unexpected tensors ['parts/k']"),
+        (lambda t, m: t.update({"scored/heads": torch.full((3, 4), 0.5)}), "scored/heads holds other values than 0"),
         (lambda t, m: m.pop("anchor_layer"), "anchor_layer"),
         (lambda t, m: m.update(anchor_layer=3), "anchor layer 3 of 3"),
         (lambda t, m: m.update(surprise=1), "surprise"),

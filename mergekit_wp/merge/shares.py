@@ -20,9 +20,17 @@ _Key = tuple[str, int, int]
 def load_scores(path: str) -> Scores:
     """The validated score file at `path`; read again only when it has changed.
 
-    Raises `BadInput`, naming the file, as `scorefile.read_scores` does.
+    Raises `BadInput`, naming the file, as `scorefile.read_scores` does, and when only some components were scored:
+    the others' zeros would give them to the other experts.
     """
-    return _read(_key(path))
+    scores = _read(_key(path))
+    if not scores.complete:
+        scored, total = (sum(int(f(mask)) for mask in scores.scored.values()) for f in (torch.sum, torch.numel))
+        raise BadInput(
+            f"{path}: holds scores of {scored:,} of {total:,} components ({scores.meta.subset}); a merge needs all, so "
+            "run wp-score without --components, --layers and --top."
+        )
+    return scores
 
 
 def component_shares(paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +66,7 @@ def _read(key: _Key) -> Scores:
 
 @lru_cache(maxsize=64)
 def _shares(keys: tuple[_Key, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    files = [_read(key) for key in keys]
+    files = [load_scores(key[0]) for key in keys]
     for key, scores in zip(keys, files, strict=True):
         if different := scores.meta.geometry.differences(files[0].meta.geometry):
             raise BadInput(f"{key[0]}: made for another shape than {keys[0][0]} ({'; '.join(different)}).")
