@@ -67,8 +67,8 @@ class Anchor:
 def main(source: str, task: str | None, out: str, format: str | None, allow_code_execution: bool, quiet: bool) -> None:
     """Write the anchor direction of one task to a file of its own.
 
-    Added to the base at the anchor layer, the direction makes it do what the expert does. There is no mean over
-    tasks: it would be the direction of none.
+    The base, held at alpha along it after the anchor layer, does what the expert does. There is no mean over tasks:
+    it would be the direction of none.
     """
     kind = format or _SUFFIXES.get(Path(out).suffix)
     if kind is None:
@@ -124,13 +124,15 @@ def _from_scores(path: str, task: str | None) -> Anchor:
 
 
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:
+    import torch
+
     from mergekit_wp.scoring.batches import tokenize_tasks
     from mergekit_wp.scoring.cli import Progress
     from mergekit_wp.scoring.engine import anchor_layer
     from mergekit_wp.scoring.job import load_job
     from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
     from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-    from mergekit_wp.scoring.recovery import Search, locate
+    from mergekit_wp.scoring.recovery import SILENT, Search, locate
 
     job = load_job(path, {})
     checked = check_pair(job)
@@ -144,9 +146,12 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
     search = Search(batch_size=job.batch_size, allow_code_execution=allow_code_execution)
     pair = load_pair(job, checked)
-    with Progress(not quiet) as progress:
-        options = {"start": progress} if progress else {}
-        layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, layer, search, **options)
+    try:
+        with Progress(not quiet) as progress:
+            start = progress or SILENT
+            layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, layer, search, start=start)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
     if curve is not None and not quiet:
         click.echo(curve.summary(), err=True)
     found = directions[[each.task for each in tasks].index(name)]

@@ -37,8 +37,8 @@ def kl_levels(
 ) -> list[tuple[float, tuple[float, ...]]]:
     """For every set of prompts, the mean F = -KL(expert || model) of the base, and of it steered at each layer.
 
-    In nats. Each set has its own `directions`; `layers` ascend. Memory: (len(layers) + 1) float32 streams [B, T, D] of every
-    prompt.
+    In nats. Each set has its own `directions`; `layers` ascend. Memory: (len(layers) + 1) float32 streams [B, T, D]
+    of every prompt.
     """
     if not sets:
         return []

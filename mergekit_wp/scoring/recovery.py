@@ -28,6 +28,7 @@ from mergekit_wp.scoring.team import Team
 
 Tick = Callable[[float], object]
 Start = Callable[[int, str, str], Tick]
+SILENT: Start = lambda _total, _what, _unit: lambda _done: None  # noqa: E731
 Graded = list[tuple[list[int], Check]]  # prompts and how their answers are graded
 
 _STREAMED = "judged by the next token: with weights that stream, generating takes too long"
@@ -93,7 +94,7 @@ def locate(
     layer: int | None,
     search: Search,
     team: Team | None = None,
-    start: Start = lambda _total, _what, _unit: lambda _done: None,
+    start: Start = SILENT,
 ) -> tuple[int, list[Directions], RecoveryCurve | None]:
     """The anchor layer, every task's directions up to it at least, and the curve if it was looked for.
 
@@ -118,7 +119,7 @@ def find_anchor(
     directions: Sequence[Directions],
     search: Search,
     team: Team | None = None,
-    start: Start = lambda _total, _what, _unit: lambda _done: None,
+    start: Start = SILENT,
 ) -> RecoveryCurve:
     """Steer the base at every candidate layer and choose the best; `directions` reach at least up to the highest.
 
