@@ -12,6 +12,7 @@ model. The share of the matmul rate counts the operations that the restarts do.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ import torch
 from common import SIZES, fine_print, layer_flops, matmul_rate, random_batch, random_pair, synchronize
 
 from mergekit_wp.scoring.batches import Batch, batches, tokenize_tasks
-from mergekit_wp.scoring.engine import _patch_tokens, anchor_layer
+from mergekit_wp.scoring.engine import MOST_TOKENS, anchor_layer, patch_plan
 from mergekit_wp.scoring.gauges import CosineGauge
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import ModelPair, check_pair, load_pair, load_tokenizer
@@ -29,7 +30,7 @@ from mergekit_wp.scoring.sweep import ascend
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.utilities import anchor_utility
-from mergekit_wp.scoring.wave import Item, PatchPlan, Wave, patch_layer
+from mergekit_wp.scoring.wave import Item, Wave, patch_layer
 
 
 def in_place(
@@ -67,7 +68,7 @@ def sample(pair: ModelPair, anchor: int, heads: int, neurons: int) -> Subset:
 
 
 def restarts(
-    pair: ModelPair, batch: Batch, anchor: int, direction_D: torch.Tensor, subset: Subset, tokens: int
+    pair: ModelPair, batch: Batch, anchor: int, direction_D: torch.Tensor, subset: Subset, tokens: int | None
 ) -> tuple[TaskRun, float]:
     """(scores, seconds) of the sample by stacked restarts, both sweeps up included."""
     run = TaskRun(
@@ -76,7 +77,8 @@ def restarts(
     synchronize(pair.device)
     started = time.perf_counter()
     wave = Wave(pair, "exact", [Item(run, batch)], keep_graphs=False)
-    plan = PatchPlan(subset, tokens, Team(), lambda _done: None)
+    plan = patch_plan(pair, subset, Team(), lambda _done: None)
+    plan = replace(plan, most_tokens=tokens or plan.most_tokens)
     for layer in range(anchor, -1, -1):
         patch_layer(wave, plan, layer, pair.base.model.model.layers[layer], pair.expert.model.model.layers[layer])
     synchronize(pair.device)
@@ -136,15 +138,14 @@ def main(
             batch = random_batch(pair, prompts, tokens)
     *_, (_layer, streams) = ascend(pair.expert, [pair.expert.start(batch)], layer + 1)
     direction_D = batch.at_anchor(streams[0]).mean(0)
-    wide = width or _patch_tokens(pair)
     masks = sample(pair, layer, heads, neurons)
-    restarts(pair, batch, layer, direction_D, sample(pair, layer, 2, 2), wide)  # warm up
+    restarts(pair, batch, layer, direction_D, sample(pair, layer, 2, 2), width)  # warm up
     seconds: dict[str, float] = {}
     slow: dict[str, float] = {}
     worst = 0.0
     for kind in KINDS:
         alone = Subset(*(mask if k == kind else torch.zeros_like(mask) for k, mask in masks.masks.items()))
-        run, took = restarts(pair, batch, layer, direction_D, alone, wide)
+        run, took = restarts(pair, batch, layer, direction_D, alone, width)
         seconds[kind] = took / alone.count
         chosen = alone.masks[kind].nonzero()[torch.randperm(alone.count, generator=torch.Generator().manual_seed(1))]
         some = [(int(at[0]), int(at[1])) for at in chosen[:reference]]
@@ -155,7 +156,16 @@ def main(
         wanted = (patched_CB - unpatched(pair, batch, layer, direction_D)).double().sum(1)
         got = torch.stack([run.sums[kind]["whole"][at] for at in some])
         worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
-    report(pair, size if world is None else None, layer, batch, seconds, slow, worst, wide)
+    report(
+        pair,
+        size if world is None else None,
+        layer,
+        batch,
+        seconds,
+        slow,
+        worst,
+        width or MOST_TOKENS[pair.device.type],
+    )
 
 
 def unpatched(pair: ModelPair, batch: Batch, anchor: int, direction_D: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import PATCHING, Item, PatchPlan, Wave, first_order, patch_layer
 
 LOG = logging.getLogger(__name__)
+MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
 Tick = Callable[[float], object]
 Progress = Callable[[int, str, str], Tick]
 
@@ -142,7 +143,7 @@ def _patch(
     if resume.found:
         LOG.info("Going on after %d finished layers.", resume.found)
     tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
-    plan = PatchPlan(subset, _patch_tokens(pair), team, lambda done: tick(team.size * done))
+    plan = patch_plan(pair, subset, team, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
         items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.device)]
         wave = Wave(pair, job.method, items, keep_graphs=False)
@@ -161,14 +162,12 @@ def _patch(
             resume.save(number, layer, {kind: table["whole"][layer] for kind, table in run.sums.items()})
 
 
-def _patch_tokens(pair: ModelPair) -> int:
-    """How many tokens of patched prompts to stack: as many as a third of the free memory holds, up to a width beyond
-    which products do not get faster."""
-    shape = pair.geometry
-    attention = 4 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
-    floats = 8 * shape.d_model + max(attention, 3 * shape.neurons)  # of one token while a layer runs
-    most = 1 << (13 if pair.device.type == "cpu" else 16)
-    return max(1, min(most, free_memory(pair.device) // 3 // (4 * floats)))
+def patch_plan(pair: ModelPair, subset: Subset, team: Team, tick: Tick) -> PatchPlan:
+    """Stacked activations may take a third of the free memory, shared with the processes that share it."""
+    on_cpu = pair.device.type == "cpu"
+    room = free_memory(pair.device) // (3 * (team.size if on_cpu else 1))
+    most = MOST_TOKENS["cpu" if on_cpu else "cuda"]
+    return PatchPlan(subset, room, most, team, lambda done: tick(team.size * done))
 
 
 def _finish(

@@ -155,12 +155,27 @@ def _patch(
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """How components are patched one by one: which, how many tokens a step, and who is told."""
+    """How components are patched one by one: which, how many at a time, shared by whom, and who is told.
+
+    room         bytes that the stacked activations may take
+    most_tokens  of patched prompts in a step; products do not get faster with more
+    """
 
     subset: Subset
-    tokens: int
+    room: int
+    most_tokens: int
     team: Team
     tick: Callable[[float], object]
+
+    def width(self, pair: ModelPair, batch: Batch) -> int:
+        """Components to stack on this batch: as many as the room and the most useful tokens allow, at least one."""
+        shape, (prompts, tokens) = pair.geometry, batch.ids_BT.shape
+        attention = 4 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
+        if pair.base.model.config._attn_implementation == "eager":
+            attention += 3 * shape.heads * tokens
+        # Float32 numbers that live at once: of a token in a layer, of a prompt at the output head.
+        floats = tokens * (8 * shape.d_model + max(attention, 3 * shape.neurons)) + 4 * shape.vocabulary
+        return max(1, min(self.most_tokens // (prompts * tokens), self.room // (4 * prompts * floats)))
 
 
 @torch.no_grad()
@@ -177,7 +192,7 @@ def patch_layer(wave: Wave, plan: PatchPlan, index: int, base: Any, expert: Any)
             pair.base, pair.geometry, item.batch, wave.base_trail.starts[i].calls, index, base, record, gauge,
             item.targets[gauge.name],
         )  # fmt: skip
-        width = max(1, plan.tokens // item.batch.ids_BT.numel())
+        width = plan.width(pair, item.batch)
         for kind in KINDS:
             components = plan.team.share(list(chunks(plan.subset.of(kind, index), width)))
             if not components:
