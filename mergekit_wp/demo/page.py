@@ -17,6 +17,13 @@ SCORES = (
     "effect on the next token.</p>"
 )
 
+RECOVERY = (
+    "<p>The anchor layer was chosen by behaviour: the base is steered along the capability's direction after one "
+    "layer at a time and answers held-out prompts. Recovery is the share of the distance in right answers from base "
+    "to expert that this covers (dotted: in the prediction of the next token). The dashed line is the layer chosen."
+    "</p>"
+)
+
 SHARES = (
     "<p>A component of the merge is a mixture of the experts' own, in proportion to their scores for it. Shown "
     "is the mean weight over the components of a layer; at the dashed lines it would be a plain average.</p>"

@@ -6,6 +6,7 @@ Legend: K experts, L layers, n components of a layer (heads or neurons).
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,6 +18,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from mergekit_wp.scoring.curve import RecoveryCurve
 
 INK = "#1f2933"
 _QUIET = "#8592a0"
@@ -90,6 +93,32 @@ def share_bars(alpha_KLn: torch.Tensor, names: Sequence[str], components: str) -
         _integer_ticks(axes, "x", len(layers))
         figure.legend(loc="outside upper center", ncols=len(names), frameon=False, handlelength=1)
     return to_svg(figure, f"Mean fusion weight of each expert in each layer's {components}")
+
+
+def recovery_lines(curve: RecoveryCurve, colour: str) -> str:
+    """Recovery by the layer that is steered: a thin line a task, their mean in `colour`, the chosen layer dashed.
+
+    A task that was judged by the next token has a dotted line; what lies below -100 % is drawn there.
+    """
+    graded = {name: task for name, task in curve.tasks.items() if task.grading != "none"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(0, color=_QUIET, linewidth=0.8)
+        axes.axvline(curve.chosen, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        for (name, task), marker in zip(graded.items(), itertools.cycle("osD^vPX*"), strict=False):
+            line = ":" if task.grading == "kl" else "-"
+            values = np.clip(task.recovery, -1, None)
+            axes.plot(curve.layers, values, line, marker=marker, ms=4, lw=0.9, color=_QUIET, label=name)
+        if len(graded) > 1:
+            axes.plot(curve.layers, curve.mean, marker="o", ms=5, lw=2.4, color=colour, label="mean")
+        else:
+            axes.lines[-1].set(color=colour, linewidth=2.4)
+        axes.set(xlabel="layer after which the base is steered", ylabel="recovery")
+        axes.set_xticks(curve.layers[:: max(1, -(-len(curve.layers) // 12))])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        figure.legend(loc="outside right center", frameon=False, handlelength=2)
+    return to_svg(figure, f"How much of the expert's capability steering recovers, by layer; chosen: {curve.chosen}")
 
 
 def _score_map(

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.demo.page import LEAD, PAGE, SCORES, SHARES, STYLE
-from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, share_bars
+from mergekit_wp.demo.page import LEAD, PAGE, RECOVERY, SCORES, SHARES, STYLE
+from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, recovery_lines, share_bars
 from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, readable, score_file
 from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.eval.table import Table, read_results
@@ -44,6 +44,7 @@ class Report:
         sections = [
             _section("Results", _results(self.table, self.merges)),
             _section("Where each capability is written", SCORES + "".join(map(self._expert, self.scores))),
+            *self._recovery(),
             _section("Which expert carries which layer of the merge", self._shares()),
             _section("Each step by hand", _commands(self.commands)),
         ]
@@ -66,6 +67,17 @@ class Report:
             f'<div class="pair"><figure><figcaption>Heads</figcaption>{heads}</figure>'
             f"<figure><figcaption>Neurons, sorted within each layer</figcaption>{neurons}</figure></div></article>"
         )
+
+    def _recovery(self) -> list[str]:
+        """How the anchor layers were chosen; nothing where they were given."""
+        figures = []
+        for index, (name, scores) in enumerate(self.scores.items()):
+            if curve := getattr(scores.meta, "recovery", None):
+                lines = recovery_lines(curve, expert_colour(index))
+                figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{lines}</figure>")
+        if not figures:
+            return []
+        return [_section("How each anchor layer was chosen", f'{RECOVERY}<div class="pair">{"".join(figures)}</div>')]
 
     def _shares(self) -> str:
         names = list(self.scores)
