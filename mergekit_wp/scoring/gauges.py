@@ -34,7 +34,7 @@ class Gauge(ABC):
 
     @abstractmethod
     def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """F [..., B] float32 from streams [..., B, D]."""
+        """F [..., B] float64 from streams [..., B, D]."""
 
     def read_with_pull(
         self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor
@@ -67,7 +67,7 @@ class DivergenceGauge(Gauge):
     vocabulary: int
 
     def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(z_BD), device=z_BD.device), stack.logits(z_BD, self.vocabulary)
+        return torch.zeros(len(z_BD), dtype=torch.float64, device=z_BD.device), stack.logits(z_BD, self.vocabulary)
 
     def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return kl_utility(stack.logits(z_BD, self.vocabulary), target)

@@ -42,7 +42,7 @@ class Restart:
     target: torch.Tensor
 
     def utilities(self, kind: str, patch: Patch, components_C: torch.Tensor) -> torch.Tensor:
-        """F of the base with each component patched alone, float32 [C, B]."""
+        """F of the base with each component patched alone, float64 [C, B]."""
         last = self.index == self.gauge.layer  # nothing above: the anchors are all that is read
         changes_CBTD = self._changes(kind, patch, components_C, last)
         above = self._rest_of_layer(kind, changes_CBTD, last)

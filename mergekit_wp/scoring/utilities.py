@@ -25,15 +25,16 @@ from mergekit_wp.scoring.team import Team
 
 
 def anchor_utility(z_BD: torch.Tensor, direction_D: torch.Tensor) -> torch.Tensor:
-    """cos(z, v) per prompt, float32 [B]."""
-    return functional.cosine_similarity(z_BD.float(), direction_D[None], dim=-1)
+    """cos(z, v) per prompt, float64 [..., B]: one component moves it by less than float32 rounds it."""
+    return functional.cosine_similarity(z_BD.double(), direction_D.double(), dim=-1)
 
 
 def kl_utility(logits_BV: torch.Tensor, expert_logits_BV: torch.Tensor) -> torch.Tensor:
-    """-KL(p_expert || p) per prompt, float32 [B]; 0 where the two agree."""
+    """-KL(p_expert || p) per prompt, float64 [..., B]; 0 where the two agree."""
     log_p_BV = functional.log_softmax(logits_BV, dim=-1)
     log_p_expert_BV = functional.log_softmax(expert_logits_BV, dim=-1)
-    return -functional.kl_div(log_p_BV, log_p_expert_BV, log_target=True, reduction="none").sum(-1)
+    terms_BV = functional.kl_div(log_p_BV, log_p_expert_BV, log_target=True, reduction="none")
+    return -terms_BV.sum(-1, dtype=torch.float64)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class GapLedger:
     total: float = 0.0
 
     def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor) -> torch.Tensor:
-        """w(x) [B] from F(base, x) and F(expert, x), counted in the ledger. Raises `BadInput` if not finite."""
+        """w(x) [B], float64, from F(base, x) and F(expert, x), counted in the ledger. Raises `BadInput` if not finite."""
         gap_B = (expert_B - base_B).detach().double()
         if not torch.isfinite(gap_B).all():
             raise BadInput(f"the {self.utility} utility is not finite on a prompt; use --dtype float32 or bfloat16.")
@@ -61,7 +62,7 @@ class GapLedger:
         self.dropped += int((~keep_B).sum())
         self.total += float(gap_B[keep_B].sum())
         inverse_B = torch.where(keep_B, 1 / torch.where(keep_B, gap_B, 1.0), 0.0)
-        return (inverse_B if self.gap == "sample" else torch.ones_like(gap_B)).float()
+        return inverse_B if self.gap == "sample" else torch.ones_like(gap_B)
 
     def gather(self, team: Team, device: torch.device) -> None:
         """Add up the counts of a team whose processes saw different prompts."""

@@ -99,7 +99,7 @@ class Wave:
                     z_BD, name = item.batch.at_anchor(stream_BTD), gauge.name
                     item.base[name], pull_BD = gauge.read_with_pull(self.pair.base, z_BD, item.targets[name])
                     item.weights[name] = item.run.ledgers[name].weights(item.base[name], item.expert[name])
-                    item.pulls[name] = item.weights[name][:, None] * pull_BD
+                    item.pulls[name] = (item.weights[name][:, None] * pull_BD).float()
 
     def expert_record(self, expert_layer: Any, index: int, batch: int) -> LayerRecord:
         """The expert's own run of a layer, recomputed."""
@@ -201,6 +201,6 @@ def patch_layer(wave: Wave, plan: PatchPlan, index: int, base: Any, expert: Any)
                 patch = _patch(wave.method, kind, pair, base, expert, record, other)
             for components_C in components:
                 gained_CB = restart.utilities(kind, patch, components_C) - item.base[gauge.name]
-                values_C = (gained_CB * item.weights[gauge.name]).double().sum(1)
+                values_C = (gained_CB * item.weights[gauge.name]).sum(1)
                 item.run.add_some(kind, index, components_C, values_C)
                 plan.tick(len(components_C) * len(item.batch.last_B))
