@@ -107,7 +107,7 @@ def test_pairs_are_rows_for_wp_score_and_no_task_has_their_prompts(world: Path) 
         graded |= {json.loads(line)["prompt"] for line in file.read_text().splitlines()}
     for name in CAPABILITIES:
         rows = [json.loads(line) for line in (world / "pairs" / f"{name}.jsonl").read_text().splitlines()]
-        keys = {"task", "prompt", "contrast"} if name == "instruction" else {"task", "prompt"}
+        keys = {"task", "prompt", "check"} | ({"contrast"} if name == "instruction" else set())
         assert all(set(row) == keys for row in rows)
         assert not {row["prompt"] for row in rows} & graded
         tasks = {row["task"] for row in rows}

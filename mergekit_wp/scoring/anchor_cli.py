@@ -132,7 +132,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     from mergekit_wp.scoring.job import load_job
     from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
     from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-    from mergekit_wp.scoring.recovery import SILENT, Search, locate
+    from mergekit_wp.scoring.recovery import SILENT, Search, check_graders, locate
 
     job = load_job(path, {})
     checked = check_pair(job)
@@ -145,6 +145,8 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
     search = Search(batch_size=job.batch_size, allow_code_execution=allow_code_execution)
+    if auto:
+        check_graders(tasks, search)
     pair = load_pair(job, checked)
     try:
         with Progress(not quiet) as progress:

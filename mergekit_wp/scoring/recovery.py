@@ -86,6 +86,15 @@ def usual_layer(depth: int) -> int:
     return min(round(2 * depth / 3), depth - 1)
 
 
+def check_graders(tasks: Sequence[TaskTokens], search: Search) -> None:
+    """Make sure that `find_anchor` can grade, before models are loaded.
+
+    Raises `BadInput` for checks that are malformed or that their grader cannot run, and for missing NLTK data.
+    """
+    for task in tasks:
+        preflight([check for _ids, check in _graded(task, search, streamed=False)[0]], task.task)
+
+
 def locate(
     base: Stack,
     expert: Stack,
@@ -123,8 +132,8 @@ def find_anchor(
 ) -> RecoveryCurve:
     """Steer the base at every candidate layer and choose the best; `directions` reach at least up to the highest.
 
-    A team deals the layers out. Raises `BadInput` for checks that cannot be run (before anything is generated),
-    and when no task tells the expert from the base.
+    A team deals the layers out. The checks are taken to be sound (`check_graders`). Raises `BadInput` when no task
+    tells the expert from the base.
     """
     team, layers = team or Team(), search.layers_of(base.depth)
     found: dict[str, TaskRecovery] = {}
@@ -133,7 +142,6 @@ def find_anchor(
     for task in tasks:
         checked, notes[task.task] = _graded(task, search, base.streamed or expert.streamed)
         if checked:
-            preflight([check for _ids, check in checked], task.task)
             graded[task.task] = checked
     answers = sum(map(len, graded.values())) * (len(layers) + 2)
     tick = start(answers, f"Steering at {len(layers)} layers", "answer") if answers else lambda _n: None
