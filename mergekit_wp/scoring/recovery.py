@@ -112,7 +112,7 @@ def locate(
     Raises `BadInput` as `extract_all` and `find_anchor` do.
     """
     top = layer if layer is not None else max(*search.layers_of(base.depth), usual_layer(base.depth))
-    tick = start(sum((2 if t.contrasts else 1) * len(t.extraction) for t in tasks), "Directions", "prompt")
+    tick = start(sum(2 * len(task.extraction) for task in tasks), "Directions", "prompt")
     directions = extract_all(base, expert, tasks, top + 1, search.batch_size, tick, team)
     if layer is not None:
         return layer, directions, None
