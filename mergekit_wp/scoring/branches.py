@@ -38,7 +38,7 @@ def kl_levels(
     """For every set of prompts, the mean F = -KL(expert || model) of the base, and of it steered at each layer.
 
     In nats. Each set has its own `directions`; `layers` ascend. Memory: (len(layers) + 1) float32 streams [B, T, D]
-    of every prompt.
+    of every prompt, on the device, or in host memory where weights stream.
     """
     if not sets:
         return []
@@ -48,7 +48,7 @@ def kl_levels(
     branched = _branches(base, parts, directions, layers, positions)
     for (i, batch), branches, target_BV in zip(parts, branched, targets, strict=True):
         for column, stream_BTD in enumerate(branches):
-            logits_BV = base.logits(batch.at_anchor(stream_BTD), base.model.config.vocab_size)
+            logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), base.model.config.vocab_size)
             totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
         tick(len(batch.last_B))
     means = [(total / len(prompts)).tolist() for total, prompts in zip(totals, sets, strict=True)]
@@ -68,15 +68,18 @@ def _branches(
     base: Stack, parts: Sequence[Part], directions: Sequence[Directions], layers: Sequence[int], positions: str
 ) -> list[list[torch.Tensor]]:
     """Of every batch the final stream [B, T, D] of the base, then of the base steered at each of `layers`."""
+    # Weights stream where the device is small: then it holds one branch of one batch at a time.
+    home, device = torch.device("cpu") if base.streamed else base.device, base.device
     starts = [base.start(batch) for _i, batch in parts]
-    branches = [[start.stream_BTD] for start in starts]
+    branches = [[start.stream_BTD.to(home)] for start in starts]
     alphas = [along.alpha_L for along in directions]
     order = range(base.depth)
     for index, layer in zip(order, base.layers(order), strict=True):
         for k, (i, batch) in enumerate(parts):
             with at_anchors(layer, batch.last_B if index == base.depth - 1 else None):
-                branches[k] = [base.call(layer, stream_BTD, starts[k].calls[index]) for stream_BTD in branches[k]]
+                called = [base.call(layer, x_BTD.to(device), starts[k].calls[index]).to(home) for x_BTD in branches[k]]
             if index in layers:
                 way = Steering(index, directions[i].v_LD[index], float(alphas[i][index]), positions)
-                branches[k].append(way.at(branches[k][0], batch.last_B))
+                called.append(way.at(called[0], batch.last_B.to(home)))
+            branches[k] = called
     return branches
