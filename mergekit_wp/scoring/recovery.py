@@ -72,9 +72,9 @@ class Search:
 def candidate_layers(depth: int) -> tuple[int, ...]:
     """All layers but the last up to 16; deeper, from a quarter of the depth up, about 12 of them evenly spaced.
 
-    Nothing is left above the last layer that could read the direction. In deep models no anchor was ever found in
-    the first quarter (the paper's are at 0.61 to 0.68 of the depth), and neighbours differ little: every 2nd of 28,
-    32 or 40, every 5th of 80.
+    Nothing is left above the last layer that could read the direction. In deep models every layer costs minutes, the
+    paper's anchors are at 0.61 to 0.68 of the depth, and neighbours differ little: so every 2nd of 28, 32 or 40, every
+    5th of 80.
     """
     if depth <= 16:
         return tuple(range(max(depth - 1, 1)))
