@@ -35,6 +35,9 @@ Examples:
   wp-anchor scores/lm.safetensors --task title --out title.pt
   lm_eval --model steered --model_args pretrained=BASE,steer_path=title.pt --tasks ifeval
 
+lm-eval steers every token, the answer's too. A direction that says how an answer begins (a title, a quotation mark)
+then begins it again and again; --layer auto therefore steers the prompt alone.
+
 From a JOB.yaml of wp-score, only the directions are computed, and the anchor layer if the job says `layer: auto`.
 """
 

@@ -4,9 +4,10 @@
 
 input-adaptive: whatever z has along v^, it leaves with alpha. By default the whole prompt is steered and the answer
 runs free: alpha is what the expert has where an answer is about to begin, and a model held there begins again and
-again (`<< << <<` for a title). In the miniature world (seed 0, 32 prompts a type) the six instruction types recover
-65 % of the gap so at the best layer, 58 % if the anchor position alone is steered, 10 % if the answer is steered too. That last way, `all`, is what
-lm-eval's steered model does with the .pt of `wp-anchor` (a test holds the two together).
+again (`<<<<<<<<` instead of a title). In the miniature world (seed 0, 32 prompts a type) the six instruction types
+recover 65 % of the gap so at the best layer, 58 % if the anchor position alone is steered, 10 % if the answer is
+steered too. That last way, `all`, is what lm-eval's steered model does with the .pt of `wp-anchor` (a test holds the
+two together).
 
 Legend: B prompts, T tokens, D residual width, V vocabulary rows.
 """
