@@ -38,7 +38,7 @@ Examples:
   wp-score --base ./base --expert ./maths --pairs maths.jsonl --out scores/maths.safetensors
   wp-score --base ./base --expert ./base+./lora --pairs builtin:instructions --samples 50 --out s.safetensors
   wp-score JOB.yaml --method exact --top 20 first.safetensors --out validated.safetensors
-  accelerate launch --num_processes 4 -m mergekit_wp.scoring.cli JOB.yaml --out s.safetensors
+  accelerate launch --num_processes 4 $(which wp-score) JOB.yaml --out s.safetensors
 
 A flag overrides the field of the same name in JOB.yaml. Pairs are JSON lines {"task", "prompt", "contrast"};
 without "contrast" the expert is contrasted with the base. A run of exact or ap that was killed goes on where it was
@@ -139,8 +139,13 @@ class Progress:
         from tqdm import tqdm
 
         self.close()
-        self.bar = tqdm(total=total, desc=what, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
-        return self.bar.update
+        seconds = 0.5 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, mininterval=seconds)
+        return self.advance
+
+    def advance(self, done: float) -> None:
+        """Parts of a prompt add up to a little more or less than it."""
+        self.bar.update(min(done, self.bar.total - self.bar.n))
 
     def close(self) -> None:
         if self.bar is not None:

@@ -21,7 +21,7 @@ from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.scoring.sweep import ascend, waves
 from mergekit_wp.scoring.team import Team
 
-Tick = Callable[[int], object]
+Tick = Callable[[float], object]
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,5 @@ def mean_residuals(
         for layer, streams in ascend(stack, starts, depth, at=[batch.last_B for _i, batch in parts]):
             for (i, batch), stream_BTD in zip(parts, streams, strict=True):
                 totals[i][layer] += batch.at_anchor(stream_BTD).double().sum(0)
-        tick(team.size * sum(len(batch.last_B) for _i, batch in parts))
+            tick(team.size * sum(len(batch.last_B) for _i, batch in parts) / depth)
     return [team.add_up(total) / max(len(prompts), 1) for total, prompts in zip(totals, sets, strict=True)]

@@ -127,8 +127,8 @@ def _sweep(
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     for group in waves(pair.base, team.share(items), lambda item: item.batch.ids_BT.numel()):
-        first_order(Wave(pair, job.method, group, keep_graphs=pair.offload == "none"), subset)
-        tick(team.size * sum(len(item.batch.last_B) for item in group))
+        wave = Wave(pair, job.method, group, pair.offload == "none", lambda done: tick(team.size * done))
+        first_order(wave, subset)
     for run in runs:
         run.gather(team)
 

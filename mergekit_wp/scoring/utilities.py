@@ -53,7 +53,7 @@ class GapLedger:
     total: float = 0.0
 
     def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor) -> torch.Tensor:
-        """w(x) [B], float64, from F(base, x) and F(expert, x), counted in the ledger. Raises `BadInput` if not finite."""
+        """w(x) [B], float64, from F(base, x) and F(expert, x), counted here. Raises `BadInput` if not finite."""
         gap_B = (expert_B - base_B).detach().double()
         if not torch.isfinite(gap_B).all():
             raise BadInput(f"the {self.utility} utility is not finite on a prompt; use --dtype float32 or bfloat16.")

@@ -59,12 +59,17 @@ class Item:
 
 @dataclass
 class Wave:
-    """The items and the sweeps up of both models; `depth` layers are run."""
+    """The items and the sweeps up of both models; `depth` layers are run.
+
+    `tick` hears of the prompts that are done, layer by layer: a quarter of each for either way up, a half for the way
+    down.
+    """
 
     pair: ModelPair
     method: str
     items: Sequence[Item]
     keep_graphs: bool
+    tick: Callable[[float], object] = lambda _done: None
     base_trail: Trail = field(init=False)
     expert_trail: Trail | None = field(init=False, default=None)
 
@@ -90,6 +95,7 @@ class Wave:
                     with torch.no_grad():
                         value_B, target = gauge.expert(self.pair.expert, item.batch.at_anchor(stream_BTD))
                     item.expert[gauge.name], item.targets[gauge.name] = value_B, target
+            self.tick(self.prompts / (4 * self.depth))
 
     def _climb_base(self) -> None:
         self.base_trail = self._trail(self.pair.base, self.keep_graphs)
@@ -100,6 +106,11 @@ class Wave:
                     item.base[name], pull_BD = gauge.read_with_pull(self.pair.base, z_BD, item.targets[name])
                     item.weights[name] = item.run.ledgers[name].weights(item.base[name], item.expert[name])
                     item.pulls[name] = (item.weights[name][:, None] * pull_BD).float()
+            self.tick(self.prompts / (4 * self.depth))
+
+    @property
+    def prompts(self) -> int:
+        return sum(len(item.batch.last_B) for item in self.items)
 
     def expert_record(self, expert_layer: Any, index: int, batch: int) -> LayerRecord:
         """The expert's own run of a layer, recomputed."""
@@ -131,6 +142,7 @@ def first_order(wave: Wave, subset: Subset) -> None:
             if len(subset.of(kind, index)):
                 parts = _parts(wave.method, kind, pair, base, expert, record, expert_record)
                 wave.items[i].run.add(kind, index, parts)
+        wave.tick(len(wave.items[i].batch.last_B) / (2 * (wave.depth - subset.lowest)))
 
     descend(pair.base, pair.expert, wave.base_trail, inject, consume, lowest=subset.lowest)
 
