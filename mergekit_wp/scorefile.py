@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
+from mergekit_wp.scoring.curve import RecoveryCurve
 
 FORMAT = 2  # 1 knew neither parts nor subsets, and is read as a file without them
 _METADATA_KEY = "wp"
@@ -76,6 +77,7 @@ class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
 
     subset: the components, layers and top that were asked for, where not all were scored.
+    recovery: how the anchor layer was chosen, where it was looked for.
     """
 
     base: ModelId
@@ -94,6 +96,7 @@ class ScoreMeta:
     date: str
     format: int = FORMAT
     subset: dict[str, Any] | None = None
+    recovery: RecoveryCurve | None = None
 
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
@@ -110,6 +113,8 @@ class ScoreMeta:
             name: TaskMeta(**{**t, "utilities": {u: UtilityStats(**v) for u, v in t["utilities"].items()}})
             for name, t in raw["tasks"].items()
         }
+        if raw.get("recovery") is not None:
+            raw["recovery"] = RecoveryCurve.from_json(raw["recovery"])
         return cls(**raw)
 
 

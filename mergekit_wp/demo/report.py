@@ -72,7 +72,7 @@ class Report:
         """How the anchor layers were chosen; nothing where they were given."""
         figures = []
         for index, (name, scores) in enumerate(self.scores.items()):
-            if curve := getattr(scores.meta, "recovery", None):
+            if curve := scores.meta.recovery:
                 lines = recovery_lines(curve, expert_colour(index))
                 figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{lines}</figure>")
         if not figures:

@@ -131,30 +131,32 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
 
     from mergekit_wp.scoring.batches import tokenize_tasks
     from mergekit_wp.scoring.cli import Progress
-    from mergekit_wp.scoring.engine import anchor_layer
+    from mergekit_wp.scoring.engine import anchor_layer, search_of
     from mergekit_wp.scoring.job import load_job
     from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
     from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-    from mergekit_wp.scoring.recovery import SILENT, Search, check_graders, locate
+    from mergekit_wp.scoring.recovery import SILENT, check_graders, locate
 
-    job = load_job(path, {})
+    job = load_job(path, {"allow_code_execution": True} if allow_code_execution else {})
     checked = check_pair(job)
-    auto = job.layer == "auto"
-    layer = None if auto else anchor_layer(job.layer, checked.base.geometry.layers)
+    depth, auto = checked.base.geometry.layers, job.layer == "auto"
+    asked = None if auto else anchor_layer(job.layer, depth)
+    if job.utility == "projection":
+        asked = depth - 1
     pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split, job.seed)
     name = _choose(task, [each.task for each in pairs], path)
     # The layer that wp-score would choose is a choice over all tasks.
     pairs = [each for each in pairs if auto or each.task == name]
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
-    search = Search(batch_size=job.batch_size, allow_code_execution=allow_code_execution)
+    search = search_of(job, depth)
     if auto:
         check_graders(tasks, search)
     pair = load_pair(job, checked)
     try:
         with Progress(not quiet) as progress:
             start = progress or SILENT
-            layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, layer, search, start=start)
+            layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, asked, search, start=start)
     except torch.OutOfMemoryError as error:
         raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
     if curve is not None and not quiet:

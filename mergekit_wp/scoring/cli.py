@@ -24,11 +24,21 @@ if TYPE_CHECKING:
 
 _GROUPS = {
     "Models and Prompts": ("base", "expert", "pairs", "template", "samples", "seed"),
-    "Method": ("layer", "method", "utility", "split", "gap", "gap_floor"),
+    "Method": (
+        "layer",
+        "anchor_layers",
+        "anchor_prompts",
+        "anchor_tokens",
+        "method",
+        "utility",
+        "split",
+        "gap",
+        "gap_floor",
+    ),
     "Components": ("components", "layers", "top", "parts"),
     "Output Settings": ("out", "quiet"),
     "Performance": ("device", "dtype", "batch_size", "offload"),
-    "Dangerous Options": ("trust_remote_code",),
+    "Dangerous Options": ("trust_remote_code", "allow_code_execution"),
 }
 
 _EPILOG = """\b
@@ -46,6 +56,17 @@ when started again.
 """
 
 
+class _LayerOrAuto(click.ParamType):
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value
+        return (
+            int(value) if str(value).isdecimal() else self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
+        )
+
+
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
 @click.argument("job_file", metavar="[JOB.yaml]", required=False)
 @click.option("--base", metavar="MODEL", help="Base model: a folder or a Hub name.")
@@ -54,7 +75,10 @@ when started again.
 @click.option("--template", help="Text around each prompt; must contain {prompt}.")
 @click.option("--samples", type=int, help="Pairs a task, drawn by seed (default: all; 100 of a built-in set).")
 @click.option("--seed", type=int, help="Seed of the draw and of the split (default: 0).")
-@click.option("--layer", type=int, help="Anchor layer, from 0 (default: two thirds of the depth).")
+@click.option("--layer", type=_LayerOrAuto(), help="Anchor layer, from 0, or auto (default: two thirds of the depth).")
+@click.option("--anchor-layers", metavar="10-38", help="Candidates of --layer auto (default: a spread).")
+@click.option("--anchor-prompts", type=int, help="Prompts a task that --layer auto has answered (default: 32).")
+@click.option("--anchor-tokens", type=int, help="Longest of those answers (default: 256).")
 @click.option("--method", type=click.Choice(CHOICES["method"]), help="How to score (default: writeback).")
 @click.option("--utility", type=click.Choice(CHOICES["utility"]), help="What recovery means (default: staged).")
 @click.option("--split", type=click.Choice(CHOICES["split"]), help="Disjoint or shared prompts (default: half).")
@@ -70,6 +94,7 @@ when started again.
 @click.option("--batch-size", type=int, help="Prompts a forward pass (default: 16).")
 @click.option("--offload", type=click.Choice(CHOICES["offload"]), help="Stream layers from disk (default: auto).")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python that comes with a model folder.")
+@click.option("--allow-code-execution", is_flag=True, default=None, help="Let --layer auto run code that models write.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.version_option(__version__)
 def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
@@ -108,6 +133,8 @@ def summary(scores: Scores) -> str:
     """What a user checks first: prompts used and dropped, the gap, and the leading heads and neurons."""
     meta = scores.meta
     lines = [f"Anchor layer {meta.anchor_layer} of {meta.geometry.layers}; {meta.dtype} on {meta.device}"]
+    if meta.recovery is not None:
+        lines.append(meta.recovery.summary())
     for task, about in meta.tasks.items():
         parts = [
             f"{utility} gap {stats.mean_gap:.3g} over {stats.used} prompts"

@@ -15,7 +15,7 @@ import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,14 +25,15 @@ from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
 from mergekit_wp.scoring.batches import TaskTokens, batches, tokenize_tasks
-from mergekit_wp.scoring.directions import Directions, extract_all
+from mergekit_wp.scoring.directions import Directions
 from mergekit_wp.scoring.gauges import gauge_of, make_gauges
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer
 from mergekit_wp.scoring.offload import free_memory
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
+from mergekit_wp.scoring.recovery import Search, check_graders, locate, usual_layer
 from mergekit_wp.scoring.resume import Resume, folder_for
-from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.scoring.subset import Subset, parse_layers
 from mergekit_wp.scoring.sweep import waves
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
@@ -57,18 +58,25 @@ def score(
     team = team or Team()
     checked = check_pair(job)
     shape = checked.base.geometry
-    layer = shape.layers - 1 if job.utility == "projection" else anchor_layer(job.layer, shape.layers)
+    search = search_of(job, shape.layers) if job.layer == "auto" else None
+    asked = None if search else anchor_layer(job.layer, shape.layers)
+    if job.utility == "projection":
+        asked = shape.layers - 1
     subset = choose_subset(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split, job.seed)
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
-    resume = Resume(folder_for(out) if out and team.first else None, _inputs(job, checked), _now())
+    if search:
+        check_graders(tasks, search)
     pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
     LOG.info(pair.reason)
     start = progress or (lambda _total, _what, _unit: lambda _done: None)
     try:
-        tick = start(sum(2 * len(task.extraction) for task in tasks), "Directions", "prompt")
-        directions = extract_all(pair.base, pair.expert, tasks, layer + 1, job.batch_size, tick, team)
+        layer, directions, curve = locate(
+            pair.base, pair.expert, tokenizer, tasks, asked, search or Search(batch_size=job.batch_size), team, start
+        )
+        inputs = {**_inputs(job, checked), "anchor layer": layer}  # which rounding may decide
+        resume = Resume(folder_for(out) if out and team.first else None, inputs, _now())
         runs = [_task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
         if job.method in PATCHING:
             _patch(job, pair, tasks, runs, subset, team, resume, start)
@@ -78,20 +86,36 @@ def score(
         raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
     finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
     names = [task.task for task in tasks]
-    meta = _meta(job, checked, pair, layer, dict(zip(names, [m for m, _s in finished], strict=True)), resume.date)
+    metas = dict(zip(names, [m for m, _s in finished], strict=True))
+    meta = replace(_meta(job, checked, pair, layer, metas, resume.date), recovery=curve)
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     return Scores.from_tasks(meta, tables, None if subset.whole else dict(subset.masks))
 
 
-def anchor_layer(asked: int | None, layers: int) -> int:
-    """l_a, counted from 0; by default two thirds of the depth (27 of 40, as the paper's 13B).
+def anchor_layer(asked: int | str | None, layers: int) -> int:
+    """l_a, counted from 0, of a job that names it (not auto); by default two thirds of the depth.
 
     Raises `BadInput` when the layer is not there.
     """
-    layer = min(round(2 * layers / 3), layers - 1) if asked is None else asked
+    layer = usual_layer(layers) if asked is None else int(asked)
     if not 0 <= layer < layers:
         raise BadInput(f"layer: anchor layer {layer} is out of range; this model has layers 0 to {layers - 1}.")
     return layer
+
+
+def search_of(job: ScoringJob, layers: int) -> Search:
+    """How `layer: auto` is to be carried out. Raises `BadInput` for candidates that are not there."""
+    try:
+        chosen = None if job.anchor_layers is None else tuple(parse_layers(str(job.anchor_layers), layers))
+    except BadInput as error:
+        raise BadInput(f"anchor_{error.message}") from error
+    return Search(
+        layers=chosen,
+        prompts=job.anchor_prompts,
+        max_tokens=job.anchor_tokens,
+        batch_size=job.batch_size,
+        allow_code_execution=job.allow_code_execution,
+    )
 
 
 def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:

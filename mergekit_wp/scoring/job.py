@@ -29,7 +29,8 @@ class ScoringJob:
     base, expert  model folder or Hub name; the expert may be `base+lora`
     pairs         JSONL file, or builtin:instructions | builtin:maths | builtin:code
     template      text around every prompt; {prompt} stands for it
-    layer         anchor layer l_a, counted from 0; None: two thirds of the depth
+    layer         anchor layer l_a, counted from 0; None: two thirds of the depth; auto: where steering the base
+                  recovers most of what the expert does
     method        first order: writeback (ours, default), attr (the paper's, Eq. 11), atp (activation side, Eq. 58);
                   one component at a time: exact (Eq. 10), ap (activation side, Eq. 12)
     utility       anchor (Eq. 5), kl (Eq. 72), projection (Eq. 74), or staged: anchor up to l_a, kl above
@@ -42,6 +43,9 @@ class ScoringJob:
     gap_floor     prompts whose |gap| is below it are dropped (cosine for anchor, nats for kl)
     samples       pairs a task, drawn with `seed`; None: all of a file, 100 of a built-in set
     batch_size    prompts a forward pass
+    anchor_layers, anchor_prompts, anchor_tokens   with `layer: auto`, the candidates ("10-38"; None: a spread, see
+                  `recovery.candidate_layers`), how many prompts a task are answered, and the longest answer
+    allow_code_execution   with `layer: auto`, grade code by running it, in a limited process
     offload       none: both models on the device; stream: read layer by layer; auto: by free memory
     """
 
@@ -49,7 +53,7 @@ class ScoringJob:
     expert: str
     pairs: str
     template: str = "{prompt}"
-    layer: int | None = None
+    layer: int | str | None = None
     method: str = "writeback"
     utility: str = "staged"
     split: str = "half"
@@ -65,6 +69,10 @@ class ScoringJob:
     device: str = "auto"
     batch_size: int = 16
     offload: str = "auto"
+    anchor_layers: str | int | None = None
+    anchor_prompts: int = 32
+    anchor_tokens: int = 256
+    allow_code_execution: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -76,9 +84,12 @@ class ScoringJob:
                 raise BadInput(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         if not isinstance(self.template, str) or "{prompt}" not in self.template:
             raise BadInput(f"template: found {self.template!r}, expected text that contains {{prompt}}.")
-        for name, least in (("layer", 0), ("samples", 1), ("seed", 0), ("batch_size", 1)):
+        least_of = {"samples": 1, "seed": 0, "batch_size": 1, "anchor_prompts": 1, "anchor_tokens": 1}
+        if self.layer not in (None, "auto") and (type(self.layer) is not int or self.layer < 0):
+            raise BadInput(f"layer: found {self.layer!r}, expected a whole number of at least 0, or auto.")
+        for name, least in least_of.items():
             value = getattr(self, name)
-            optional = name in ("layer", "samples")
+            optional = name == "samples"
             if not (value is None and optional) and (type(value) is not int or value < least):
                 raise BadInput(f"{name}: found {value!r}, expected a whole number of at least {least}.")
         if isinstance(self.gap_floor, bool) or not isinstance(self.gap_floor, (int, float)) or self.gap_floor < 0:
