@@ -2,7 +2,8 @@
 
 Parameters stay frozen, so autograd computes gradients of activations only. Hooks keep the inputs and outputs of
 the projections (references, no copies: autograd holds most of them anyway); one call of autograd gives the
-gradients at all of them and at the layer's input.
+gradients at all of them and at the layer's input. What neither autograd nor a score needs is not held: for its
+gradient, the place in the graph is enough.
 
 The topmost layer that is run matters at the anchor positions only: `at_anchors` lets o_proj and the MLP compute
 those alone. There, and in the record, T is then 1.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mergekit_wp.scoring.stack import Call, Stack
 
@@ -34,6 +36,8 @@ PROJECTIONS = {
 }
 _GRADIENTS = ("q", "o", "gate", "up", "down")  # keys and values belong to no component
 _INPUT_GRADIENTS = ("o", "down")
+# Not held while a graph is kept: what was written, and the product that `mlp_activation` computes again.
+_DROPPED = {"inputs": ("down",), "outputs": ("o", "down")}
 
 
 @dataclass
@@ -41,7 +45,8 @@ class LayerRecord:
     """One layer of one model on one batch, keyed by projection (q, k, v, o, gate, up, down).
 
     stream_BTD              the layer's input
-    inputs[p], outputs[p]   activations [B, T, width]; T is 1 for o and the MLP if only anchors were computed
+    inputs[p], outputs[p]   activations [B, T, width]; T is 1 for o and the MLP if only anchors were computed.
+                            With a graph, the input of down and the outputs of o and down are not held
     grad_out[p]             dS/d(output of p), S the scalar that was differentiated (after `backward`)
     grad_in[p]              dS/d(input of p), for o and down: there it is delta W, one product saved
     attention_call          args and kwargs that self_attn was called with
@@ -55,6 +60,23 @@ class LayerRecord:
     grad_in: dict[str, torch.Tensor] = field(default_factory=dict)
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     anchors_B: torch.Tensor | None = None
+    edges: dict[tuple[str, str], GradientEdge] = field(default_factory=dict)
+
+    def keep(self, key: str, read: torch.Tensor, written: torch.Tensor) -> None:
+        """Take what a projection read and wrote, while its layer runs."""
+        graph = self.stream_BTD.requires_grad
+        for side, tensor, wanted in (("inputs", read, _INPUT_GRADIENTS), ("outputs", written, _GRADIENTS)):
+            if graph and key in wanted:
+                self.edges[side, key] = get_gradient_edge(tensor)
+            if not (graph and key in _DROPPED[side]):
+                getattr(self, side)[key] = tensor.detach()
+
+    def mlp_activation(self, mlp: Any) -> torch.Tensor:
+        """The input of down_proj [B, T, F], kept or computed again from what gate_proj and up_proj put out."""
+        if "down" in self.inputs:
+            return self.inputs["down"]
+        product: torch.Tensor = mlp.act_fn(self.outputs["gate"]) * self.outputs["up"]
+        return product
 
     def kept(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """`x_BTD` at the positions that were computed: all of them, or the anchors [B, 1, D]."""
@@ -65,16 +87,13 @@ class LayerRecord:
 
         `above_BTD` is the output of the recorded call. The graph is freed.
         """
-        leaves = [self.stream_BTD] if below else []
-        inner = [self.outputs[p] for p in _GRADIENTS] + [self.inputs[p] for p in _INPUT_GRADIENTS]
-        found = torch.autograd.grad(above_BTD, leaves + inner, gradient_BTD)
-        gradient_below = found[0] if below else torch.zeros(0)
-        found = found[len(leaves) :]
+        leaves: list[Any] = [self.stream_BTD] if below else []
+        leaves += [self.edges["outputs", p] for p in _GRADIENTS] + [self.edges["inputs", p] for p in _INPUT_GRADIENTS]
+        found = list(torch.autograd.grad(above_BTD, leaves, gradient_BTD))
+        gradient_below = found.pop(0) if below else torch.zeros(0)
         self.grad_out = dict(zip(_GRADIENTS, found, strict=False))
         self.grad_in = dict(zip(_INPUT_GRADIENTS, found[len(_GRADIENTS) :], strict=True))
-        for tensors in (self.inputs, self.outputs):
-            for name, tensor in tensors.items():
-                tensors[name] = tensor.detach()
+        self.edges.clear()
         return gradient_below
 
 
@@ -108,7 +127,7 @@ def _on_attention(record: LayerRecord, _module: nn.Module, args: Any, kwargs: An
 
 
 def _on_projection(record: LayerRecord, key: str, _module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    record.inputs[key], record.outputs[key] = args[0], output
+    record.keep(key, args[0], output)
 
 
 @contextmanager

@@ -30,14 +30,14 @@ Parts = dict[str, torch.Tensor]
 
 def attr_heads(base: Any, expert: Any, record: LayerRecord, geometry: Geometry) -> Parts:
     """{q, o: [H]} float32."""
-    rows_Q, columns_Q = _rows("q", base, expert, record), _columns("o", base, expert, record)
+    rows_Q, columns_Q = _rows("q", base, expert, record), _columns("o", base, expert, record, record.inputs["o"])
     return {"q": geometry.sum_per_head(rows_Q), "o": geometry.sum_per_head(columns_Q)}
 
 
 def attr_neurons(base: Any, expert: Any, record: LayerRecord, _geometry: Geometry) -> Parts:
     """{gate, up, down: [F]} float32."""
     rows = {key: _rows(key, base, expert, record) for key in ("gate", "up")}
-    return rows | {"down": _columns("down", base, expert, record)}
+    return rows | {"down": _columns("down", base, expert, record, record.mlp_activation(base.mlp))}
 
 
 def write_scores(key: str, patch: Patch, record: LayerRecord) -> Parts:
@@ -53,9 +53,9 @@ def _rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor
     return _sum_products(record.grad_out[key], response_difference(key, base, expert, record))
 
 
-def _columns(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
-    moved = torch.matmul(record.grad_out[key], weight_difference(key, base, expert))
-    return _sum_products(record.inputs[key], moved)
+def _columns(key: str, base: Any, expert: Any, record: LayerRecord, read_BTW: torch.Tensor) -> torch.Tensor:
+    moved_BTW = torch.matmul(record.grad_out[key], weight_difference(key, base, expert))
+    return _sum_products(read_BTW, moved_BTW)
 
 
 def _sum_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

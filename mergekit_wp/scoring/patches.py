@@ -66,16 +66,16 @@ def patch_neurons(_stack: Stack, base: Any, expert: Any, record: LayerRecord) ->
     return Patch(changes, patched_BTF, weight_difference("down", base, expert))
 
 
-def patch_head_activations(record: LayerRecord, expert_record: LayerRecord) -> Patch:
+def patch_head_activations(_base: Any, record: LayerRecord, expert_record: LayerRecord) -> Patch:
     """Every head's output before o_proj from the expert's own run."""
     patched_BTQ = expert_record.inputs["o"]
     return Patch({"whole": patched_BTQ.float() - record.inputs["o"].float()}, patched_BTQ, None)
 
 
-def patch_neuron_activations(record: LayerRecord, expert_record: LayerRecord) -> Patch:
+def patch_neuron_activations(base: Any, record: LayerRecord, expert_record: LayerRecord) -> Patch:
     """Every neuron's activation from the expert's own run."""
     patched_BTF = expert_record.inputs["down"]
-    return Patch({"whole": patched_BTF.float() - record.inputs["down"].float()}, patched_BTF, None)
+    return Patch({"whole": patched_BTF.float() - record.mlp_activation(base.mlp).float()}, patched_BTF, None)
 
 
 def response_difference(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:

@@ -161,7 +161,7 @@ def _patch(
     method: str, kind: str, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
 ) -> Patch:
     if method in ACTIVATION_SIDE:
-        return _ACTIVATIONS[kind](record, other)
+        return _ACTIVATIONS[kind](base, record, other)
     return _PATCHES[kind](pair.base, base, expert, record)
 
 
