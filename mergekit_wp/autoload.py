@@ -1,12 +1,12 @@
-"""How the stock mergekit commands find `merge_method: wp` with nothing imported by hand.
+"""How the stock mergekit commands find `merge_method: wp` and `widen` with nothing imported by hand.
 
 mergekit 0.1.5 has no plugin hook: a method must be registered after `mergekit.merge_methods.registry` has run
 and before a recipe is planned. `mergekit_wp.pth` (Python >= 3.15: `mergekit_wp.start`), installed at the root
 of site-packages, calls `install` at interpreter start. That puts one finder on `sys.meta_path`, which waits
-for that one module, lets it load as usual, removes itself, and registers the method. An interpreter that
+for that one module, lets it load as usual, removes itself, and registers the methods. An interpreter that
 never imports mergekit pays a fraction of a millisecond.
 
-MERGEKIT_WP_DISABLE=1 turns it off. If the method cannot be loaded, a warning says why and mergekit goes on.
+MERGEKIT_WP_DISABLE=1 turns it off. If a method cannot be loaded, a warning says why and mergekit goes on.
 
 Only the standard library is imported here, and of that only what every interpreter has loaded already.
 """
@@ -18,6 +18,8 @@ import sys
 from typing import Any
 
 _TARGET = "mergekit.merge_methods.registry"
+# Each method's name in a recipe, and the module whose `register` makes it known.
+METHODS = {"wp": "mergekit_wp.merge.method", "widen": "mergekit_wp.merge.widen"}
 
 
 def install() -> None:
@@ -25,7 +27,7 @@ def install() -> None:
     if os.environ.get("MERGEKIT_WP_DISABLE", "0") not in ("", "0"):
         return
     if _TARGET in sys.modules:
-        _register()
+        register_methods()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -64,23 +66,34 @@ class _Loader:
         module.__loader__ = self._original
         module.__spec__.loader = self._original
         self._original.exec_module(module)
-        _register()
+        register_methods()
 
 
-def _register() -> None:
-    half_imported = sys.modules.get("mergekit_wp.merge.method")
-    if half_imported is not None and not hasattr(half_imported, "register"):
-        return  # its own import made mergekit load; it registers itself at its end
+def register_methods() -> None:
+    """Register every method that can be loaded; warn of those that cannot. Never raises; idempotent."""
+    if _half_imported("mergekit_wp.merge.checked", "register_method"):
+        return  # its own import made mergekit load; it calls this at its end
+    for name, module in METHODS.items():
+        if not _half_imported(module, "register"):
+            _register(name, module)
+
+
+def _half_imported(module: str, last: str) -> bool:
+    """It is being imported, and has not come to the definition of `last`."""
+    return sys.modules.get(module) is not None and not hasattr(sys.modules[module], last)
+
+
+def _register(name: str, module: str) -> None:
     try:
-        from mergekit_wp.merge.method import register
+        from importlib import import_module
 
-        register()
+        import_module(module).register()
     except Exception as error:  # whatever it is, mergekit's own methods must go on working
         import warnings
 
         # Not logging: a first logging call would configure the root logger before mergekit does.
         warnings.warn(
-            f"mergekit-wp: `merge_method: wp` is not available ({type(error).__name__}: {error}); mergekit's "
+            f"mergekit-wp: `merge_method: {name}` is not available ({type(error).__name__}: {error}); mergekit's "
             "own methods are not affected. Reinstall mergekit-wp, or set MERGEKIT_WP_DISABLE=1 to silence this.",
             RuntimeWarning,
             stacklevel=2,

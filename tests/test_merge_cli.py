@@ -144,7 +144,7 @@ def test_audit_catches_a_corrupted_slice(world, name):
     for layer in range(4):
         tensor = tensors_of(out)[name.format(layer)]
         change(out, name.format(layer), ..., tensor * 1.001)
-    with pytest.raises(AuditFailed, match=r"is not what its inputs and scores give"):
+    with pytest.raises(AuditFailed, match=r"is not what its inputs and wp give"):
         audit(out, plan, say=lambda _: None, load=False)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_wp.merge import fusion
+from mergekit_wp.merge import tiles
 from mergekit_wp.merge.fusion import NotFiniteError, component_weights, fuse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,8 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 8 elements, so that tiny tensors are cut along both axes and shared out to the workers."""
-    monkeypatch.setattr(fusion, "_CPU_TILE", 8)
-    monkeypatch.setattr(fusion, "_SERIAL", 8)
+    monkeypatch.setattr(tiles, "_CPU_TILE", 8)
+    monkeypatch.setattr(tiles, "_SERIAL", 8)
 
 
 def random_experts(K, shape, dtypes, seed=0):

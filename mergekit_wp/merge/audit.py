@@ -2,9 +2,9 @@
 
 Three independent looks at the written folder:
 
-1. A seeded sample of slices of every kind of tensor is recomputed from the inputs and the score files, in
-   float64 and straight from the equation theta_base + sum_k alpha_k (theta_k - theta_base) of METHOD.md 4,
-   sharing no code with the kernel, and compared within the rounding of the dtype.
+1. A seeded sample of slices of every kind of tensor is recomputed from the inputs in float64, sharing no code with
+   the kernel, and compared within the rounding of the dtype: for wp here, from the score files and straight from
+   theta_base + sum_k alpha_k (theta_k - theta_base) of METHOD.md 4; for widen in `audit_widen`.
 2. Every tensor is read once and holds no NaN and no infinity.
 3. transformers loads the folder with no weight missing or left over, and it generates one token.
 """
@@ -12,31 +12,24 @@ Three independent looks at the written folder:
 from __future__ import annotations
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from safetensors import safe_open
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import slot_of
-from mergekit_wp.merge.plan import MergePlan, PlannedTensor
+from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_slice
+from mergekit_wp.merge.audit_widen import check_widen
+from mergekit_wp.merge.plan import WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
 
 _SLICES_A_KIND = 4
 _ROWS = 16
-_FLOAT32_STEP = 2.0**-23
-
-
-class AuditFailed(click.ClickException):
-    """The merged folder is not what it should be; exit code 1, one sentence."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -49,16 +42,15 @@ class _Sample:
 def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[str], None], load: bool = True) -> None:
     """Check the merged folder and `say` what was checked. Raises `AuditFailed` at the first trouble.
 
-    plan: None for a merge by another method, whose slices cannot be recomputed here.
+    plan: the slices of a merge by another method than ours, or without a plan, cannot be recomputed here.
     """
     merged = Checkpoint.open(str(out))
-    if plan is not None:
-        samples = _samples(plan, random.Random(seed))
-        worst = max((_check_sample(plan, merged, sample) for sample in samples), default=0.0)
-        kinds = len({_kind(sample.tensor.output) for sample in samples})
+    if plan is not None and plan.ours:
+        check = {WP: check_wp, WIDEN: check_widen}[plan.method]
+        differences = check(plan, merged, random.Random(seed))
         say(
-            f"audit: {len(samples)} slices of {kinds} kinds of tensors recomputed from the inputs; the largest "
-            f"difference is {worst:.2f} of what rounding allows."
+            f"audit: {len(differences)} slices of {len(by_kind(plan))} kinds of tensors recomputed from the inputs; "
+            f"the largest difference is {max(differences, default=0.0):.2f} of what rounding allows."
         )
     tensors = check_finite(merged)
     say(f"audit: {tensors} tensors read; no NaN and no infinity.")
@@ -66,21 +58,12 @@ def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[st
         say(f"audit: {check_loads(out, merged.nbytes)}.")
 
 
-def _kind(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
-
-
-def _samples(plan: MergePlan, draw: random.Random) -> list[_Sample]:
-    by_kind: dict[str, list[PlannedTensor]] = defaultdict(list)
-    for tensor in plan.tensors:
-        # Rows that a tokenizer config has moved are not those of the inputs any more.
-        if tensor.in_base and not tensor.realigned:
-            by_kind[_kind(tensor.output)].append(tensor)
-    return [
-        _sample(plan, tensor, draw)
-        for tensors in by_kind.values()
-        for tensor in draw.choices(tensors, k=_SLICES_A_KIND)
+def check_wp(plan: MergePlan, merged: Checkpoint, draw: random.Random) -> list[float]:
+    """Some slices of every kind: the difference of each, as a fraction of what rounding allows."""
+    samples = [
+        _sample(plan, tensor, draw) for tensors in by_kind(plan) for tensor in draw.choices(tensors, k=_SLICES_A_KIND)
     ]
+    return [_check_sample(plan, merged, sample) for sample in samples]
 
 
 def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sample:
@@ -119,48 +102,19 @@ def _alpha(scores: list[float]) -> list[float]:
 
 
 def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float:
-    """The largest difference as a fraction of the allowed one; raises `AuditFailed` above 1."""
     tensor = sample.tensor
-    base = _read(plan.checkpoints[tensor.base], tensor.source, sample.where)
+    base = read_slice(plan.checkpoints[tensor.base], tensor.source, sample.where)
     rows = base.shape[0]
     want, size = base.clone(), torch.zeros_like(base)
     for alpha, expert in zip(sample.alpha_K, tensor.experts, strict=True):
-        theta = _read(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where)[:rows]
+        theta = read_slice(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where)[:rows]
         want += alpha * (theta - base)
         size += alpha * theta.abs()
-    if tensor.output not in merged.tensors:
-        raise AuditFailed(f"{merged.name}: the tensor {tensor.output} was not written.")
-    got = _read(merged, tensor.output, sample.where)
-    dtype = getattr(torch, plan.out_dtype(tensor))
-    if got.shape != want.shape:
-        raise AuditFailed(
-            f"{merged.name}: {tensor.output} has another shape than in the base {tensor.base}; do not use this merge."
-        )
-    # Half a step of the output dtype, K + 1 steps of the float32 accumulation, and half a step of the dtype
-    # that the recipe makes mergekit read the inputs in.
-    step = torch.finfo(dtype).eps
-    allowed = step / 2 * want.abs() + (len(sample.alpha_K) + 1) * _FLOAT32_STEP * size
-    allowed += torch.finfo(dtype).smallest_normal * step
+    # K + 1 steps of the float32 accumulation, and half a step of the dtype that the recipe makes mergekit read in.
+    slack = (len(sample.alpha_K) + 1) * FLOAT32_STEP * size
     if tensor.read_dtype:
-        allowed += torch.finfo(getattr(torch, tensor.read_dtype.removeprefix("torch."))).eps / 2 * size
-    worst = float(((got - want).abs() / allowed).nan_to_num(torch.inf).max())
-    if worst > 1:
-        raise AuditFailed(
-            f"{merged.name}: {tensor.output}{_text(sample.where)} is not what its inputs and scores give (off by "
-            f"{float((got - want).abs().nan_to_num(torch.inf).max()):.3g}); do not use this merge."
-        )
-    return worst
-
-
-def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> torch.Tensor:
-    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
-        view = file.get_slice(name)
-        part: torch.Tensor = view[where[0]] if len(where) == 1 else view[where[0], where[1]]
-    return part.to(torch.float64)
-
-
-def _text(where: tuple[slice, ...]) -> str:
-    return "[" + ", ".join(":" if s.start is None else f"{s.start}:{s.stop}" for s in where) + "]"
+        slack += torch.finfo(getattr(torch, tensor.read_dtype.removeprefix("torch."))).eps / 2 * size
+    return compare(plan, merged, tensor, sample.where, want, slack)
 
 
 def check_finite(merged: Checkpoint) -> int:

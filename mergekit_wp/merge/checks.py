@@ -1,9 +1,12 @@
 """Everything that can be known before the first tensor is read, and one clear sentence for each trouble.
 
-In order: every expert has one score file; the models have one shape and the score files theirs; the
-fingerprints say that the scores are of these models; every output tensor is made of the same layer of every
-input, of the same shape (vocabulary rows aside), in a dtype that can be merged; nothing that a checkpoint has
-is left out; the output fits on the disk and its folder can be written.
+In order, for the methods of this package: every expert has one score file, where the method takes one; the models
+have one shape and the score files theirs; the fingerprints say that the scores are of these models; every output
+tensor is made of the same layer of every input, of the same shape (vocabulary rows aside), in a dtype that can be
+merged; nothing that a checkpoint has is left out; the output fits on the disk and its folder can be written.
+
+For mergekit's own methods, which wp-merge runs too, only what mergekit itself would stumble over later: a missing
+tensor, shapes that differ, a full disk.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.components import VOCABULARY_TENSORS
 from mergekit_wp.errors import BadInput
-from mergekit_wp.merge.plan import TORCH_DTYPE, MergePlan, PlannedTensor, layer_of
+from mergekit_wp.merge.plan import TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
 from mergekit_wp.merge.shares import load_scores
 from mergekit_wp.scorefile import ModelId
 
@@ -35,16 +38,20 @@ _SLACK_BYTES = 64 * 2**20
 
 def check_plan(plan: MergePlan) -> None:
     """All checks of a whole merge. Raises `BadInput` at the first trouble; logs a warning for the rest."""
-    check_inputs(plan)
-    check_nothing_dropped(plan)
-    check_layer_types(plan)
+    if plan.ours:
+        check_inputs(plan)
+        check_nothing_dropped(plan)
+        check_layer_types(plan)
+    else:
+        for tensor in plan.tensors:
+            check_any_tensor(plan, tensor)
     if plan.out is not None:
         check_room(plan.nbytes(), plan.out)
 
 
 def check_inputs(plan: MergePlan) -> None:
     """The checks that hold for each output tensor, or for each distinct set of models and scores."""
-    check_scores_given(plan.tensors)
+    check_scores_given([tensor for tensor in plan.tensors if tensor.method == WP])
     groups = {(t.base, t.experts, t.scores, t.allow_mismatch): t for t in plan.tensors}
     for tensor in groups.values():
         check_models(plan, tensor)
@@ -70,12 +77,29 @@ def check_scores_given(tensors: Iterable[PlannedTensor]) -> None:
 
 
 def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
-    """Shapes and fingerprints of base, experts and their score files."""
+    """Shapes of base and experts, and where they come from."""
     base = plan.checkpoints[tensor.base]
-    for expert, path in zip(tensor.experts, tensor.scores, strict=True):
-        checkpoint, meta = plan.checkpoints[expert], load_scores(path).meta
+    for expert in tensor.experts:
+        checkpoint = plan.checkpoints[expert]
         if different := checkpoint.geometry.differences(base.geometry):
             raise BadInput(f"{expert}: not of the shape of the base {tensor.base}: {'; '.join(different)}.")
+    if tensor.scores:
+        check_scores(plan, tensor)
+    for expert in tensor.experts:
+        if lineage := plan.checkpoints[expert].lineage_differences(base):
+            LOG.warning(
+                "%s: its config differs from the base's in what the model computes (%s); the merged model gets the "
+                "base's.",
+                expert,
+                "; ".join(lineage),
+            )
+
+
+def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """The score files are of these very models."""
+    base = plan.checkpoints[tensor.base]
+    for expert, path in zip(tensor.experts, tensor.scores, strict=True):
+        meta = load_scores(path).meta
         if different := meta.geometry.differences(base.geometry):
             raise BadInput(
                 f"{path}: these scores were made for another shape than {tensor.base}: {'; '.join(different)}; "
@@ -83,13 +107,6 @@ def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
             )
         for role, model, scored in (("base", tensor.base, meta.base), ("expert", expert, meta.expert)):
             _check_fingerprint(plan, role, model, scored, path, tensor.allow_mismatch)
-        if lineage := checkpoint.lineage_differences(base):
-            LOG.warning(
-                "%s: its config differs from the base's in what the model computes (%s); the merged model gets the "
-                "base's.",
-                expert,
-                "; ".join(lineage),
-            )
 
 
 def _check_fingerprint(
@@ -130,8 +147,8 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     if len(set(layers.values())) > 1:
         listed = ", ".join(f"layer {layer} of {model}" for model, layer in layers.items())
         raise BadInput(
-            f"{tensor.output}: the recipe's slices would mix {listed}; scores speak of one layer, so give every "
-            "source of a slice the same layer_range."
+            f"{tensor.output}: the recipe's slices would mix {listed}; an expert's change is one against the "
+            "base's same layer, so give every source of a slice the same layer_range."
         )
     shapes = {model: header.shape for model, header in headers.items() if header}
     for model, shape in shapes.items():
@@ -166,6 +183,27 @@ def _check_tied(plan: MergePlan, tensor: PlannedTensor) -> None:
                 f"{expert}: has its own {tensor.output}, while the base {tensor.base} ties it to its embeddings; "
                 "the merge would lose it, so use an expert tuned from this base."
             )
+
+
+def check_any_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """For any method: the models have this tensor, in one shape (mergekit finds out when it comes to it)."""
+    headers = {model: plan.header(model, tensor.sources[model]) for model in tensor.models}
+    first = next((header for header in headers.values() if header), None)
+    for model, header in headers.items():
+        if header is None and not tensor.optional:
+            raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
+        if header is None or first is None or header.shape == first.shape or tensor.realigned or tensor.truncated:
+            continue
+        if tensor.output in VOCABULARY_TENSORS and header.shape[1:] == first.shape[1:]:
+            raise BadInput(
+                f"{model}: {tensor.sources[model]} has {header.shape[0]} rows, another model {first.shape[0]}; "
+                f"merge_method {tensor.method} needs `tokenizer: {{source: base}}` in the recipe."
+            )
+        raise BadInput(
+            f"{model}: {tensor.sources[model]} has shape {list(header.shape)}, expected {list(first.shape)} as in the "
+            "other models; merge models of one shape."
+        )
+    plan.out_dtype(tensor)
 
 
 def check_nothing_dropped(plan: MergePlan) -> None:

@@ -1,4 +1,4 @@
-"""wp-merge: mergekit-yaml with the method registered explicitly, a dry run before and an audit after.
+"""wp-merge: mergekit-yaml with our methods registered explicitly, a dry run before and an audit after.
 
 The merge is written beside OUT_PATH and moved there when all is well, so that no half a model is ever found
 under that name.
@@ -21,7 +21,7 @@ from mergekit_wp.files import check_writable_parent
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
-from mergekit_wp.merge.plan import MergePlan, layer_of
+from mergekit_wp.merge.plan import WP, MergePlan, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import component_shares
 
@@ -29,7 +29,7 @@ _EPILOG = """\b
 Examples:
   wp-merge recipes/13b-all.yaml merged --dry-run
   wp-merge recipes/13b-all.yaml merged
-  wp-merge recipe.yaml merged --cuda --overwrite
+  wp-merge recipes/13b-all-ties.yaml merged --cuda --overwrite
   PYTHONPATH=TARGET python -S -m mergekit_wp.merge.cli recipe.yaml merged
                                           (after pip install --target TARGET)
 """
@@ -38,7 +38,9 @@ Examples:
 @click.command("wp-merge", cls=PrettyPrintHelp, epilog=_EPILOG)
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out_path", type=click.Path(file_okay=False), required=False)
-@click.option("--dry-run", is_flag=True, help="Run all checks, print each expert's share of each layer, write nothing")
+@click.option(
+    "--dry-run", is_flag=True, help="Run all checks, print each expert's share of each layer (of wp), write nothing"
+)
 @click.option("--audit/--no-audit", "audited", default=True, show_default=True, help="Check the merged model")
 @click.option("--overwrite", is_flag=True, help="Replace OUT_PATH if it exists")
 @add_merge_options
@@ -52,8 +54,9 @@ def main(
 ) -> None:
     """Merge models as the RECIPE (a mergekit YAML) says, and write the result to OUT_PATH.
 
-    The same as mergekit-yaml, with `merge_method: wp` known, every check before the first weight is read, and
-    an audit of the result. Score files are looked for in the working directory, then beside the recipe.
+    The same as mergekit-yaml, with `merge_method: wp` and `widen` known, every check before the first weight is
+    read, and an audit of the result. Score files are looked for in the working directory, then beside the recipe.
+    Models are read from safetensors alone, whatever the method.
     """
     merge_options.apply_global_options()
     register()
@@ -79,12 +82,12 @@ def main(
 def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
     recipe.prepare(options, merge_loras=False)
     plan = recipe.plan(out, options)
-    if plan is None:
-        click.echo(f"{recipe.path}: merge_method {recipe.method}; mergekit can plan it, wp has nothing to check.")
-        return
     check_plan(MergePlan(plan.tensors, plan.checkpoints, None))
     check_room(plan.nbytes(), out, touch=False)
-    click.echo(shares_table(plan))
+    if plan.method == WP:
+        click.echo(shares_table(plan))
+    else:
+        click.echo(f"merge_method {plan.method}: {len(plan.tensors)} tensors of {len(plan.checkpoints)} models.")
     click.echo(f"all checks passed; the merge would write {size_text(plan.nbytes())} to {out}. Nothing was written.")
 
 
@@ -96,11 +99,11 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
         options = options.model_copy(update={"lora_merge_cache": str(work / "loras")})
     recipe.prepare(options, merge_loras=True)
     plan = recipe.plan(work / out.name, options)
-    if plan is not None:
-        check_plan(plan)
+    check_plan(plan)
     # Under the name that it will have: the model card quotes it.
     run_merge(recipe.config(), str(work / out.name), options, config_source=recipe.text)
-    _copy_generation_config(plan, work / out.name)
+    if recipe.config().base_model is not None:
+        _copy_generation_config(plan, work / out.name)
     if not audited:
         return
     if not options.safe_serialization:
@@ -118,10 +121,8 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
         ) from error
 
 
-def _copy_generation_config(plan: MergePlan | None, merged: Path) -> None:
+def _copy_generation_config(plan: MergePlan, merged: Path) -> None:
     """mergekit leaves it out when the recipe has a `tokenizer:`; the merged model is the base's in this too."""
-    if plan is None:
-        return
     original = plan.checkpoints[plan.tensors[0].base].folder / "generation_config.json"
     if original.is_file() and not (merged / original.name).exists():
         shutil.copy(original, merged / original.name)

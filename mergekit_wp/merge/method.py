@@ -10,20 +10,16 @@ Recipe:
       - model: EXPERT_B
         parameters: {scores: b.safetensors}
 
-Imported while `mergekit.merge_methods` is half initialised (see `autoload`), so of mergekit it may import
-`merge_methods.base` alone, at the top. Importing it registers the method.
+Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import Annotated, Any
 
 import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
-    BatchOptions,
-    GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     ParameterScope,
@@ -35,8 +31,9 @@ from pydantic import BeforeValidator
 
 from mergekit_wp.components import slot_of
 from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.checked import CheckedMethod, not_finite, register_method
 from mergekit_wp.merge.fusion import NotFiniteError, fuse
-from mergekit_wp.merge.plan import METHOD_NAME
+from mergekit_wp.merge.plan import WP
 from mergekit_wp.merge.shares import load_scores, tensor_shares
 
 _REFERENCE = "https://arxiv.org/abs/2604.13694"
@@ -51,7 +48,7 @@ def _checked_scores(value: Any) -> str:
     return value
 
 
-class WeightPatchingMerge(GroupMergeMethod):
+class WeightPatchingMerge(CheckedMethod):
     """theta_fuse(c) = theta_base + sum_k alpha_k(c) (theta_k - theta_base), METHOD.md 4.
 
     `scores` (under each expert): the path of its score file; a relative path starts at the working directory.
@@ -59,7 +56,7 @@ class WeightPatchingMerge(GroupMergeMethod):
     """
 
     spec = MergeMethodSpec(
-        name=METHOD_NAME,
+        name=WP,
         pretty_name="Weight Patching",
         reference_url=_REFERENCE,
         parameters=(
@@ -80,30 +77,6 @@ class WeightPatchingMerge(GroupMergeMethod):
         ),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     )
-
-    def validate_inputs(
-        self,
-        input_ids: Sequence[Hashable],
-        base_id: Hashable | None = None,
-        *,
-        group_name: str | None = None,
-    ) -> None:
-        """Refuse a recipe without a base or without experts.
-
-        mergekit calls this before it plans anything, so here the method also takes its seat in the task graph.
-        """
-        from mergekit_wp.merge.seams import install
-
-        install()
-        where = f" for {group_name}" if group_name else ""
-        if base_id is None or base_id not in input_ids:
-            raise BadInput(f"merge_method wp needs base_model{where}: name the model that the experts were tuned from.")
-        if len(input_ids) < 2:
-            raise BadInput(f"merge_method wp found no expert beside {base_id}{where}; list one or more models.")
-        try:
-            super().validate_inputs(input_ids, base_id, group_name=group_name)
-        except ValueError as error:
-            raise BadInput(f"merge_method wp: {error}.") from error
 
     def merge_group(
         self,
@@ -135,36 +108,13 @@ class WeightPatchingMerge(GroupMergeMethod):
                 out_dtype or base.tensor.dtype,
             )
         except NotFiniteError:
-            bad = [str(e.id) for e in experts if not bool(torch.isfinite(e.tensor).all())]
-            raise BadInput(
-                f"{' and '.join(bad) or 'the experts'}: {source_name or group.metadata.name} holds a NaN or an "
-                "infinity; download or save that checkpoint again."
-            ) from None
-
-    def _execute(
-        self,
-        groups: Sequence[TensorGroup],
-        parameters: list[dict[str, Any]],
-        options: BatchOptions,
-        *,
-        input_dtypes: Sequence[torch.dtype | None],
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """As mergekit's, without its promotion of whole tensors to a common dtype: `fuse` converts tiles."""
-        return tuple(
-            self.merge_group(group, out_dtype=out_dtype, **bound)
-            for group, bound in zip(groups, parameters, strict=True)
-        )
+            raise not_finite(group, source_name) from None
 
 
 def register() -> None:
     """Add the method to mergekit's registry; idempotent. Raises `ValueError` if another `wp` is there."""
-    from mergekit.merge_methods import registry
-
-    held = registry._METHODS.get(METHOD_NAME)
-    if type(held).__qualname__ != WeightPatchingMerge.__qualname__:
-        registry.register(WeightPatchingMerge())
+    register_method(WeightPatchingMerge)
 
 
-# When this module is what made mergekit load, the hook in `autoload` came while it was half imported.
+# When this module's own import is what made mergekit load, `autoload` left it out.
 register()

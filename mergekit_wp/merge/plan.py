@@ -2,7 +2,8 @@
 
 mergekit plans a merge as one `ExecuteMergeMethodTask` an output tensor, gathered under one `FinalizeModel`.
 A `PlannedTensor` is one of the former in plain words: which tensor of which checkpoint goes in, with which
-score files, and what comes out. The checks (`checks`), the disk estimate and the audit all read this.
+score files, and what comes out. The checks (`checks`), the disk estimate and the audit all read this. A merge by
+one of mergekit's own methods is planned in the same way, so that wp-merge can look at it beforehand.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp.autoload import METHODS
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, TensorHeader, fingerprint_of, read_header
 from mergekit_wp.errors import BadInput
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from mergekit.io.tasks import FinalizeModel
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-METHOD_NAME = "wp"
+WP, WIDEN = "wp", "widen"
+OURS = tuple(METHODS)
+"""The methods of this package, by the names that recipes give them."""
 
 # safetensors' names of the dtypes that a merge can read, and torch's names of the same.
 TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -50,22 +54,36 @@ class WeightFile(Checkpoint):
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor. `sources` gives each input's tensor name in its own checkpoint, None if absent."""
+    """One output tensor. `sources` gives each input's tensor name in its own checkpoint, None if absent.
 
+    base: where another method has none, the first model, which gives the shapes to compare with.
+    """
+
+    method: str
     output: str
     sources: Mapping[ModelReference, str | None]
     base: ModelReference
     experts: tuple[ModelReference, ...]
     scores: tuple[str, ...]
-    allow_mismatch: bool
+    """Of each expert; () where the method takes none."""
+    parameters: Mapping[str, Any]
+    """The recipe's parameters of the method that are not an expert's own."""
     read_dtype: str | None
     """The recipe's `dtype`: inputs are converted to it as they are read."""
     write_dtype: str | None
     """The recipe's `out_dtype`."""
     realigned: bool
     """A `tokenizer:` in the recipe brings the rows of all inputs into one vocabulary."""
+    truncated: bool
+    """--unsafe-truncate-embeddings cuts all inputs to the shortest."""
+    optional: bool
+    """mergekit leaves it out of the output where no input has it."""
     in_base: bool
     """The base's checkpoint has this tensor itself, so the merged one shall have it too."""
+
+    @property
+    def allow_mismatch(self) -> bool:
+        return bool(self.parameters.get("allow_mismatch", False))
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
@@ -84,6 +102,15 @@ class MergePlan:
     tensors: tuple[PlannedTensor, ...]
     checkpoints: Mapping[ModelReference, Checkpoint]
     out: Path | None
+
+    @property
+    def method(self) -> str:
+        return self.tensors[0].method
+
+    @property
+    def ours(self) -> bool:
+        """The method is one of this package."""
+        return self.method in OURS
 
     def header(self, model: ModelReference, name: str | None) -> TensorHeader | None:
         return self.checkpoints[model].tensors.get(name or "")
@@ -119,21 +146,23 @@ class MergePlan:
         return fingerprint_of(str(model)) if model.lora else self.checkpoints[model].fingerprint
 
 
-def wp_tasks(finalize: FinalizeModel) -> list[tuple[ExecuteMergeMethodTask, str | None]]:
-    """The tasks of this method that mergekit's last task waits for, each with the dtype it is saved in."""
+def merge_tasks(
+    finalize: FinalizeModel, *, any_method: bool = False
+) -> list[tuple[ExecuteMergeMethodTask, str | None]]:
+    """The tasks of our methods (or any_method) that mergekit's last task waits for, each with its saved dtype."""
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
     pairs = ((getattr(save, "tensor_task", None), save) for save in finalize.tensor_save_tasks)
     return [
         (task, getattr(save, "dtype", None))
         for task, save in pairs
-        if isinstance(task, ExecuteMergeMethodTask) and task.method_name == METHOD_NAME
+        if isinstance(task, ExecuteMergeMethodTask) and (any_method or task.method_name in OURS)
     ]
 
 
-def read_plan(finalize: FinalizeModel) -> MergePlan | None:
-    """The plan behind mergekit's last task; None when another method does the merging."""
-    tasks = wp_tasks(finalize)
+def read_plan(finalize: FinalizeModel, *, any_method: bool = False) -> MergePlan | None:
+    """The plan behind mergekit's last task; None when there is none, or another's method does the merging."""
+    tasks = merge_tasks(finalize, any_method=any_method)
     return _plan(tasks, Path(finalize.writer_task.out_path)) if tasks else None
 
 
@@ -151,21 +180,10 @@ def _plan(pairs: Iterable[tuple[ExecuteMergeMethodTask, str | None]], out: Path 
 def _planned(task: ExecuteMergeMethodTask, save_dtype: str | None, checkpoints: dict[Any, Checkpoint]) -> PlannedTensor:
     from mergekit.merge_methods.task_adapter import TensorDictWrapper
     from mergekit.tokenizer import PermutedVocabulary
+    from mergekit.tokenizer.truncate import TruncatedVocabulary
 
     inputs: Any = task.gather_tensors
-    base = task.base_model
-    assert base is not None  # validate_inputs refused anything else
-    if isinstance(inputs, TensorDictWrapper):
-        candidates = {model: [inputs.tensors[model].tensor_name] for model in inputs.tensors}
-        read_dtype = task.dtype
-    else:
-        # Under a tokenizer config or --unsafe-truncate-embeddings the gathering lies one level deeper.
-        gather = getattr(inputs, "gather_tensors", inputs)
-        candidates = {
-            model: [info.name, *(info.aliases or ()), *(info.tied_names or ())]
-            for model, info in gather.weight_info.items()
-        }
-        read_dtype = gather.dtype
+    candidates, read_dtype = _input_names(task)
     for model in task.model_order:
         if model not in candidates:
             raise BadInput(
@@ -177,21 +195,42 @@ def _planned(task: ExecuteMergeMethodTask, save_dtype: str | None, checkpoints: 
     sources = {
         model: next((name for name in names if name in checkpoints[model].tensors), None)
         for model, names in candidates.items()
+        if model in checkpoints
     }
+    base = task.base_model if task.base_model in sources else task.model_order[0]
     experts = tuple(model for model in task.model_order if model != base)
     own_names = [task.output_weight.name, *(task.output_weight.aliases or ())]
     return PlannedTensor(
+        method=task.method_name,
         output=task.output_weight.name,
         sources=sources,
         base=base,
         experts=experts,
-        scores=tuple(task.input_parameters[model]["scores"] for model in experts),
-        allow_mismatch=bool(task.parameters["allow_mismatch"]),
+        scores=tuple(task.input_parameters[model]["scores"] for model in experts) if task.method_name == WP else (),
+        parameters=dict(task.parameters.items()),
         read_dtype=read_dtype,
         write_dtype=save_dtype or task.out_dtype,
         realigned=isinstance(inputs, PermutedVocabulary),
+        truncated=isinstance(inputs, TruncatedVocabulary),
+        optional=bool(task.output_weight.optional),
         in_base=not task.output_weight.optional or sources[base] in own_names,
     )
+
+
+def _input_names(task: ExecuteMergeMethodTask) -> tuple[dict[ModelReference, list[str]], str | None]:
+    """The names that each input may have the tensor under, and the dtype that it is read in."""
+    from mergekit.merge_methods.task_adapter import TensorDictWrapper
+
+    inputs: Any = task.gather_tensors
+    if isinstance(inputs, TensorDictWrapper):
+        return {model: [inputs.tensors[model].tensor_name] for model in inputs.tensors}, task.dtype
+    # Under a tokenizer config or --unsafe-truncate-embeddings the gathering lies one level deeper.
+    gather = getattr(inputs, "gather_tensors", inputs)
+    names = {
+        model: [info.name, *(info.aliases or ()), *(info.tied_names or ())]
+        for model, info in gather.weight_info.items()
+    }
+    return names, gather.dtype
 
 
 def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
-from mergekit_wp.merge.plan import METHOD_NAME, MergePlan, read_plan
+from mergekit_wp.merge.plan import WIDEN, WP, MergePlan, read_plan
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-_PARAMETERS = ("scores", "allow_mismatch")
+# mergekit would ignore any other in silence.
+_PARAMETERS = {WP: ("scores", "allow_mismatch"), WIDEN: ("t", "s")}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,6 @@ class Recipe:
 
         cache = LoaderCache()
         cache.setup(options)
-        if self.method != METHOD_NAME:
-            return
         for model in self.config().referenced_models():
             bare = ModelReference(model=model.model)
             folder = self._local_path(bare, options)
@@ -62,22 +61,27 @@ class Recipe:
             elif model.lora:
                 cache.loaders[model] = bare.lazy_loader(cache_dir=options.transformers_cache)
 
-    def plan(self, out: Path, options: MergeOptions) -> MergePlan | None:
-        """What mergekit would do; None when the method is not wp. Reads headers only."""
+    def plan(self, out: Path, options: MergeOptions) -> MergePlan:
+        """What mergekit would do, by whatever method. Reads headers only."""
         from mergekit.architecture import get_architecture_info
         from mergekit.io.tasks import FinalizeModel
         from mergekit.merge import _model_out_config
         from mergekit.plan import MergePlanner
 
-        def plan() -> MergePlan | None:
+        def plan() -> MergePlan:
             config = self.config()
             architecture = get_architecture_info(config, options)
             out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
             planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
             targets = planner.plan_to_disk(out_path=str(out))
-            return read_plan(next(task for task in targets if isinstance(task, FinalizeModel)))
+            finalize = next(task for task in targets if isinstance(task, FinalizeModel))
+            found = read_plan(finalize, any_method=True)
+            if found is None:
+                raise ValueError("there is no tensor to merge")
+            return found
 
-        return self._by_mergekit(plan)
+        planned: MergePlan = self._by_mergekit(plan)
+        return planned
 
     def _local_path(self, model: ModelReference, options: MergeOptions) -> str:
         try:
@@ -99,15 +103,17 @@ class Recipe:
 
 def read_recipe(path: str) -> Recipe:
     """Read and complete a recipe. Raises `BadInput`, naming the file, for anything but a YAML mapping with a
-    `merge_method`, and for a parameter that wp does not know (mergekit would ignore it)."""
+    `merge_method`, and for a parameter that one of our methods does not know (mergekit would ignore it)."""
     content = read_yaml_mapping(path, "recipe")
     if "merge_method" not in content:
-        raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {METHOD_NAME}`.")
-    if content["merge_method"] == METHOD_NAME:
+        raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {WP}`.")
+    method = content["merge_method"]
+    if isinstance(method, str) and method in _PARAMETERS:
+        known = _PARAMETERS[method]
         for parameters in _parameters(content):
-            if unknown := sorted(set(parameters) - set(_PARAMETERS)):
+            if unknown := sorted(set(parameters) - set(known)):
                 raise BadInput(
-                    f"{path}: unknown parameter {unknown[0]}; merge_method wp knows {' and '.join(_PARAMETERS)}."
+                    f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {' and '.join(known)}."
                 )
             scores = parameters.get("scores")
             if isinstance(scores, str) and not Path(scores).exists():

@@ -1,4 +1,4 @@
-"""The two places where the method takes a seat in mergekit's task graph; other methods pass by untouched.
+"""The two places where our methods take a seat in mergekit's task graph; other methods pass by untouched.
 
 `FinalizeModel.arguments` is called once a merge, while the executor builds the graph, on every route
 (mergekit-yaml, -multi, -pytorch, multi-GPU), after all planning and before any tensor is read. It is the only
@@ -6,10 +6,10 @@ task that sees the whole merge: every output tensor, the output folder and the o
 run.
 
 `ExecuteMergeMethodTask.execute` adapts one tensor: mergekit validates shapes before the method runs, tells
-the method the name of the output only, and promotes mixed dtypes. There expert embeddings are cut to the
+a method the name of the output only, and promotes mixed dtypes. There expert embeddings are cut to the
 base's rows, the source's name and the output dtype are handed on, and a tied LM head is not written.
 
-`install` is called by the method itself when mergekit first asks it to validate a recipe.
+`install` is called by a method itself when mergekit first asks it to validate a recipe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.components import VOCABULARY_TENSORS
 from mergekit_wp.merge.checks import check_inputs, check_plan
-from mergekit_wp.merge.plan import METHOD_NAME, MergePlan, PlannedTensor, read_plan, read_task, wp_tasks
+from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
         plan = read_plan(self)
         if plan is not None:
             check_plan(plan)
-            for (task, _), tensor in zip(wp_tasks(self), plan.tensors, strict=True):
+            for (task, _), tensor in zip(merge_tasks(self), plan.tensors, strict=True):
                 _seats[task] = _seat(plan, tensor)
         return original(self)
 
@@ -76,7 +76,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
 def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def execute(self: Any, tensors: dict[ModelReference, torch.Tensor], **rest: Any) -> Any:
-        if self.method_name != METHOD_NAME:
+        if self.method_name not in OURS:
             return original(self, tensors, **rest)
         seat = _seats.get(self) or _seat_in_memory(self)
         if not seat.written:
