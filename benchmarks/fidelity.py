@@ -12,14 +12,22 @@ ranking: the method's top 2K, put in order by exact.
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
 from mergekit_wp.scorefile import Scores, read_scores, write_scores
-from mergekit_wp.scoring.engine import score
+from mergekit_wp.scoring.batches import batches, tokenize_tasks
+from mergekit_wp.scoring.directions import extract_all
+from mergekit_wp.scoring.engine import anchor_layer, patch_plan, score, task_run
 from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.pairs import load_pairs, split_pairs
+from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.scoring.team import Team
+from mergekit_wp.scoring.wave import Item, Wave, patch_layer
 
 PAIRS = ("instruction", "maths", "code")
 METHODS = ("attr", "writeback", "atp", "ap")
@@ -32,14 +40,17 @@ def scores_of(world: Path, pair: str, method: str, utility: str, out: Path) -> S
     if file.is_file():
         return read_scores(file)
     out.mkdir(parents=True, exist_ok=True)
-    job = ScoringJob(
+    click.echo(f"Scoring {pair} by {method} ({utility})", err=True)
+    found = score(job_of(world, pair, method, utility), out=file)
+    write_scores(found, file)
+    return found
+
+
+def job_of(world: Path, pair: str, method: str, utility: str) -> ScoringJob:
+    return ScoringJob(
         str(world / "base"), str(world / pair), str(world / f"pairs/{pair}.jsonl"), method=method, utility=utility,
         device="cpu", offload="none",
     )  # fmt: skip
-    click.echo(f"Scoring {pair} by {method} ({utility})", err=True)
-    found = score(job, out=file)
-    write_scores(found, file)
-    return found
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor, count: int) -> float:
@@ -69,23 +80,25 @@ def error_by_layer(a: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 def row(kind: str, got: torch.Tensor, exact: torch.Tensor) -> list[float]:
     counts = HEADS if kind == "heads" else NEURONS
     plain = [overlap(got, exact, count) for count in counts]
-    second = overlap(reranked(got, exact, counts[-1]), exact, counts[-1])
-    return [*plain, second, spearman(got, exact), float((got - exact).norm() / exact.norm())]
+    second = [overlap(reranked(got, exact, count), exact, count) for count in (counts[0], counts[-1])]
+    return [*plain, *second, spearman(got, exact), float((got - exact).norm() / exact.norm())]
 
 
 @click.command()
 @click.argument("world", type=click.Path(exists=True, path_type=Path))
 @click.option("--utility", default="staged", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/fidelity"), show_default=True)
+@click.option("--why", default=5, show_default=True, help="Look into that many of the worst components of each kind.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the error by layer here (.png).")
-def main(world: Path, utility: str, out: Path, picture: Path | None) -> None:
+def main(world: Path, utility: str, out: Path, why: int, picture: Path | None) -> None:
     """Print two Markdown tables, heads and neurons, and the errors by layer."""
     errors: dict[tuple[str, str, str], torch.Tensor] = {}
     folder = out / world.name
     for kind, counts in (("heads", HEADS), ("neurons", NEURONS)):
         tops = " | ".join(f"top {count}" for count in counts)
-        click.echo(f"\n| {kind} | method | {tops} | top {counts[-1]}, +2K exact | Spearman | error |")
-        click.echo("|---|---" + "|---" * (len(counts) + 3) + "|")
+        second = f"top {counts[0]}, +2K exact | top {counts[-1]}, +2K exact"
+        click.echo(f"\n| {kind} | method | {tops} | {second} | Spearman | error |")
+        click.echo("|---|---" + "|---" * (len(counts) + 4) + "|")
         for pair in PAIRS:
             exact = getattr(scores_of(world, pair, "exact", utility, folder), kind)
             for method in METHODS:
@@ -98,6 +111,54 @@ def main(world: Path, utility: str, out: Path, picture: Path | None) -> None:
     click.echo(f"\n{world.name}, utility {utility}, float32, torch {torch.__version__}, {datetime.date.today()}")
     if picture is not None:
         draw(errors, picture)
+    if why:
+        click.echo("\n| pair | component | linear (writeback) | 1/8 of the write, x 8 | half, x 2 | whole (exact) |")
+        click.echo("|---|---|---|---|---|---|")
+        for pair in PAIRS:
+            explain(world, pair, utility, folder, why)
+
+
+def explain(world: Path, pair: str, utility: str, out: Path, count: int) -> None:
+    """Of the components that writeback gets most wrong, the effect of a part of their write, over that part.
+
+    A value that starts at the linear one and leaves it as the part grows shows curvature downstream of the write; one
+    that differs from the start would be an error of ours.
+    """
+    linear, exact = (scores_of(world, pair, method, utility, out) for method in ("writeback", "exact"))
+    masks = {}
+    for kind in ("heads", "neurons"):
+        wrong = (getattr(linear, kind) - getattr(exact, kind)).abs()
+        masks[kind] = torch.zeros_like(wrong, dtype=torch.bool)
+        masks[kind].view(-1)[wrong.flatten().topk(count).indices] = True
+    subset = Subset(masks["heads"], masks["neurons"])
+    parts = {fraction: partly(world, pair, utility, subset, fraction) for fraction in (0.125, 0.5, 1.0)}
+    for kind, letter in (("heads", "H"), ("neurons", "N")):
+        for layer, index in masks[kind].nonzero().tolist():
+            values = [getattr(linear, kind)[layer, index], *(t[kind][layer, index] / f for f, t in parts.items())]
+            click.echo(f"| {pair} | L{layer}{letter}{index} | " + " | ".join(f"{float(v):.4f}" for v in values) + " |")
+
+
+def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float) -> dict[str, torch.Tensor]:
+    """Exact effects, mean over tasks, of a fraction of each chosen component's write."""
+    job = job_of(world, pair, "exact", utility)
+    checked = check_pair(job)
+    models = load_pair(job, checked)
+    anchor = anchor_layer(None, checked.base.geometry.layers)
+    texts = split_pairs(load_pairs(job.pairs, None, 0), job.split, 0)
+    tasks = tokenize_tasks(load_tokenizer(checked.base, False), texts, job.template, checked.context_limit)
+    directions = extract_all(models.base, models.expert, tasks, anchor + 1, job.batch_size)
+    plan = replace(patch_plan(models, subset, Team(), lambda _done: None), fraction=fraction)
+    total = {kind: torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
+    for task, found in zip(tasks, directions, strict=True):
+        run = task_run(job, models, task, anchor, found)
+        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, models.device)]
+        wave = Wave(models, "exact", items, keep_graphs=False)
+        for layer in range(models.geometry.layers):
+            layers = (stack.model.model.layers[layer] for stack in (models.base, models.expert))
+            patch_layer(wave, plan, layer, *layers)
+        for kind, table in run.finish().items():
+            total[kind] += table["whole"] / len(tasks)
+    return total
 
 
 def draw(errors: dict[tuple[str, str, str], torch.Tensor], path: Path) -> None:
@@ -115,7 +176,7 @@ def draw(errors: dict[tuple[str, str, str], torch.Tensor], path: Path) -> None:
         axis.set_xlabel("layer")
     for axis in axes[:, 0]:
         axis.set_ylabel("error, |s - exact| / |exact|")
-    axes[0][0].legend(frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     click.echo(f"Written: {path}")
 

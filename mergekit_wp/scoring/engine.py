@@ -77,7 +77,7 @@ def score(
         )
         inputs = {**_inputs(job, checked), "anchor layer": layer}  # which rounding may decide
         resume = Resume(folder_for(out) if out and team.first else None, inputs, _now())
-        runs = [_task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
+        runs = [task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
         if job.method in PATCHING:
             _patch(job, pair, tasks, runs, subset, team, resume, start)
         else:
@@ -135,7 +135,8 @@ def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
     return Subset.choose(checked.base.geometry, job.components, layers, ranked)
 
 
-def _task_run(job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, found: Directions) -> TaskRun:
+def task_run(job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, found: Directions) -> TaskRun:
+    """Empty sums of a task whose gauges read the anchor at `layer`."""
     shape = pair.geometry
     gauges = make_gauges(job.utility, layer, shape.layers, found.v_LD[layer], shape.vocabulary)
     return TaskRun(task.task, job.method, shape, gauges, job.gap, job.gap_floor, pair.device)

@@ -41,10 +41,10 @@ class Restart:
     gauge: Gauge
     target: torch.Tensor
 
-    def utilities(self, kind: str, patch: Patch, components_C: torch.Tensor) -> torch.Tensor:
-        """F of the base with each component patched alone, float64 [C, B]."""
+    def utilities(self, kind: str, patch: Patch, components_C: torch.Tensor, fraction: float = 1.0) -> torch.Tensor:
+        """F of the base with each component patched alone, or that `fraction` of its write: float64 [C, B]."""
         last = self.index == self.gauge.layer  # nothing above: the anchors are all that is read
-        changes_CBTD = self._changes(kind, patch, components_C, last)
+        changes_CBTD = fraction * self._changes(kind, patch, components_C, last)
         above = self._rest_of_layer(kind, changes_CBTD, last)
         anchors = self.batch.last_B.repeat(len(components_C))
         if last:

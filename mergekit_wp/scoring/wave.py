@@ -171,6 +171,7 @@ class PatchPlan:
 
     room         bytes that the stacked activations may take
     most_tokens  of patched prompts in a step; products do not get faster with more
+    fraction     of each component's change that is put in: 1 patches; less shows how curved the way to there is
     """
 
     subset: Subset
@@ -178,6 +179,7 @@ class PatchPlan:
     most_tokens: int
     team: Team
     tick: Callable[[float], object]
+    fraction: float = 1.0
 
     def width(self, pair: ModelPair, batch: Batch) -> int:
         """Components to stack on this batch: as many as the room and the most useful tokens allow, at least one."""
@@ -212,7 +214,7 @@ def patch_layer(wave: Wave, plan: PatchPlan, index: int, base: Any, expert: Any)
             with pair.base.autocast():
                 patch = _patch(wave.method, kind, pair, base, expert, record, other)
             for components_C in components:
-                gained_CB = restart.utilities(kind, patch, components_C) - item.base[gauge.name]
+                gained_CB = restart.utilities(kind, patch, components_C, plan.fraction) - item.base[gauge.name]
                 values_C = (gained_CB * item.weights[gauge.name]).sum(1)
                 item.run.add_some(kind, index, components_C, values_C)
                 plan.tick(len(components_C) * len(item.batch.last_B))
