@@ -89,6 +89,11 @@ class World:
         ]
         return {"merge_method": "wp", "base_model": str(self.base), "models": models, **more}
 
+    def widen(self, **more: Any) -> dict[str, Any]:
+        """The same merge without scores."""
+        models = [{"model": str(self.expert(k))} for k in range(self.experts)]
+        return {"merge_method": "widen", "base_model": str(self.base), "models": models, **more}
+
     def recipe(self, config: dict[str, Any] | None = None, name: str = "recipe.yaml") -> Path:
         path = self.root / name
         path.write_text(yaml.safe_dump(config or self.config()))

@@ -44,7 +44,7 @@ def test_disabled_by_the_environment():
 def test_registers_leaves_no_trace_and_warns_of_nothing():
     code = HOOKED + (
         "from mergekit.merge_methods import registry as r; "
-        "print('wp' in r._METHODS, type(r.__loader__).__name__, type(r.__spec__.loader).__name__, "
+        "print('wp' in r._METHODS and 'widen' in r._METHODS, type(r.__loader__).__name__, type(r.__spec__.loader).__name__, "
         "sum(type(f).__name__ == '_Finder' for f in sys.meta_path)); "
         "import mergekit_wp.merge; mergekit_wp.merge.register(); print(len(r.registered_methods()))"
     )
@@ -54,21 +54,25 @@ def test_registers_leaves_no_trace_and_warns_of_nothing():
     assert int(count) > 10
 
 
-@pytest.mark.parametrize("first", ["mergekit_wp.merge.method", "mergekit.merge"])
+@pytest.mark.parametrize("first", ["mergekit_wp.merge.method", "mergekit_wp.merge.widen", "mergekit.merge"])
 def test_any_order_of_imports(first):
-    code = HOOKED + f"import {first}; from mergekit.merge_methods import registry as r; print('wp' in r._METHODS)"
+    code = (
+        HOOKED
+        + f"import {first}; from mergekit.merge_methods.registry import _METHODS as m; print('wp' in m, 'widen' in m)"
+    )
     done = run(code, "-W", "error::RuntimeWarning")
-    assert done.stdout.strip() == "True", done.stderr
+    assert done.stdout.strip() == "True True", done.stderr
 
 
 def test_a_broken_method_leaves_mergekit_working():
     code = (
         "import sys; sys.modules['mergekit_wp.merge.method'] = None; "
         + HOOKED
-        + "from mergekit.merge_methods import registry as r; print('linear' in r._METHODS, 'wp' in r._METHODS)"
+        + "from mergekit.merge_methods.registry import _METHODS as m; print('linear' in m, 'wp' in m, 'widen' in m)"
     )
     done = run(code)
-    assert done.stdout.strip() == "True False", done.stderr
+    assert done.stdout.strip() == "True False True", done.stderr
+    assert "merge_method: widen" not in done.stderr
     assert "`merge_method: wp` is not available (ModuleNotFoundError" in done.stderr
 
 

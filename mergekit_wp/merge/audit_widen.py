@@ -121,9 +121,12 @@ def _differences(columns: _Columns) -> list[tuple[torch.Tensor, torch.Tensor]]:
         # 1 - cos of two unit vectors is half their squared distance; a column of length 0 has no direction.
         direction_KC = ((units_KOC - unit_OC).square().sum(1) / 2).nan_to_num(nan=1.0)
         change_KC = (experts_KOC - base_OC).norm(dim=1)
+        # Norms of equal columns may differ in their last bit.
+        length_KC = (m_KC - m0_C).abs()
+        length_KC[change_KC == 0] = 0
         direction_KC[change_KC == 0] = 0
         relative_KC = (change_KC.square() / (m0_C * m_KC)).nan_to_num(nan=0.0, posinf=0.0)
-        blocks.append(torch.stack([(m_KC - m0_C).abs(), change_KC, direction_KC, relative_KC]))
+        blocks.append(torch.stack([length_KC, change_KC, direction_KC, relative_KC]))
     length_KC, change_KC, direction_KC, relative_KC = torch.cat(blocks, 2)
     return [
         (length_KC, _RELATIVE * length_KC + _ABSOLUTE * change_KC),
