@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mergekit_wp.files import atomic_path, write_text
+
+LOG = logging.getLogger(__name__)
 
 
 class Resume:
@@ -34,6 +37,8 @@ class Resume:
         if state.get("digest") == digest:
             self.date, self.found = state["date"], len(list(folder.glob("*.safetensors")))
             return
+        if state:
+            LOG.warning("Other settings than those of the finished layers in %s: starting afresh.", folder)
         shutil.rmtree(folder, ignore_errors=True)
         write_text(folder / "run.json", json.dumps({"digest": digest, "date": date}))
 
