@@ -1,11 +1,12 @@
 # make demo   the whole loop on a small world that it trains itself (about 10 minutes from nothing on 2 cores)
 # make test   the tests
 # make check  ruff lint and format, mypy
+# make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml
 # Each makes .venv on first use, with pip under constraints.txt. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check venv wheel-test clean
+.PHONY: demo test check recipes venv wheel-test clean
 
 demo: .venv/ready
 	$(BIN)/python -m mergekit_wp.demo
@@ -17,6 +18,9 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+recipes: .venv/ready
+	$(BIN)/python recipes/make.py
 
 # Build the wheel, install it in a fresh environment, run one merge there with the stock mergekit-yaml.
 wheel-test:

@@ -1,7 +1,8 @@
-"""Time and memory of `merge_method: wp` against mergekit's own methods, on the same random models.
+"""Time and memory of `merge_method: wp` and `widen` against mergekit's own methods, on the same random models.
 
     python benchmarks/merge.py                         # 1.2 B parameters, wp against linear, about 3 minutes
     python benchmarks/merge.py --size small            # seconds; says little beyond "it runs"
+    python benchmarks/merge.py --methods widen,linear  # WIDEN against linear
     python benchmarks/merge.py --methods all           # with ties and dare_ties, about 10 minutes more
 
 A random bfloat16 Llama, three experts and their score files are made in --folder (and reused if they are
@@ -35,7 +36,7 @@ from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScor
 
 # (hidden, MLP, layers, heads, vocabulary)
 SIZES = {"small": (256, 704, 4, 8, 2000), "1.2b": (2048, 5632, 21, 32, 32000)}
-METHODS = ("wp", "linear", "task_arithmetic", "dare_ties", "ties")
+METHODS = ("wp", "widen", "linear", "task_arithmetic", "dare_ties", "ties")
 EXPERTS = 3
 
 
@@ -142,7 +143,8 @@ def write_recipe(root: Path, method: str) -> Path:
             weight["density"] = 0.5
         if method == "wp":
             weight = {"scores": str(root / f"expert{k}.scores.safetensors")}
-        models.append({"model": str(root / f"expert{k}"), "parameters": weight})
+        own = {} if method == "widen" else {"parameters": weight}  # it weighs the experts by itself
+        models.append({"model": str(root / f"expert{k}"), **own})
     recipe: dict[str, object] = {"merge_method": method, "models": models}
     if method != "linear":
         recipe["base_model"] = str(root / "base")

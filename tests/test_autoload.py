@@ -44,7 +44,7 @@ def test_disabled_by_the_environment():
 def test_registers_leaves_no_trace_and_warns_of_nothing():
     code = HOOKED + (
         "from mergekit.merge_methods import registry as r; "
-        "print('wp' in r._METHODS and 'widen' in r._METHODS, type(r.__loader__).__name__, type(r.__spec__.loader).__name__, "
+        "print({'wp', 'widen'} <= set(r._METHODS), type(r.__loader__).__name__, type(r.__spec__.loader).__name__, "
         "sum(type(f).__name__ == '_Finder' for f in sys.meta_path)); "
         "import mergekit_wp.merge; mergekit_wp.merge.register(); print(len(r.registered_methods()))"
     )
