@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_wp.merge import tiles
 from mergekit_wp.merge.fusion import fuse
@@ -222,3 +223,33 @@ def test_inputs_are_left_alone_and_shapes_must_fit():
         column_weights(base[None], [experts[0][None]])
     assert column_weights(base[:0], [e[:0] for e in experts]).shape == (2, 6)
     assert column_weights(base[:, :0], [e[:, :0] for e in experts]).shape == (2, 0)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation makes."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.nbytes = {x.untyped_storage().data_ptr() for x in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_no_temporary_is_as_large_as_a_tensor(by_row, monkeypatch):
+    """Beyond the output, tiles of 256 elements and a few numbers a column, however large the matrix."""
+    monkeypatch.setattr(tiles, "_CPU_TILE", 256)
+    monkeypatch.setattr(tiles, "_SERIAL", 10**9)  # on this thread, where it can be watched
+    base, experts = pair(3, (400, 60) if by_row else (60, 400), dtype=torch.bfloat16)
+    columns, K = 400, 3
+    with Largest(base, *experts) as watched:
+        weights = column_weights(base, experts, by_row=by_row)
+    assert watched.nbytes <= (2 * K + 1) * columns * 8
+    with Largest(base, *experts) as watched:
+        fuse(experts, weights, 0 if by_row else 1, torch.bfloat16, base)
+    assert watched.nbytes == base.numel() * 2  # the output itself
