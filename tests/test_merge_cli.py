@@ -37,10 +37,10 @@ def files_under(root):
     return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*")}
 
 
-def plan_of(world, out):
+def plan_of(world, out, config=None):
     from mergekit.options import MergeOptions
 
-    recipe = read_recipe(str(world.recipe()))
+    recipe = read_recipe(str(world.recipe(config)))
     recipe.prepare(MergeOptions(), merge_loras=False)
     return recipe.plan(out, MergeOptions())
 
@@ -173,9 +173,19 @@ def test_audit_catches_nan_and_missing_weights(world):
         audit(out, None, say=lambda _: None)
 
 
+def test_the_audit_knows_power_and_scale(world):
+    """It recomputes the merge with them, and finds one that was made without."""
+    out = world.root / "out-options"
+    both, one = ({"power": 2.0, "scale": 1.3}, {"scale": 1.3})
+    assert "48 slices of 12 kinds" in run(world.recipe(world.config(parameters=both)), out)
+    run(world.recipe(world.config(parameters=one)), out, "--overwrite", "--no-audit")
+    with pytest.raises(AuditFailed, match="is not what its inputs and wp give"):
+        audit(out, plan_of(world, out, world.config(parameters=both)), say=lambda _: None, load=False)
+
+
 def test_a_failed_audit_keeps_the_result_aside(world, monkeypatch):
     """A wrong kernel: the folder is not put where it would be trusted."""
-    monkeypatch.setattr("mergekit_wp.merge.method.tensor_shares", lambda paths, slot: None)
+    monkeypatch.setattr("mergekit_wp.merge.method.tensor_shares", lambda *_: None)
     text = run(world.recipe(), world.root / "out", code=1)
     assert "out.rejected" in text
     assert not (world.root / "out").exists()

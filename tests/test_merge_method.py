@@ -11,6 +11,7 @@ import transformers
 from merge_world import World, merge, reference, tensors_of, write_random_scores
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import BadInput
 
 
 def assert_merged(got, want, dtype=torch.float32):
@@ -72,6 +73,30 @@ def test_one_expert_is_copied(tmp_path):
     world = World(tmp_path, "mistral", experts=1, dtypes=[torch.bfloat16] * 2).build()
     got, expert = tensors_of(merge(world)), tensors_of(world.expert(0))
     assert all(torch.equal(got[name], expert[name]) for name in expert)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_scale_multiplies_the_task_vector(kind, tmp_path):
+    """theta_base + 1.5 (theta_wp - theta_base) for every tensor, of components or not."""
+    world = World(tmp_path, kind, experts=3, extra_rows=[0, 1, 0]).build()
+    base = tensors_of(world.base)
+    want = {name: base[name] + 1.5 * (wp - base[name].double()) for name, wp in reference(world).items()}
+    out = merge(world, world.config(parameters={"scale": 1.5}))
+    assert_merged(tensors_of(out), want)
+
+
+def test_power_sharpens_the_shares(tmp_path):
+    world = World(tmp_path, "llama", experts=3).build()
+    out = merge(world, world.config(parameters={"power": 2.5}))
+    assert_merged(tensors_of(out), reference(world, power=2.5))
+
+
+@pytest.mark.parametrize("value", [0, -1, "x", True, float("inf")])
+@pytest.mark.parametrize("name", ["power", "scale"])
+def test_options_that_are_no_positive_number_are_refused(name, value, tmp_path):
+    world = World(tmp_path, "llama").build()
+    with pytest.raises(BadInput, match=f"{name}: found "):
+        merge(world, world.config(parameters={name: value}))
 
 
 def slices(world, ranges, shift=0):

@@ -72,31 +72,33 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
     header = plan.header(tensor.base, tensor.source)
     assert header is not None  # the checks of the plan say so
     K = len(tensor.experts)
+    power, scale = (float(tensor.parameters.get(name, 1.0)) for name in ("power", "scale"))
     if slot is None:
         start = draw.randrange(header.shape[0])
-        return _Sample(tensor, (slice(start, start + _ROWS),), [1 / K] * K)
+        return _Sample(tensor, (slice(start, start + _ROWS),), [scale / K] * K)
     files = [load_scores(path) for path in tensor.scores]
     geometry = files[0].meta.geometry
     width = geometry.head_dim
     if slot.kind == "neuron":
         index = draw.randrange(geometry.neurons)
         span = slice(index, index + 1)
-        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files])
+        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files], power)
     else:
         members = 1 if slot.kind == "head" else geometry.heads // geometry.kv_heads
         index = draw.randrange(geometry.heads // members)
         span = slice(index * width, (index + 1) * width)
         per_head = [
-            _alpha([float(file.heads[slot.layer, head]) for file in files])
+            _alpha([float(file.heads[slot.layer, head]) for file in files], power)
             for head in range(index * members, (index + 1) * members)
         ]
         alpha_K = [sum(column) / members for column in zip(*per_head, strict=True)]
     where = (span,) if slot.axis == 0 else (slice(None), span)
-    return _Sample(tensor, where, alpha_K)
+    return _Sample(tensor, where, [scale * alpha for alpha in alpha_K])
 
 
-def _alpha(scores: list[float]) -> list[float]:
-    positive = [max(score, 0.0) for score in scores]
+def _alpha(scores: list[float], power: float) -> list[float]:
+    largest = max(scores)
+    positive = [max(score / largest, 0.0) ** power if largest > 0 else 0.0 for score in scores]
     total = sum(positive)
     return [score / total for score in positive] if total > 0 else [1 / len(scores)] * len(scores)
 
@@ -109,7 +111,7 @@ def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float
     for alpha, expert in zip(sample.alpha_K, tensor.experts, strict=True):
         theta = read_slice(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where)[:rows]
         want += alpha * (theta - base)
-        size += alpha * theta.abs()
+        size += alpha * (theta.abs() + base.abs())
     # K + 1 steps of the float32 accumulation, and half a step of the dtype that the recipe makes mergekit read in.
     slack = (len(sample.alpha_K) + 1) * FLOAT32_STEP * size
     if tensor.read_dtype:

@@ -23,7 +23,7 @@ from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
 from mergekit_wp.merge.plan import WP, MergePlan, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
-from mergekit_wp.merge.shares import component_shares
+from mergekit_wp.merge.shares import layer_shares
 
 _EPILOG = """\b
 Examples:
@@ -147,21 +147,21 @@ def _workplace(out: Path) -> Iterator[Path]:
 def shares_table(plan: MergePlan) -> str:
     """Which expert carries which layer: the mean share over the heads and over the neurons of each layer."""
     rows = {
-        (to, source, tensor.experts, tensor.scores)
+        (to, source, tensor.experts, tensor.scores, float(tensor.parameters.get("power", 1.0)))
         for tensor in plan.tensors
         if (to := layer_of(tensor.output)) is not None and (source := layer_of(tensor.source)) is not None
     }
     lines: list[str] = []
     shown: object = None
-    for to, source, experts, scores in sorted(rows, key=lambda row: row[0]):
+    for to, source, experts, scores, power in sorted(rows, key=lambda row: row[0]):
         if shown != experts:
             shown = experts
             names = [Path(str(expert)).name[-18:] for expert in experts]
             width = max(9, *(len(name) + 2 for name in names))
             header = "".join(name.rjust(width) for name in names)
             lines += ["", f"{'layer':<12}{'heads'.ljust(len(header))}  neurons", f"{'':<12}{header}  {header}"]
-        alphas = component_shares(scores)
-        cells = ["".join(f"{x:.3f}".rjust(width) for x in alpha[:, source].mean(-1).tolist()) for alpha in alphas]
+        alphas = layer_shares(scores, source, power)
+        cells = ["".join(f"{x:.3f}".rjust(width) for x in alpha_Kn.mean(-1).tolist()) for alpha_Kn in alphas]
         label = str(to) if to == source else f"{to} (from {source})"
         lines.append(f"{label:<12}{cells[0]}  {cells[1]}")
     return "\n".join(["mean share of each expert (shares of a component sum to 1)", *lines[1:], ""])

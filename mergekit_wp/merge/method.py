@@ -15,6 +15,8 @@ Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -48,11 +50,23 @@ def _checked_scores(value: Any) -> str:
     return value
 
 
+def _positive(name: str) -> Callable[[Any], float]:
+    """A validating type: a number above 0, refused while the recipe is planned if it is none."""
+
+    def checked(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise BadInput(f"{name}: found {value!r}, expected a number above 0; 1 is the paper's rule.")
+        return float(value)
+
+    return checked
+
+
 class WeightPatchingMerge(CheckedMethod):
     """theta_fuse(c) = theta_base + sum_k alpha_k(c) (theta_k - theta_base), METHOD.md 4.
 
     `scores` (under each expert): the path of its score file; a relative path starts at the working directory.
     `allow_mismatch` (shared, default false): accept scores whose fingerprints are not those of the models.
+    `power`, `scale` (shared, default 1, the paper's rule): see `fusion`.
     """
 
     spec = MergeMethodSpec(
@@ -74,6 +88,20 @@ class WeightPatchingMerge(CheckedMethod):
                 default=False,
                 description="Accept score files made for other models than those of the recipe.",
             ),
+            ParameterSpec(
+                "power",
+                Annotated[float, BeforeValidator(_positive("power"))],
+                ParameterScope.SHARED,
+                default=1.0,
+                description="Sharpens the shares: s^power in the place of the score s.",
+            ),
+            ParameterSpec(
+                "scale",
+                Annotated[float, BeforeValidator(_positive("scale"))],
+                ParameterScope.SHARED,
+                default=1.0,
+                description="Multiplies what the merge adds to the base.",
+            ),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     )
@@ -85,6 +113,8 @@ class WeightPatchingMerge(CheckedMethod):
         *,
         scores: PerInputValues[str],
         allow_mismatch: bool = False,
+        power: float = 1.0,
+        scale: float = 1.0,
         source_name: str | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
@@ -92,20 +122,25 @@ class WeightPatchingMerge(CheckedMethod):
 
         `source_name` is the tensor's name in the inputs, whose layer decides the shares (under `slices:` the
         output's name has another layer); it falls back to the group's name. `out_dtype` falls back to the
-        base's dtype. The base's values are not read. Raises `ValueError` when the tensor does not have the
-        shape that the score files were made for, `BadInput` when an expert holds a NaN or an infinity.
+        base's dtype. The base's values are read only if `scale` is not 1. Raises `ValueError` when the tensor
+        does not have the shape that the score files were made for, `BadInput` when an input holds a NaN or an
+        infinity.
         """
         base = group.base
         assert base is not None  # the contract says so
         experts = group.non_base
         slot = slot_of(source_name or group.metadata.name or "")
-        alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot)
+        alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot, power)
+        if scale != 1.0:
+            uniform = torch.full((len(experts), base.tensor.shape[0]), 1 / len(experts))
+            alpha_Kn = scale * (uniform if alpha_Kn is None else alpha_Kn)
         try:
             return fuse(
                 [expert.tensor for expert in experts],
                 alpha_Kn,
                 0 if slot is None else slot.axis,
                 out_dtype or base.tensor.dtype,
+                None if scale == 1.0 else base.tensor,
             )
         except NotFiniteError:
             raise not_finite(group, source_name) from None

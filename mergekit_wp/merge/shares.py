@@ -33,19 +33,25 @@ def load_scores(path: str) -> Scores:
     return scores
 
 
-def component_shares(paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha_KLH and alpha_KLF of the K experts whose score files these are, in this order (float32).
+def layer_shares(paths: Sequence[str], layer: int, power: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_KH and alpha_KF of the K experts whose score files these are, in this order (float32), in one layer.
 
     Raises `BadInput` when a file is bad or the files are of different geometries.
     """
-    return _shares(tuple(_key(path) for path in paths))
+    files = [load_scores(path) for path in paths]
+    for path, scores in zip(paths, files, strict=True):
+        if different := scores.meta.geometry.differences(files[0].meta.geometry):
+            raise BadInput(f"{path}: made for another shape than {paths[0]} ({'; '.join(different)}).")
+    return (
+        component_weights([scores.heads[layer] for scores in files], power),
+        component_weights([scores.neurons[layer] for scores in files], power),
+    )
 
 
-def tensor_shares(paths: Sequence[str], slot: TensorSlot) -> torch.Tensor:
+def tensor_shares(paths: Sequence[str], slot: TensorSlot, power: float = 1.0) -> torch.Tensor:
     """alpha_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons."""
-    alpha_KLH, alpha_KLF = component_shares(paths)
-    geometry = load_scores(paths[0]).meta.geometry
-    return geometry.expand(slot, alpha_KLH[:, slot.layer], alpha_KLF[:, slot.layer])
+    alpha_KH, alpha_KF = layer_shares(paths, slot.layer, power)
+    return load_scores(paths[0]).meta.geometry.expand(slot, alpha_KH, alpha_KF)
 
 
 def _key(path: str) -> _Key:
@@ -62,15 +68,3 @@ def _key(path: str) -> _Key:
 @lru_cache(maxsize=64)
 def _read(key: _Key) -> Scores:
     return read_scores(key[0])
-
-
-@lru_cache(maxsize=64)
-def _shares(keys: tuple[_Key, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    files = [load_scores(key[0]) for key in keys]
-    for key, scores in zip(keys, files, strict=True):
-        if different := scores.meta.geometry.differences(files[0].meta.geometry):
-            raise BadInput(f"{key[0]}: made for another shape than {keys[0][0]} ({'; '.join(different)}).")
-    return (
-        component_weights([scores.heads for scores in files]),
-        component_weights([scores.neurons for scores in files]),
-    )
