@@ -142,7 +142,7 @@ def test_parameters_that_are_no_numbers(name, value, world):
 
 def test_a_parameter_of_another_method(world):
     recipe = world.recipe(world.widen(parameters={"density": 0.5}))
-    assert "unknown parameter density; merge_method widen knows t and s" in run(recipe, world.root / "out", code=2)
+    assert "unknown parameter density; merge_method widen knows t, s" in run(recipe, world.root / "out", code=2)
 
 
 def test_experts_that_cannot_be_merged(world, tmp_path):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 # mergekit would ignore any other in silence.
-_PARAMETERS = {WP: ("scores", "allow_mismatch"), WIDEN: ("t", "s")}
+_PARAMETERS = {WP: ("scores", "power", "scale", "allow_mismatch"), WIDEN: ("t", "s")}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_recipe(path: str) -> Recipe:
         for parameters in _parameters(content):
             if unknown := sorted(set(parameters) - set(known)):
                 raise BadInput(
-                    f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {' and '.join(known)}."
+                    f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {', '.join(known)}."
                 )
             scores = parameters.get("scores")
             if isinstance(scores, str) and not Path(scores).exists():
