@@ -1,0 +1,92 @@
+"""The table as one HTML page: the summary, a picture with error bars, and every block; nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import matplotlib.pyplot  # noqa: F401  (its rc defaults must be there before `to_svg` asks for them)
+from matplotlib.figure import Figure
+
+from mergekit_wp.demo.page import STYLE
+from mergekit_wp.demo.pictures import INK, to_svg
+from mergekit_wp.table3.formats import GROUPS, caption, grid_of, summary, verdict
+from mergekit_wp.table3.table import MEAN, Table
+from mergekit_wp.table3.variants import BASELINE
+
+_LEAD = (
+    "Three experts were fine-tuned from one small base, on instructions, sums and small Python functions. Each "
+    "combination of them is merged by mergekit's own methods, by WIDEN and by Weight Patching, and graded on all three "
+    "capabilities. Methods with hyper-parameters show the setting that did best on validation items."
+)
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Merges on the miniature world</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>Merges on the miniature world</h1><p>{lead}</p></header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def to_html(table: Table, notes: Sequence[str] = ()) -> str:
+    """The whole page."""
+    words = "".join(f"<p>{escape(line)}</p>" for line in [*caption(table), *notes])
+    verdicts = "".join(f"<p>{escape(line)}</p>" for line in verdict(table))
+    sections = [
+        _section("Mean over the three capabilities", _table(summary(table)) + verdicts + words),
+        _section("With error bars", f"<figure>{picture(table)}</figure>"),
+    ]
+    for combination in table.combinations:
+        blocks = "".join(
+            f"<article><h3>{escape(title)}</h3>{_table(grid_of(table, combination, group))}</article>"
+            for group, title in GROUPS.items()
+            if table.of(combination, group)
+        )
+        sections.append(_section(combination, blocks))
+    return _PAGE.format(style=STYLE, lead=escape(_LEAD), body="\n".join(sections))
+
+
+def picture(table: Table) -> str:
+    """A panel a combination: the mean of each method with its standard error over seeds, and each seed as a dot."""
+    names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
+    combinations = table.combinations
+    figure = Figure(figsize=(10, 0.34 * len(names) + 1.1), layout="constrained")
+    panels = figure.subplots(1, len(combinations), sharey=True, squeeze=False)[0]
+    for axes, combination in zip(panels, combinations, strict=True):
+        rows = {row.name: row for row in table.of(combination, "methods")}
+        for place, name in enumerate(names):
+            if name not in rows:
+                continue
+            spread, ours = rows[name].cells[MEAN], name.startswith("WP")
+            colour = "#d55e00" if ours else "#0072b2"
+            axes.plot(spread.values, [place] * len(spread.values), ".", color=colour, alpha=0.35, ms=5)
+            axes.errorbar(spread.mean, place, xerr=spread.error, fmt="o", color=colour, capsize=3, ms=5, lw=1.6)
+            if name == BASELINE:
+                axes.axvline(spread.mean, color=INK, lw=0.9, ls=(0, (4, 2)))
+        axes.set_title(combination, fontsize=10)
+        axes.set_xlabel("percent right")
+        axes.set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    return to_svg(figure, "Mean over the three capabilities of each method in each combination, with error bars")
+
+
+def _table(grid: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in grid[0])
+    lines = "".join(
+        f"<tr><th>{escape(line[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line[1:])}</tr>"
+        for line in grid[1:]
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"

@@ -1,0 +1,119 @@
+"""What is merged and how: the combinations of experts, and each method with its paper's setting and a small grid.
+
+The first point of a grid is the setting of the method's own authors, the one that recipes/table.yaml gives the 13B
+merges. Of the grid, the point that does best on validation items is graded on the test items; so is the authors'.
+Variants of one's own, for a search, come from a YAML file (`search`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "code + instruction": ("code", "instruction"),
+    "code + maths": ("code", "maths"),
+    "instruction + maths": ("instruction", "maths"),
+    "all three": ("code", "instruction", "maths"),
+}
+BASELINE = "average"
+"""The variant that differences are taken from."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a merge method.
+
+    shared  parameters of the merge, as in a recipe's `parameters:`
+    expert  parameters of every expert
+    base    parameters of the base, which is then listed among the models
+    scores  for a method that takes score files: fields of a scoring job, such as {"utility": "kl"}
+    """
+
+    method: str
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    expert: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] | None = None
+    scores: Mapping[str, Any] | None = None
+
+    def text(self) -> str:
+        """The setting in a few words, such as `density 0.2, lambda 1`."""
+        named = {**self.expert, **self.shared, **(self.scores or {})}
+        shown = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items()]
+        return ", ".join(shown) or "as it is"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a name and a grid of settings, the authors' own first; `why` says whose they are."""
+
+    name: str
+    points: tuple[Point, ...]
+    why: str
+    group: str = "methods"
+
+
+def _grid(method: str, first: dict[str, Any], *others: dict[str, Any], **fixed: Any) -> tuple[Point, ...]:
+    """Points that differ in an expert's `weight` and `density`, or in what all experts share (the rest)."""
+    points = []
+    for values in (first, *others):
+        expert = {k: v for k, v in values.items() if k in ("weight", "density")}
+        points.append(Point(method, fixed | {k: v for k, v in values.items() if k not in expert}, expert))
+    return tuple(points)
+
+
+def _wp(name: str, why: str, method: str, utility: str, group: str = "methods") -> Variant:
+    return Variant(name, (Point("wp", scores={"method": method, "utility": utility}),), why, group)
+
+
+_DARE = ({"weight": 1.0, "density": 0.8}, {"weight": 0.5, "density": 0.8},
+         {"weight": 1.0, "density": 0.5}, {"weight": 0.5, "density": 0.5})  # fmt: skip
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        BASELINE,
+        (Point("linear", {"normalize": True}, {"weight": 1.0}, base={"weight": 0.0}),),
+        "The plain mean of the experts (arXiv 2203.05482).",
+    ),
+    Variant(
+        "task arithmetic",
+        _grid("task_arithmetic", *({"weight": w} for w in (1.0, 0.3, 0.5, 0.7)), normalize=False),
+        "Scaling 1.0 as the authors of DARE and WIDEN for 13B experts; 0.3 to 0.5 is Ilharco et al.'s advice for many "
+        "tasks (arXiv 2212.04089).",
+    ),
+    Variant(
+        "TIES",
+        _grid(
+            "ties",
+            *({"weight": 1.0, "density": d, "lambda": s} for d, s in ((0.2, 1.0), (0.5, 1.0), (0.5, 2.0), (0.8, 2.0))),
+            normalize=True,
+        ),
+        "Keep the top 20 %, lambda 1: its authors' advice without a validation set (arXiv 2306.01708).",
+    ),
+    Variant(
+        "DARE-TA",
+        _grid("dare_linear", *_DARE, normalize=False, rescale=True),
+        "Drop rate 0.2, scaling 1.0: how DARE's authors merged 13B experts (arXiv 2311.03099, README of MergeLM).",
+    ),
+    Variant(
+        "DARE-TIES",
+        _grid("dare_ties", *_DARE, normalize=False, rescale=True),
+        "Drop rate 0.2, scaling 1.0, then the vote on signs (arXiv 2311.03099).",
+    ),
+    Variant(
+        "WIDEN",
+        _grid("widen", *({"t": t, "s": s} for t, s in ((1.0, 1.0), (0.5, 1.0), (1.5, 1.0), (1.0, 0.5)))),
+        "t = s = 1 as its authors for Llama-2-13B (arXiv 2408.03092).",
+    ),
+    _wp("WP", "The paper's rule with the paper's scores (attr, anchor).", "attr", "anchor"),
+    _wp("WP (ours)", "The paper's rule with wp-score's defaults: writeback, staged.", "writeback", "staged"),
+    _wp("writeback, anchor", "Up to the anchor layer alone.", "writeback", "anchor", "utilities"),
+    _wp("writeback, kl", "The next token, for every layer.", "writeback", "kl", "utilities"),
+)  # fmt: skip
+
+
+def slug(text: str) -> str:
+    """Text as part of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
