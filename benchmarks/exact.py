@@ -100,8 +100,8 @@ def restart_flops(
     return total
 
 
-def world_pair(world: Path) -> tuple[ModelPair, Batch]:
-    """The miniature's instruction pair and the scoring prompts of its first task as one batch."""
+def world_pair(world: Path, prompts: int) -> tuple[ModelPair, Batch]:
+    """The miniature's instruction pair and some scoring prompts of its first task as one batch."""
     job = ScoringJob(
         str(world / "base"), str(world / "instruction"), str(world / "pairs/instruction.jsonl"), device="cpu"
     )
@@ -109,7 +109,7 @@ def world_pair(world: Path) -> tuple[ModelPair, Batch]:
     pair = load_pair(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, None, 0), "half", 0)
     task = tokenize_tasks(load_tokenizer(checked.base, False), pairs, job.template, checked.context_limit)[0]
-    return pair, next(batches(task.scoring, 16, pair.device))
+    return pair, next(batches(task.scoring, prompts, pair.device))
 
 
 @click.command()
@@ -130,7 +130,7 @@ def main(
 ) -> None:  # fmt: skip
     """Print components a second, the ratio, the largest disagreement and the share of the matmul rate."""
     if world is not None:
-        pair, batch = world_pair(world)
+        pair, batch = world_pair(world, prompts)
         layer = anchor_layer(None, pair.geometry.layers)
         heads, neurons = pair.geometry.heads, pair.geometry.neurons
     else:
