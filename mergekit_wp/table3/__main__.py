@@ -1,4 +1,8 @@
-"""`make table3`, and the search for settings: everything that is not done yet, then the table."""
+"""`make table3`, and the search for settings: everything that is not done yet, then the table.
+
+A worker imports this module too, and has one thread only if torch is not imported before `prepare`: hence `page`,
+which draws, is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,12 @@ import click
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent, write_text
 from mergekit_wp.table3.formats import search_text, to_csv, to_markdown, to_text
-from mergekit_wp.table3.page import to_html
 from mergekit_wp.table3.plan import SECONDS, SeedResult, Setup, expected, seed_plan
 from mergekit_wp.table3.schedule import Progress, pool, run
 from mergekit_wp.table3.search import read_variants
 from mergekit_wp.table3.table import Table, by_setting
 from mergekit_wp.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Variant
-from mergekit_wp.table3.work import environment, prepare
+from mergekit_wp.table3.work import prepare
 from mergekit_wp.table3.world import CHANGES, Disjoint
 
 _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
@@ -74,7 +77,7 @@ def main(
     check_writable_parent(out / "results.json")
     started, disjoint = time.monotonic(), Disjoint()
     plans = [seed_plan(seed, setup, disjoint) for seed in numbers]
-    with pool(workers, environment(), prepare) as runner:
+    with pool(workers, prepare) as runner:
         try:
             results = run(plans, runner, Progress(SECONDS, dict(left), workers))
         except BaseException:
@@ -102,6 +105,8 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
     if setup.validation_only:
         click.echo(search_text(searched))
         return
+    from mergekit_wp.table3.page import to_html
+
     table = Table(seeds, tuple(entry for result in results for entry in result.test), "test")
     worlds = ", ".join(f"{result.seed}: {result.world['hash']}" for result in results)
     notes = [f"Worlds, by their configuration hash: {worlds}."]

@@ -89,27 +89,28 @@ def grade(model: Path, world: Path, split: str, capabilities: Sequence[str], cac
 
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    suite, wanted = suite_of(split), [task_name(name, split) for name in capabilities]
-    tasks = [task for task in _ready(world, split, allow_code) if task.spec.task in wanted]
+    suite, tasks = suite_of(split), [_ready(world, split, name, allow_code) for name in capabilities]
     settings = Settings(
         device="cpu", dtype=suite.dtype, batch_size=suite.batch_size, limit=None, allow_code=allow_code,
         trust_remote_code=False, progress_bars=False,
     )  # fmt: skip
     with _right_programs_remembered():
         row = evaluate_model(open_model(model.name, str(model), False), tasks, settings, cache, _silent)
-    capability = {task.spec.column: name for task in tasks for name in capabilities
-                  if task.spec.task == task_name(name, split)}  # fmt: skip
-    right = {capability[column]: cell.value for column, cell in row.cells.items()}
-    items = {capability[column]: cell.samples or 0 for column, cell in row.cells.items()}
+    cells = {name: row.cells[task.spec.column] for name, task in zip(capabilities, tasks, strict=True)}
+    right = {name: cell.value for name, cell in cells.items()}
+    items = {name: cell.samples or 0 for name, cell in cells.items()}
     return GRADE_OF_SPLIT[split](right, items)
 
 
-@lru_cache(maxsize=8)
-def _ready(world: Path, split: str, allow_code: bool) -> list[ReadyTask]:
-    """The tasks of a world, loaded once a process."""
+@lru_cache(maxsize=24)
+def _ready(world: Path, split: str, capability: str, allow_code: bool) -> ReadyTask:
+    """One task of a world, loaded once a process."""
     from mergekit_wp.eval.tasks import ready_tasks
 
-    return ready_tasks(suite_of(split), world / "tasks", allow_code)
+    suite = suite_of(split)
+    mine = tuple(task for task in suite.tasks if task.task == task_name(capability, split))
+    (ready,) = ready_tasks(replace(suite, tasks=mine), world / "tasks", allow_code)
+    return ready
 
 
 def _silent(_text: str) -> None:

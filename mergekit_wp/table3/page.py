@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-import matplotlib.pyplot  # noqa: F401  (its rc defaults must be there before `to_svg` asks for them)
 from matplotlib.figure import Figure
 
 from mergekit_wp.demo.page import STYLE

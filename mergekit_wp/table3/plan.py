@@ -87,25 +87,34 @@ def seed_plan(seed: int, setup: Setup, disjoint: Disjoint) -> Plan:
 
 
 def expected(setup: Setup, seeds: Sequence[int]) -> Counter[str]:
-    """How many jobs of each kind the run still has, at most: what the choice will be is not known yet."""
+    """How many jobs of each kind are still to be run; those on test items at most, as long as nothing is chosen."""
     found: Counter[str] = Counter()
     for seed in seeds:
-        stage = _world_job(seed, setup)
-        folder = stage.kept()
-        world = TrainedWorld(seed, folder) if folder else None
-        found["world"] += world is None
-        tests = len(setup.combinations) * sum(1 + (len(v.points) > 1) for v in setup.variants) + len(MODELS)
-        points = [(c, p) for c in setup.combinations for v in setup.variants for p in v.points]
-        if world is None:
-            found["score"] += len(_settings(setup)) * len(CAPABILITIES)
-            found["validation"] += len(points)
-        else:
-            found["score"] += sum(job.kept() is None for job in _score_jobs(setup, world))
-            jobs = {j.name: j for c, p in points for j in [_merge_job(setup, world, c, p, "validation")]}
-            found["validation"] += sum(job.kept() is None for job in jobs.values())
-        done = len(list((setup.out / "grades" / f"seed{seed}" / "test").glob("*.json")))
-        found["test"] += 0 if setup.validation_only else max(0, tests - done)
+        found += _left(setup, seed)
     return found
+
+
+def _left(setup: Setup, seed: int) -> Counter[str]:
+    """Walks through the plan as far as results are kept, and estimates the rest."""
+    wanted = {name for combination in setup.combinations for name in COMBINATIONS[combination]}
+    points = len({(c, str(p)) for c in setup.combinations for v in setup.variants for p in v.points})
+    tests = len(setup.combinations) * sum(1 + (len(v.points) > 1) for v in setup.variants) + len(MODELS)
+    later = {"score": len(_settings(setup)) * len(wanted), "validation": points}
+    later["test"] = 0 if setup.validation_only else tests
+    plan = seed_plan(seed, setup, Disjoint())
+    left, jobs = Counter[str](), next(plan)
+    while True:
+        kept = [job.kept() for job in jobs]
+        missing = {job.name: job.kind for job, result in zip(jobs, kept, strict=True) if result is None}
+        left.update(missing.values())
+        for kind in {job.kind for job in jobs}:
+            later.pop(kind, None)
+        if set(missing.values()) & {"world", "validation"}:  # what comes then depends on it
+            return left + Counter(later)
+        try:
+            jobs = plan.send(kept)
+        except StopIteration:
+            return left
 
 
 def _tested(combination: str, variant: Variant, validation: Sequence[Entry]) -> list[tuple[str, Variant, Point, str]]:
@@ -118,7 +127,7 @@ def _tested(combination: str, variant: Variant, validation: Sequence[Entry]) -> 
 
 
 def _entry(seed: int, combination: str, variant: Variant, point: Point, role: str, grade: Grade) -> Entry:
-    return Entry(seed, combination, variant.name, variant.group, point.text(), role, grade)
+    return Entry(seed, combination, variant.name, variant.group, variant.text(point), role, grade)
 
 
 def _identity(world: TrainedWorld) -> dict[str, str]:

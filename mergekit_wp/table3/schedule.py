@@ -7,7 +7,6 @@ Plans know nothing of one another; while one waits for its last job, the workers
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -115,9 +114,8 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.monotonic() - started, result
 
 
-def pool(workers: int, environment: dict[str, str], prepare: Callable[[], None]) -> ProcessPoolExecutor:
-    """Long-lived fresh processes; `environment` is theirs from before their first import."""
-    os.environ.update(environment)
+def pool(workers: int, prepare: Callable[[], None]) -> ProcessPoolExecutor:
+    """Long-lived fresh processes, each of which begins with `prepare`."""
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=prepare)
 
 

@@ -38,11 +38,14 @@ class Point:
     base: Mapping[str, Any] | None = None
     scores: Mapping[str, Any] | None = None
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of its parameters and settings by name, but for the base's."""
+        return {**self.expert, **self.shared, **(self.scores or {})}
+
     def text(self) -> str:
         """The setting in a few words, such as `density 0.2, lambda 1`."""
-        named = {**self.expert, **self.shared, **(self.scores or {})}
-        shown = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items()]
-        return ", ".join(shown) or "as it is"
+        return _words(self.values)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class Variant:
     points: tuple[Point, ...]
     why: str
     group: str = "methods"
+
+    def text(self, point: Point) -> str:
+        """What sets this point apart from the others of the grid, in a few words; all of it where it is alone."""
+        others = [other.values for other in self.points]
+        apart = {k: v for k, v in point.values.items() if any(other.get(k, ...) != v for other in others)}
+        return _words(apart or point.values)
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()) or "defaults"
 
 
 def _grid(method: str, first: dict[str, Any], *others: dict[str, Any], **fixed: Any) -> tuple[Point, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
 from mergekit_wp.table3.grade import GRADE_OF_SPLIT, Grade, grade
 
@@ -71,10 +72,12 @@ def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Pat
 
 def merge(task: Merge) -> Path:
     """Run mergekit's command on the recipe. Raises what mergekit raises, `BadInput` from our own methods."""
+    command = _mergekit_yaml()
+    _check_parameters(task.recipe)
     write_text(task.recipe_file, yaml.safe_dump(dict(task.recipe), sort_keys=False))
     shutil.rmtree(task.folder, ignore_errors=True)  # what a killed run left
     arguments = [str(task.recipe_file), str(task.folder), "--quiet", "--random-seed", str(task.random_seed)]
-    _mergekit_yaml().main(arguments, standalone_mode=False)
+    command.main(arguments, standalone_mode=False)
     return task.folder
 
 
@@ -107,6 +110,21 @@ def read_grade(file: Path, split: str) -> Grade | None:
         return None
 
 
+def _check_parameters(recipe: Mapping[str, Any]) -> None:
+    """mergekit ignores a parameter that it does not know, and a search would compare nothing with nothing."""
+    from mergekit.merge_methods import registry
+
+    try:
+        known = {parameter.name for parameter in registry.get(recipe["merge_method"]).spec.parameters}
+    except RuntimeError as error:
+        raise BadInput(f"method: mergekit has no merge method {recipe['merge_method']!r} here.") from error
+    given = [recipe.get("parameters", {}), *(model.get("parameters", {}) for model in recipe["models"])]
+    if unknown := sorted({name for parameters in given for name in parameters} - known):
+        raise BadInput(
+            f"{recipe['merge_method']}: unknown parameter `{unknown[0]}`; it has {', '.join(sorted(known)) or 'none'}."
+        )
+
+
 @lru_cache(maxsize=1)
 def _mergekit_yaml() -> Any:
     from mergekit.scripts.run_yaml import main
@@ -118,20 +136,15 @@ def _mergekit_yaml() -> Any:
 
 
 def prepare() -> None:
-    """The beginning of a worker: one thread, no bars and no advice from the libraries."""
+    """The beginning of a worker: one thread, no bars and no advice from the libraries.
+
+    Must run before torch and tqdm are first imported, so nothing that a worker loads by itself may import them.
+    """
+    os.environ.update({"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
     torch.set_num_threads(1)
     from mergekit_wp.eval.cli import _quieten
 
     _quieten(False)
-
-
-def environment() -> dict[str, str]:
-    """What must be set before a worker's first import."""
-    return {
-        "OMP_NUM_THREADS": "1",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-    }
