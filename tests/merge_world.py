@@ -104,7 +104,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def reference(world: World, experts: list[int] | None = None, power: float = 1.0) -> dict[str, torch.Tensor]:
+def reference(world: World, experts: list[int] | None = None) -> dict[str, torch.Tensor]:
     """METHOD.md 4, component by component, in float64: theta_base + sum_k alpha_k (theta_k - theta_base)."""
     experts = list(range(world.experts)) if experts is None else experts
     config = Checkpoint.open(str(world.base)).config
@@ -114,7 +114,7 @@ def reference(world: World, experts: list[int] | None = None, power: float = 1.0
     scores = [load_file(world.score(k)) for k in experts]
 
     def share(kind: str, layer: int, index: int) -> list[float]:
-        positive = [max(float(s[kind][layer, index]), 0.0) ** power for s in scores]
+        positive = [max(float(s[kind][layer, index]), 0.0) for s in scores]
         total = sum(positive)
         return [p / total for p in positive] if total > 0 else [1 / len(scores)] * len(scores)
 

@@ -173,14 +173,14 @@ def test_audit_catches_nan_and_missing_weights(world):
         audit(out, None, say=lambda _: None)
 
 
-def test_the_audit_knows_power_and_scale(world):
-    """It recomputes the merge with them, and finds one that was made without."""
+def test_the_audit_knows_the_scale(world):
+    """It recomputes the merge with it, and finds one that was made with another."""
     out = world.root / "out-options"
-    both, one = ({"power": 2.0, "scale": 1.3}, {"scale": 1.3})
-    assert "48 slices of 12 kinds" in run(world.recipe(world.config(parameters=both)), out)
-    run(world.recipe(world.config(parameters=one)), out, "--overwrite", "--no-audit")
+    asked, other = ({"scale": 1.5}, {"scale": 1.3})
+    assert "48 slices of 12 kinds" in run(world.recipe(world.config(parameters=asked)), out)
+    run(world.recipe(world.config(parameters=other)), out, "--overwrite", "--no-audit")
     with pytest.raises(AuditFailed, match="is not what its inputs and wp give"):
-        audit(out, plan_of(world, out, world.config(parameters=both)), say=lambda _: None, load=False)
+        audit(out, plan_of(world, out, world.config(parameters=asked)), say=lambda _: None, load=False)
 
 
 def test_a_failed_audit_keeps_the_result_aside(world, monkeypatch):

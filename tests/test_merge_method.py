@@ -85,18 +85,11 @@ def test_scale_multiplies_the_task_vector(kind, tmp_path):
     assert_merged(tensors_of(out), want)
 
 
-def test_power_sharpens_the_shares(tmp_path):
-    world = World(tmp_path, "llama", experts=3).build()
-    out = merge(world, world.config(parameters={"power": 2.5}))
-    assert_merged(tensors_of(out), reference(world, power=2.5))
-
-
 @pytest.mark.parametrize("value", [0, -1, "x", True, float("inf")])
-@pytest.mark.parametrize("name", ["power", "scale"])
-def test_options_that_are_no_positive_number_are_refused(name, value, tmp_path):
+def test_a_scale_that_is_no_positive_number_is_refused(value, tmp_path):
     world = World(tmp_path, "llama").build()
-    with pytest.raises(BadInput, match=f"{name}: found "):
-        merge(world, world.config(parameters={name: value}))
+    with pytest.raises(BadInput, match="scale: found "):
+        merge(world, world.config(parameters={"scale": value}))
 
 
 def slices(world, ranges, shift=0):

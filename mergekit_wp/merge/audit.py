@@ -72,7 +72,7 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
     header = plan.header(tensor.base, tensor.source)
     assert header is not None  # the checks of the plan say so
     K = len(tensor.experts)
-    power, scale = (float(tensor.parameters.get(name, 1.0)) for name in ("power", "scale"))
+    scale = float(tensor.parameters.get("scale", 1.0))
     if slot is None:
         start = draw.randrange(header.shape[0])
         return _Sample(tensor, (slice(start, start + _ROWS),), [scale / K] * K)
@@ -82,13 +82,13 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
     if slot.kind == "neuron":
         index = draw.randrange(geometry.neurons)
         span = slice(index, index + 1)
-        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files], power)
+        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files])
     else:
         members = 1 if slot.kind == "head" else geometry.heads // geometry.kv_heads
         index = draw.randrange(geometry.heads // members)
         span = slice(index * width, (index + 1) * width)
         per_head = [
-            _alpha([float(file.heads[slot.layer, head]) for file in files], power)
+            _alpha([float(file.heads[slot.layer, head]) for file in files])
             for head in range(index * members, (index + 1) * members)
         ]
         alpha_K = [sum(column) / members for column in zip(*per_head, strict=True)]
@@ -96,9 +96,8 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
     return _Sample(tensor, where, [scale * alpha for alpha in alpha_K])
 
 
-def _alpha(scores: list[float], power: float) -> list[float]:
-    largest = max(scores)
-    positive = [max(score / largest, 0.0) ** power if largest > 0 else 0.0 for score in scores]
+def _alpha(scores: list[float]) -> list[float]:
+    positive = [max(score, 0.0) for score in scores]
     total = sum(positive)
     return [score / total for score in positive] if total > 0 else [1 / len(scores)] * len(scores)
 

@@ -147,20 +147,20 @@ def _workplace(out: Path) -> Iterator[Path]:
 def shares_table(plan: MergePlan) -> str:
     """Which expert carries which layer: the mean share over the heads and over the neurons of each layer."""
     rows = {
-        (to, source, tensor.experts, tensor.scores, float(tensor.parameters.get("power", 1.0)))
+        (to, source, tensor.experts, tensor.scores)
         for tensor in plan.tensors
         if (to := layer_of(tensor.output)) is not None and (source := layer_of(tensor.source)) is not None
     }
     lines: list[str] = []
     shown: object = None
-    for to, source, experts, scores, power in sorted(rows, key=lambda row: row[0]):
+    for to, source, experts, scores in sorted(rows, key=lambda row: row[0]):
         if shown != experts:
             shown = experts
             names = [Path(str(expert)).name[-18:] for expert in experts]
             width = max(9, *(len(name) + 2 for name in names))
             header = "".join(name.rjust(width) for name in names)
             lines += ["", f"{'layer':<12}{'heads'.ljust(len(header))}  neurons", f"{'':<12}{header}  {header}"]
-        alphas = layer_shares(scores, source, power)
+        alphas = layer_shares(scores, source)
         cells = ["".join(f"{x:.3f}".rjust(width) for x in alpha_Kn.mean(-1).tolist()) for alpha_Kn in alphas]
         label = str(to) if to == source else f"{to} (from {source})"
         lines.append(f"{label:<12}{cells[0]}  {cells[1]}")

@@ -4,9 +4,8 @@
     alpha_k(c)  = s+_k(c) / sum_m s+_m(c), or 1/K where that sum is 0
     theta(c)    = theta_base + sum_k alpha_k(c) (theta_k - theta_base) = sum_k alpha_k(c) theta_k
 
-The alphas of a component sum to 1, so the base's weights cancel and are never read. Two options of ours, off by
-default, go beyond the paper: `power` p takes s+^p in the place of s+ (the larger p, the more a component goes to its
-best expert alone), and `scale` x multiplies the whole task vector, theta_base + x (theta - theta_base), as task
+The alphas of a component sum to 1, so the base's weights cancel and are never read. An option of ours, off by default,
+goes beyond the paper: `scale` x multiplies the whole task vector, theta_base + x (theta - theta_base), as task
 arithmetic does.
 
 `fuse` walks the output in tiles (`tiles`): each expert's tile is converted to float32 in one reused scratch,
@@ -28,22 +27,20 @@ class NotFiniteError(ArithmeticError):
     """A merged tensor has a NaN or an infinity, so one of its inputs has."""
 
 
-def component_weights(scores: Sequence[torch.Tensor], power: float = 1.0) -> torch.Tensor:
+def component_weights(scores: Sequence[torch.Tensor]) -> torch.Tensor:
     """The share alpha_K...n of each expert in each component.
 
     scores: K tensors of one shape [..., n] (heads or neurons), any floating dtype. Returns float32 [K, ..., n];
     for each component the shares are at least 0 and sum to 1, and are 1/K where no expert has a positive
-    score. Computed in float64 and relative to the component's best, so that scores of any magnitude neither
-    overflow nor vanish.
+    score. Computed in float64, so that float32 scores of any magnitude neither overflow nor vanish.
 
     Raises `ValueError` for no scores or for scores of different shapes.
     """
     if not scores or any(score.shape != scores[0].shape for score in scores):
         raise ValueError(f"expected scores of one shape, found {[tuple(s.shape) for s in scores]}")
     positive_Kn = torch.stack([score.to(torch.float64) for score in scores]).clamp_(min=0)
-    best_n = positive_Kn.amax(0)
-    relative_Kn = (positive_Kn / best_n) ** power
-    return torch.where(best_n > 0, relative_Kn / relative_Kn.sum(0), 1 / len(scores)).to(torch.float32)
+    total_n = positive_Kn.sum(0)
+    return torch.where(total_n > 0, positive_Kn / total_n, 1 / len(scores)).to(torch.float32)
 
 
 def fuse(

@@ -16,7 +16,6 @@ Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -50,15 +49,11 @@ def _checked_scores(value: Any) -> str:
     return value
 
 
-def _positive(name: str) -> Callable[[Any], float]:
-    """A validating type: a number above 0, refused while the recipe is planned if it is none."""
-
-    def checked(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise BadInput(f"{name}: found {value!r}, expected a number above 0; 1 is the paper's rule.")
-        return float(value)
-
-    return checked
+def _checked_scale(value: Any) -> float:
+    """The validating type of `scale`: a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise BadInput(f"scale: found {value!r}, expected a number above 0; 1 is the paper's rule.")
+    return float(value)
 
 
 class WeightPatchingMerge(CheckedMethod):
@@ -66,7 +61,7 @@ class WeightPatchingMerge(CheckedMethod):
 
     `scores` (under each expert): the path of its score file; a relative path starts at the working directory.
     `allow_mismatch` (shared, default false): accept scores whose fingerprints are not those of the models.
-    `power`, `scale` (shared, default 1, the paper's rule): see `fusion`.
+    `scale` (shared, default 1, the paper's rule): multiplies what the merge adds to the base.
     """
 
     spec = MergeMethodSpec(
@@ -89,15 +84,8 @@ class WeightPatchingMerge(CheckedMethod):
                 description="Accept score files made for other models than those of the recipe.",
             ),
             ParameterSpec(
-                "power",
-                Annotated[float, BeforeValidator(_positive("power"))],
-                ParameterScope.SHARED,
-                default=1.0,
-                description="Sharpens the shares: s^power in the place of the score s.",
-            ),
-            ParameterSpec(
                 "scale",
-                Annotated[float, BeforeValidator(_positive("scale"))],
+                Annotated[float, BeforeValidator(_checked_scale)],
                 ParameterScope.SHARED,
                 default=1.0,
                 description="Multiplies what the merge adds to the base.",
@@ -113,7 +101,6 @@ class WeightPatchingMerge(CheckedMethod):
         *,
         scores: PerInputValues[str],
         allow_mismatch: bool = False,
-        power: float = 1.0,
         scale: float = 1.0,
         source_name: str | None = None,
         out_dtype: torch.dtype | None = None,
@@ -130,7 +117,7 @@ class WeightPatchingMerge(CheckedMethod):
         assert base is not None  # the contract says so
         experts = group.non_base
         slot = slot_of(source_name or group.metadata.name or "")
-        alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot, power)
+        alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot)
         if scale != 1.0:
             uniform = torch.full((len(experts), base.tensor.shape[0]), 1 / len(experts))
             alpha_Kn = scale * (uniform if alpha_Kn is None else alpha_Kn)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 # mergekit would ignore any other in silence.
-_PARAMETERS = {WP: ("scores", "power", "scale", "allow_mismatch"), WIDEN: ("t", "s")}
+_PARAMETERS = {WP: ("scores", "scale", "allow_mismatch"), WIDEN: ("t", "s")}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def load_scores(path: str) -> Scores:
     return scores
 
 
-def layer_shares(paths: Sequence[str], layer: int, power: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def layer_shares(paths: Sequence[str], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha_KH and alpha_KF of the K experts whose score files these are, in this order (float32), in one layer.
 
     Raises `BadInput` when a file is bad or the files are of different geometries.
@@ -43,14 +43,14 @@ def layer_shares(paths: Sequence[str], layer: int, power: float = 1.0) -> tuple[
         if different := scores.meta.geometry.differences(files[0].meta.geometry):
             raise BadInput(f"{path}: made for another shape than {paths[0]} ({'; '.join(different)}).")
     return (
-        component_weights([scores.heads[layer] for scores in files], power),
-        component_weights([scores.neurons[layer] for scores in files], power),
+        component_weights([scores.heads[layer] for scores in files]),
+        component_weights([scores.neurons[layer] for scores in files]),
     )
 
 
-def tensor_shares(paths: Sequence[str], slot: TensorSlot, power: float = 1.0) -> torch.Tensor:
+def tensor_shares(paths: Sequence[str], slot: TensorSlot) -> torch.Tensor:
     """alpha_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons."""
-    alpha_KH, alpha_KF = layer_shares(paths, slot.layer, power)
+    alpha_KH, alpha_KF = layer_shares(paths, slot.layer)
     return load_scores(paths[0]).meta.geometry.expand(slot, alpha_KH, alpha_KF)
 
 
