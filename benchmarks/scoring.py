@@ -202,7 +202,7 @@ def draw_growth(pair: ModelPair, prompts: int, tokens: int, batch_size: int, anc
         (axes[1], "anchor layer", [(layer, tokens, layer) for layer in depths]),
     ):
         for method in ("batched", "writeback"):
-            seconds = [compare(pair, [method], prompts, n, batch_size, at, 1)[method][0] for _x, n, at in points]
+            seconds = [compare(pair, [method], prompts, n, batch_size, at, 3)[method][0] for _x, n, at in points]
             axis.plot([x for x, _n, _at in points], seconds, marker="o", label=method)
             click.echo(
                 f"{label}, {method}: " + ", ".join(f"{p[0]}: {s:.2f} s" for p, s in zip(points, seconds, strict=True))
