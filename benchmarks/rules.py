@@ -1,0 +1,171 @@
+"""Which changes of the paper's fusion rule earn their place? Merges in memory, graded on validation items alone.
+
+    python benchmarks/rules.py runs/worlds/<seed 0> runs/worlds/<seed 1>      # about 20 minutes on one quiet core
+
+Every rule merges the experts of the four combinations of Table 3 in every world; a number is the mean over the
+capabilities that are merged, in percent right. What a rule may change, one or more at a time:
+
+    scale      the task vector is multiplied                       power    s+^power in the place of s+
+    shrink     so much of the way back to 1/K                      norm     each expert's scores divided by their mean
+    fallback   where no expert scores: `base` instead of 1/K       utility  of the scores (writeback)
+
+`scale` is an option of `merge_method: wp`; the others were dropped on what this printed (RESULTS.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import click
+import torch
+import transformers
+
+from mergekit_wp.components import Geometry, slot_of
+from mergekit_wp.miniature.grading import grade
+from mergekit_wp.scorefile import Scores, read_scores, write_scores
+from mergekit_wp.scoring.engine import score
+from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.steering import Greedy
+
+CAPABILITIES = ("instruction", "maths", "code")
+COMBINATIONS = (("code", "instruction"), ("code", "maths"), ("instruction", "maths"), CAPABILITIES)
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    utility: str = "staged"
+    method: str = "writeback"
+    scale: float = 1.0
+    power: float = 1.0
+    shrink: float = 0.0
+    norm: bool = False
+    base_fallback: bool = False
+    average: bool = False
+
+
+PAPER = Rule("wp, writeback staged")
+RULES = (
+    Rule("average", average=True),
+    Rule("average, scale 1.5", average=True, scale=1.5),
+    Rule("average, scale 2", average=True, scale=2.0),
+    Rule("wp, attr anchor (the paper)", utility="anchor", method="attr"),
+    PAPER,
+    Rule("wp, writeback kl", utility="kl"),
+    replace(PAPER, name="power 2", power=2.0),
+    replace(PAPER, name="norm", norm=True),
+    replace(PAPER, name="shrink 0.25", shrink=0.25),
+    replace(PAPER, name="fallback base", base_fallback=True),
+    replace(PAPER, name="scale 1.5", scale=1.5),
+    replace(PAPER, name="scale 1.75", scale=1.75),
+    replace(PAPER, name="scale 2", scale=2.0),
+    replace(PAPER, name="scale 1.5, power 2", scale=1.5, power=2.0),
+    replace(PAPER, name="scale 1.5, shrink 0.25", scale=1.5, shrink=0.25),
+    replace(PAPER, name="scale 1.5, kl", scale=1.5, utility="kl"),
+)
+
+
+class World:
+    """Base and experts in float32, score files, and the validation items of a trained miniature."""
+
+    def __init__(self, folder: Path, scores: Path):
+        self.folder, self.scores = folder, scores / folder.name
+        self.model = self._load("base")
+        self.base: State = {name: tensor.float().clone() for name, tensor in self.model.state_dict().items()}
+        self.experts = {
+            expert: {
+                # An expert with an added token is cut to the base's rows.
+                name: tensor.float()[: self.base[name].shape[0]]
+                for name, tensor in self._load(expert).state_dict().items()
+            }
+            for expert in CAPABILITIES
+        }
+        self.geometry = Geometry.from_config(json.loads((folder / "base/config.json").read_text()))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+        self.greedy = Greedy.of([self.model], self.tokenizer, 64, 128)
+        self.items = {
+            capability: [json.loads(line) for line in (folder / f"tasks/data/mini_{capability}_val.jsonl").open()]
+            for capability in CAPABILITIES
+        }
+
+    def _load(self, name: str) -> transformers.PreTrainedModel:
+        return transformers.AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.bfloat16)
+
+    def scores_of(self, expert: str, rule: Rule) -> Scores:
+        """Scored with wp-score's engine, once."""
+        file = self.scores / f"{expert}-{rule.method}-{rule.utility}.safetensors"
+        if not file.is_file():
+            self.scores.mkdir(parents=True, exist_ok=True)
+            base, model, pairs = (str(self.folder / name) for name in ("base", expert, f"pairs/{expert}.jsonl"))
+            write_scores(score(ScoringJob(base, model, pairs, method=rule.method, utility=rule.utility)), file)
+        return read_scores(file)
+
+    def shares(self, experts: tuple[str, ...], rule: Rule, kind: str) -> torch.Tensor:
+        """alpha [K, L, n] under the rule."""
+        files = [self.scores_of(expert, rule) for expert in experts]
+        positive = torch.stack([getattr(file, kind).double() for file in files]).clamp(min=0)
+        if rule.norm:
+            positive /= positive.mean((1, 2), keepdim=True)
+        sharp, uniform = positive**rule.power, 1 / len(experts)
+        total = sharp.sum(0)
+        alpha = torch.where(total > 0, sharp / total, 0.0 if rule.base_fallback else uniform)
+        alpha = (1 - rule.shrink) * alpha + rule.shrink * uniform
+        return torch.full_like(alpha, uniform) if rule.average else alpha
+
+    def merge(self, experts: tuple[str, ...], rule: Rule) -> State:
+        """METHOD.md 4 with the rule's changes, in float32."""
+        heads, neurons = (self.shares(experts, rule, kind) for kind in ("heads", "neurons"))
+        merged: State = {}
+        for name, base in self.base.items():
+            slot = slot_of(name)
+            weight = torch.full((len(experts), 1), 1 / len(experts))
+            if slot is not None:
+                weight = self.geometry.expand(slot, heads[:, slot.layer], neurons[:, slot.layer]).float()
+            along_rows = base.ndim > 1 and (slot is None or slot.axis == 0)
+            shape = (len(experts), -1, 1) if along_rows else (len(experts), *[1] * (base.ndim - 1), -1)
+            deltas = torch.stack([self.experts[expert][name] - base for expert in experts])
+            merged[name] = base + rule.scale * (weight.reshape(shape) * deltas).sum(0)
+        return merged
+
+    def right(self, merged: State, capability: str) -> float:
+        """Percent of the validation items of a capability that the merge, rounded to bfloat16, gets right."""
+        self.model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in merged.items()})
+        items = self.items[capability]
+        prompts = [self.tokenizer(item["prompt"])["input_ids"] for item in items]
+        texts = self.greedy.answers(self.model, prompts, ("Request:",))
+        passed = (grade(capability, t, json.loads(item["grading"])) for t, item in zip(texts, items, strict=True))
+        return 100 * sum(passed) / len(items)
+
+
+@click.command()
+@click.argument("worlds", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--scores", type=click.Path(path_type=Path), default=Path("runs/rules"), show_default=True)
+def main(worlds: tuple[Path, ...], scores: Path) -> None:
+    """Print a Markdown table: rules by combinations, the mean over worlds, and the mean of each world.
+
+    Runs the functions that the models write, in the miniature's sandbox.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    opened = [World(folder, scores) for folder in worlds]
+    names = [" + ".join(experts) for experts in COMBINATIONS]
+    click.echo(f"| rule | {' | '.join(names)} | mean | " + " | ".join(folder.name for folder in worlds) + " |")
+    click.echo("|---" * (len(names) + 2 + len(worlds)) + "|")
+    for rule in RULES:
+        table = torch.zeros(len(opened), len(COMBINATIONS))
+        for w, world in enumerate(opened):
+            for c, experts in enumerate(COMBINATIONS):
+                merged = world.merge(experts, rule)
+                table[w, c] = sum(world.right(merged, capability) for capability in experts) / len(experts)
+        cells = [*table.mean(0).tolist(), float(table.mean()), *table.mean(1).tolist()]
+        click.echo(f"| {rule.name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
