@@ -117,9 +117,11 @@ def test_the_verdict_names_the_winner_and_where_wp_is_even_when_it_loses() -> No
     table = make_table()
     for c, line in enumerate(verdict(table)):
         means = RIGHT[:, c].mean(axis=(0, 2))
-        assert f"first is {METHODS[int(means.argmax())]} " in line
+        assert f"mean of all, {METHODS[int(means.argmax())]} is first" in line
         place = 1 + int((means > means[2]).sum())
         assert f"WP is {place} of 3" in line
+        merged = RIGHT[:, c][:, :, [CAPABILITIES.index(name) for name in COMBINATIONS[line.partition(":")[0]]]]
+        assert f"mean of merged, {METHODS[int(merged.mean(axis=(0, 2)).argmax())]} is first" in line
 
 
 def test_markdown_marks_the_best_of_each_column() -> None:
@@ -191,7 +193,7 @@ def test_the_page_is_whole_and_asks_nobody_for_anything() -> None:
     assert outline.seen.count("svg") == 1
     assert "script" not in outline.seen
     assert "&lt;note&gt;" in page
-    assert page.count("<table") == 1 + 2 * len(COMBINATIONS)
+    assert page.count("<table") == 3 + 2 * len(COMBINATIONS)
 
 
 def test_a_search_is_ranked_by_the_mean_over_combinations() -> None:

@@ -16,6 +16,11 @@ GROUPS = {
     "utilities": "WP by the utility of its scores",
 }
 HEADS = {MEAN: "mean of all", MERGED: "mean of merged"}
+SUMMARIES = {
+    MEAN: "Mean over all three capabilities, as in the paper",
+    MERGED: "Mean over the merged capabilities alone",
+}
+MODELS = "The models before merging"
 
 
 def number(spread: Spread) -> str:
@@ -53,17 +58,18 @@ def caption(table: Table) -> list[str]:
     return lines
 
 
-def verdict(table: Table, column: str = MEAN) -> list[str]:
+def verdict(table: Table) -> list[str]:
     """Which method is first in each combination, and where WP stands; said whoever it is."""
     lines = []
     for combination in table.combinations:
-        rows = sorted(table.of(combination, "methods"), key=lambda r: -r.cells[column].mean)
-        if not rows:
-            continue
-        first = f"{rows[0].name} {number(rows[0].cells[column])}"
-        places = [f"{r.name} is {i + 1} of {len(rows)} ({number(r.cells[column])})"
-                  for i, r in enumerate(rows) if r.name.startswith("WP")]  # fmt: skip
-        lines.append(f"{combination}: first is {first}; {', '.join(places) or 'WP was not run'}.")
+        said = []
+        for column in (MEAN, MERGED):
+            rows = sorted(table.of(combination, "methods"), key=lambda r: -r.cells[column].mean)
+            places = [f"{r.name} is {i + 1} of {len(rows)} ({number(r.cells[column])})"
+                      for i, r in enumerate(rows) if r.name.startswith("WP")]  # fmt: skip
+            first = f"{rows[0].name} is first ({number(rows[0].cells[column])})"
+            said.append(f"by the {HEADS[column]}, {', '.join([first, *places])}")
+        lines.append(f"{combination}: {'; '.join(said)}.")
     return lines
 
 
@@ -96,26 +102,37 @@ def _with_difference(row: Row, column: str) -> str:
     return f"{text} ({difference(row.differences[column])})" if row.differences else text
 
 
+def models(table: Table) -> list[list[str]]:
+    """Header and rows of the base and the experts themselves; the header alone where they were not graded."""
+    rows = table.of("", "models")
+    columns = [c for c in COLUMNS if any(c in row.cells for row in rows)]
+    return [
+        ["", *(HEADS.get(c, c) for c in columns)],
+        *([r.name, *(number(r.cells[c]) for c in columns)] for r in rows),
+    ]
+
+
 def to_text(table: Table, notes: Sequence[str] = ()) -> str:
-    """Aligned columns: the summary, then block by block."""
-    parts = ["Mean over the three capabilities, and the difference to the average", _aligned(summary(table))]
-    models = table.of("", "models")
-    if models:
-        columns = [c for c in COLUMNS if c in models[0].cells]
-        head = [["", *(HEADS.get(c, c) for c in columns)]]
-        parts += ["The models before merging", _aligned(head + [[r.name, *(number(r.cells[c]) for c in columns)]
-                                                               for r in models])]  # fmt: skip
+    """Aligned columns: the summaries, then block by block."""
+    parts = []
+    for column, title in SUMMARIES.items():
+        parts += [f"{title} (and the difference to the {BASELINE})", _aligned(summary(table, column))]
+    parts += [MODELS, _aligned(models(table))]
     for combination in table.combinations:
         for group, title in GROUPS.items():
             if table.of(combination, group):
-                parts += [f"{combination}: {title[0].lower()}{title[1:]}", _aligned(grid_of(table, combination, group))]
+                parts += [f"{combination}. {title}", _aligned(grid_of(table, combination, group))]
     return "\n\n".join([*parts, "\n".join([*caption(table), *verdict(table), *notes])]) + "\n"
 
 
 def to_markdown(table: Table, notes: Sequence[str] = ()) -> str:
-    """GitHub tables: the summary, then a section a combination; the best method of each column is bold."""
-    parts = ["# Merges on the miniature world", _markdown(summary(table)), _star(" ".join([*caption(table), *notes]))]
+    """GitHub tables: the summaries, then a section a combination; the best method of each column is bold."""
+    parts = ["# Merges on the miniature world"]
+    for column, title in SUMMARIES.items():
+        parts += [f"{title}:", _markdown(summary(table, column))]
+    parts.append(_star(" ".join([*caption(table), *notes])))
     parts.append("\n".join(f"- {line}" for line in verdict(table)))
+    parts += [f"## {MODELS}", _markdown(models(table))]
     for combination in table.combinations:
         parts.append(f"## {combination}")
         for group, title in GROUPS.items():

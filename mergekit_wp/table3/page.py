@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mergekit_wp.demo.page import STYLE
 from mergekit_wp.demo.pictures import INK, to_svg
-from mergekit_wp.table3.formats import GROUPS, caption, grid_of, summary, verdict
+from mergekit_wp.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
 from mergekit_wp.table3.table import MEAN, Table
 from mergekit_wp.table3.variants import BASELINE
 
@@ -41,8 +41,10 @@ def to_html(table: Table, notes: Sequence[str] = ()) -> str:
     words = "".join(f"<p>{escape(line)}</p>" for line in [*caption(table), *notes])
     verdicts = "".join(f"<p>{escape(line)}</p>" for line in verdict(table))
     sections = [
-        _section("Mean over the three capabilities", _table(summary(table)) + verdicts + words),
+        *(_section(title, _table(summary(table, column))) for column, title in SUMMARIES.items()),
+        _section("What this says, and what it cannot", verdicts + words),
         _section("With error bars", f"<figure>{picture(table)}</figure>"),
+        _section(MODELS, _table(models(table))),
     ]
     for combination in table.combinations:
         blocks = "".join(
