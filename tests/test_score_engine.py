@@ -200,13 +200,14 @@ def test_two_processes_write_what_one_writes(tmp_path, method):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # Not --cpu, which starts a single process whatever the number asked for; the devices are the job's business.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
     done = subprocess.run(
         [sys.executable, *launch, *command(job, together, *flags)], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Written:") == 1
+    assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
     one, two = read_scores(alone), read_scores(together)
     assert_same(two, one, 1e-6)
     assert json.dumps({k: str(v) for k, v in vars(one.meta.tasks["first"]).items() if k != "alpha"}) == json.dumps(

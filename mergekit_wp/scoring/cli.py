@@ -119,6 +119,8 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
 
     if shown:
         click.echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
+    if shown and team.size > 1:
+        click.echo(f"Shared by {team.size} processes.", err=True)
     with Progress(shown) as progress:
         scores = score(job, progress, team, target)
     if team.first:
