@@ -17,7 +17,7 @@ from mergekit_wp.scoring.anchor_cli import Anchor, write_pt
 from mergekit_wp.scoring.batches import TaskTokens
 from mergekit_wp.scoring.branches import kl_levels
 from mergekit_wp.scoring.curve import RecoveryCurve, TaskRecovery
-from mergekit_wp.scoring.directions import Directions, extract_directions
+from mergekit_wp.scoring.directions import Directions, extract_all
 from mergekit_wp.scoring.models import check_pair, load_pair
 from mergekit_wp.scoring.recovery import Search, candidate_layers, choose, find_anchor, locate
 from mergekit_wp.scoring.stack import ResidentStack
@@ -186,7 +186,7 @@ def test_next_token_levels_against_one_hooked_run_a_layer(kind, positions):
     base = tiny.random_model(kind, seed=1)
     expert = tiny.add_rows(tiny.fine_tuned(base, seed=2), 0 if kind == "qwen2" else 2)
     tasks, layers = random_tasks(base), (0, 2, 3)
-    found = [extract_directions(stack(base), stack(expert), task, 4, 2) for task in tasks]
+    found = extract_all(stack(base), stack(expert), tasks, 4, 2)
     got = kl_levels(stack(base), stack(expert), [t.scoring for t in tasks], found, layers, positions, batch_size=3)
     for task, along, (base_level, levels) in zip(tasks, found, got, strict=True):
         for layer, level in [(None, base_level), *zip(layers, levels, strict=True)]:
@@ -229,7 +229,7 @@ def test_streamed_weights_give_the_same_curve_and_every_layer_is_read_once(tmp_p
                 return layers(order)
 
             monkeypatch.setattr(getattr(models, name), "layers", watched)
-        directions = [extract_directions(models.base, models.expert, task, 4, 4) for task in tasks]
+        directions = extract_all(models.base, models.expert, tasks, 4, 4)
         for seen in read.values():
             seen.clear()
         curves.append(find_anchor(models.base, models.expert, tiny.tokenizer(), tasks, directions, Search()))
@@ -291,7 +291,7 @@ def test_without_behaviour_the_next_token_decides_and_the_curve_says_why(monkeyp
     if case == "code":
         code = {"miniature": "code", "kwargs": {"function": "f", "cases": []}}
         tasks = [dataclasses.replace(tasks[0], checks=[code] * 4)]
-    directions = [extract_directions(base, expert, tasks[0], 4, 4)]
+    directions = extract_all(base, expert, tasks, 4, 4)
     curve = find_anchor(base, expert, tiny.tokenizer(), tasks, directions, Search(layers=(1, 3)))
     task = curve.tasks["only"]
     ((level, levels),) = kl_levels(base, expert, [tasks[0].scoring], directions, (1, 3), "prompt", 4)
@@ -311,7 +311,7 @@ def test_code_runs_only_with_consent(monkeypatch, pair):
         return [f"def f(x):\n    return x * {1 if model is base.model and not steering else 2}"] * len(prompts)
 
     monkeypatch.setattr(recovery.Greedy, "answers", answers)
-    directions = [extract_directions(base, expert, tasks[0], 4, 4)]
+    directions = extract_all(base, expert, tasks, 4, 4)
     search = Search(layers=(2,), allow_code_execution=True, prompts=2)
     task = find_anchor(base, expert, tiny.tokenizer(), tasks, directions, search).tasks["code"]
     assert (task.grading, task.base, task.expert, task.recovery) == ("behaviour", 0.0, 1.0, (1.0,))

@@ -38,13 +38,6 @@ class Directions:
         return (self.mean_LD * unit_LD).sum(-1)  # the mean of projections is the projection of the mean
 
 
-def extract_directions(
-    base: Stack, expert: Stack, task: TaskTokens, depth: int, batch_size: int, tick: Tick = lambda _n: None
-) -> Directions:
-    """Directions of one task after layers 0 to depth-1; see `extract_all`."""
-    return extract_all(base, expert, [task], depth, batch_size, tick)[0]
-
-
 def extract_all(
     base: Stack,
     expert: Stack,
