@@ -113,15 +113,18 @@ def test_the_error_from_items_is_a_coins() -> None:
     assert item_error(240, 3) == pytest.approx(item_error(240) / math.sqrt(3))
 
 
-def test_the_verdict_names_the_winner_and_where_wp_is_even_when_it_loses() -> None:
-    table = make_table()
-    for c, line in enumerate(verdict(table)):
-        means = RIGHT[:, c].mean(axis=(0, 2))
-        assert f"mean of all, {METHODS[int(means.argmax())]} is first" in line
-        place = 1 + int((means > means[2]).sum())
-        assert f"WP is {place} of 3" in line
-        merged = RIGHT[:, c][:, :, [CAPABILITIES.index(name) for name in COMBINATIONS[line.partition(":")[0]]]]
-        assert f"mean of merged, {METHODS[int(merged.mean(axis=(0, 2)).argmax())]} is first" in line
+def test_the_verdict_names_the_winner_where_wp_is_and_what_lies_between_even_when_it_loses() -> None:
+    for c, line in enumerate(verdict(make_table())):
+        experts = COMBINATIONS[line.partition(":")[0]]
+        for label, places in (("mean of all", [0, 1, 2]), ("mean of merged", [CAPABILITIES.index(n) for n in experts])):
+            seeds = 100 * RIGHT[:, c][:, :, places].mean(axis=2)
+            means = seeds.mean(axis=0)
+            (said,) = [part for part in line.partition(": ")[2].split("; ") if label in part]
+            assert f"by the {label} {METHODS[int(means.argmax())]} is first" in said
+            assert f"WP is {1 + int((means > means[2]).sum())} of 3" in said
+            other = int(means[:2].argmax())
+            paired = seeds[:, 2] - seeds[:, other]
+            assert f"WP less {METHODS[other]}, the best other, is {paired.mean():+.1f} ± " in said
 
 
 def test_markdown_marks_the_best_of_each_column() -> None:

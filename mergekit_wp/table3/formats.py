@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from mergekit_wp.table3.table import COLUMNS, MEAN, MERGED, Row, Spread, Table, best, item_error, ranked
+from mergekit_wp.table3.table import COLUMNS, MEAN, MERGED, Row, Spread, Table, best, item_error, less, ranked
 from mergekit_wp.table3.variants import BASELINE
 
 GROUPS = {
@@ -59,18 +59,25 @@ def caption(table: Table) -> list[str]:
 
 
 def verdict(table: Table) -> list[str]:
-    """Which method is first in each combination, and where WP stands; said whoever it is."""
-    lines = []
-    for combination in table.combinations:
-        said = []
-        for column in (MEAN, MERGED):
-            rows = sorted(table.of(combination, "methods"), key=lambda r: -r.cells[column].mean)
-            places = [f"{r.name} is {i + 1} of {len(rows)} ({number(r.cells[column])})"
-                      for i, r in enumerate(rows) if r.name.startswith("WP")]  # fmt: skip
-            first = f"{rows[0].name} is first ({number(rows[0].cells[column])})"
-            said.append(f"by the {HEADS[column]}, {', '.join([first, *places])}")
-        lines.append(f"{combination}: {'; '.join(said)}.")
-    return lines
+    """Which method is first in each combination, where WP stands, and what lies between; said whoever wins."""
+    return [
+        f"{combination}: "
+        + "; ".join(_said(table.of(combination, "methods"), column) for column in (MEAN, MERGED))
+        + "."
+        for combination in table.combinations
+    ]
+
+
+def _said(rows: Sequence[Row], column: str) -> str:
+    ranked_rows = sorted(rows, key=lambda row: -row.cells[column].mean)
+    ours = [row for row in ranked_rows if row.name.startswith("WP")]
+    others = [row for row in ranked_rows if row not in ours]
+    places = ", ".join(f"{row.name} is {ranked_rows.index(row) + 1} of {len(rows)}" for row in ours)
+    text = f"by the {HEADS[column]} {ranked_rows[0].name} is first ({number(ranked_rows[0].cells[column])})"
+    if not ours or not others:
+        return text
+    paired = less(ours[0].cells[column], others[0].cells[column])
+    return f"{text}, {places}, and {ours[0].name} less {others[0].name}, the best other, is {difference(paired)}"
 
 
 def grid_of(table: Table, combination: str, group: str) -> list[list[str]]:

@@ -113,7 +113,7 @@ class Table:
         differences = None
         if base is not None and (group, name) != ("methods", BASELINE) and set(base) == set(self.seeds):
             theirs = {seed: values(base[seed]) for seed in self.seeds}
-            differences = {c: Spread(tuple(mine[s][c] - theirs[s][c] for s in self.seeds)) for c in cells}
+            differences = {c: less(cells[c], Spread(tuple(theirs[s][c] for s in self.seeds))) for c in cells}
         return Row(combination, name, group, tuple(found[seed].setting for seed in self.seeds), cells, differences)
 
 
@@ -126,6 +126,11 @@ def values(entry: Entry) -> dict[str, float]:
     if entry.combination:
         found[MERGED] = 100 * grade.mean(COMBINATIONS[entry.combination])
     return found
+
+
+def less(one: Spread, other: Spread) -> Spread:
+    """The difference seed by seed."""
+    return Spread(tuple(a - b for a, b in zip(one.values, other.values, strict=True)))
 
 
 def item_error(items: int, columns: int = 1) -> float:
