@@ -128,7 +128,7 @@ def test_the_verdict_names_the_winner_where_wp_is_and_what_lies_between_even_whe
 
 
 def test_markdown_marks_the_best_of_each_column() -> None:
-    text = to_markdown(make_table(), ["Worlds: a."])
+    text = to_markdown(make_table(), ["Worlds: a.", "A mark*."])
     block = text.split("## all three")[1].split("\n\n")[2].splitlines()
     head, rows = block[0].split("|")[1:-1], [line.split("|")[1:-1] for line in block[2:]]
     assert len({len(row) for row in [head, *rows]}) == 1

@@ -138,7 +138,7 @@ def to_markdown(table: Table, notes: Sequence[str] = ()) -> str:
     for column, title in SUMMARIES.items():
         parts += [f"{title}:", _markdown(summary(table, column))]
     parts.append(_star(" ".join([*caption(table), *notes])))
-    parts.append("\n".join(f"- {line}" for line in verdict(table)))
+    parts.append("\n".join(f"- {_star(line)}" for line in verdict(table)))
     parts += [f"## {MODELS}", _markdown(models(table))]
     for combination in table.combinations:
         parts.append(f"## {combination}")
