@@ -1,5 +1,5 @@
 # make demo   the whole loop on a small world that it trains itself (about 10 minutes from nothing on 2 cores)
-# make table3 the paper's table of merges on three small worlds (seven methods, half an hour from nothing on 2 cores)
+# make table3 the paper's table of merges on three small worlds: three trainings, some 500 gradings; resumable
 # make test   the tests
 # make check  ruff lint and format, mypy
 # make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml

@@ -16,6 +16,7 @@ Legend: B prompts, T tokens, D residual width, Q = H*d_h, F neurons, W either of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Patch:
     patched_BTW: torch.Tensor
     moved_DW: torch.Tensor | None
 
-    @property
+    @cached_property  # every stacked step of `restart` asks for it
     def change_BTW(self) -> torch.Tensor:
         return sum(list(self.changes.values())[1:], start=next(iter(self.changes.values())))
 
