@@ -10,42 +10,19 @@ import itertools
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from mergekit_wp.pictures import INK, QUIET, STYLE, draw_shares, expert_colour, integer_ticks
 from mergekit_wp.scoring.curve import RecoveryCurve
 
-INK = "#1f2933"
-_QUIET = "#8592a0"
+__all__ = ["INK", "expert_colour", "head_map", "neuron_map", "rank_edges", "recovery_lines", "share_bars", "to_svg"]
+
 _NEGATIVE = "#6b7280"
-# One colour an expert, the same in every picture; told apart by people with any colour vision (Okabe-Ito).
-EXPERT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-
-_STYLE: Any = {  # Any: matplotlib types the keys of its rc files one by one
-    "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": _QUIET,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _QUIET,
-    "ytick.color": _QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
-
-
-def expert_colour(index: int) -> str:
-    return EXPERT_COLOURS[index % len(EXPERT_COLOURS)]
 
 
 def head_map(scores_LH: torch.Tensor, anchor_layer: int, colour: str) -> str:
@@ -77,20 +54,9 @@ def rank_edges(count: int, cells: int = 40) -> list[int]:
 def share_bars(alpha_KLn: torch.Tensor, names: Sequence[str], components: str) -> str:
     """How much of each layer of the merge comes from which expert: mean fusion weight, stacked to 1."""
     share_KL = alpha_KLn.double().mean(dim=2).numpy()
-    layers = np.arange(share_KL.shape[1])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
-        axes = figure.add_subplot()
-        bottom = np.zeros(len(layers))
-        for index, (name, share_L) in enumerate(zip(names, share_KL, strict=True)):
-            axes.bar(layers, share_L, 0.82, bottom=bottom, color=expert_colour(index), label=name)
-            bottom += share_L
-        for boundary in range(1, len(names)):  # where the bars of a plain average would meet
-            axes.axhline(boundary / len(names), color="white", linewidth=1.2, linestyle=(0, (3, 3)))
-        axes.set(xlabel="layer", ylabel=f"share of its {components}", ylim=(0, 1))
-        axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
-        axes.set_xlim(-0.6, len(layers) - 0.4)
-        _integer_ticks(axes, "x", len(layers))
+        draw_shares(figure.add_subplot(), share_KL, names, components)
         figure.legend(loc="outside upper center", ncols=len(names), frameon=False, handlelength=1)
     return to_svg(figure, f"Mean fusion weight of each expert in each layer's {components}")
 
@@ -101,15 +67,15 @@ def recovery_lines(curve: RecoveryCurve, colour: str) -> str:
     A task that was judged by the next token has a dotted line; what lies below -100 % is drawn there.
     """
     graded = {name: task for name, task in curve.tasks.items() if task.grading != "none"}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        axes.axhline(0, color=_QUIET, linewidth=0.8)
+        axes.axhline(0, color=QUIET, linewidth=0.8)
         axes.axvline(curve.chosen, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         for (name, task), marker in zip(graded.items(), itertools.cycle("osD^vPX*"), strict=False):
             line = ":" if task.grading == "kl" else "-"
             values = np.clip(task.recovery, -1, None)
-            axes.plot(curve.layers, values, line, marker=marker, ms=4, lw=0.9, color=_QUIET, label=name)
+            axes.plot(curve.layers, values, line, marker=marker, ms=4, lw=0.9, color=QUIET, label=name)
         if len(graded) > 1:
             axes.plot(curve.layers, curve.mean, marker="o", ms=5, lw=2.4, color=colour, label="mean")
         else:
@@ -127,20 +93,20 @@ def _score_map(
     layers, ranked = len(values), component == "neuron"
     norm = CenteredNorm(0, halfrange=float(np.abs(values).max()) or 1.0)
     colours = LinearSegmentedColormap.from_list("score", [_NEGATIVE, "white", colour])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, min(max(2.5, 0.2 * layers + 1.1), 7.5)), layout="constrained")
         axes, side = figure.subplots(1, 2, width_ratios=[5, 1], sharey=True)
         rows = np.arange(layers + 1) - 0.5
         mesh = axes.pcolormesh(edges, rows, values, cmap=colours, norm=norm, edgecolors="#eef1f4", lw=0.4)
         axes.set_ylabel("layer")
-        _integer_ticks(axes, "y", layers)
+        integer_ticks(axes, "y", layers)
         if ranked:
             axes.set_xscale("log")
             axes.set_xlabel("rank of the neuron in its layer (1 = strongest)")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         else:
             axes.set_xlabel("head")
-            _integer_ticks(axes, "x", values.shape[1])
+            integer_ticks(axes, "x", values.shape[1])
         axes.axhline(anchor_layer + 0.5, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         side.barh(np.arange(layers), share_L, 0.78, color=colour)
         side.axhline(anchor_layer + 0.5, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
@@ -159,16 +125,11 @@ def _layer_share(scores_Ln: torch.Tensor) -> np.ndarray:
     return (100 * positive_L / positive_L.sum().clamp(min=1e-300)).numpy()
 
 
-def _integer_ticks(axes: Axes, axis: str, count: int) -> None:
-    step = max(1, -(-count // 10))
-    getattr(axes, f"set_{axis}ticks")(range(0, count, step))
-
-
 def to_svg(figure: Figure, description: str) -> str:
     """The figure as an `<svg>` element that fills the width of its box."""
     buffer = io.StringIO()
     # The salt keeps the ids of several pictures on one page apart, and the same from run to run.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description + str(id(figure))}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": description + str(id(figure))}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
