@@ -21,6 +21,7 @@ from mergekit_wp.files import check_writable_parent
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
+from mergekit_wp.merge.mark import write_mark
 from mergekit_wp.merge.plan import WP, MergePlan, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import layer_shares
@@ -109,8 +110,14 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
     if not options.safe_serialization:
         click.echo("audit: skipped, because --no-safe-serialization writes pickled weights, which are never opened.")
         return
+    checked: list[str] = []
+
+    def say(line: str) -> None:
+        click.echo(line)
+        checked.append(line)
+
     try:
-        audit(work / out.name, plan, seed=options.random_seed or 0, say=click.echo)
+        audit(work / out.name, plan, seed=options.random_seed or 0, say=say)
     except AuditFailed as error:
         rejected = out.with_name(out.name + ".rejected")
         shutil.rmtree(rejected, ignore_errors=True)
@@ -119,6 +126,7 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
             f"{error.message.replace(str(work / out.name), str(rejected))} It is kept there for inspection; "
             f"{out} was not written."
         ) from error
+    write_mark(work / out.name, plan, checked)
 
 
 def _copy_generation_config(plan: MergePlan, merged: Path) -> None:

@@ -1,0 +1,152 @@
+"""The mark that a passed audit leaves in the merged folder: what was checked, and the SHA-256 of every file then.
+
+wp-push publishes only files that the mark vouches for. It is a YAML, not a JSON: wp-eval tells models apart by their
+.json files among others, and the mark changes no answer. It holds no path, since it is published too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.checkpoint import content_digest, read_header
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_yaml_mapping, write_text
+
+if TYPE_CHECKING:
+    from mergekit_wp.merge.plan import MergePlan
+
+MARK = "wp_audit.yml"
+FORMAT = 1
+# The card may be rewritten after the audit, and changes nothing.
+_UNMARKED = (MARK, "README.md")
+_VERSIONS = ("mergekit-wp", "mergekit", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class MarkedScores:
+    """A score file that the merge used: its name, and its `content_digest` (tensors only, whatever its metadata)."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """`checked`: what the audit said; `files`: hex SHA-256 by name; `date` is ISO 8601 UTC.
+
+    shares: for wp, `experts` [K] (last parts of their names), and each one's mean share of the `heads` and of the
+    `neurons` of every layer of the merge [K][L]; None where there are none, or experts differ between slices.
+    """
+
+    method: str
+    checked: tuple[str, ...]
+    files: dict[str, str]
+    scores: tuple[MarkedScores, ...] = ()
+    shares: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+    format: int = FORMAT
+
+    def text(self) -> str:
+        import yaml
+
+        content = asdict(self)
+        content |= {"checked": list(self.checked), "scores": [asdict(scores) for scores in self.scores]}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def make_mark(folder: Path, plan: MergePlan, checked: Iterable[str]) -> Mark:
+    """The mark of a folder whose audit has passed: reads every file once. Raises `BadInput` where it cannot."""
+    paths = marked_files(folder)
+    scores = dict.fromkeys(path for tensor in plan.tensors for path in tensor.scores if path)
+    return Mark(
+        method=plan.method,
+        checked=tuple(line.removeprefix("audit: ") for line in checked),
+        files=dict(zip((path.name for path in paths), sha256_of(paths), strict=True)),
+        scores=tuple(mark_scores(path) for path in scores),
+        shares=mean_shares(plan),
+        versions={name: version(name) for name in _VERSIONS},
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def write_mark(folder: Path, plan: MergePlan, checked: Iterable[str]) -> None:
+    """Leave the mark in the folder, atomically."""
+    write_text(folder / MARK, make_mark(folder, plan, checked).text())
+
+
+def mean_shares(plan: MergePlan) -> dict[str, Any] | None:
+    """`Mark.shares` of a merge, from its score files."""
+    from mergekit_wp.components import slot_of
+    from mergekit_wp.merge.plan import layer_of
+    from mergekit_wp.merge.shares import layer_shares
+
+    experts = {tensor.experts for tensor in plan.tensors}
+    if len(experts) != 1 or not all(tensor.scores for tensor in plan.tensors):
+        return None
+    # Filters may weigh the tensors of a layer differently: the first of a kind (q_proj, gate_proj) stands for it.
+    shares: dict[str, dict[int, list[float]]] = {"head": {}, "neuron": {}}
+    for tensor in plan.tensors:
+        slot, layer = slot_of(tensor.source), layer_of(tensor.output)
+        if slot is None or layer is None or layer in shares.get(slot.kind, {layer: []}):
+            continue
+        alpha_Kn = layer_shares(tensor.scores, slot.layer, tensor.weights)[0 if slot.kind == "head" else 1]
+        shares[slot.kind][layer] = [round(x, 4) for x in alpha_Kn.mean(-1).tolist()]
+    named = {"experts": [Path(str(expert)).name for expert in experts.pop()]}
+    for kind, by_layer in shares.items():
+        named[f"{kind}s"] = [list(column) for column in zip(*(by_layer[n] for n in sorted(by_layer)), strict=True)]
+    return named
+
+
+def read_mark(path: Path) -> Mark | None:
+    """The mark at `path`, or None where there is none. Raises `BadInput` when the file is no such mark."""
+    if not path.is_file():
+        return None
+    content = read_yaml_mapping(path, "mark of an audit")
+    if content.get("format") != FORMAT:
+        raise BadInput(
+            f"{path}: a mark of format {content.get('format')!r}, this program reads {FORMAT}; delete it to have the "
+            "merge audited again."
+        )
+    try:
+        content["checked"] = tuple(str(line) for line in content["checked"])
+        content["scores"] = tuple(MarkedScores(**scores) for scores in content["scores"])
+        content["files"] = {str(name): str(digest) for name, digest in content["files"].items()}
+        return Mark(**content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: not a mark of wp-merge's audit ({error}); delete it to have it made again.") from error
+
+
+def mark_scores(path: str | Path) -> MarkedScores:
+    """Name and content of a score file. Raises `BadInput` when it cannot be read."""
+    return MarkedScores(Path(path).name, content_digest(read_header(Path(path))))
+
+
+def marked_files(folder: Path) -> list[Path]:
+    """The files of the folder that a mark covers: all but hidden ones, the card and the mark itself, by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.name not in _UNMARKED
+    )
+
+
+def sha256_of(paths: Sequence[Path]) -> list[str]:
+    """Hex SHA-256 of each file, several at a time. Raises `BadInput` naming the file that cannot be read."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read this file ({error.strerror or error}).") from error
