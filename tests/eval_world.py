@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -93,9 +94,85 @@ def wp_eval(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def ran(outcome: Result) -> list[str]:
+    """Names of the tasks that were really run, in order, by what wp-eval said."""
+    return re.findall(r"^\[\d+/\d+\] .*: (\S+) \.\.\.$", outcome.output, re.MULTILINE)
+
+
 def results(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
 def cells(out: Path, name: str) -> dict:
     return next(row["cells"] for row in results(out)["rows"] if row["name"] == name)
+
+
+GLUE = """
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from datasets import Dataset
+
+HERE = Path(__file__).parent
+
+
+def rows(**_):
+    return {"test": Dataset.from_json(str(HERE / "gen.json"))}
+
+
+def _held(place):
+    \"\"\"While there is a file `hold-PLACE`: stay, after saying who is here (`at-PLACE`).\"\"\"
+    marks = HERE.parent / "marks"  # beside the tasks' folder: what lies in it is part of the tasks
+    if (marks / f"hold-{place}").exists() and not (marks / f"at-{place}").exists():
+        helper = subprocess.Popen(["sleep", "600"])  # as an engine has processes of its own
+        (marks / "partial").write_text(f"{os.getpid()} {helper.pid}")
+        (marks / "partial").rename(marks / f"at-{place}")
+    while (marks / f"hold-{place}").exists():
+        time.sleep(0.02)
+
+
+def ask_b(doc):
+    _held("start")
+    return doc["q"]
+
+
+def grade_a(doc, results):
+    return {"acc": float(results[0] == doc["a"]), "said": os.environ.get("WP_TEST_WORD"), "share": (1.0, 3.0)}
+
+
+def grade_b(doc, results):
+    _held("middle")
+    return {"acc": float(results[0] == doc["a"])}
+
+
+def any_of(words):
+    return float(any(word == "hello" for word in words))
+
+
+def ratio(pairs):
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+"""
+
+
+def write_held_tasks(folder: Path, right: Path) -> list[dict]:
+    """held_a, and held_b, which can be stopped before it asks (`hold-start`) and while it grades (`hold-middle`)."""
+    write_tasks(folder, right)
+    (folder.parent / "marks").mkdir()
+    (folder / "glue.py").write_text(GLUE)
+    common = (
+        "custom_dataset: !function glue.rows\ntest_split: test\ndoc_to_target: a\noutput_type: generate_until\n"
+        "generation_kwargs: {until: ['</s>'], max_gen_toks: 3, do_sample: false}\n"
+    )
+    (folder / "held_a.yaml").write_text(
+        f"task: held_a\n{common}doc_to_text: q\nprocess_results: !function glue.grade_a\nmetric_list:\n"
+        "  - {metric: acc, aggregation: mean}\n"
+        "  - {metric: said, aggregation: !function glue.any_of}\n"
+        "  - {metric: share, aggregation: !function glue.ratio}\n"
+    )
+    (folder / "held_b.yaml").write_text(
+        f"task: held_b\n{common}doc_to_text: !function glue.ask_b\nprocess_results: !function glue.grade_b\n"
+        "metric_list: [{metric: acc, aggregation: mean}]\n"
+    )
+    return [{"task": f"held_{x}", "column": x.upper(), "metric": "acc,none"} for x in "ab"]

@@ -17,6 +17,7 @@ from eval_world import (
     choices_of,
     greedy,
     make_model,
+    ran,
     results,
     wp_eval,
     write_suite,
@@ -24,8 +25,6 @@ from eval_world import (
 )
 from tiny import random_model, save
 from transformers import LlamaForCausalLM
-
-from mergekit_wp.eval import run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,21 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tasks that are really evaluated, in order."""
-    ran: list[str] = []
-    original = run._evaluate
-
-    def spy(lm, task, settings):
-        ran.append(task.spec.task)
-        return original(lm, task, settings)
-
-    monkeypatch.setattr(run, "_evaluate", spy)
-    return ran
-
-
-def test_values_equal_an_independent_computation(world: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_values_equal_an_independent_computation(world: Path, tmp_path: Path) -> None:
     """Also: differences, mean, standard error, the three files, and a second run from the cache alone."""
     arguments = (world / "suite.yaml", world / "one", f"second={world / 'two'}", "--baseline", "one")
     out = tmp_path / "out"
@@ -92,61 +77,59 @@ def test_values_equal_an_independent_computation(world: Path, tmp_path: Path, co
     assert rows[0]["Gen - one"] == ""
     markdown = (out / "results.md").read_text().splitlines()
     assert markdown[0] == "| model | Gen | Choice | Average |"
-    assert markdown[2].startswith("| one | **62.50** |")
+    assert markdown[2].startswith("| one | **62.50** ±18.30 |")
     assert f"({100 * difference:+.2f})" in markdown[3]
     assert "62.50" in outcome.output
 
-    assert counted == ["tiny_gen", "tiny_choice"] * 2
+    assert ran(outcome) == ["tiny_gen", "tiny_choice"] * 2
     before = results(out)
-    assert wp_eval(*arguments, "--out", out).exit_code == 0
-    assert counted == ["tiny_gen", "tiny_choice"] * 2
+    again = wp_eval(*arguments, "--out", out)
+    assert again.exit_code == 0
+    assert ran(again) == []
     assert results(out) == before
 
 
-def test_what_changes_answers_is_measured_again(world: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_what_changes_answers_is_measured_again(world: Path, tmp_path: Path) -> None:
     model, out = make_model(tmp_path / "model", seed=3), tmp_path / "out"
     suite = write_suite(tmp_path / "suite.yaml", include_path=str(world / "tasks"))
 
-    def ran(*more: object) -> list[str]:
-        counted.clear()
+    def measured(*more: object) -> list[str]:
         outcome = wp_eval(suite, model, "--out", out, *more)
         assert outcome.exit_code == 0, outcome.output
-        return list(counted)
+        return ran(outcome)
 
     both = ["tiny_gen", "tiny_choice"]
-    assert ran() == both
-    assert ran() == []
-    assert ran("--limit", 2) == both
+    assert measured() == both
+    assert measured() == []
+    assert measured("--limit", 2) == both
     assert results(out)["rows"][0]["limit"] == 2
     assert results(out)["rows"][0]["cells"]["Gen"]["samples"] == 2
     assert "\\*" in (out / "results.md").read_text()
-    assert ran("--dtype", "bfloat16") == both
-    assert ran() == []
+    assert measured("--dtype", "bfloat16") == both
+    assert measured() == []
     renamed = [{**TASKS[0], "column": "Another title"}, {**TASKS[1], "num_fewshot": 1}]
     write_suite(suite, include_path=str(world / "tasks"), tasks=renamed)
-    assert ran() == ["tiny_choice"]  # the title of a column changes no answer
+    assert measured() == ["tiny_choice"]  # the title of a column changes no answer
     write_suite(suite, include_path=str(world / "tasks"), max_gen_toks=1)
-    assert ran() == both
+    assert measured() == both
     make_model(model, seed=4)
-    assert ran() == both
+    assert measured() == both
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.5}))
-    assert ran() == both
+    assert measured() == both
 
 
-def test_task_data_enters_the_cache_key(world: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_task_data_enters_the_cache_key(world: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks", right=world / "one")
     suite = write_suite(tmp_path / "suite.yaml")
     assert wp_eval(suite, world / "one", "--out", tmp_path / "out").exit_code == 0
     data = tmp_path / "tasks" / "gen.json"
     data.write_text(data.read_text().replace("never said", greedy(world / "one", QUESTIONS[7])))
-    counted.clear()
-    assert wp_eval(suite, world / "one", "--out", tmp_path / "out").exit_code == 0
-    assert counted == ["tiny_gen"]
+    assert ran(wp_eval(suite, world / "one", "--out", tmp_path / "out")) == ["tiny_gen"]
     assert cells(tmp_path / "out", "one")["Gen"]["value"] > 5 / 8
 
 
-def test_graders_and_what_lies_beside_them_enter_the_cache_key(world: Path, tmp_path: Path, counted) -> None:
+def test_graders_and_what_lies_beside_them_enter_the_cache_key(world: Path, tmp_path: Path) -> None:
     """A task whose Python reads its data from a folder of its own and grades with a module it imports."""
     tasks, package = tmp_path / "tasks", tmp_path / "graders"
     (tasks / "data").mkdir(parents=True)
@@ -165,41 +148,26 @@ def test_graders_and_what_lies_beside_them_enter_the_cache_key(world: Path, tmp_
     )
     spec = [{"task": "py_task", "column": "Py", "metric": "acc,none"}]
     suite = write_suite(tmp_path / "suite.yaml", tasks=spec)
+    counted = []
     for change in (None, tasks / "data" / "rows.jsonl", package / "rule.py"):
         if change:
             change.write_text(change.read_text() + "\n")
         for _ in range(2):
             outcome = wp_eval(suite, world / "one", "--out", tmp_path / "out")
             assert outcome.exit_code == 0, outcome.output
+            counted += ran(outcome)
     assert cells(tmp_path / "out", "one")["Py"]["value"] == 1.0
     assert counted == ["py_task"] * 3
 
 
-def test_a_killed_run_goes_on_task_by_task(world: Path, tmp_path: Path, monkeypatch, counted) -> None:
-    spy = run._evaluate
-
-    def dies(lm, task, settings):
-        if task.spec.task == "tiny_choice":
-            raise KeyboardInterrupt
-        return spy(lm, task, settings)
-
-    arguments = (world / "suite.yaml", world / "one", "--out", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_evaluate", dies)
-        assert wp_eval(*arguments).exit_code != 0
-    assert not (tmp_path / "out" / "results.json").exists()
-    assert wp_eval(*arguments).exit_code == 0
-    assert counted == ["tiny_gen", "tiny_choice"]
-
-
-def test_same_folder_names_become_distinct_rows(world: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_same_folder_names_become_distinct_rows(world: Path, tmp_path: Path) -> None:
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         (tmp_path / parent / "model").symlink_to(world / "one")
     outcome = wp_eval(world / "suite.yaml", tmp_path / "a/model", tmp_path / "b/model", "--out", tmp_path / "out")
     assert outcome.exit_code == 0, outcome.output
     assert [row["name"] for row in results(tmp_path / "out")["rows"]] == ["a/model", "b/model"]
-    assert counted == ["tiny_gen", "tiny_choice"]  # the same model: measured once
+    assert ran(outcome) == ["tiny_gen", "tiny_choice"]  # the same model: measured once
 
 
 def test_groups_and_consented_code_run(world: Path, tmp_path: Path) -> None:
@@ -214,11 +182,10 @@ def test_groups_and_consented_code_run(world: Path, tmp_path: Path) -> None:
     assert cells(tmp_path / "out", "one")["Unsafe"]["value"] == 5 / 8
 
 
-def test_two_metrics_of_one_task_are_measured_once(world: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_two_metrics_of_one_task_are_measured_once(world: Path, tmp_path: Path) -> None:
     tasks = [TASKS[1], {**TASKS[1], "column": "Again"}]
     suite = write_suite(tmp_path / "suite.yaml", include_path=str(world / "tasks"), tasks=tasks)
-    assert wp_eval(suite, world / "one", "--out", tmp_path / "out").exit_code == 0
-    assert counted == ["tiny_choice"]
+    assert ran(wp_eval(suite, world / "one", "--out", tmp_path / "out")) == ["tiny_choice"]
     assert cells(tmp_path / "out", "one")["Again"] == cells(tmp_path / "out", "one")["Choice"]
 
 
@@ -266,9 +233,9 @@ def test_bad_input_is_one_sentence_and_no_output(
     assert not list((tmp_path / "out").rglob("*.*"))
 
 
-def test_an_unwritable_output_folder_is_refused(world: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_an_unwritable_output_folder_is_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
     outcome = wp_eval(world / "suite.yaml", world / "one", "--out", tmp_path / "out")
     assert outcome.exit_code == 2
     assert "cannot write there" in outcome.output
-    assert counted == []
+    assert ran(outcome) == []

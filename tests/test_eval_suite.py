@@ -111,8 +111,8 @@ def table(limit: int | None = None, baseline: str | None = "linear") -> Table:
 def test_markdown_has_differences_and_bold_best_values() -> None:
     lines = to_markdown(table()).splitlines()
     assert lines[0] == "| model | A | B | Average |"
-    assert lines[2] == "| linear | 50.00 | **25.00** | 37.50 |"
-    assert lines[3] == "| wp\\|1 | **75.00** (+25.00) | 12.50 (-12.50) | **43.75** (+6.25) |"
+    assert lines[2] == "| linear | 50.00 ±3.00 | **25.00** | 37.50 |"
+    assert lines[3] == "| wp\\|1 | **75.00** ±3.00 (+25.00) | 12.50 ±4.00 (-12.50) | **43.75** ±2.50 (+6.25) |"
 
 
 def test_text_is_aligned_and_a_limit_is_marked() -> None:

@@ -5,10 +5,10 @@ Heavy packages are imported inside the command, so that `wp-eval --help` answers
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,20 @@ import click
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.options import BACKENDS
+from mergekit_wp.eval.quiet import quieten as _quieten
 from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
 from mergekit_wp.files import check_writable_parent, write_text
 
 if TYPE_CHECKING:
+    from mergekit_wp.eval.backends import Backend
     from mergekit_wp.eval.run import Settings
     from mergekit_wp.eval.table import Table
 
 _GROUPS = {
     "Suite": ("baseline", "include_path", "limit"),
-    "Output Settings": ("out",),
+    "Output Settings": ("out", "log_samples"),
+    "Backend": ("backend", "tensor_parallel", "data_parallel", "max_model_len"),
     "Performance": ("device", "dtype", "batch_size"),
     "Dangerous Options": ("allow_code", "trust_remote_code"),
 }
@@ -38,8 +42,8 @@ Examples:
       --allow-code-execution --out runs/eval
   wp-eval my.yaml a=runs/a b=runs/b --limit 20 --out /tmp/quick
 
-A task already measured on a model of the same fingerprint, with the same dtype, limit and package versions,
-is taken from OUT/cache: a run that was killed goes on where it stopped.
+A task already measured on a model of the same fingerprint, with the same dtype, limit, backend and package
+versions, is taken from OUT/cache: a run that was killed goes on where it stopped.
 """
 
 
@@ -62,10 +66,17 @@ class BatchSize(click.ParamType):
 @click.option("--baseline", metavar="NAME", help="Row that differences are taken from (default: the suite's).")
 @click.option("--include-path", metavar="DIR", type=Path, help="Folder of lm-eval tasks, instead of the suite's.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
-@click.option("--out", required=True, type=Path, metavar="DIR", help="Folder for results.json, .csv, .md, cache/.")
+@click.option(
+    "--out", required=True, type=Path, metavar="DIR", help="Folder for results.json, .csv, .md, .html, cache/."
+)
+@click.option("--log-samples", is_flag=True, help="Log every item, answer and grade under OUT/samples/, as JSON lines.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Default: the suite's, or vllm if it and a GPU are there.")
+@click.option("--tensor-parallel", type=click.IntRange(min=1), metavar="N", help="GPUs that share a model (vllm).")
+@click.option("--data-parallel", type=click.IntRange(min=1), metavar="N", help="Copies of a model (vllm, with ray).")
+@click.option("--max-model-len", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype to run in (default: the suite's, or `auto`).")
-@click.option("--batch-size", type=BatchSize(), help="Sequences at a time (default: the suite's).")
+@click.option("--batch-size", type=BatchSize(), help="Sequences at a time, for hf (default: the suite's).")
 @click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with a model folder.")
 @click.option("--quiet", is_flag=True, help="Print the table only.")
@@ -77,17 +88,20 @@ def main(
     include_path: Path | None,
     limit: int | None,
     out: Path,
+    log_samples: bool,
     device: str | None,
     dtype: str | None,
     batch_size: int | str | None,
     allow_code: bool,
     trust_remote_code: bool,
     quiet: bool,
+    **backend_flags: Any,
 ) -> None:
     """Grade models on a suite of lm-eval tasks: one row a MODEL, one column a task, and their mean.
 
-    A MODEL is a local folder or a Hub name (user/model, user/model@revision); NAME=MODEL names its row. The
-    table is printed and written to OUT as results.json, results.csv and results.md.
+    A MODEL is a local folder or a Hub name (user/model, user/model@revision); NAME=MODEL names its row. Each
+    model runs in a process of its own. The table is printed and written to OUT as results.json, .csv, .md and
+    .html; `wp-compare` puts several of them together.
     """
     suite = read_suite(suite_file)
     bars = not quiet and sys.stderr.isatty()  # only where somebody watches; lines of ours say what runs
@@ -96,17 +110,51 @@ def main(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     from mergekit_wp.eval.run import Settings
 
+    where = _device(device or suite.device)
+    backend, why = _backend(suite, where, batch_size, **backend_flags)
     settings = Settings(
-        device=_device(device or suite.device),
+        device=where,
         dtype=dtype or suite.dtype,
         batch_size=batch_size or suite.batch_size,
         limit=limit,
         allow_code=allow_code,
         trust_remote_code=trust_remote_code,
         progress_bars=bars,
+        backend=backend,
+        samples=out / "samples" if log_samples else None,
     )
+    if not quiet:
+        click.echo(why, err=True)
     table = _evaluate(suite, models, settings, baseline, include_path or suite.include_path, out, quiet)
-    _write(table, suite_file, out)
+    _write(table, suite_file, settings, out)
+
+
+def _backend(
+    suite: Suite,
+    device: str,
+    batch_size: int | str | None,
+    backend: str | None,
+    tensor_parallel: int | None,
+    data_parallel: int | None,
+    max_model_len: int | None,
+) -> tuple[Backend, str]:
+    """The backend by flags, suite and machine, and why. Raises `BadInput`."""
+    from mergekit_wp.eval.backends import choose_backend
+    from mergekit_wp.eval.preflight import check_parallel
+
+    flags = {
+        "tensor_parallel_size": tensor_parallel, "data_parallel_size": data_parallel, "max_model_len": max_model_len,
+    }  # fmt: skip
+    given = {name: value for name, value in flags.items() if value is not None}
+    chosen, why = choose_backend(backend or suite.backend, {**suite.backend_options, **given}, device)
+    for name in given:
+        if name not in chosen.options:
+            flag = "--" + name.removesuffix("_size").replace("_", "-")
+            raise BadInput(f"{flag}: this is vLLM's alone, and the backend is {chosen.name} ({why.rstrip('.')}).")
+    if chosen.name == "vllm" and batch_size not in (None, "auto"):
+        raise BadInput(f"--batch-size {batch_size}: vLLM forms its batches itself; leave it out, or --backend hf.")
+    check_parallel(chosen, device)
+    return chosen, why
 
 
 def _evaluate(
@@ -119,44 +167,62 @@ def _evaluate(
     quiet: bool,
 ) -> Table:
     """All checks, then model after model."""
+    from mergekit_wp.eval import preflight
     from mergekit_wp.eval.models import name_models, needs_download, open_model
-    from mergekit_wp.eval.run import evaluate_model
+    from mergekit_wp.eval.process import measure_in_child, start_importing
+    from mergekit_wp.eval.run import evaluate_model, missing_tasks
     from mergekit_wp.eval.table import Table
     from mergekit_wp.eval.tasks import ready_tasks
 
     names = name_models(references)
-    trust = settings.trust_remote_code
+    trust, cache = settings.trust_remote_code, out / "cache"
     opened = {n: open_model(n, ref, trust) for n, ref in names.items() if not needs_download(ref)}
     if baseline is not None and baseline not in names:
         raise BadInput(f"--baseline {baseline}: there is no such row; the rows are {', '.join(names)}.")
     tasks = ready_tasks(suite, include_path, settings.allow_code)
+    preflight.check_tasks(tasks)
+    for model in opened.values():
+        preflight.check_model(model, tasks, settings)
     check_writable_parent(out / "results.json")
     # Downloads only now, when everything that can be checked without them has been.
-    models = [opened.get(n) or open_model(n, ref, trust) for n, ref in names.items()]
-    rows = []
+    for name, reference in names.items():
+        if name not in opened:
+            opened[name] = open_model(name, reference, trust)
+            preflight.check_model(opened[name], tasks, settings)
+    models = [opened[name] for name in names]
+    for model in models:
+        if missing_tasks(model, tasks, settings, cache):
+            start_importing()
+            preflight.check_memory(model, settings)
+    run, rows = partial(measure_in_child, suite=suite, include_path=include_path), []
     for number, model in enumerate(models, start=1):
 
         def say(text: str, place: str = f"[{number}/{len(models)}]") -> None:
             if not quiet:
                 click.echo(f"{place} {text}", err=True)
 
-        rows.append(evaluate_model(model, tasks, settings, out / "cache", say))
+        rows.append(replace(evaluate_model(model, tasks, settings, cache, say, run), suite=suite.hash))
     chosen = baseline or suite.baseline
     return Table(suite, rows, chosen if chosen in names else None, settings.limit)
 
 
-def _write(table: Table, suite_file: str, out: Path) -> None:
+def _write(table: Table, suite_file: str, settings: Settings, out: Path) -> None:
+    from mergekit_wp.eval.page import write_tables
     from mergekit_wp.eval.run import versions
-    from mergekit_wp.eval.table import to_csv, to_json, to_markdown, to_text
+    from mergekit_wp.eval.table import to_json
 
-    about = {"suite": suite_file, "suite_content": asdict(table.suite), "versions": versions()}
+    about = {
+        "suite": suite_file,
+        "suite_hash": table.suite.hash,
+        "suite_content": asdict(table.suite),
+        "versions": {"mergekit-wp": __version__, **versions(settings.backend)},
+    }
     write_text(out / "results.json", to_json(table, about))
-    write_text(out / "results.csv", to_csv(table))
-    write_text(out / "results.md", to_markdown(table))
-    click.echo(to_text(table))
+    text, written = write_tables(table, out, "results", f"Results of the suite {table.suite.name}")
+    click.echo(text)
     if table.suite.baseline and not table.baseline:
         click.echo(f"(no row named {table.suite.baseline}, the suite's baseline: no differences)", err=True)
-    click.echo(f"Written: {', '.join(str(out / f'results.{kind}') for kind in ('json', 'csv', 'md'))}", err=True)
+    click.echo(f"Written: {', '.join(map(str, [out / 'results.json', *written]))}", err=True)
 
 
 def _device(wanted: str | None) -> str:
@@ -168,27 +234,6 @@ def _device(wanted: str | None) -> str:
     if wanted is not None and wanted not in here:
         raise BadInput(f"device {wanted}: this machine has {', '.join(here)}.")
     return wanted or here[0]
-
-
-def _says_something(record: logging.LogRecord) -> bool:
-    """Not lm-eval's advice on its own command, nor, for every model, that a metric counts for some items only."""
-    text = record.getMessage()
-    return "Custom kwargs can be passed" not in text and "not scored on the same number" not in text
-
-
-def _quieten(bars: bool) -> None:
-    """Silence what the libraries say about themselves; must run before they are first imported."""
-    if not bars:
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    for name in ("lm_eval.api.task", "lm_eval.evaluator_utils"):
-        logging.getLogger(name).addFilter(_says_something)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import math
-import random
-import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
-from hashlib import sha256
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.eval.datafiles import first_line
+from mergekit_wp.eval.cache import Entry, cache_file, plain, read_cache, write_cache
+from mergekit_wp.eval.measure import OnDone, Say, measure, samples_file
 from mergekit_wp.eval.models import EvalModel
+from mergekit_wp.eval.settings import Settings, versions
 from mergekit_wp.eval.tasks import ReadyTask
-from mergekit_wp.files import write_text
 
-_VERSIONS = ("lm-eval", "transformers", "torch")
+__all__ = ["Cell", "Row", "Settings", "cell_of", "evaluate_model", "missing_tasks", "plain", "versions"]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How models are run. `dtype`, `limit` and the versions enter the cache's key: they change answers.
-
-    Device and batch size are recorded with each result but not part of the key: they change the rounding,
-    which moves an answer now and then, and a cached result should outlive a move to a GPU.
-    """
-
-    device: str
-    dtype: str
-    batch_size: int | str
-    limit: int | None
-    allow_code: bool
-    trust_remote_code: bool
-    progress_bars: bool
-
-    def key(self, model: EvalModel) -> str:
-        parts = [model.fingerprint, self.dtype, self.limit, self.trust_remote_code, versions()]
-        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The packages whose version can change an answer."""
-    return {name: version(name) for name in _VERSIONS}
+Measure = Callable[[EvalModel, list[ReadyTask], Settings, Say, OnDone], None]
 
 
 @dataclass(frozen=True)
@@ -64,45 +31,49 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """The results of one model, by column, and how they came about."""
+    """The results of one model, by column, and how they came about; `suite` is the hash of what was asked."""
 
     model: EvalModel
     cells: dict[str, Cell]
-    measured: dict[str, dict[str, Any]]
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    suite: str | None = None
+
+
+def missing_tasks(model: EvalModel, tasks: list[ReadyTask], settings: Settings, cache: Path) -> list[ReadyTask]:
+    """The tasks that still have to be run, each once: two columns may show two metrics of one task."""
+    done = read_cache(cache_file(cache, model, settings.key(model)))
+    return list({task.key: task for task in tasks if not _is_done(model, task, settings, done)}.values())
 
 
 def evaluate_model(
-    model: EvalModel, tasks: list[ReadyTask], settings: Settings, cache: Path, say: Callable[[str], None]
+    model: EvalModel, tasks: list[ReadyTask], settings: Settings, cache: Path, say: Say, run: Measure = measure
 ) -> Row:
     """The row of one model; only tasks that the cache lacks are run, and the model loads only for those.
 
-    Raises `BadInput` when the model cannot be loaded, holds a NaN, or a metric is missing from the results.
+    `run` is where that happens: in this process, or in one of its own (`process.measure_in_child`). Raises
+    `BadInput` when the model cannot be loaded, holds a NaN, or a metric is missing from the results.
     """
-    path = _cache_file(cache, model, settings.key(model))
-    done = _read_cache(path)
-    # By key: two columns may show two metrics of one task.
-    missing = {task.key: task for task in tasks if task.key not in done}
+    path = cache_file(cache, model, settings.key(model))
+    done, missing = read_cache(path), missing_tasks(model, tasks, settings, cache)
     for task in tasks:
-        if task.key in done:
+        if task.key not in {other.key for other in missing}:
             say(f"{model.name}: {task.spec.task} {_show(model, task, done)} (from {path.name})")
+
+    def keep(task: ReadyTask, entry: Entry) -> None:
+        done[task.key] = entry
+        write_cache(path, model, done)  # now: a run that is killed goes on from here
+        say(f"{model.name}: {task.spec.task} {_show(model, task, done)} ({entry['seconds']} s)")
+        if cut := entry.get("cut_prompts"):
+            say(f"{model.name}: {task.spec.task}: {cut} prompts were cut on the left to fit the context")
+
     if missing:
-        with _loaded(model, settings) as lm:
-            for task in missing.values():
-                say(f"{model.name}: {task.spec.task} ...")
-                done[task.key] = _evaluate(lm, task, settings)
-                # Kept now: a run that is killed goes on from here.
-                content = {"model": model.reference, "fingerprint": model.fingerprint, "tasks": done}
-                write_text(path, json.dumps(plain(content), indent=2) + "\n")
-                seconds = done[task.key]["seconds"]
-                say(f"{model.name}: {task.spec.task} {_show(model, task, done)} ({seconds} s)")
+        run(model, missing, settings, say, keep)
     cells = {task.spec.column: cell_of(model, task, done[task.key]) for task in tasks}
-    measured = {
-        task.spec.column: {k: v for k, v in done[task.key].items() if k not in ("results", "key")} for task in tasks
-    }
+    measured = {task.spec.column: _about(model, task, settings, done[task.key]) for task in tasks}
     return Row(model, cells, measured)
 
 
-def cell_of(model: EvalModel, task: ReadyTask, entry: dict[str, Any]) -> Cell:
+def cell_of(model: EvalModel, task: ReadyTask, entry: Entry) -> Cell:
     """The suite's metric out of lm-eval's results; a metric that is absent or no number is an error."""
     results, spec = entry["results"], task.spec
     value = results.get(spec.metric)
@@ -118,109 +89,18 @@ def cell_of(model: EvalModel, task: ReadyTask, entry: dict[str, Any]) -> Cell:
     return Cell(float(value), stderr, entry["samples"])
 
 
-def plain(value: Any) -> Any:
-    """The same content in JSON's own types: numpy scalars become numbers, what JSON lacks becomes text."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+def _is_done(model: EvalModel, task: ReadyTask, settings: Settings, done: dict[str, Entry]) -> bool:
+    """Whether a task has its results and, where answers are to be logged, its log."""
+    log = samples_file(model, task, settings)
+    return task.key in done and (log is None or log.is_file())
 
 
-def _evaluate(lm: Any, task: ReadyTask, settings: Settings) -> dict[str, Any]:
-    from lm_eval.evaluator import evaluate
-
-    started = time.monotonic()
-    _seed(task)
-    # Not `simple_evaluate`: at every call it looks over the machine's hardware (3 s) and asks git for a hash.
-    output: Any = evaluate(
-        lm,
-        task.loaded,
-        limit=settings.limit,
-        log_samples=False,
-        apply_chat_template=task.spec.apply_chat_template,
-        fewshot_as_multiturn=task.spec.apply_chat_template,
-        confirm_run_unsafe_code=settings.allow_code,
-    )
-    counts = [n["effective"] for n in output["n-samples"].values()]
-    return {
-        "task": task.spec.task,
-        "results": plain(output["results"][task.spec.task]),
-        "samples": sum(counts) if counts else None,
-        "limit": settings.limit,
-        "num_fewshot": plain(output["n-shot"].get(task.spec.task)),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "device": str(lm.device),
-        "batch_size": settings.batch_size,
-        "versions": versions(),
-        "seconds": round(time.monotonic() - started, 1),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def _about(model: EvalModel, task: ReadyTask, settings: Settings, entry: Entry) -> Entry:
+    log = samples_file(model, task, settings)
+    logged = {"samples_file": "/".join(log.parts[-3:])} if log else {}
+    about = {name: value for name, value in entry.items() if name != "results"}
+    return {**about, "metric": task.spec.metric, "fingerprint": model.fingerprint, **logged}
 
 
-def _seed(task: ReadyTask) -> None:
-    """The seeds that lm-eval's own command sets, for each task anew: the order of tasks changes nothing."""
-    import numpy as np
-    import torch
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    for leaf in task.loaded["tasks"].values():
-        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-
-
-@contextmanager
-def _loaded(model: EvalModel, settings: Settings) -> Iterator[Any]:
-    """The model in lm-eval's HF backend; its memory is given back before the next one loads."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    try:
-        lm = HFLM(
-            pretrained=str(model.folder),
-            device=settings.device,
-            dtype=settings.dtype,
-            batch_size=settings.batch_size,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{model.reference}: cannot load this model ({first_line(error)}).") from error
-    if not settings.progress_bars:
-        for request in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
-            setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
-    try:
-        for name, parameter in lm.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise BadInput(f"{model.reference}: the weight {name} holds a NaN or an infinity; make it again.")
-        yield lm
-    finally:
-        lm._model = None  # not `del lm`: the caller still holds lm while this runs
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _cache_file(cache: Path, model: EvalModel, key: str) -> Path:
-    """The file of this model under this key, under whatever row name it was first evaluated."""
-    found = sorted(cache.glob(f"*-{key[:20]}.json"))
-    readable = re.sub(r"[^\w.-]+", "_", model.name)[:80]
-    return found[0] if found else cache / f"{readable}-{key[:20]}.json"
-
-
-def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished tasks by key; a file that is not ours or was damaged counts as nothing done."""
-    try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        return {key: entry for key, entry in tasks.items() if isinstance(entry.get("results"), dict)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _show(model: EvalModel, task: ReadyTask, done: dict[str, dict[str, Any]]) -> str:
+def _show(model: EvalModel, task: ReadyTask, done: dict[str, Entry]) -> str:
     return f"{task.spec.column} {100 * cell_of(model, task, done[task.key]).value:.1f}"

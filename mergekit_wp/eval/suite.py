@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.options import BACKENDS, check_options
 from mergekit_wp.files import read_yaml_mapping
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -23,6 +26,13 @@ class SuiteTask:
     num_fewshot: int | None = None
     gen_kwargs: dict[str, Any] = field(default_factory=dict)
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+
+    @property
+    def multiturn(self) -> bool:
+        """Whether each shot is a turn of its own; unless said otherwise, wherever there is a chat template."""
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
     def __post_init__(self) -> None:
         for name in ("task", "column", "metric"):
@@ -34,6 +44,14 @@ class SuiteTask:
             raise BadInput(f"`gen_kwargs` must be a mapping, found {self.gen_kwargs!r}.")
         if not isinstance(self.apply_chat_template, bool):
             raise BadInput(f"`apply_chat_template` must be true or false, found {self.apply_chat_template!r}.")
+        if not isinstance(self.fewshot_as_multiturn, bool | None):
+            raise BadInput(f"`fewshot_as_multiturn` must be true or false, found {self.fewshot_as_multiturn!r}.")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise BadInput(
+                "`fewshot_as_multiturn: true` needs `apply_chat_template: true`: turns come from a template."
+            )
+        if not isinstance(self.system_instruction, str | None):
+            raise BadInput(f"`system_instruction` must be a string, found {self.system_instruction!r}.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,8 @@ class Suite:
     dtype: str = "auto"
     batch_size: int | str = 16
     max_gen_toks: int | None = None
+    backend: str | None = None
+    backend_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -63,6 +83,9 @@ class Suite:
             raise BadInput(f"`batch_size` must be a whole number or `auto`, found {self.batch_size!r}.")
         if self.max_gen_toks is not None and not _is_count(self.max_gen_toks, minimum=1):
             raise BadInput(f"`max_gen_toks` must be a whole number from 1 up, found {self.max_gen_toks!r}.")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise BadInput(f"`backend` must be one of {', '.join(BACKENDS)}, found {self.backend!r}.")
+        check_options(self.backend_options)
         for name in ("baseline", "device"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise BadInput(f"`{name}` must be a string, found {value!r}.")
@@ -70,6 +93,13 @@ class Suite:
     @property
     def columns(self) -> list[str]:
         return [task.column for task in self.tasks]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what is asked: the tasks and the length of answers, not the name or how models are run."""
+        tasks = [{name: value for name, value in asdict(task).items() if name != "column"} for task in self.tasks]
+        asked = {"tasks": tasks, "max_gen_toks": self.max_gen_toks}
+        return sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_suite(path: str | os.PathLike[str]) -> Suite:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.alike import differences
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.run import Cell, Row, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask
@@ -24,7 +25,10 @@ AVERAGE = "Average"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one suite; `baseline` is the name of the row that differences are taken from, or None."""
+    """Rows and the columns of a suite; `baseline` is the name of the row that differences are taken from, or None.
+
+    A row from another suite may lack columns.
+    """
 
     suite: Suite
     rows: Sequence[Row]
@@ -35,43 +39,77 @@ class Table:
     def columns(self) -> list[str]:
         return [*self.suite.columns, AVERAGE]
 
+    def has(self, row: Row, column: str) -> bool:
+        """Whether this row has the column; `Average` is there only where all others are."""
+        return all(c in row.cells for c in self.suite.columns) if column == AVERAGE else column in row.cells
+
     def value(self, row: Row, column: str) -> float:
-        """A cell as a fraction; `Average` is the plain mean of the columns."""
+        """A cell as a fraction; `Average` is the plain mean of the columns. Raises `KeyError` where `has` is false."""
         if column == AVERAGE:
-            return sum(cell.value for cell in row.cells.values()) / len(row.cells)
+            return sum(row.cells[c].value for c in self.suite.columns) / len(self.suite.columns)
         return row.cells[column].value
 
     def stderr(self, row: Row, column: str) -> float | None:
         """The standard error of a cell; of the mean, from those of its columns, which are independent."""
         if column != AVERAGE:
-            return row.cells[column].stderr
-        errors = [cell.stderr for cell in row.cells.values()]
+            return row.cells[column].stderr if column in row.cells else None
+        errors = [row.cells[c].stderr if c in row.cells else None for c in self.suite.columns]
         known = [error for error in errors if error is not None]
         return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
 
     def difference(self, row: Row, column: str) -> float | None:
-        """The cell less the baseline's; None on the baseline's own row and where there is no baseline."""
+        """The cell less the baseline's; None on the baseline's own row and where either is missing."""
         base = next((other for other in self.rows if other.model.name == self.baseline), None)
-        if base is None or row is base:
+        if base is None or row is base or not self.has(row, column) or not self.has(base, column):
             return None
         return self.value(row, column) - self.value(base, column)
 
+    def limit_of(self, row: Row) -> int | None:
+        """How many items of each task this row was measured on; None is all of them."""
+        limits = [about["limit"] for about in row.measured.values() if about.get("limit")]
+        return limits[0] if limits else self.limit
+
     def label(self, row: Row) -> str:
         """The row's name, marked where only part of each task was measured."""
-        return row.model.name + ("*" if self.limit else "")
+        return row.model.name + ("*" if self.limit_of(row) else "")
 
     def notes(self) -> list[str]:
-        notes = [f"Suite {self.suite.name}; percent."]
+        """What the numbers are; sentences."""
+        notes = [f"Suite {self.suite.name}; percent \u00b1 standard error."]
         if self.baseline:
             notes.append(f"In brackets: points of difference to {self.baseline}.")
-        if self.limit:
-            notes.append(f"* Only the first {self.limit} items of each task (--limit): not comparable.")
+        if limits := sorted({limit for row in self.rows if (limit := self.limit_of(row))}):
+            notes.append(f"* Only the first {', '.join(map(str, limits))} items of each task: not comparable.")
+        if any(not self.has(row, AVERAGE) for row in self.rows):
+            notes.append("Blank: not in the suite of that row, which therefore has no average.")
         return notes
 
+    def warnings(self) -> list[str]:
+        """What a reader must know before comparing rows; sentences, none when all were measured alike."""
+        unlike = [f"Not measured alike: {text}" for text in differences(self.rows, self.suite.columns)]
+        cut = [
+            f"{row.model.name}: {about['cut_prompts']} prompts of {column} were cut on the left to fit the context."
+            for row in self.rows
+            for column, about in row.measured.items()
+            if about.get("cut_prompts")
+        ]
+        return unlike + cut
+
+    def number(self, row: Row, column: str) -> str:
+        """A cell in percent with its standard error, `71.25 \u00b11.10`; empty where the row lacks the column."""
+        if not self.has(row, column):
+            return ""
+        error = self.stderr(row, column)
+        return f"{100 * self.value(row, column):.2f}" + ("" if error is None else f" \u00b1{100 * error:.2f}")
+
     def cell_text(self, row: Row, column: str) -> str:
+        """The number and, in brackets, the difference to the baseline."""
         difference = self.difference(row, column)
-        text = f"{100 * self.value(row, column):.2f}"
-        return text if difference is None else f"{text} ({100 * difference:+.2f})"
+        return self.number(row, column) + ("" if difference is None else f" ({100 * difference:+.2f})")
+
+    def best(self, column: str) -> float | None:
+        """The highest value of a column; None where no row has it."""
+        return max((self.value(row, column) for row in self.rows if self.has(row, column)), default=None)
 
 
 def to_text(table: Table) -> str:
@@ -84,22 +122,29 @@ def to_text(table: Table) -> str:
         for line in grid
     ]
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:], "", *table.notes()]) + "\n"
+    warnings = [f"WARNING: {text}" for text in table.warnings()]
+    return "\n".join([lines[0], rule, *lines[1:], "", *table.notes(), *warnings]) + "\n"
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub table; the best value of each column is bold."""
-    lines = ["| model | " + " | ".join(table.columns) + " |", "|---|" + "---:|" * len(table.columns)]
-    best = {column: max(table.value(row, column) for row in table.rows) for column in table.columns}
+    lines = ["| model | " + " | ".join(map(_cell, table.columns)) + " |", "|---|" + "---:|" * len(table.columns)]
     for row in table.rows:
         cells = []
         for column in table.columns:
             text, space, rest = table.cell_text(row, column).partition(" ")
-            cells.append((f"**{text}**" if table.value(row, column) == best[column] else text) + space + rest)
-        name = table.label(row).replace("|", "\\|").replace("*", "\\*")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    notes = " ".join(table.notes()).replace("*", "\\*")
-    return "\n".join([*lines, "", notes]) + "\n"
+            best = table.has(row, column) and table.value(row, column) == table.best(column)
+            cells.append((f"**{text}**" if best else text) + space + rest)
+        lines.append(f"| {_cell(table.label(row))} | " + " | ".join(cells) + " |")
+    warnings = [f"\n**Warning:** {_cell(text)}" for text in table.warnings()]
+    return "\n".join([*lines, "", _cell(" ".join(table.notes())), *warnings]) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown would otherwise take for marks."""
+    for mark in ("|", "*", "_", "`", "<"):
+        text = text.replace(mark, "\\" + mark)
+    return text
 
 
 def to_csv(table: Table) -> str:
@@ -108,13 +153,14 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     differences = [f"{column} - {table.baseline}" for column in table.columns] if table.baseline else []
     errors = [f"{column} stderr" for column in table.columns]
-    writer.writerow(["model", *table.columns, *differences, *errors, "limit"])
+    writer.writerow(["model", *table.columns, *differences, *errors, "limit", "warning"])
+    warning = " ".join(table.warnings())
     for row in table.rows:
-        values: list[float | None] = [table.value(row, column) for column in table.columns]
+        values = [table.value(row, column) if table.has(row, column) else None for column in table.columns]
         values += [table.difference(row, column) for column in table.columns] if table.baseline else []
         values += [table.stderr(row, column) for column in table.columns]
         shown = ["" if value is None else f"{100 * value:.4f}" for value in values]
-        writer.writerow([row.model.name, *shown, table.limit or ""])
+        writer.writerow([row.model.name, *shown, table.limit_of(row) or "", warning])
     return buffer.getvalue()
 
 
@@ -130,13 +176,15 @@ def to_json(table: Table, about: dict[str, Any]) -> str:
                 **({} if column == AVERAGE else {"samples": row.cells[column].samples}),
             }
             for column in table.columns
+            if table.has(row, column)
         }
         rows.append(
             {
                 "name": row.model.name,
                 "model": row.model.reference,
                 "fingerprint": row.model.fingerprint,
-                "limit": table.limit,
+                "suite_hash": row.suite,
+                "limit": table.limit_of(row),
                 "cells": cells,
                 "measured": row.measured,
             }
@@ -157,20 +205,20 @@ def read_results(path: Path) -> Table:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tasks = tuple(SuiteTask(**column) for column in content["columns"])
-        rows = [
-            Row(
-                EvalModel(row["name"], row["model"], Path(row["model"]), row["fingerprint"]),
-                {
-                    task.column: Cell(**{k: row["cells"][task.column][k] for k in ("value", "stderr", "samples")})
-                    for task in tasks
-                },
-                row["measured"],
-            )
-            for row in content["rows"]
-        ]
+        rows = [_read_row(row, tasks) for row in content["rows"]]
         suite = Suite(content["suite_content"]["name"], tasks)
         return Table(suite, rows, content["baseline"], content["limit"])
     except OSError as error:
         raise BadInput(f"{path}: cannot read these results ({error.strerror or error}).") from error
-    except (ValueError, KeyError, TypeError, BadInput) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
         raise BadInput(f"{path}: not a results.json of wp-eval ({error}); evaluate again.") from error
+
+
+def _read_row(row: dict[str, Any], tasks: Sequence[SuiteTask]) -> Row:
+    cells, measured = {}, {}
+    for task in tasks:
+        if (cell := row["cells"].get(task.column)) is not None:
+            cells[task.column] = Cell(cell["value"], cell["stderr"], cell["samples"])
+            measured[task.column] = {"metric": task.metric, **row["measured"].get(task.column, {})}
+    model = EvalModel(row["name"], row["model"], Path(row["model"]), row["fingerprint"])
+    return Row(model, cells, measured, row.get("suite_hash"))

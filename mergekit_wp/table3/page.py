@@ -7,8 +7,8 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from mergekit_wp.demo.page import STYLE
 from mergekit_wp.demo.pictures import INK, to_svg
+from mergekit_wp.page import frame, grid, section
 from mergekit_wp.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
 from mergekit_wp.table3.table import MEAN, Table
 from mergekit_wp.table3.variants import BASELINE
@@ -18,22 +18,6 @@ _LEAD = (
     "combination of them is merged by mergekit's own methods, by WIDEN and by Weight Patching, and graded on all three "
     "capabilities. Methods with hyper-parameters show the setting that did best on validation items."
 )
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Merges on the miniature world</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>Merges on the miniature world</h1><p>{lead}</p></header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def to_html(table: Table, notes: Sequence[str] = ()) -> str:
@@ -41,19 +25,19 @@ def to_html(table: Table, notes: Sequence[str] = ()) -> str:
     words = "".join(f"<p>{escape(line)}</p>" for line in [*caption(table), *notes])
     verdicts = "".join(f"<p>{escape(line)}</p>" for line in verdict(table))
     sections = [
-        *(_section(title, _table(summary(table, column))) for column, title in SUMMARIES.items()),
-        _section("What this says, and what it cannot", verdicts + words),
-        _section("With error bars", f"<figure>{picture(table)}</figure>"),
-        _section(MODELS, _table(models(table))),
+        *(section(title, grid(summary(table, column))) for column, title in SUMMARIES.items()),
+        section("What this says, and what it cannot", verdicts + words),
+        section("With error bars", f"<figure>{picture(table)}</figure>"),
+        section(MODELS, grid(models(table))),
     ]
     for combination in table.combinations:
         blocks = "".join(
-            f"<article><h3>{escape(title)}</h3>{_table(grid_of(table, combination, group))}</article>"
+            f"<article><h3>{escape(title)}</h3>{grid(grid_of(table, combination, group))}</article>"
             for group, title in GROUPS.items()
             if table.of(combination, group)
         )
-        sections.append(_section(combination, blocks))
-    return _PAGE.format(style=STYLE, lead=escape(_LEAD), body="\n".join(sections))
+        sections.append(section(combination, blocks))
+    return frame("Merges on the miniature world", _LEAD, "\n".join(sections))
 
 
 def picture(table: Table) -> str:
@@ -78,16 +62,3 @@ def picture(table: Table) -> str:
         axes.set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return to_svg(figure, "Mean over the three capabilities of each method in each combination, with error bars")
-
-
-def _table(grid: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in grid[0])
-    lines = "".join(
-        f"<tr><th>{escape(line[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line[1:])}</tr>"
-        for line in grid[1:]
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"

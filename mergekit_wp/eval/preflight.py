@@ -1,0 +1,161 @@
+"""What must be there before any weights load: each check is cheap, and says in one sentence how to get what is not.
+
+Data sets and consent to code are checked with the tasks (see `tasks`), the backend when it is chosen (`backends`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval import process
+from mergekit_wp.eval.backends import Backend
+from mergekit_wp.eval.context import answer_tokens, context_length
+from mergekit_wp.eval.models import EvalModel
+from mergekit_wp.eval.settings import Settings
+from mergekit_wp.eval.tasks import ReadyTask
+from mergekit_wp.scoring.offload import free_memory, parameter_bytes
+
+_TOKENIZER_DATA = "punkt_tab"
+
+
+def check_parallel(backend: Backend, device: str) -> None:
+    """As many GPUs as the backend is to use, and ray for several copies. Raises `BadInput`."""
+    if backend.name != "vllm":
+        return
+    shared, copies = backend.parallel
+    if shared * copies > 1 and device.startswith("cuda:"):
+        raise BadInput(
+            f"device {device} is one GPU, and {shared * copies} are asked for; "
+            "name them in the environment variable CUDA_VISIBLE_DEVICES and leave --device out."
+        )
+    if device.startswith("cuda") and shared * copies > torch.cuda.device_count():
+        raise BadInput(
+            f"tensor_parallel_size {shared} times data_parallel_size {copies} takes {shared * copies} GPUs; "
+            f"this machine shows {torch.cuda.device_count()}."
+        )
+    if copies > 1 and find_spec("ray") is None:
+        raise BadInput(f"data_parallel_size {copies}: copies of a model are run by ray; pip install ray.")
+
+
+def check_tasks(tasks: list[ReadyTask]) -> None:
+    """The word lists that graders read: lm-eval misses them only when all answers are there. Raises `BadInput`."""
+    for task in tasks:
+        if any(_reads_tokenizer_data(folder) for leaf in task.loaded["tasks"].values() for folder in _folders(leaf)):
+            _check_nltk(task.spec.task)
+
+
+def _check_nltk(task: str) -> None:
+    import nltk
+
+    try:
+        nltk.data.find(f"tokenizers/{_TOKENIZER_DATA}")
+    except LookupError as error:
+        raise BadInput(
+            f"task {task}: its grader needs NLTK's {_TOKENIZER_DATA}, which is in none of NLTK's folders; run "
+            f"`python -m nltk.downloader {_TOKENIZER_DATA}` where there is network (NLTK_DATA names another folder)."
+        ) from error
+
+
+def _folders(leaf: Any) -> set[Path]:
+    """The folders of the Python functions that a task names."""
+    functions = [value for value in vars(leaf.config).values() if inspect.isfunction(value)]
+    return {Path(file).parent for file in map(inspect.getsourcefile, functions) if file}
+
+
+@lru_cache
+def _reads_tokenizer_data(folder: Path) -> bool:
+    return any(_TOKENIZER_DATA in file.read_text(encoding="utf-8", errors="replace") for file in folder.glob("*.py"))
+
+
+def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) -> None:
+    """Chat template, context length and how the model divides among GPUs. Raises `BadInput`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(str(model.folder), trust_remote_code=settings.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(str(model.folder), trust_remote_code=settings.trust_remote_code)
+    for task in tasks:
+        if task.spec.apply_chat_template and not tokenizer.chat_template:
+            raise BadInput(
+                f"{model.reference}: its tokenizer has no chat template, which task {task.spec.task} applies; put a "
+                "chat_template.jinja into the folder, or set `apply_chat_template: false` in the suite."
+            )
+    _check_context(model, tasks, settings.backend, context_length(config, tokenizer), _stretch(config))
+    heads = getattr(getattr(config, "text_config", None) or config, "num_attention_heads", None)
+    shared, _ = settings.backend.parallel
+    if heads and heads % shared:
+        raise BadInput(
+            f"{model.reference}: its {heads} attention heads cannot be divided among {shared} GPUs; "
+            "choose a --tensor-parallel that divides them."
+        )
+
+
+def _check_context(model: EvalModel, tasks: list[ReadyTask], backend: Backend, own: int, stretch: float) -> None:
+    asked = backend.max_model_len
+    if asked is not None and asked > own * stretch:
+        raise BadInput(
+            f"{model.reference}: its context is {own} tokens, and max_model_len is {asked}; lower --max-model-len."
+        )
+    length = asked or own
+    for task in tasks:
+        for name, leaf in task.loaded["tasks"].items():
+            longest = answer_tokens(leaf.get_config("generation_kwargs"))
+            if leaf.OUTPUT_TYPE == "generate_until" and longest >= length:
+                raise BadInput(
+                    f"{model.reference}: an answer to {name} may have {longest} tokens (`max_gen_toks`), which "
+                    f"leaves no room for a prompt in a context of {length}; lower `max_gen_toks` in the suite"
+                    + (", or raise --max-model-len." if asked and asked < own else ".")
+                )
+
+
+def _stretch(config: Any) -> float:
+    """By how much a config stretches its positions: the context may be longer than it says by that much."""
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    return max(1.0, float(factor)) if isinstance(factor, int | float) else 1.0
+
+
+def check_memory(model: EvalModel, settings: Settings) -> None:
+    """The weights against the free memory of where they are to go. Raises `BadInput`."""
+    if settings.backend.options.get("parallelize"):
+        return  # accelerate puts layers wherever there is room
+    named = settings.dtype_of(model)
+    dtype = getattr(torch, named) if named != "auto" else torch.float32
+    need = parameter_bytes(Checkpoint.open(str(model.folder)), dtype)
+    shared, copies = settings.backend.parallel
+    places: dict[str, tuple[int, int]]
+    if not settings.device.startswith("cuda"):
+        places = {settings.device: (free_memory(torch.device("cpu")), 0)}
+        need *= copies
+    else:
+        first = int(settings.device.partition(":")[2] or 0)
+        places = process.ask(gpu_memory, first, shared * copies) or {}
+        need //= shared
+    for place, (free, total) in places.items():
+        share = settings.backend.options.get("gpu_memory_utilization", 0.9)
+        if settings.backend.name == "vllm" and free < share * total:
+            raise BadInput(
+                f"{place} has {_gb(free)} free of {_gb(total)}, and vLLM takes {share:.0%} of all at once; end what "
+                "else runs there, or set a smaller `gpu_memory_utilization` in the suite's backend_options."
+            )
+        if need > free:
+            raise BadInput(
+                f"{model.reference}: its weights take {_gb(need)} in {named}, and {_gb(free)} of memory are free on "
+                f"{place}; free some, use a smaller --dtype, or a larger machine."
+            )
+
+
+def gpu_memory(first: int, count: int) -> dict[str, tuple[int, int]]:
+    """(free, total) bytes of each GPU from `first`. Starts CUDA, so call it in a process of its own."""
+    return {f"cuda:{i}": torch.cuda.mem_get_info(i) for i in range(first, first + count)}
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
