@@ -75,7 +75,7 @@ class Checkpoint:
 
         Raises `BadInput` when the folder is missing or unreadable, or holds no safetensors.
         """
-        checkpoint = cls(name, _local_folder(name))
+        checkpoint = cls(name, local_folder(name))
         checkpoint.config, checkpoint.tensors  # noqa: B018  (both are cached; read now, so errors come early)
         return checkpoint
 
@@ -135,7 +135,7 @@ def fingerprint_of(name: str) -> Fingerprint:
     base = Checkpoint.open(model).fingerprint
     if not plus:
         return base
-    folder = _local_folder(adapter)
+    folder = local_folder(adapter)
     settings = _read_json(folder / "adapter_config.json", "the LoRA's config")
     tensors = {k: v for file in _weight_files(folder) for k, v in read_header(file).items()}
     keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
@@ -217,11 +217,18 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def _local_folder(name: str) -> Path:
+def is_hub_name(name: str) -> bool:
+    """Whether a reference can only mean a model on the Hub: `user/model`, and there is no such folder."""
+    path = name.partition("@")[0]
+    return not Path(path).is_dir() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def local_folder(name: str) -> Path:
+    """The folder behind a reference; what is on the Hub is downloaded, safetensors only. Raises `BadInput`."""
     path, _, revision = name.partition("@")
     if Path(path).is_dir():
         return Path(path)
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_name(name):
         raise BadInput(f"{name}: no such model folder; give a local folder or a Hub name such as user/model.")
     from huggingface_hub import snapshot_download
 

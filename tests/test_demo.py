@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import xml.etree.ElementTree as ElementTree
@@ -18,13 +17,14 @@ import yaml
 from mergekit_wp.components import Geometry
 from mergekit_wp.demo.pictures import head_map, neuron_map, rank_edges, share_bars
 from mergekit_wp.demo.report import Command, Report, wrapped
-from mergekit_wp.demo.steps import EXPERTS, MERGES, Step, demo_steps, digest, write_recipes
+from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.run import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.eval.table import Table, read_results, to_json
 from mergekit_wp.merge.fusion import component_weights
+from mergekit_wp.pipeline.digest import digest
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats
 
 LAYERS, HEADS, NEURONS, WIDTH = 6, 8, 384, 128
@@ -153,62 +153,23 @@ def test_ranks_are_each_in_one_cell(count: int) -> None:
     assert len(edges) <= 41
 
 
-COPY = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read().upper())"
-
-
-def copy_step(folder: Path) -> Step:
-    source, target = folder / "in.txt", folder / "out.txt"
-    command = ("python", "-c", COPY, str(source), str(target))
-    return Step("copy", "Copy", command, (source,), (target,), "demo")
-
-
-def test_a_step_is_skipped_while_inputs_and_outputs_keep_their_content(tmp_path: Path) -> None:
-    step, stamps = copy_step(tmp_path), tmp_path / ".steps"
-    (tmp_path / "in.txt").write_text("abc")
-    assert not step.is_done(stamps)
-    step.run(stamps)
-    assert (tmp_path / "out.txt").read_text() == "ABC"
-    assert step.is_done(stamps)
-    (tmp_path / "in.txt").touch()
-    assert step.is_done(stamps)
-    (tmp_path / "out.txt").write_text("tampered")
-    assert not step.is_done(stamps)
-    step.run(stamps)
-    (tmp_path / "in.txt").write_text("abcd")
-    assert not step.is_done(stamps)
-    step.run(stamps)
-    assert step.is_done(stamps)
-    (tmp_path / "out.txt").unlink()
-    assert not step.is_done(stamps)
-
-
-def test_a_failing_step_stops_and_says_what_to_do(tmp_path: Path) -> None:
-    step = copy_step(tmp_path)
-    with pytest.raises(click.ClickException, match="run the demo again"):
-        step.run(tmp_path / ".steps")
-    assert not step.is_done(tmp_path / ".steps")
-
-
 def test_the_plan_makes_every_input_before_it_is_read(tmp_path: Path) -> None:
-    suite = tmp_path / "suite.yaml"
-    write_recipes(tmp_path)
-    made = {suite, *(tmp_path / "recipes").iterdir()}
-    for step in demo_steps(tmp_path, WorldChoice(tmp_path / "worlds"), suite):
+    pipeline = write_pipeline(tmp_path)
+    made: set[Path] = set()
+    for step in demo_steps(pipeline, WorldChoice(tmp_path / "worlds")):
         for path in step.inputs:
-            assert path in made or tmp_path / "world" in path.parents, f"{step.name} reads {path}"
+            assert path.exists() or path in made or tmp_path / "world" in path.parents, f"{step.name} reads {path}"
         made |= set(step.outputs)
     assert tmp_path / "report.html" in made
 
 
-def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
-    write_recipes(tmp_path)
+def test_the_pipeline_file_is_written_the_same_again(tmp_path: Path) -> None:
+    first = write_pipeline(tmp_path)
+    before = digest(tmp_path)
+    assert write_pipeline(tmp_path) == first
+    assert digest(tmp_path) == before
     wp = yaml.safe_load((tmp_path / "recipes" / "wp.yaml").read_text())
-    assert wp["merge_method"] == "wp"
     assert [list(model["parameters"]) for model in wp["models"]] == [["scores"]] * 3
-    before = digest(tmp_path / "recipes")
-    write_recipes(tmp_path)
-    assert digest(tmp_path / "recipes") == before
-    assert json.dumps(wp)  # plain YAML, no Python tags
 
 
 def test_a_wrapped_command_is_the_same_command() -> None:

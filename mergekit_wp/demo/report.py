@@ -15,11 +15,12 @@ import click
 
 from mergekit_wp.demo.page import LEAD, PAGE, RECOVERY, SCORES, SHARES, STYLE
 from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, recovery_lines, share_bars
-from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, readable, score_file
+from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.eval.table import Table, read_results
-from mergekit_wp.files import shipped, write_text
+from mergekit_wp.files import write_text
 from mergekit_wp.merge.fusion import component_weights
+from mergekit_wp.pipeline.plan import results_folder, score_file
 from mergekit_wp.scorefile import Scores, read_scores
 
 
@@ -161,14 +162,14 @@ def wrapped(words: Sequence[str], width: int = 96) -> str:
 @world_options
 def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
     """Write OUT/report.html from the demo's results, score files and recipes."""
-    suite = readable(shipped("eval/miniature.yaml"))
+    pipeline = write_pipeline(out)
     commands = []
-    for step in demo_steps(out, WorldChoice(worlds, seed, smoke), suite):
-        recipes = [path for path in step.inputs if path.parent == out / "recipes" and step.name != "report"]
-        shown = [f"# {path}\n{path.read_text(encoding='utf-8')}" for path in recipes]
+    for step in demo_steps(pipeline, WorldChoice(worlds, seed, smoke)):
+        files = [path for path in step.inputs if path.parent in (out / "recipes", out / "scoring")]
+        shown = [f"# {path}\n{path.read_text(encoding='utf-8')}" for path in files if step.name != "report"]
         commands.append(Command(step.title, "\n".join([*shown, wrapped(step.command)])))
-    scores = {expert: read_scores(score_file(out, expert)) for expert in EXPERTS}
-    report = Report(read_results(out / "eval" / "results.json"), scores, MERGES, commands)
+    scores = {expert: read_scores(score_file(pipeline, expert)) for expert in EXPERTS}
+    report = Report(read_results(results_folder(pipeline) / "results.json"), scores, MERGES, commands)
     write_text(out / "report.html", report.html())
     click.echo(f"wrote {out / 'report.html'}")
 

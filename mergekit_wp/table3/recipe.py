@@ -17,7 +17,8 @@ from typing import Any
 
 import mergekit_wp
 from mergekit_wp.autoload import METHODS
-from mergekit_wp.demo.steps import digest, readable
+from mergekit_wp.pipeline.digest import digest, readable
+from mergekit_wp.pipeline.recipes import build_recipe
 from mergekit_wp.table3.variants import Point
 from mergekit_wp.table3.world import TrainedWorld
 
@@ -28,24 +29,12 @@ _GRADE_VERSIONS = ("lm-eval", "transformers", "torch")
 
 def recipe(point: Point, experts: tuple[str, ...], world: TrainedWorld, scores: Mapping[str, Path]) -> dict[str, Any]:
     """A mergekit recipe; paths as a person in this folder would type them. `scores` has each expert's score file."""
-    listed = []
+    listed = {}
     for name in experts:
         own = dict(point.expert) | ({"scores": str(readable(scores[name]))} if point.scores is not None else {})
-        listed.append({"model": str(readable(world.folder / name))} | ({"parameters": own} if own else {}))
-    if point.base is not None:
-        listed.append({"model": str(readable(world.folder / "base")), "parameters": dict(point.base)})
-    content: dict[str, Any] = {
-        "merge_method": point.method,
-        "base_model": str(readable(world.folder / "base")),
-        "models": listed,
-    }
-    if point.shared:
-        content["parameters"] = dict(point.shared)
-    if point.method not in METHODS:
-        # One expert has a row more than the base; and without a dtype differences would be rounded to 16 bits,
-        # which the methods of this package are spared.
-        content |= {"tokenizer": {"source": "base"}, "dtype": "float32"}
-    return content | {"out_dtype": "bfloat16"}
+        listed[str(readable(world.folder / name))] = own
+    base = str(readable(world.folder / "base"))
+    return build_recipe(point.method, base, listed, shared=point.shared, base_parameters=point.base)
 
 
 def score_key(settings: Mapping[str, Any], expert: str, world: TrainedWorld) -> str:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mergekit_wp.demo.steps import digest
 from mergekit_wp.errors import BadInput
 from mergekit_wp.miniature.items import CAPABILITIES
 from mergekit_wp.miniature.tasks import task_name
+from mergekit_wp.pipeline.digest import digest
 
 FROZEN: Mapping[int, str] = {0: "023a35260726", 1: "02406af946a9", 2: "ee76bad1411d"}
 """Configuration hash (`WorldConfig.hash12`) of the world of each seed."""

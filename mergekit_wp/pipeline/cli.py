@@ -1,0 +1,113 @@
+"""wp-run: the stages of one pipeline file, what is missing of them alone."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from mergekit_wp import __version__
+from mergekit_wp.checkpoint import local_folder
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import check_writable_parent
+from mergekit_wp.pipeline.plan import STAGES, hub_models, pipeline_steps, write_derived
+from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.pipeline.step import Stamps, Step
+
+_EPILOG = """\b
+Examples:
+  wp-run pipeline.yaml --plan
+  wp-run pipeline.yaml --allow-code-execution
+  wp-run pipeline.yaml --until merge
+  wp-run pipeline.yaml --redo evaluate --allow-code-execution
+
+A step is skipped while its command, the content of what it reads and the content of what it wrote are those of its
+last run. To look into one stage, type its command: it is printed before it runs.
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("pipeline_file", metavar="PIPELINE.yaml")
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would be run and why; run nothing.")
+@click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Stop after this stage.")
+@click.option("--redo", type=click.Choice(STAGES), multiple=True, help="Run this stage even if it is done.")
+@click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
+@click.version_option(__version__)
+def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...], allow_code: bool) -> None:
+    """Score the experts, merge them, grade everything and push, as PIPELINE.yaml says; only what is not done yet.
+
+    A run that was stopped, or that failed, goes on where it was when it is started again.
+    """
+    pipeline = read_pipeline(pipeline_file)
+    check_writable_parent(pipeline.out / "pipeline")
+    write_derived(pipeline)
+    stamps = Stamps.below(pipeline.out / ".steps")
+    wanted = STAGES[: STAGES.index(until) + 1]
+    if plan_only:
+        show_plan([s for s in pipeline_steps(pipeline, allow_code) if s.stage in wanted], stamps, redo)
+        return
+    with alone(pipeline.out):
+        _fetch(hub_models(pipeline))
+        run_steps([s for s in pipeline_steps(pipeline, allow_code) if s.stage in wanted], stamps, redo)
+    click.echo(f"\nAll of {pipeline_file} is done; everything is under {pipeline.out}.")
+
+
+def run_steps(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
+    """Run every step that is due, in order. Raises `StepFailed` at the first that fails."""
+    for number, step in enumerate(steps, start=1):
+        click.secho(f"\n[{number}/{len(steps)}] {step.title}", bold=True)
+        why = "asked for by --redo" if step.stage in redo else stamps.why_not_done(step)
+        if why is None:
+            click.echo("      done before, and its inputs have not changed since")
+            continue
+        click.echo(f"      {why}")
+        click.secho(f"      $ {step.text()}\n", fg="cyan")
+        begun = time.monotonic()
+        stamps.run(step)
+        click.echo(f"      {time.monotonic() - begun:.0f} s")
+    stamps.digests.save()
+
+
+def show_plan(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
+    """One line a step: done, or to do and why; and what would be typed."""
+    anew: set[Path] = set()
+    for number, step in enumerate(steps, start=1):
+        why = "asked for by --redo" if step.stage in redo else stamps.why_not_done(step)
+        upstream = [path for path in step.inputs if any(path == made or made in path.parents for made in anew)]
+        if why is None and upstream:
+            why = f"unless {upstream[0]} comes out as it was"
+        if why is not None:
+            anew.update(step.outputs)
+        click.secho(f"[{number}/{len(steps)}] {step.title}: ", bold=True, nl=False)
+        click.echo("done" if why is None else f"to do ({why})")
+        if why is not None:
+            click.secho(f"      $ {step.text()}", fg="cyan")
+    stamps.digests.save()
+
+
+def _fetch(names: Sequence[str]) -> None:
+    """Get models from the Hub before anything else, so that a missing one is known at once."""
+    for name in names:
+        click.echo(f"{name}: fetching what of it is not here yet ...", err=True)
+        local_folder(name)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Two runs into one folder would undo each other's work: the second is refused."""
+    lock = out / ".steps" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"{out}: another run is at work in this folder; wait for it, or stop it.") from error
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""A pipeline file: a base, its experts with their scoring jobs, merges of them, a suite, and where to push.
+
+    out: runs/13b                       # default: runs/NAME-OF-THIS-FILE
+    base: meta-llama/Llama-2-13b-hf
+    experts:
+      instruction: {scoring: scoring/wizardlm-13b.yaml}        # its `expert` is the model
+      maths: {model: ./wizardmath-13b, scoring: {pairs: builtin:maths, layer: 27}}
+      code: {model: user/code-13b, scores: scores/code-13b.safetensors}
+    merges:
+      linear: {merge_method: linear, expert_parameters: {weight: 1.0}}
+      wp: {parameters: {scale: 1.5}}                           # merge_method: wp
+      mine: {recipe: my-recipe.yaml}                           # a mergekit recipe as it is
+    evaluate: {suite: eval/paper.yaml, baseline: linear}
+    push: {merge: wp, to: user/name, private: true}
+
+A path is looked for in the working directory, then beside the pipeline file. `flags` under `score`, `merge`,
+`evaluate` and `push` go to that stage's command as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_yaml_mapping
+
+BASE = "base"
+"""The base's name among the rows of the table."""
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert. `scoring` is a job of wp-score without base and expert; None where `scores` is there, or no need."""
+
+    model: str
+    scoring: Mapping[str, Any] | None = None
+    scores: Path | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge: a mergekit recipe of the user's own, or the fields of one over `experts` (all of them if empty)."""
+
+    recipe: Path | None = None
+    merge_method: str = "wp"
+    experts: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    expert_parameters: Mapping[str, Any] = field(default_factory=dict)
+    base_parameters: Mapping[str, Any] | None = None
+    out_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How everything is graded; `models` are names of the base, experts and merges (all of them if empty)."""
+
+    suite: Path
+    baseline: str | None = None
+    models: tuple[str, ...] = ()
+    include_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Push:
+    """Which merge goes where on the Hub."""
+
+    merge: str
+    to: str
+    private: bool = False
+    license: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline file that was checked. `flags` maps a stage to what its command is given as it is."""
+
+    file: Path
+    out: Path
+    base: str
+    experts: Mapping[str, Expert]
+    merges: Mapping[str, Merge]
+    evaluate: Evaluate | None
+    push: Push | None
+    flags: Mapping[str, tuple[str, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """Every row that can be graded."""
+        return [BASE, *self.experts, *self.merges]
+
+
+_FIELDS = ("out", "base", "experts", "merges", "evaluate", "push", "score", "merge")
+
+
+def read_pipeline(path: str | os.PathLike[str]) -> Pipeline:
+    """The pipeline in a YAML file. Raises `BadInput`, naming file and field, for what cannot be carried out."""
+    content, file = read_yaml_mapping(path, "pipeline"), Path(path)
+    try:
+        if unknown := [name for name in content if name not in _FIELDS]:
+            raise BadInput(f"unknown field `{unknown[0]}`; a pipeline has {', '.join(_FIELDS)}.")
+        flags = {name: _flags(name, content.get(name)) for name in ("score", "merge", "evaluate", "push")}
+        pipeline = Pipeline(
+            file=file,
+            out=Path(_text("out", content.get("out", f"runs/{file.stem}"))),
+            base=_model(_text("base", content.get("base")), file),
+            experts={name: _expert(name, raw, file) for name, raw in _mapping("experts", content).items()},
+            merges={name: _merge(name, raw, file) for name, raw in _mapping("merges", content).items()},
+            evaluate=_evaluate(content.get("evaluate"), file),
+            push=_part(Push, "push", content["push"], {"flags"}) if "push" in content else None,
+            flags=flags,
+        )
+        _check(pipeline)
+        return pipeline
+    except BadInput as error:
+        raise BadInput(f"{path}: {error.message}") from error
+
+
+def _expert(name: str, raw: Any, file: Path) -> Expert:
+    where = f"experts.{name}"
+    values = _known(Expert, where, raw)
+    scoring = values.get("scoring")
+    if isinstance(scoring, str):
+        scoring = read_yaml_mapping(_found(scoring, file, f"{where}.scoring"), "scoring job")
+    elif scoring is not None and not isinstance(scoring, dict):
+        raise BadInput(f"`{where}.scoring`: found {scoring!r}, expected a scoring job's file or its fields.")
+    scoring = dict(scoring) if scoring is not None else None
+    model = values.get("model") or (scoring or {}).get("expert")
+    if model is None:
+        raise BadInput(f"`{where}.model` is missing, and its scoring job names no `expert`.")
+    scores = _found(values["scores"], file, f"{where}.scores") if "scores" in values else None
+    if scoring is not None and scores is not None:
+        raise BadInput(f"`{where}` has both `scoring` and `scores`; keep the one that is to be used.")
+    if scoring is not None:
+        scoring = {key: value for key, value in scoring.items() if key not in ("base", "expert")}
+        pairs = scoring.get("pairs")
+        if isinstance(pairs, str) and ":" not in pairs:
+            scoring["pairs"] = str(_found(pairs, file, f"{where}.scoring.pairs", must_exist=False))
+    return Expert(_model(_text(f"{where}.model", model), file), scoring, scores)
+
+
+def _merge(name: str, raw: Any, file: Path) -> Merge:
+    where = f"merges.{name}"
+    values = _known(Merge, where, raw if raw is not None else {})
+    if "recipe" in values:
+        if others := sorted(set(values) - {"recipe"}):
+            raise BadInput(f"`{where}` has a recipe of its own; write `{others[0]}` there.")
+        return Merge(recipe=_found(values["recipe"], file, f"{where}.recipe"))
+    for key in ("parameters", "expert_parameters", "base_parameters"):
+        if not isinstance(values.get(key, {}), dict):
+            raise BadInput(f"`{where}.{key}`: found {values[key]!r}, expected a mapping, such as {{weight: 1.0}}.")
+    if not isinstance(experts := values.get("experts", []), list):
+        raise BadInput(f"`{where}.experts`: found {experts!r}, expected a list of names.")
+    return Merge(**{**values, "experts": tuple(experts)})
+
+
+def _evaluate(raw: Any, file: Path) -> Evaluate | None:
+    if raw is None:
+        return None
+    values = _known(Evaluate, "evaluate", raw, {"flags"})
+    if "suite" not in values:
+        raise BadInput("`evaluate.suite` is missing; name a suite, such as eval/paper.yaml.")
+    if not isinstance(models := values.get("models", []), list):
+        raise BadInput(f"`evaluate.models`: found {models!r}, expected a list of names.")
+    include = values.get("include_path")
+    return Evaluate(
+        suite=_found(values["suite"], file, "evaluate.suite"),
+        baseline=values.get("baseline"),
+        models=tuple(models),
+        # It may be something that an earlier step makes.
+        include_path=_found(include, file, "evaluate.include_path", must_exist=False) if include else None,
+    )
+
+
+def _check(pipeline: Pipeline) -> None:
+    """What only shows when the parts are seen together."""
+    if not pipeline.experts:
+        raise BadInput("`experts` is empty; a pipeline needs at least one expert.")
+    for name in pipeline.names:
+        if pipeline.names.count(name) > 1:
+            raise BadInput(f"two models are named {name!r}; `{BASE}`, experts and merges need names of their own.")
+        if "/" in name or name.startswith((".", "-")):
+            raise BadInput(
+                f"the name {name!r} will be a file's name; choose one without `/` that starts with a letter."
+            )
+    for name, merge in pipeline.merges.items():
+        for expert in merge.experts:
+            _one_of(f"merges.{name}.experts", expert, list(pipeline.experts))
+        for expert in merge.experts or pipeline.experts:
+            known = pipeline.experts[expert]
+            if merge.recipe is None and merge.merge_method == "wp" and not (known.scoring or known.scores):
+                raise BadInput(
+                    f"`merges.{name}` is by wp, and `experts.{expert}` has no scores; give it `scoring: JOB.yaml` "
+                    "or `scores: FILE.safetensors`."
+                )
+    if pipeline.evaluate:
+        for name in pipeline.evaluate.models:
+            _one_of("evaluate.models", name, pipeline.names)
+        if pipeline.evaluate.baseline is not None:
+            _one_of("evaluate.baseline", pipeline.evaluate.baseline, list(pipeline.evaluate.models) or pipeline.names)
+    if pipeline.push:
+        _one_of("push.merge", pipeline.push.merge, list(pipeline.merges))
+
+
+def _one_of(where: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise BadInput(f"`{where}`: there is no {name!r} here; there are {', '.join(known) or 'none'}.")
+
+
+def _part(kind: type[_Part], where: str, raw: Any, beside: set[str]) -> _Part:
+    """A part whose fields are text, truth values or absent."""
+    values = _known(kind, where, raw, beside)
+    for item in fields(kind):  # type: ignore[arg-type]
+        if item.name in values:
+            wanted = bool if isinstance(item.default, bool) else str
+            if not isinstance(values[item.name], wanted):
+                expected = "true or false" if wanted is bool else "a text"
+                raise BadInput(f"`{where}.{item.name}`: found {values[item.name]!r}, expected {expected}.")
+        elif not isinstance(item.default, bool | str | None):
+            raise BadInput(f"`{where}.{item.name}` is missing.")
+    return kind(**values)
+
+
+def _known(kind: type, where: str, raw: Any, beside: set[str] | None = None) -> dict[str, Any]:
+    """The fields of one part; `beside` are names that something else reads."""
+    names = [item.name for item in fields(kind)]
+    if not isinstance(raw, dict):
+        raise BadInput(f"`{where}`: found {raw!r}, expected a mapping with {', '.join(names)}.")
+    if unknown := [name for name in raw if name not in names and name not in (beside or set())]:
+        raise BadInput(f"`{where}`: unknown field `{unknown[0]}`; it has {', '.join(names)}.")
+    return {name: value for name, value in raw.items() if name in names}
+
+
+def _flags(stage: str, raw: Any) -> tuple[str, ...]:
+    """The list under `STAGE.flags`; of `score` and `merge` it is all there is."""
+    if stage in ("score", "merge") and raw is not None and (not isinstance(raw, dict) or set(raw) - {"flags"}):
+        raise BadInput(f"`{stage}`: found {raw!r}, expected {{flags: [...]}}.")
+    flags = raw.get("flags", []) if isinstance(raw, dict) else []
+    if not isinstance(flags, list):
+        raise BadInput(f"`{stage}.flags`: found {flags!r}, expected a list, such as [--device, cuda:1].")
+    return tuple(str(flag) for flag in flags)
+
+
+def _mapping(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    found = content.get(name)
+    if not isinstance(found, dict):
+        raise BadInput(f"`{name}`: found {found!r}, expected a mapping from names to their settings.")
+    return {str(key): value for key, value in found.items()}
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadInput(f"`{where}`: found {value!r}, expected a non-empty text.")
+    return value
+
+
+def _model(name: str, file: Path) -> str:
+    """A model reference; a folder beside the pipeline file is named from the working directory."""
+    beside = file.parent / name
+    return str(beside) if not Path(name).exists() and beside.is_dir() else name
+
+
+def _found(name: Any, file: Path, where: str, must_exist: bool = True) -> Path:
+    path = Path(_text(where, name)).expanduser()
+    beside = file.parent / path
+    if path.exists() or not (beside.exists() or must_exist):
+        return path
+    if not beside.exists():
+        raise BadInput(f"`{where}`: {path} is neither in the working directory ({Path.cwd()}) nor beside this file.")
+    return beside
