@@ -50,14 +50,12 @@ class Step:
 class StepFailed(click.ClickException):
     """A command failed; its exit code is ours."""
 
-    exit_code: int
-
     def __init__(self, step: Step, what: str, exit_code: int) -> None:
         super().__init__(
             f"the step `{step.title}` failed ({what}); its own message is above. Once that is mended, run the same "
             "command again: finished steps are skipped."
         )
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click has it on the class
 
 
 @dataclass(frozen=True)
