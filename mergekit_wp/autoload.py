@@ -2,9 +2,11 @@
 
 mergekit 0.1.5 has no plugin hook: a method must be registered after `mergekit.merge_methods.registry` has run
 and before a recipe is planned. `mergekit_wp.pth` (Python >= 3.15: `mergekit_wp.start`), installed at the root
-of site-packages, calls `install` at interpreter start. That puts one finder on `sys.meta_path`, which waits
+of site-packages, calls `install` at interpreter start. That puts a finder on `sys.meta_path`, which waits
 for that one module, lets it load as usual, removes itself, and registers the methods. An interpreter that
 never imports mergekit pays a fraction of a millisecond.
+
+A second finder waits for mergekit-evolve, which searches the parameters of methods that it has in a table.
 
 MERGEKIT_WP_DISABLE=1 turns it off. If a method cannot be loaded, a warning says why and mergekit goes on.
 
@@ -17,42 +19,64 @@ import os
 import sys
 from typing import Any
 
-_TARGET = "mergekit.merge_methods.registry"
+_REGISTRY, _GENOME = "mergekit.merge_methods.registry", "mergekit.evo.genome"
 # Each method's name in a recipe, and the module whose `register` makes it known.
-METHODS = {"wp": "mergekit_wp.merge.method", "widen": "mergekit_wp.merge.widen"}
+METHODS = {
+    "wp": "mergekit_wp.merge.method",
+    "widen": "mergekit_wp.merge.widen",
+    "aim": "mergekit_wp.merge.aim",
+}
+
+# What mergekit-evolve may search: numbers that each expert has of its own. `weight` must come first, where its search
+# starts at 1/K; it starts the others at 1. widen and aim have no such number.
+EVOLVED = {"wp": ["weight", "scale"]}
 
 
 def install() -> None:
-    """Wait for mergekit's registry. Idempotent; never raises; does nothing when disabled."""
+    """Wait for mergekit's registry and for mergekit-evolve. Idempotent; never raises; does nothing when disabled."""
     if os.environ.get("MERGEKIT_WP_DISABLE", "0") not in ("", "0"):
         return
-    if _TARGET in sys.modules:
-        register_methods()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    _after(_REGISTRY, register_methods)
+    _after(_GENOME, extend_evolve)
+
+
+def install_evolve() -> None:
+    """Wait for mergekit-evolve alone, whatever the environment says. Idempotent; never raises."""
+    _after(_GENOME, extend_evolve)
+
+
+def _after(module: str, action: Any) -> None:
+    """Do this once the module has run: now, or when it is imported."""
+    if module in sys.modules:
+        action()
+    elif not any(isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(module, action))
 
 
 class _Finder:
-    """Finds one module, through the other finders, and gives its spec a loader that registers afterwards."""
+    """Finds one module, through the other finders, and gives its spec a loader that acts afterwards."""
+
+    def __init__(self, module: str, action: Any) -> None:
+        self.module, self.action = module, action
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _TARGET:
+        if name != self.module:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             spec = None if finder is self or find is None else find(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = _Loader(spec.loader, self)
                 return spec
         return None
 
 
 class _Loader:
-    """The module's own loader, and a registration after it has run."""
+    """The module's own loader, and the finder's action after it has run."""
 
-    def __init__(self, original: Any) -> None:
-        self._original = original
+    def __init__(self, original: Any, finder: _Finder) -> None:
+        self._original, self._finder = original, finder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
@@ -62,11 +86,11 @@ class _Loader:
 
     def exec_module(self, module: Any) -> None:
         # Here and not in find_spec: a spec may be looked up without being loaded.
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self._finder]
         module.__loader__ = self._original
         module.__spec__.loader = self._original
         self._original.exec_module(module)
-        register_methods()
+        self._finder.action()
 
 
 def register_methods() -> None:
@@ -76,6 +100,16 @@ def register_methods() -> None:
     for name, module in METHODS.items():
         if not _half_imported(module, "register"):
             _register(name, module)
+
+
+def extend_evolve() -> None:
+    """Put `EVOLVED` into mergekit-evolve's table, unless an entry is there. Never raises; idempotent."""
+    try:
+        table = sys.modules[_GENOME].METHOD_PARAM_MAPS
+        for name, parameters in EVOLVED.items():
+            table.setdefault(name, list(parameters))
+    except Exception as error:  # whatever it is, mergekit-evolve must go on working
+        _warn("mergekit-evolve does not know this package's methods", error)
 
 
 def _half_imported(module: str, last: str) -> bool:
@@ -89,12 +123,16 @@ def _register(name: str, module: str) -> None:
 
         import_module(module).register()
     except Exception as error:  # whatever it is, mergekit's own methods must go on working
-        import warnings
+        _warn(f"`merge_method: {name}` is not available", error)
 
-        # Not logging: a first logging call would configure the root logger before mergekit does.
-        warnings.warn(
-            f"mergekit-wp: `merge_method: {name}` is not available ({type(error).__name__}: {error}); mergekit's "
-            "own methods are not affected. Reinstall mergekit-wp, or set MERGEKIT_WP_DISABLE=1 to silence this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+
+def _warn(what: str, error: Exception) -> None:
+    import warnings
+
+    # Not logging: a first logging call would configure the root logger before mergekit does.
+    warnings.warn(
+        f"mergekit-wp: {what} ({type(error).__name__}: {error}); mergekit's own methods are not affected. Reinstall "
+        "mergekit-wp, or set MERGEKIT_WP_DISABLE=1 to silence this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

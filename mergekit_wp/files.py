@@ -81,6 +81,22 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
     return content
 
 
+Stamp = tuple[str, int, int]
+"""A path with what tells a rewritten file apart: nanoseconds of modification, bytes."""
+
+
+def stamp(path: str, what: str, remedy: str) -> Stamp:
+    """The key of a file for a cache. Raises `BadInput` ("cannot read this `what` ...; `remedy`.") if there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: cannot read this {what} ({error.strerror or error}; relative paths start at {os.getcwd()}); "
+            f"{remedy}."
+        ) from error
+    return path, stat.st_mtime_ns, stat.st_size
+
+
 def shipped(name: str) -> Path:
     """A YAML that travels with the project, such as `eval/miniature.yaml`, in a checkout or in the wheel."""
     for root in (_PACKAGE / "shipped", _PACKAGE.parent):

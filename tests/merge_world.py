@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,11 @@ class World:
     def score(self, k: int) -> Path:
         return self.root / f"e{k}.scores.safetensors"
 
-    def config(self, **more: Any) -> dict[str, Any]:
+    def config(self, own: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
+        """A recipe for wp; `own`: parameters of each expert beside its scores."""
         models = [
-            {"model": str(self.expert(k)), "parameters": {"scores": str(self.score(k))}} for k in range(self.experts)
+            {"model": str(self.expert(k)), "parameters": {"scores": str(self.score(k)), **(own[k] if own else {})}}
+            for k in range(self.experts)
         ]
         return {"merge_method": "wp", "base_model": str(self.base), "models": models, **more}
 
@@ -104,9 +107,19 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def reference(world: World, experts: list[int] | None = None) -> dict[str, torch.Tensor]:
-    """METHOD.md 4, component by component, in float64: theta_base + sum_k alpha_k (theta_k - theta_base)."""
+def reference(
+    world: World,
+    experts: list[int] | None = None,
+    prior: Sequence[float] | None = None,
+    scales: Sequence[float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """METHOD.md 4, component by component, in float64: theta_base + sum_k scale_k alpha_k (theta_k - theta_base).
+
+    prior: the experts' weights, with which their scores are multiplied before they are shared out.
+    """
     experts = list(range(world.experts)) if experts is None else experts
+    prior = [1.0] * len(experts) if prior is None else prior
+    scales = [1.0] * len(experts) if scales is None else scales
     config = Checkpoint.open(str(world.base)).config
     H, KV, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     base = {k: v.double() for k, v in tensors_of(world.base).items()}
@@ -114,17 +127,18 @@ def reference(world: World, experts: list[int] | None = None) -> dict[str, torch
     scores = [load_file(world.score(k)) for k in experts]
 
     def share(kind: str, layer: int, index: int) -> list[float]:
-        positive = [max(float(s[kind][layer, index]), 0.0) for s in scores]
+        positive = [w * max(float(s[kind][layer, index]), 0.0) for w, s in zip(prior, scores, strict=True)]
         total = sum(positive)
-        return [p / total for p in positive] if total > 0 else [1 / len(scores)] * len(scores)
+        return [p / total for p in positive] if total > 0 else [w / sum(prior) for w in prior]
 
     def mixed(name: str, where: Any, weights: list[float]) -> torch.Tensor:
         theta = base[name][where].clone()
-        for weight, expert in zip(weights, tuned, strict=True):
-            theta += weight * (expert[name][where] - base[name][where])
+        for weight, scale, expert in zip(weights, scales, tuned, strict=True):
+            tau = expert[name][: base[name].shape[0]] - base[name]
+            theta += scale * weight * tau[where]
         return theta
 
-    uniform = [1 / len(experts)] * len(experts)
+    uniform = [w / sum(prior) for w in prior]
     out: dict[str, torch.Tensor] = {}
     for name, tensor in base.items():
         out[name] = torch.empty_like(tensor)

@@ -26,19 +26,19 @@ def run(code, *flags, **environment):
 
 
 def test_start_imports_nothing_heavy():
-    """An interpreter that never imports mergekit gets one finder and one small module."""
+    """An interpreter that never imports mergekit gets two finders and one small module."""
     code = HOOKED + (
         "print(sum(type(f).__name__ == '_Finder' for f in sys.meta_path), "
         "[m for m in ('torch', 'click', 'yaml', 'mergekit', 'importlib.util', 'logging') if m in sys.modules])"
     )
     done = run(code)
-    assert done.stdout.strip() == "1 []", done.stderr
+    assert done.stdout.strip() == "2 []", done.stderr
 
 
 def test_disabled_by_the_environment():
     code = HOOKED + "print(sum(type(f).__name__ == '_Finder' for f in sys.meta_path))"
     assert run(code, MERGEKIT_WP_DISABLE="1").stdout.strip() == "0"
-    assert run(code, MERGEKIT_WP_DISABLE="0").stdout.strip() == "1"
+    assert run(code, MERGEKIT_WP_DISABLE="0").stdout.strip() == "2"
 
 
 def test_registers_leaves_no_trace_and_warns_of_nothing():
@@ -50,7 +50,8 @@ def test_registers_leaves_no_trace_and_warns_of_nothing():
     )
     done = run(code, "-W", "error")
     first, count = done.stdout.split("\n")[:2]
-    assert first == "True SourceFileLoader SourceFileLoader 0", done.stderr
+    # The finder that is left waits for mergekit-evolve.
+    assert first == "True SourceFileLoader SourceFileLoader 1", done.stderr
     assert int(count) > 10
 
 
@@ -99,7 +100,7 @@ def test_the_start_file_names_a_callable():
 def test_looking_for_the_module_does_not_use_the_hook_up():
     # Before the finder is there: importing the package loads the registry, which would use the hook up.
     package = importlib.import_module("mergekit.merge_methods")
-    finder = autoload._Finder()
+    finder = autoload._Finder("mergekit.merge_methods.registry", autoload.register_methods)
     sys.meta_path.insert(0, finder)
     try:
         assert importlib.util.find_spec("json") is not None
@@ -109,3 +110,35 @@ def test_looking_for_the_module_does_not_use_the_hook_up():
         assert finder in sys.meta_path
     finally:
         sys.meta_path.remove(finder)
+
+
+EVOLVE = "from mergekit.evo.genome import METHOD_PARAM_MAPS as m; print(m.get('wp'), 'widen' in m, m['ties']); "
+
+
+@pytest.mark.parametrize("before", ["", "import mergekit.merge; ", "import mergekit.evo.genome; "])
+def test_mergekit_evolve_knows_wp(before):
+    """Whichever of the two modules comes first, and without importing anything that evolution needs."""
+    left = "print(sum(type(f).__name__ == '_Finder' and 'evo' in f.module for f in sys.meta_path))"
+    done = run(HOOKED + before + EVOLVE + left, "-W", "error::RuntimeWarning")
+    assert done.stdout.split("\n")[:2] == ["['weight', 'scale'] False ['weight', 'density']", "0"], done.stderr
+
+
+@pytest.mark.parametrize("order", [("{register}", "{evolve}"), ("{evolve}", "{register}")])
+def test_register_tells_mergekit_evolve_too(order):
+    """Where no .pth is read, or with the hook disabled."""
+    lines = {"register": "import mergekit_wp.merge as w; w.register()", "evolve": "import mergekit.evo.genome"}
+    code = "; ".join(order).format(**lines) + "; " + EVOLVE
+    done = run(code, MERGEKIT_WP_DISABLE="1")
+    assert done.stdout.startswith("['weight', 'scale'] False"), done.stderr
+    assert run(lines["evolve"] + "; " + EVOLVE, MERGEKIT_WP_DISABLE="1").stdout.startswith("None False")
+
+
+def test_an_entry_of_ones_own_is_kept_and_a_table_that_is_gone_is_a_warning():
+    code = (
+        "import mergekit.evo.genome as g, mergekit_wp.autoload as a; g.METHOD_PARAM_MAPS['wp'] = ['weight']; "
+        "a.extend_evolve(); print(g.METHOD_PARAM_MAPS['wp']); del g.METHOD_PARAM_MAPS; a.extend_evolve()"
+    )
+    done = run(code, MERGEKIT_WP_DISABLE="1")
+    assert done.returncode == 0
+    assert done.stdout.strip() == "['weight']"
+    assert "mergekit-evolve does not know this package's methods (AttributeError" in done.stderr

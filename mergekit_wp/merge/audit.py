@@ -4,7 +4,8 @@ Three independent looks at the written folder:
 
 1. A seeded sample of slices of every kind of tensor is recomputed from the inputs in float64, sharing no code with
    the kernel, and compared within the rounding of the dtype: for wp here, from the score files and straight from
-   theta_base + sum_k alpha_k (theta_k - theta_base) of METHOD.md 4; for widen in `audit_widen`.
+   theta_base + sum_k scale_k alpha_k (theta_k - theta_base) of METHOD.md 4; for widen in `audit_widen`, for aim in
+   `audit_aim`.
 2. Every tensor is read once and holds no NaN and no infinity.
 3. transformers loads the folder with no weight missing or left over, and it generates one token.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from safetensors import safe_open
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import slot_of
+from mergekit_wp.merge.audit_aim import check_aim
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_slice
 from mergekit_wp.merge.audit_widen import check_widen
-from mergekit_wp.merge.plan import WIDEN, WP, MergePlan, PlannedTensor
+from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
 
 _SLICES_A_KIND = 4
@@ -46,7 +48,7 @@ def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[st
     """
     merged = Checkpoint.open(str(out))
     if plan is not None and plan.ours:
-        check = {WP: check_wp, WIDEN: check_widen}[plan.method]
+        check = {WP: check_wp, WIDEN: check_widen, AIM: check_aim}[plan.method]
         differences = check(plan, merged, random.Random(seed))
         say(
             f"audit: {len(differences)} slices of {len(by_kind(plan))} kinds of tensors recomputed from the inputs; "
@@ -71,35 +73,38 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
     slot = slot_of(tensor.source)
     header = plan.header(tensor.base, tensor.source)
     assert header is not None  # the checks of the plan say so
-    K = len(tensor.experts)
-    scale = float(tensor.parameters.get("scale", 1.0))
+    prior = tensor.weights
     if slot is None:
         start = draw.randrange(header.shape[0])
-        return _Sample(tensor, (slice(start, start + _ROWS),), [scale / K] * K)
+        return _Sample(tensor, (slice(start, start + _ROWS),), _scaled(tensor, _alpha([0.0] * len(prior), prior)))
     files = [load_scores(path) for path in tensor.scores]
     geometry = files[0].meta.geometry
     width = geometry.head_dim
     if slot.kind == "neuron":
         index = draw.randrange(geometry.neurons)
         span = slice(index, index + 1)
-        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files])
+        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files], prior)
     else:
         members = 1 if slot.kind == "head" else geometry.heads // geometry.kv_heads
         index = draw.randrange(geometry.heads // members)
         span = slice(index * width, (index + 1) * width)
         per_head = [
-            _alpha([float(file.heads[slot.layer, head]) for file in files])
+            _alpha([float(file.heads[slot.layer, head]) for file in files], prior)
             for head in range(index * members, (index + 1) * members)
         ]
         alpha_K = [sum(column) / members for column in zip(*per_head, strict=True)]
     where = (span,) if slot.axis == 0 else (slice(None), span)
-    return _Sample(tensor, where, [scale * alpha for alpha in alpha_K])
+    return _Sample(tensor, where, _scaled(tensor, alpha_K))
 
 
-def _alpha(scores: list[float]) -> list[float]:
-    positive = [max(score, 0.0) for score in scores]
+def _alpha(scores: list[float], prior: Sequence[float]) -> list[float]:
+    positive = [weight * max(score, 0.0) for weight, score in zip(prior, scores, strict=True)]
     total = sum(positive)
-    return [score / total for score in positive] if total > 0 else [1 / len(scores)] * len(scores)
+    return [score / total for score in positive] if total > 0 else [weight / sum(prior) for weight in prior]
+
+
+def _scaled(tensor: PlannedTensor, alpha_K: list[float]) -> list[float]:
+    return [scale * alpha for scale, alpha in zip(tensor.scales, alpha_K, strict=True)]
 
 
 def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float:
@@ -110,7 +115,7 @@ def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float
     for alpha, expert in zip(sample.alpha_K, tensor.experts, strict=True):
         theta = read_slice(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where)[:rows]
         want += alpha * (theta - base)
-        size += alpha * (theta.abs() + base.abs())
+        size += abs(alpha) * (theta.abs() + base.abs())
     # K + 1 steps of the float32 accumulation, and half a step of the dtype that the recipe makes mergekit read in.
     slack = (len(sample.alpha_K) + 1) * FLOAT32_STEP * size
     if tensor.read_dtype:

@@ -6,11 +6,13 @@ the methods may import `merge_methods.base` alone, at the top. Importing this ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, GroupMergeMethod, TensorGroup
+from pydantic import BeforeValidator
 
 from mergekit_wp.autoload import register_methods
 from mergekit_wp.errors import BadInput
@@ -63,6 +65,20 @@ class CheckedMethod(GroupMergeMethod):
             self.merge_group(group, out_dtype=out_dtype, **bound)
             for group, bound in zip(groups, parameters, strict=True)
         )
+
+
+def number(name: str, hint: str, *, least: float = -math.inf, most: float = math.inf) -> Any:
+    """A validating type for a parameter of this `name`: a finite number, refused while the recipe is planned."""
+    limits = f" of at least {least:g}" if least > -math.inf else ""
+    limits = f" from {least:g} to {most:g}" if most < math.inf else limits
+
+    def checked(value: Any) -> float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or not least <= value <= most:
+            raise BadInput(f"{name}: found {value!r}, expected a number{limits}; {hint}.")
+        return float(value)
+
+    return Annotated[float, BeforeValidator(checked)]
 
 
 def not_finite(group: TensorGroup, source_name: str | None) -> BadInput:

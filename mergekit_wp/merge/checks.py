@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.components import VOCABULARY_TENSORS
 from mergekit_wp.errors import BadInput
-from mergekit_wp.merge.plan import TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
-from mergekit_wp.merge.shares import load_scores
+from mergekit_wp.merge.importance import check_activations
+from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
+from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def check_scores_given(tensors: Iterable[PlannedTensor]) -> None:
             if not path:
                 raise BadInput(
                     f"{expert}: no scores are given for this expert; write `parameters: {{scores: FILE}}` under "
-                    "it in the recipe, with the FILE that wp-score made for it."
+                    f"it in the recipe, with the FILE that wp-score made for it, or put that file at {BESIDE} in the "
+                    "expert's own folder (mergekit-evolve: with --no-reshard)."
                 )
             if seen.setdefault(expert, path) != path:
                 raise BadInput(
@@ -85,6 +87,8 @@ def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
             raise BadInput(f"{expert}: not of the shape of the base {tensor.base}: {'; '.join(different)}.")
     if tensor.scores:
         check_scores(plan, tensor)
+    if tensor.method == AIM:
+        check_activations(plan, tensor)
     for expert in tensor.experts:
         if lineage := plan.checkpoints[expert].lineage_differences(base):
             LOG.warning(
@@ -143,6 +147,10 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
                 f"{model}: {tensor.sources[model]} has dtype {header.dtype}, expected one of "
                 f"{', '.join(TORCH_DTYPE)}; merge the unquantised checkpoint."
             )
+    if tensor.weights and not any(tensor.weights):
+        raise BadInput(
+            f"{tensor.output}: the weights of all experts are 0; give one of them a weight above 0, or take it out."
+        )
     layers = {model: layer_of(name or "") for model, name in tensor.sources.items()}
     if len(set(layers.values())) > 1:
         listed = ", ".join(f"layer {layer} of {model}" for model, layer in layers.items())

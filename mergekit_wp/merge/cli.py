@@ -16,13 +16,14 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_wp.components import slot_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
 from mergekit_wp.merge.mark import write_mark
-from mergekit_wp.merge.plan import WP, MergePlan, layer_of
+from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import layer_shares
 
@@ -55,9 +56,9 @@ def main(
 ) -> None:
     """Merge models as the RECIPE (a mergekit YAML) says, and write the result to OUT_PATH.
 
-    The same as mergekit-yaml, with `merge_method: wp` and `widen` known, every check before the first weight is
-    read, and an audit of the result. Score files are looked for in the working directory, then beside the recipe.
-    Models are read from safetensors alone, whatever the method.
+    The same as mergekit-yaml, with `merge_method: wp`, `widen` and `aim` known, every check before the first weight is
+    read, and an audit of the result. Files that a recipe names are looked for in the working directory, then beside
+    it. Models are read from safetensors alone, whatever the method.
     """
     merge_options.apply_global_options()
     register()
@@ -154,22 +155,27 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 def shares_table(plan: MergePlan) -> str:
     """Which expert carries which layer: the mean share over the heads and over the neurons of each layer."""
-    rows = {
-        (to, source, tensor.experts, tensor.scores)
-        for tensor in plan.tensors
-        if (to := layer_of(tensor.output)) is not None and (source := layer_of(tensor.source)) is not None
-    }
+    rows: dict[tuple[int, int], dict[str, PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        slot, to = slot_of(tensor.source), layer_of(tensor.output)
+        if slot is not None and to is not None:
+            # Filters may weigh tensors of a layer differently: the first of a kind (q_proj, gate_proj) stands for it.
+            rows.setdefault((to, slot.layer), {}).setdefault(slot.kind, tensor)
     lines: list[str] = []
     shown: object = None
-    for to, source, experts, scores in sorted(rows, key=lambda row: row[0]):
-        if shown != experts:
-            shown = experts
-            names = [Path(str(expert)).name[-18:] for expert in experts]
+    for (to, source), kinds in sorted(rows.items()):
+        heads, neurons = kinds["head"], kinds["neuron"]
+        if shown != heads.experts:
+            shown = heads.experts
+            names = [Path(str(expert)).name[-18:] for expert in heads.experts]
             width = max(9, *(len(name) + 2 for name in names))
             header = "".join(name.rjust(width) for name in names)
             lines += ["", f"{'layer':<12}{'heads'.ljust(len(header))}  neurons", f"{'':<12}{header}  {header}"]
-        alphas = layer_shares(scores, source)
-        cells = ["".join(f"{x:.3f}".rjust(width) for x in alpha_Kn.mean(-1).tolist()) for alpha_Kn in alphas]
+        alpha_KH, _ = layer_shares(heads.scores, source, heads.weights)
+        _, alpha_KF = layer_shares(neurons.scores, source, neurons.weights)
+        cells = [
+            "".join(f"{x:.3f}".rjust(width) for x in alpha_Kn.mean(-1).tolist()) for alpha_Kn in (alpha_KH, alpha_KF)
+        ]
         label = str(to) if to == source else f"{to} (from {source})"
         lines.append(f"{label:<12}{cells[0]}  {cells[1]}")
     return "\n".join(["mean share of each expert (shares of a component sum to 1)", *lines[1:], ""])

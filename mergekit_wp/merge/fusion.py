@@ -4,9 +4,16 @@
     alpha_k(c)  = s+_k(c) / sum_m s+_m(c), or 1/K where that sum is 0
     theta(c)    = theta_base + sum_k alpha_k(c) (theta_k - theta_base) = sum_k alpha_k(c) theta_k
 
-The alphas of a component sum to 1, so the base's weights cancel and are never read. An option of ours, off by default,
-goes beyond the paper: `scale` x multiplies the whole task vector, theta_base + x (theta - theta_base), as task
-arithmetic does.
+The alphas of a component sum to 1, so the base's weights cancel and are never read.
+
+Two options of ours go beyond the paper; each is one number an expert, and 1 for all is the paper's rule:
+
+    weight w_k  says how much an expert counts before anything is known of the component: alpha_k = w_k s+_k /
+                sum_m w_m s+_m, or w_k / sum_m w_m where that sum is 0 and where there is no component (embeddings,
+                norms, the output head). The alphas still sum to 1. An expert of weight 2 counts as if it were listed
+                twice, one of weight 0 as if it were not listed.
+    scale x_k   multiplies what an expert gives, as in task arithmetic: theta_base + sum_k x_k alpha_k (theta_k -
+                theta_base). The same x for all multiplies the whole task vector.
 
 `fuse` walks the output in tiles (`tiles`): each expert's tile is converted to float32 in one reused scratch,
 weighted into a second one, and the sum is rounded once, straight into the output. Every input is read once.
@@ -27,20 +34,43 @@ class NotFiniteError(ArithmeticError):
     """A merged tensor has a NaN or an infinity, so one of its inputs has."""
 
 
-def component_weights(scores: Sequence[torch.Tensor]) -> torch.Tensor:
+def component_weights(scores: Sequence[torch.Tensor], prior: Sequence[float] | None = None) -> torch.Tensor:
     """The share alpha_K...n of each expert in each component.
 
-    scores: K tensors of one shape [..., n] (heads or neurons), any floating dtype. Returns float32 [K, ..., n];
-    for each component the shares are at least 0 and sum to 1, and are 1/K where no expert has a positive
-    score. Computed in float64, so that float32 scores of any magnitude neither overflow nor vanish.
+    scores: K tensors of one shape [..., n] (heads or neurons), any floating dtype. prior: the experts' weights w_K;
+    None for equal ones. Returns float32 [K, ..., n]; for each component the shares are at least 0 and sum to 1, and
+    are `prior_shares` where no expert of positive weight has a positive score. Computed in float64, so that float32
+    scores of any magnitude neither overflow nor vanish. Equal weights change no bit.
 
-    Raises `ValueError` for no scores or for scores of different shapes.
+    Raises `ValueError` for no scores, for scores of different shapes, and as `prior_shares` does.
     """
     if not scores or any(score.shape != scores[0].shape for score in scores):
         raise ValueError(f"expected scores of one shape, found {[tuple(s.shape) for s in scores]}")
+    along_K = (len(scores), *[1] * scores[0].ndim)
+    weight_K = _relative([1.0] * len(scores) if prior is None else prior, len(scores))
     positive_Kn = torch.stack([score.to(torch.float64) for score in scores]).clamp_(min=0)
+    positive_Kn *= weight_K.to(positive_Kn.device).reshape(along_K)
     total_n = positive_Kn.sum(0)
-    return torch.where(total_n > 0, positive_Kn / total_n, 1 / len(scores)).to(torch.float32)
+    fallback_Kn = (weight_K / weight_K.sum()).to(positive_Kn.device).reshape(along_K)
+    return torch.where(total_n > 0, positive_Kn / total_n, fallback_Kn).to(torch.float32)
+
+
+def prior_shares(prior: Sequence[float]) -> torch.Tensor:
+    """w_k / sum_m w_m, float32 [K]: the shares where nothing is known of a component, or there is none.
+
+    Raises `ValueError` for a weight that is negative or not finite, and where none is above 0.
+    """
+    weight_K = _relative(prior, len(prior))
+    return (weight_K / weight_K.sum()).to(torch.float32)
+
+
+def _relative(prior: Sequence[float], count: int) -> torch.Tensor:
+    """The weights over the largest, float64 [K]: exactly 1 where all are equal, whatever they are."""
+    weight_K = torch.tensor(prior, dtype=torch.float64)
+    good = len(weight_K) == count and bool(torch.isfinite(weight_K).all() and (weight_K >= 0).all())
+    if not good or not bool((weight_K > 0).any()):
+        raise ValueError(f"expected {count} weights of at least 0, one of them above, found {list(prior)}")
+    return weight_K / weight_K.max()
 
 
 def fuse(

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.autoload import METHODS
-from mergekit_wp.checkpoint import Checkpoint, Fingerprint, TensorHeader, fingerprint_of, read_header
+from mergekit_wp.checkpoint import Checkpoint, Fingerprint, TensorHeader, fingerprint_of, local_folder, read_header
 from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.shares import scores_beside
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.io.tasks import FinalizeModel
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-WP, WIDEN = "wp", "widen"
+WP, WIDEN, AIM = "wp", "widen", "aim"
 OURS = tuple(METHODS)
 """The methods of this package, by the names that recipes give them."""
 
@@ -65,7 +66,9 @@ class PlannedTensor:
     base: ModelReference
     experts: tuple[ModelReference, ...]
     scores: tuple[str, ...]
-    """Of each expert; () where the method takes none."""
+    """Of each expert, empty where it has none; () where the method takes none. So with the two below."""
+    weights: tuple[float, ...]
+    scales: tuple[float, ...]
     parameters: Mapping[str, Any]
     """The recipe's parameters of the method that are not an expert's own."""
     read_dtype: str | None
@@ -173,11 +176,15 @@ def read_task(task: ExecuteMergeMethodTask) -> MergePlan:
 
 def _plan(pairs: Iterable[tuple[ExecuteMergeMethodTask, str | None]], out: Path | None) -> MergePlan:
     checkpoints: dict[Any, Checkpoint] = {}
-    tensors = tuple(_planned(task, save_dtype, checkpoints) for task, save_dtype in pairs)
+    beside: dict[Any, str] = {}
+    tensors = tuple(_planned(task, save_dtype, checkpoints, beside) for task, save_dtype in pairs)
     return MergePlan(tensors, checkpoints, out)
 
 
-def _planned(task: ExecuteMergeMethodTask, save_dtype: str | None, checkpoints: dict[Any, Checkpoint]) -> PlannedTensor:
+def _planned(
+    task: ExecuteMergeMethodTask, save_dtype: str | None, checkpoints: dict[Any, Checkpoint], beside: dict[Any, str]
+) -> PlannedTensor:
+    """One output tensor; opens the models that are not in `checkpoints` yet, and looks beside them for scores."""
     from mergekit.merge_methods.task_adapter import TensorDictWrapper
     from mergekit.tokenizer import PermutedVocabulary
     from mergekit.tokenizer.truncate import TruncatedVocabulary
@@ -200,13 +207,19 @@ def _planned(task: ExecuteMergeMethodTask, save_dtype: str | None, checkpoints: 
     base = task.base_model if task.base_model in sources else task.model_order[0]
     experts = tuple(model for model in task.model_order if model != base)
     own_names = [task.output_weight.name, *(task.output_weight.aliases or ())]
+    given = [task.input_parameters[model] for model in experts] if task.method_name == WP else []
+    for model, own in zip(experts, given, strict=False):
+        if not own["scores"] and model not in beside:
+            beside[model] = scores_beside(_own_folder(model, checkpoints[model]))
     return PlannedTensor(
         method=task.method_name,
         output=task.output_weight.name,
         sources=sources,
         base=base,
         experts=experts,
-        scores=tuple(task.input_parameters[model]["scores"] for model in experts) if task.method_name == WP else (),
+        scores=tuple(own["scores"] or beside[model] for model, own in zip(experts, given, strict=False)),
+        weights=tuple(own["weight"] for own in given),
+        scales=tuple(own["scale"] for own in given),
         parameters=dict(task.parameters.items()),
         read_dtype=read_dtype,
         write_dtype=save_dtype or task.out_dtype,
@@ -231,6 +244,11 @@ def _input_names(task: ExecuteMergeMethodTask) -> tuple[dict[ModelReference, lis
         for model, info in gather.weight_info.items()
     }
     return names, gather.dtype
+
+
+def _own_folder(model: ModelReference, checkpoint: Checkpoint) -> Path:
+    """Where the expert as published lies: of `base+lora` the LoRA, not what mergekit merges the two into."""
+    return local_folder(str(model).partition("+")[2]) if model.lora else checkpoint.folder
 
 
 def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:

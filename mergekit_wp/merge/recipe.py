@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
-from mergekit_wp.merge.plan import WIDEN, WP, MergePlan, read_plan
+from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, read_plan
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 # mergekit would ignore any other in silence.
-_PARAMETERS = {WP: ("scores", "scale", "allow_mismatch"), WIDEN: ("t", "s")}
+_PARAMETERS = {
+    WP: ("scores", "weight", "scale", "allow_mismatch"),
+    WIDEN: ("t", "s"),
+    AIM: ("activations", "omega"),
+}
+_FILES = ("scores", "activations")
+# mergekit-evolve writes these into every recipe; they mean nothing to these methods.
+_OF_EVOLVE = ("normalize", "int8_mask")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`text` is the file as written; `content` its YAML with the paths of the score files found."""
+    """`text` is the file as written; `content` its YAML with the paths of score and activations files found."""
 
     path: Path
     text: str
@@ -111,15 +118,15 @@ def read_recipe(path: str) -> Recipe:
     if isinstance(method, str) and method in _PARAMETERS:
         known = _PARAMETERS[method]
         for parameters in _parameters(content):
-            if unknown := sorted(set(parameters) - set(known)):
+            if unknown := sorted(set(parameters) - {*known, *_OF_EVOLVE}):
                 raise BadInput(
                     f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {', '.join(known)}."
                 )
-            scores = parameters.get("scores")
-            if isinstance(scores, str) and not Path(scores).exists():
-                beside = Path(path).absolute().parent / scores
-                if beside.exists():
-                    parameters["scores"] = str(beside)
+            for name in _FILES:
+                file = parameters.get(name)
+                beside = Path(path).absolute().parent / str(file)
+                if isinstance(file, str) and not Path(file).exists() and beside.exists():
+                    parameters[name] = str(beside)
     return Recipe(Path(path), Path(path).read_text(encoding="utf-8"), _absolute_models(content))
 
 

@@ -7,7 +7,8 @@ run.
 
 `ExecuteMergeMethodTask.execute` adapts one tensor: mergekit validates shapes before the method runs, tells
 a method the name of the output only, and promotes mixed dtypes. There expert embeddings are cut to the
-base's rows, the source's name and the output dtype are handed on, and a tied LM head is not written.
+base's rows, the source's name, the output dtype and the score files that were found in experts' folders are handed
+on, and a tied LM head is not written.
 
 `install` is called by a method itself when mergekit first asks it to validate a recipe.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class _Seat:
     out_dtype: str
     rows: int | None
     written: bool
+    scores: Mapping[Any, str]
 
 
 _seats: weakref.WeakKeyDictionary[Any, _Seat] = weakref.WeakKeyDictionary()
@@ -84,7 +86,11 @@ def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
         if seat.rows is not None:
             tensors = {model: tensor[: seat.rows] for model, tensor in tensors.items()}
         parameters = {**dict(self.parameters.items()), "source_name": seat.source}
-        task = self.model_copy(update={"out_dtype": seat.out_dtype, "parameters": parameters})
+        changed: dict[str, Any] = {"out_dtype": seat.out_dtype, "parameters": parameters}
+        if seat.scores:
+            own = self.input_parameters
+            changed["input_parameters"] = {m: {**dict(own[m].items()), "scores": s} for m, s in seat.scores.items()}
+        task = self.model_copy(update=changed)
         return original(task, tensors, **rest)
 
     return execute
@@ -98,6 +104,7 @@ def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
         out_dtype=plan.out_dtype(tensor),
         rows=header.shape[0] if cut and header else None,
         written=tensor.in_base,
+        scores=dict(zip(tensor.experts, tensor.scores, strict=False)),
     )
 
 

@@ -1,20 +1,24 @@
-"""Score files as the merge uses them: read once, and turned into each expert's share of each component."""
+"""Score files as the merge uses them: found, read once, and turned into each expert's share of each component."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from mergekit_wp.components import TensorSlot
 from mergekit_wp.errors import BadInput
+from mergekit_wp.files import Stamp, stamp
 from mergekit_wp.merge.fusion import component_weights
 from mergekit_wp.scorefile import Scores, read_scores
 
-# A path with what tells a rewritten file apart: nanoseconds of modification, bytes.
-_Key = tuple[str, int, int]
+BESIDE = "wp/scores.safetensors"
+"""Where in an expert's folder its score file is looked for when the recipe names none.
+
+Not at the top of the folder: vLLM takes every .safetensors there for weights.
+"""
 
 
 def load_scores(path: str) -> Scores:
@@ -23,7 +27,7 @@ def load_scores(path: str) -> Scores:
     Raises `BadInput`, naming the file, as `scorefile.read_scores` does, and when only some components were scored:
     the others' zeros would give them to the other experts.
     """
-    scores = _read(_key(path))
+    scores = _read(stamp(path, "score file", "make it with wp-score or mend the path"))
     if not scores.complete:
         scored, total = (sum(int(f(mask)) for mask in scores.scored.values()) for f in (torch.sum, torch.numel))
         raise BadInput(
@@ -33,38 +37,36 @@ def load_scores(path: str) -> Scores:
     return scores
 
 
-def layer_shares(paths: Sequence[str], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scores_beside(folder: Path) -> str:
+    """The score file that an expert (a LoRA) has in its own folder; empty where there is none."""
+    path = folder / BESIDE
+    return str(path) if path.is_file() else ""
+
+
+def layer_shares(
+    paths: Sequence[str], layer: int, prior: Sequence[float] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha_KH and alpha_KF of the K experts whose score files these are, in this order (float32), in one layer.
 
-    Raises `BadInput` when a file is bad or the files are of different geometries.
+    prior: the experts' weights; None for equal ones. Raises `BadInput` when a file is bad or the files are of
+    different geometries.
     """
     files = [load_scores(path) for path in paths]
     for path, scores in zip(paths, files, strict=True):
         if different := scores.meta.geometry.differences(files[0].meta.geometry):
             raise BadInput(f"{path}: made for another shape than {paths[0]} ({'; '.join(different)}).")
     return (
-        component_weights([scores.heads[layer] for scores in files]),
-        component_weights([scores.neurons[layer] for scores in files]),
+        component_weights([scores.heads[layer] for scores in files], prior),
+        component_weights([scores.neurons[layer] for scores in files], prior),
     )
 
 
-def tensor_shares(paths: Sequence[str], slot: TensorSlot) -> torch.Tensor:
+def tensor_shares(paths: Sequence[str], slot: TensorSlot, prior: Sequence[float] | None = None) -> torch.Tensor:
     """alpha_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons."""
-    alpha_KH, alpha_KF = layer_shares(paths, slot.layer)
+    alpha_KH, alpha_KF = layer_shares(paths, slot.layer, prior)
     return load_scores(paths[0]).meta.geometry.expand(slot, alpha_KH, alpha_KF)
 
 
-def _key(path: str) -> _Key:
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise BadInput(
-            f"{path}: cannot read this score file ({error.strerror or error}; relative paths start at "
-            f"{os.getcwd()}); make it with wp-score or mend the path."
-        ) from error
-    return path, stat.st_mtime_ns, stat.st_size
-
-
 @lru_cache(maxsize=64)
-def _read(key: _Key) -> Scores:
+def _read(key: Stamp) -> Scores:
     return read_scores(key[0])

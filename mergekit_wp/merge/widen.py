@@ -17,9 +17,6 @@ Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`)
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any
-
 import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -29,28 +26,14 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from pydantic import BeforeValidator
 
-from mergekit_wp.errors import BadInput
-from mergekit_wp.merge.checked import CheckedMethod, not_finite, register_method
+from mergekit_wp.merge.checked import CheckedMethod, not_finite, number, register_method
 from mergekit_wp.merge.fusion import NotFiniteError, fuse
 from mergekit_wp.merge.plan import WIDEN
 from mergekit_wp.merge.widen_math import column_weights
 
 # The one matrix that is taken apart by row: its rows are tokens, and tokens are what its columns shall be.
 TOKEN_ROWS = "model.embed_tokens.weight"
-
-
-def _number(name: str) -> Any:
-    """A validating type: a finite number of at least 0, refused while the recipe is planned."""
-
-    def checked(value: Any) -> float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        if not good:
-            raise BadInput(f"{name}: found {value!r}, expected a number of at least 0; the authors use 1.0.")
-        return float(value)
-
-    return Annotated[float, BeforeValidator(checked)]
 
 
 class WidenMerge(CheckedMethod):
@@ -68,14 +51,14 @@ class WidenMerge(CheckedMethod):
         parameters=(
             ParameterSpec(
                 "t",
-                _number("t"),
+                number("t", "the authors use 1.0", least=0),
                 ParameterScope.SHARED,
                 default=1.0,
                 description="A rank above t times the average makes a column important.",
             ),
             ParameterSpec(
                 "s",
-                _number("s"),
+                number("s", "the authors use 1.0", least=0),
                 ParameterScope.SHARED,
                 default=1.0,
                 description="The weight of an important column.",

@@ -16,7 +16,7 @@ from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fing
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.job import ScoringJob
-from mergekit_wp.scoring.offload import pick_offload
+from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
 from mergekit_wp.scoring.stack import ResidentStack, Stack
 from mergekit_wp.scoring.streamed import open_streamed
 from mergekit_wp.scoring.team import Team
@@ -104,6 +104,17 @@ def load_pair(job: ScoringJob, checked: CheckedPair, team: Team | None = None) -
     base_model = _load_model(job.base, str(checked.base.folder), dtype, device, job.trust_remote_code)
     base, expert = (ResidentStack(model, device, dtype) for model in (base_model, expert_model))
     return ModelPair(base, expert, checked.base.geometry, device, dtype, offload, reason)
+
+
+def load_one(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, offload: str, remote_code: bool
+) -> Stack:
+    """One model alone, in memory or ready to be read layer by layer; `offload` as for a pair. Raises as `load_pair`."""
+    fits = parameter_bytes(checkpoint, dtype) <= (1 - RESERVE) * free_memory(device)
+    if offload == "stream" or (offload == "auto" and not fits):
+        return open_streamed(checkpoint.name, checkpoint, dtype, device, remote_code)
+    model = _load_model(checkpoint.name, str(checkpoint.folder), dtype, device, remote_code)
+    return ResidentStack(model, device, dtype)
 
 
 def pick_device(name: str) -> torch.device:

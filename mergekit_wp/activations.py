@@ -1,0 +1,92 @@
+"""The activations file: what `wp-aim` writes and `merge_method: aim` reads.
+
+A safetensors file, float32, with one vector for every weight of a base model but the embeddings, under the weight's
+name: the mean of |x_c| over the calibration tokens, x being the input of the weight's module and c its channels. A JSON
+document under the metadata key `wp_aim` says where they come from (`Calibration`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import atomic_path
+from mergekit_wp.scorefile import ModelId
+
+FORMAT = 1
+_METADATA_KEY = "wp_aim"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where activations come from: documents, put end to end and cut into `blocks` of `tokens` each; `date` is UTC."""
+
+    base: ModelId
+    texts: str
+    documents: int
+    blocks: int
+    tokens: int
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    date: str
+    format: int = FORMAT
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """Parse and check; raises KeyError, TypeError, ValueError (`read_activations` makes them a BadInput)."""
+        raw: dict[str, Any] = json.loads(text)
+        if raw.get("format") != FORMAT:
+            raise ValueError(f"format version {raw.get('format')!r}, this program reads {FORMAT}")
+        if unknown := set(raw) - {f.name for f in fields(cls)}:
+            raise ValueError(f"unknown metadata fields {sorted(unknown)}")
+        return cls(**{**raw, "base": ModelId(**raw["base"])})
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Means by name of weight, float32 [channels]; checks itself (raises ValueError)."""
+
+    meta: Calibration
+    means: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.means:
+            raise ValueError("there are no activations in it")
+        for name, mean_C in self.means.items():
+            if mean_C.dtype != torch.float32 or mean_C.ndim != 1 or not len(mean_C):
+                raise ValueError(f"{name} is {mean_C.dtype} of shape {list(mean_C.shape)}, expected a float32 vector")
+            if not bool(torch.isfinite(mean_C).all() & (mean_C >= 0).all()):
+                raise ValueError(f"{name} holds a negative number, a NaN or an infinity")
+
+
+def write_activations(activations: Activations, path: str | Path) -> None:
+    """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
+    tensors = {name: mean_C.contiguous().cpu() for name, mean_C in activations.means.items()}
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(asdict(activations.meta), sort_keys=True)})
+
+
+def read_activations(path: str | Path) -> Activations:
+    """Read and validate a file. Raises `BadInput`, naming it, for anything that `write_activations` does not write."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+            means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such activations file; make it with wp-aim.") from None
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read as a safetensors activations file ({error}).") from error
+    if text is None:
+        raise BadInput(f"{path}: a safetensors file, but without the `wp_aim` metadata of an activations file.")
+    try:
+        return Activations(Calibration.from_json(text), means)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: not a valid activations file: {error}; make it again with wp-aim.") from error
