@@ -1,0 +1,188 @@
+"""The model card: what the merge is, how it was made, what was measured, and under which licence it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.merge.mark import MARK, Mark
+from mergekit_wp.push.licences import NEEDS, NOTICES, Licence
+from mergekit_wp.push.parents import Parent
+from mergekit_wp.push.stage import PICTURE, RECIPE
+
+if TYPE_CHECKING:
+    from mergekit_wp.scorefile import ScoreMeta
+
+_METHODS = {
+    "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
+    "Patching, [arXiv 2604.13694](https://arxiv.org/abs/2604.13694))",
+    "widen": "each column of a weight is shared by how far each expert moved it (WIDEN, "
+    "[arXiv 2408.03092](https://arxiv.org/abs/2408.03092))",
+}
+
+
+@dataclass(frozen=True)
+class CardResults:
+    """One table of results: Markdown, the row of this model, how it was measured, command, file in the repository."""
+
+    markdown: str
+    row: str
+    measured: str
+    command: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything that the card says. `licences` go with `parents`; `scores` are (path in the repository, metadata)."""
+
+    repo_id: str
+    parents: Sequence[Parent]
+    licences: Sequence[Licence]
+    licence: str
+    recipe: str
+    mark: Mark
+    dtype: str
+    scores: Sequence[tuple[str, ScoreMeta]] = ()
+    results: Sequence[CardResults] = ()
+    licence_texts: Sequence[str] = field(default_factory=tuple)
+
+    def text(self) -> str:
+        """The whole README.md."""
+        from huggingface_hub import ModelCard, ModelCardData
+
+        on_hub = list(dict.fromkeys(parent.hub for parent in self.parents if parent.hub))
+        more: dict[str, Any] = {"base_model_relation": "merge"} if on_hub else {}
+        data = ModelCardData(
+            base_model=on_hub or None,
+            library_name="transformers",
+            license=self.licence,
+            pipeline_tag="text-generation",
+            tags=["mergekit", "merge", *(["weight-patching"] if self.mark.method == "wp" else [])],
+            **more,
+        )
+        sections = [
+            self._about(),
+            self._use(),
+            self._recipe(),
+            self._scores(),
+            self._picture(),
+            self._results(),
+            self._checks(),
+            self._licences(),
+        ]
+        body = "\n\n".join(section for section in sections if section)
+        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+    def _about(self) -> str:
+        experts = [_link(parent) for parent in self.parents if parent.role != "base"]
+        bases = [_link(parent) for parent in self.parents if parent.role == "base"]
+        what = f"A merge of {_listed(experts)}" + (f" on their common base {bases[0]}" if bases else "")
+        method = _METHODS.get(self.mark.method)
+        how = f" with `merge_method: {self.mark.method}`" + (f": {method}." if method else ".")
+        return (
+            f"# {self.repo_id.partition('/')[2]}\n\n{what}, made by "
+            f"[mergekit](https://github.com/arcee-ai/mergekit){how} Stored in {self.dtype}."
+        )
+
+    def _use(self) -> str:
+        return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{self.repo_id}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{self.repo_id}")
+inputs = tokenizer("...", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))
+```
+
+Prompt it in the format that the experts were trained with."""
+
+    def _recipe(self) -> str:
+        local = [parent.shown for parent in self.parents if parent.hub is None]
+        note = f" {_listed([f'`{name}`' for name in local])} must be folders there." if local else ""
+        tool = "wp-merge" if self.mark.method in _METHODS else "mergekit-yaml"
+        return (
+            f"## Recipe\n\n```yaml\n{self.recipe.strip()}\n```\n\n"
+            f"`{tool} {RECIPE} merged`, in a copy of this repository, makes it again.{note}"
+        )
+
+    def _scores(self) -> str:
+        if not self.scores:
+            return ""
+        lines = [
+            "## Scores",
+            "",
+            "How much of what each expert has and its base lacks a single head or neuron restores, on prompts of each "
+            "task. `method` says how it was measured, `utility` what recovery means; the score files hold the rest.",
+            "",
+            "| expert | tasks (prompts) | method | utility | anchor layer | computed in | date | file |",
+            "|---|---|---|---|---:|---|---|---|",
+        ]
+        for path, meta in self.scores:
+            tasks = ", ".join(f"{name} ({task.scoring})" for name, task in meta.tasks.items())
+            layer = f"{meta.anchor_layer} of {meta.geometry.layers}"
+            name = path.rpartition("/")[2]
+            cells = [meta.expert.name, tasks, meta.method, meta.utility, layer, meta.dtype, meta.date[:10]]
+            lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} | [{name}]({path}) |")
+        return "\n".join(lines)
+
+    def _picture(self) -> str:
+        if not self.mark.shares:
+            return ""
+        return (
+            "## Who carries which layer\n\n"
+            f"![Mean share of each expert in each layer's heads and neurons]({PICTURE})\n\n"
+            "Mean share of each expert in the heads and in the neurons of each layer; the dashed lines are where a "
+            "plain average would be."
+        )
+
+    def _results(self) -> str:
+        if not self.results:
+            return ""
+        parts = ["## Evaluation"]
+        for results in self.results:
+            measured = f" {results.measured[:1].upper()}{results.measured[1:]}." if results.measured else ""
+            parts += [
+                results.markdown.strip(),
+                f"This model is the row `{results.row}`.{measured} All of it is in [{results.path}]({results.path}).",
+                f"```console\n$ {results.command}\n```",
+            ]
+        return "\n\n".join(parts)
+
+    def _checks(self) -> str:
+        lines = "\n".join(f"- {line}" for line in self.mark.checked)
+        versions = ", ".join(f"{name} {number}" for name, number in self.mark.versions.items())
+        return (
+            f"## Checks\n\nBefore it was published, on {self.mark.date[:10]}, with {versions}:\n\n{lines}\n\n"
+            f"[{MARK}]({MARK}) has the SHA-256 of every file of the model as it was then."
+        )
+
+    def _licences(self) -> str:
+        lines = [
+            f"- {_link(parent)}: "
+            + (licence.id or "no licence stated")
+            + (f" ({NEEDS[licence.id]})" if licence.id in NEEDS else "")
+            for parent, licence in zip(self.parents, self.licences, strict=True)
+        ]
+        notices = [NOTICES[i] for i in dict.fromkeys(licence.id for licence in self.licences) if i in NOTICES]
+        texts = [f"[{path}]({path})" for path in self.licence_texts]
+        parts = ["## Licence", f"Published under `{self.licence}`. The models it was made of:", "\n".join(lines)]
+        parts += notices + ([f"Their licence texts: {', '.join(texts)}."] if texts else [])
+        return "\n\n".join(parts)
+
+
+def _link(parent: Parent) -> str:
+    if parent.hub is None:
+        return f"`{parent.shown}` (not on the Hub)"
+    return f"[{parent.hub}](https://huggingface.co/{parent.hub})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")

@@ -1,0 +1,98 @@
+"""wp-push: a merge, its recipe, its score files and its results to a model repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from mergekit_wp import __version__
+from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.errors import BadInput
+
+_EPILOG = """\b
+Examples:
+  wp-push merged/im alice/llama-2-13b-im --results runs/eval --dry-run
+  wp-push merged/im alice/llama-2-13b-im --results runs/eval --private
+  wp-push merged/im alice/im --parent ./wizardlm-13b=WizardLMTeam/WizardLM-13B-V1.2 --license llama2
+
+The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes on when it is run again.
+"""
+
+
+@click.command(
+    "wp-push",
+    cls=GroupedCommand,
+    groups={"What is published": ("results", "recipe", "parents", "licence"), "How": ("private", "dry_run")},
+    epilog=_EPILOG,
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="USER/NAME")
+@click.option(
+    "--results", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder of wp-eval."
+)
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), metavar="YAML", help="The recipe, where it is not in FOLDER."
+)
+@click.option(
+    "--parent",
+    "parents",
+    multiple=True,
+    metavar="FOLDER=USER/NAME",
+    help="The Hub name of a parent that the recipe has as a folder.",
+)
+@click.option(
+    "--license",
+    "licence",
+    metavar="ID",
+    help="Licence of the merge (apache-2.0, llama2, ...), if you answer for it where the parents' do not tell.",
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
+@click.option("--dry-run", is_flag=True, help="Write the card, list every file; leave the network alone.")
+@click.version_option(__version__)
+def main(
+    folder: Path,
+    repo_id: str,
+    results: tuple[Path, ...],
+    recipe: Path | None,
+    parents: tuple[str, ...],
+    licence: str | None,
+    private: bool,
+    dry_run: bool,
+) -> None:
+    """Publish the merge in FOLDER as the model USER/NAME, with a card that says how it was made and measured.
+
+    Nothing is published that wp-merge's audit did not pass; a folder without its mark is audited first. What is
+    added to the model is written to FOLDER.push; FOLDER itself stays as it is.
+    """
+    if dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+    from mergekit_wp.push.publish import Request, prepare, publish
+
+    _check_name(repo_id)
+    request = Request(folder, repo_id, results, recipe, parents, licence)
+    if dry_run:
+        publication = prepare(request, None, click.echo)
+        click.echo(publication.listing())
+        click.echo(f"the card is {publication.card}; nothing was sent. Without --dry-run, this would be {repo_id}.")
+        return
+    click.echo(publish(request, private, sys.stderr.isatty(), click.echo))
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        named = repo_id.count("/") == 1
+    except HFValidationError:
+        named = False
+    if not named:
+        raise BadInput(f"{repo_id}: expected USER/NAME, in letters, digits, `-`, `_` and `.`, such as alice/my-merge.")
+
+
+if __name__ == "__main__":
+    main()

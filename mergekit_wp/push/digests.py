@@ -1,0 +1,57 @@
+"""SHA-256 of files, remembered: a rerun of a push does not read tens of GB again.
+
+A file is known by its path, size, times of modification and of change, and inode. The time of change cannot be set
+by copying tools, so a file that was rewritten is read again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import write_text
+from mergekit_wp.merge.checks import size_text
+from mergekit_wp.merge.mark import sha256_of
+
+
+class Digests:
+    """The memory at `path`; a missing or broken one is an empty one."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        try:
+            self._known: dict[str, list[object]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def __call__(self, files: Sequence[Path]) -> dict[Path, str]:
+        """Hex SHA-256 of every file. Raises `BadInput` naming a file that cannot be read."""
+        keys = {file: _key(file) for file in files}
+        unknown = [file for file, key in keys.items() if self._known.get(str(file.absolute()), [None])[0] != key]
+        if unknown:
+            size = sum(file.stat().st_size for file in unknown)
+            if size > 1e9:
+                self._say(f"computing the SHA-256 of {len(unknown)} files ({size_text(size)}) ...")
+            for file, digest in zip(unknown, sha256_of(unknown), strict=True):
+                self._known[str(file.absolute())] = [keys[file], digest]
+            write_text(self._path, json.dumps(self._known))
+        return {file: str(self._known[str(file.absolute())][1]) for file in files}
+
+    def remember(self, name: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+        """A digest of several files that is computed another way, under `name`, as long as none of them changes."""
+        key = "|".join(self(files)[file] for file in files)
+        entry = self._known.get(name)
+        if entry is None or entry[0] != key:
+            entry = self._known[name] = [key, compute()]
+            write_text(self._path, json.dumps(self._known))
+        return str(entry[1])
+
+
+def _key(file: Path) -> str:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise BadInput(f"{file}: cannot read this file ({error.strerror or error}).") from error
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {stat.st_dev}"

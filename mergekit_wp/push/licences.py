@@ -1,0 +1,114 @@
+"""What is known about a few licences, and which one a merge of models under several may carry.
+
+This is bookkeeping, not legal advice: it knows a short list of licence ids, stops at everything else, and whoever
+publishes decides. The ids are the Hub's (https://huggingface.co/docs/hub/repositories-licenses).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Of these, the one with the most conditions names a merge of several; the others' notices go with it.
+_PERMISSIVE = ("cc0-1.0", "unlicense", "mit", "isc", "bsd-2-clause", "bsd-3-clause", "apache-2.0")
+
+_KEEP_NOTICE = "keep its copyright notice and licence text"
+_META = "pass on a copy of the agreement and Meta's notice, and follow its acceptable use policy"
+_NAMED = "show “Built with {0}”, begin the model's name with “{1}”, " + _META
+
+# What each asks of who redistributes a changed copy, in short; the text of the licence is what counts.
+# Sources: choosealicense.com (software licences); creativecommons.org/licenses (deed and section 3 of each);
+# section 1.b of Meta's agreements (github.com/meta-llama/llama, llama-models); ai.google.dev/gemma/terms, section 3.1.
+NEEDS: dict[str, str] = {
+    "cc0-1.0": "nothing",
+    "unlicense": "nothing",
+    "mit": _KEEP_NOTICE,
+    "isc": _KEEP_NOTICE,
+    "bsd-2-clause": _KEEP_NOTICE,
+    "bsd-3-clause": _KEEP_NOTICE,
+    "apache-2.0": "keep licence and NOTICE, and say what was changed",
+    "gpl-3.0": "pass it on under the same licence",
+    "agpl-3.0": "pass it on under the same licence",
+    "cc-by-4.0": "name the authors and say what was changed",
+    "cc-by-sa-4.0": "name the authors, say what was changed, pass it on under the same licence",
+    "cc-by-nc-4.0": "not for commercial use; name the authors and say what was changed",
+    "cc-by-nc-sa-4.0": "not for commercial use; name the authors, pass it on under the same licence",
+    "llama2": _META,
+    "llama3": _NAMED.format("Meta Llama 3", "Llama 3"),
+    "llama3.1": _NAMED.format("Llama", "Llama"),
+    "llama3.2": _NAMED.format("Llama", "Llama"),
+    "llama3.3": _NAMED.format("Llama", "Llama"),
+    "gemma": "pass on the Gemma Terms of Use with their notice and use restrictions, and say what was changed",
+}
+_FORBIDS = ("cc-by-nd-4.0", "cc-by-nc-nd-4.0")  # no redistribution of changed copies
+_NAME_BEGINS = {"llama3": "llama-3", "llama3.1": "llama", "llama3.2": "llama", "llama3.3": "llama"}
+NOTICES: dict[str, str] = {
+    "llama2": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights "
+    "Reserved.",
+    "llama3": "Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright © Meta Platforms, Inc. All "
+    "Rights Reserved.",
+    "llama3.1": "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All "
+    "Rights Reserved.",
+    "llama3.2": "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, Inc. All "
+    "Rights Reserved.",
+    "llama3.3": "Llama 3.3 is licensed under the Llama 3.3 Community License, Copyright © Meta Platforms, Inc. All "
+    "Rights Reserved.",
+    "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A parent's licence as its card states it: `id` None if it states none, `where` the card was found."""
+
+    id: str | None
+    where: str
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The merge's licence, or why none can be told."""
+
+    id: str | None
+    trouble: str = ""
+
+
+def decide(parents: Sequence[tuple[str, Licence]]) -> Decision:
+    """The licence that a merge of these (name, licence) may carry, by what this list knows.
+
+    Permissive ones yield to the one that is not; two different ones that are not permissive disagree.
+    """
+    troubles = [f"{name} {trouble}" for name, licence in parents if (trouble := _trouble(licence))]
+    if troubles:
+        return Decision(None, "; ".join(troubles))
+    ids = {licence.id or "" for _, licence in parents}
+    others = sorted(ids - set(_PERMISSIVE))
+    if len(others) > 1:
+        listed = "; ".join(f"{name} is under {licence.id}" for name, licence in parents)
+        return Decision(None, f"the parents' licences disagree ({listed})")
+    return Decision(others[0] if others else max(ids, key=_PERMISSIVE.index))
+
+
+def _trouble(licence: Licence) -> str:
+    if licence.id is None:
+        return f"states no licence ({licence.where})"
+    if licence.id in _FORBIDS:
+        return f"is under {licence.id}, which forbids passing on changed copies"
+    if licence.id not in NEEDS:
+        return f"is under {licence.id!r}, of which wp-push knows nothing"
+    return ""
+
+
+def is_licence_id(text: str) -> bool:
+    """Whether `text` has the form of the Hub's licence ids."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text) is not None
+
+
+def name_trouble(licence: str, name: str) -> str:
+    """What a licence's rule for names says against `name`; empty if nothing."""
+    begins = _NAME_BEGINS.get(licence)
+    if begins is None or name.lower().replace("_", "-").replace(" ", "-").startswith(begins):
+        return ""
+    return f"{licence} asks that the model's name begin with {begins.title()}; this one is called {name}"

@@ -1,0 +1,71 @@
+"""What may be published of names and paths: no folder of this machine leaves it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.push.parents import Parent, is_hub_name
+
+
+class Names:
+    """Local references and paths to the names under which they are published."""
+
+    def __init__(self, folder: Path, repo_id: str, parents: Sequence[Parent], scores: Mapping[str, str]) -> None:
+        """scores: path of a score file as the recipe has it -> its path in the repository."""
+        self._published = {str(folder): repo_id, str(folder.absolute()): repo_id, **scores}
+        for parent in parents:
+            path = parent.reference.partition("@")[0]
+            shown = parent.shown + (f"@{parent.revision}" if parent.hub and parent.revision else "")
+            self._published |= {parent.reference: shown, path: parent.shown, os.path.abspath(path): parent.shown}
+        # A score file may know a parent by the place where it lay then.
+        last = [Path(parent.reference.partition("@")[0]).name for parent in parents]
+        self._by_last = {n: p.shown for n, p in zip(last, parents, strict=True) if last.count(n) == 1}
+
+    def of(self, reference: str) -> str:
+        """A model, a LoRA (`model+lora`) or a path: its published name, else its last part; Hub names stay."""
+        if "+" in reference and reference not in self._published and not os.path.exists(reference):
+            return "+".join(map(self.of, reference.split("+")))
+        for known in (reference, os.path.abspath(reference) if reference else ""):
+            if known in self._published:
+                return self._published[known]
+        path = reference.partition("@")[0]
+        if is_hub_name(path) or not _is_path(reference):
+            return reference
+        return self._by_last.get(Path(path).name, Path(path).name)
+
+    def recipe(self, node: Any) -> Any:
+        """A recipe with every model and score file under its published name."""
+        if isinstance(node, list):
+            return [self.recipe(item) for item in node]
+        if not isinstance(node, dict):
+            return self.of(node) if isinstance(node, str) and node.startswith(("/", "~")) else node
+        return {
+            key: self.of(value)
+            if key in ("model", "base_model", "scores", "lora", "path") and isinstance(value, str)
+            else self.recipe(value)
+            for key, value in node.items()
+        }
+
+    def content(self, node: Any) -> Any:
+        """Any JSON document, its absolute paths and the references known here replaced."""
+        if isinstance(node, list):
+            return [self.content(item) for item in node]
+        if isinstance(node, dict):
+            return {key: self.content(value) for key, value in node.items()}
+        if not isinstance(node, str):
+            return node
+        return self.of(node) if node in self._published or node.startswith(("/", "~")) else without_home(node)
+
+
+def without_home(text: str) -> str:
+    """`text` with the user's home directory written `~`."""
+    home = str(Path.home())
+    return text if len(home) < 2 else re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~", ".")) or text.count("/") != 1 or os.path.exists(text)

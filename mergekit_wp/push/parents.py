@@ -1,0 +1,166 @@
+"""The models that a merge was made of: which they are on the Hub, and under which licence they come."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.push.licences import Licence
+
+# huggingface_hub's cache: .../models--USER--NAME/snapshots/<commit>
+_SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One model or LoRA of a recipe.
+
+    reference: as the recipe has it; hub: USER/NAME if known; folder: where it lies on this machine, if it does;
+    shown: the name that may be published.
+    """
+
+    reference: str
+    role: str
+    hub: str | None
+    revision: str | None
+    folder: Path | None
+    shown: str
+
+
+def find_parents(recipe: dict[str, Any], given: Sequence[str]) -> list[Parent]:
+    """The base and the experts, in the recipe's order. given: `FOLDER=USER/NAME` of the command line.
+
+    Raises `BadInput` for a malformed one, and for one whose folder is no parent's.
+    """
+    base = str(recipe.get("base_model") or "").partition("+")[0]
+    references = dict.fromkeys([*([base] if base else []), *_references(recipe)])
+    mapping, unused = dict(_split(text) for text in given), {text.partition("=")[0] for text in given}
+    parents: list[Parent] = []
+    for reference in references:
+        key = next((key for key in mapping if _same(key, reference)), None)
+        unused.discard(key or "")
+        taken = {parent.shown for parent in parents}
+        role = "base" if reference == base else "expert"
+        parents.append(_parent(reference, role, mapping.get(key or ""), taken))
+    if unused:
+        raise BadInput(f"--parent {sorted(unused)[0]}: the recipe has no such model; it has {', '.join(references)}.")
+    return parents
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a reference is a Hub's USER/NAME (and no folder of this machine)."""
+    return _HUB_NAME.fullmatch(text) is not None and not os.path.exists(text) and not text.startswith(".")
+
+
+def licence_of(parent: Parent, api: Any | None) -> Licence:
+    """The licence in the parent's card: in its folder, in huggingface_hub's cache, or on the Hub.
+
+    api: a `HfApi`, or None to leave the network alone. Raises `BadInput` when the Hub has no such model.
+    """
+    for card in _local_cards(parent):
+        if (found := _in_card(card)) is not None:
+            return found
+    if parent.hub is None:
+        return Licence(None, f"no card with a `license:` in {parent.reference}, and its Hub name is not known")
+    if api is None:
+        return Licence(None, "not looked up: a dry run leaves the network alone")
+    return _on_hub(parent, api)
+
+
+def _on_hub(parent: Parent, api: Any) -> Licence:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from mergekit_wp.push.steady import steady
+
+    where = "its card on the Hub"
+    try:
+        info = steady(lambda: api.model_info(parent.hub, revision=parent.revision))
+    except GatedRepoError:
+        return Licence(None, "gated, and this account has no access to its card", gated=True)
+    except RepositoryNotFoundError as error:
+        raise BadInput(
+            f"{parent.reference}: the recipe names this parent, and the Hub has no model {parent.hub} that this "
+            "account can see; name it with --parent, or log in with an account that has access."
+        ) from error
+    data = info.card_data.to_dict() if info.card_data is not None else {}
+    return Licence(_one_licence(data.get("license")), where, bool(info.gated))
+
+
+def _references(node: Any) -> Iterator[str]:
+    """Every model named under `base_model:` and `model:`, a LoRA on its own (`model+lora` are two)."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _references(item)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("model", "base_model", "lora") and isinstance(value, str):
+                yield from value.split("+")
+            elif key in ("model", "base_model", "lora") and isinstance(value, dict) and "path" in value:
+                yield str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
+            else:
+                yield from _references(value)
+
+
+def _split(text: str) -> tuple[str, str]:
+    folder, equals, hub = text.partition("=")
+    if not equals or not folder or _HUB_NAME.fullmatch(hub) is None:
+        raise BadInput(f"--parent {text}: expected FOLDER=USER/NAME, such as ./wizardlm-13b=WizardLMTeam/WizardLM-13B.")
+    return folder, hub
+
+
+def _same(key: str, reference: str) -> bool:
+    path = reference.partition("@")[0]
+    return key in (reference, path, Path(path).name) or os.path.abspath(key) == os.path.abspath(path)
+
+
+def _parent(reference: str, role: str, given: str | None, taken: set[str]) -> Parent:
+    path, _, revision = reference.partition("@")
+    folder = Path(path) if os.path.isdir(path) else None
+    hub = given
+    if hub is None and folder is not None and (match := _SNAPSHOT.search(str(folder.resolve()))):
+        hub, revision = f"{match[1]}/{match[2]}", match[3]
+    if hub is None and folder is None and is_hub_name(path):
+        hub = path
+    shown = hub or Path(path).name or "model"
+    number = 2
+    while hub is None and shown in taken:
+        shown, number = f"{Path(path).name}-{number}", number + 1
+    return Parent(reference, role, hub, revision or None, folder, shown)
+
+
+def _local_cards(parent: Parent) -> Iterator[Path]:
+    if parent.folder is not None:
+        yield parent.folder / "README.md"
+    if parent.hub is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(parent.hub, "README.md", revision=parent.revision)
+        if isinstance(cached, str):
+            yield Path(cached)
+
+
+def _in_card(card: Path) -> Licence | None:
+    """The licence that a card on this machine states; None where there is no card, or no licence in it."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        data = metadata_load(card) if card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{card}: cannot read the metadata of this card ({' '.join(str(error).split())}).") from error
+    licence = _one_licence((data or {}).get("license"))
+    return None if licence is None else Licence(licence, "its card")
+
+
+def _one_licence(value: Any) -> str | None:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        return " and ".join(map(str, value))
+    return str(value).strip().lower() if value else None

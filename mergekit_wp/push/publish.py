@@ -1,0 +1,223 @@
+"""The steps of a push: what is cheap to check first, then the audit, the card, and at last the upload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.merge.mark import Mark, marked_files
+from mergekit_wp.push import results as evaluations
+from mergekit_wp.push import stage as staging
+from mergekit_wp.push.card import Card, CardResults
+from mergekit_wp.push.check import check_secrets
+from mergekit_wp.push.digests import Digests
+from mergekit_wp.push.gate import passed_audit
+from mergekit_wp.push.licences import Licence, decide, is_licence_id, name_trouble
+from mergekit_wp.push.names import Names
+from mergekit_wp.push.parents import Parent, find_parents, licence_of
+from mergekit_wp.push.stage import RECIPE
+from mergekit_wp.push.steady import clean_logs, explain, first
+from mergekit_wp.push.upload import Item
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    folder: Path
+    repo_id: str
+    results: Sequence[Path] = ()
+    recipe: Path | None = None
+    parents: Sequence[str] = ()
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Every file that goes to the repository, and where the card lies."""
+
+    items: Sequence[Item]
+    left_out: Sequence[str]
+    card: Path
+
+    def listing(self) -> str:
+        """One line a file, with its size in bytes."""
+        lines = [f"{item.size:>16,}  {item.path}" for item in self.items]
+        total = sum(item.size for item in self.items)
+        lines.append(f"{total:>16,}  bytes in {len(self.items)} files")
+        if self.left_out:
+            lines.append(f"left out, since they are no part of the model: {', '.join(self.left_out)}")
+        return "\n".join(lines)
+
+
+def publish(request: Request, private: bool, bars: bool, say: Say) -> str:
+    """Prepare and upload; a last line for the person. Raises `BadInput` for everything that stops it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    from mergekit_wp.push.upload import check_card, check_login, upload
+
+    clean_logs()
+    if not bars:
+        disable_progress_bars()
+    api = HfApi(library_name="mergekit-wp")
+    try:
+        say(f"logged in as {check_login(api)}")
+        publication = prepare(request, api, say)
+        total = sum(item.size for item in publication.items)
+        say(f"{len(publication.items)} files, {total:,} bytes; the card is {publication.card}")
+        check_card(publication.card.read_text(encoding="utf-8"))
+        commit = upload(api, request.repo_id, publication.items, private=private, say=say)
+    except (click.ClickException, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the Hub's client, its HTTP library and xet raise many types
+        # `from None`: what they carry may quote addresses and headers.
+        raise explain(error, request.repo_id, api.endpoint) from None
+    return f"{api.endpoint}/{request.repo_id} holds the merge ({commit})"
+
+
+def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
+    """Check everything and write what is added to the model into FOLDER.push. api: None leaves the network alone."""
+    folder = request.folder
+    merged = Checkpoint.open(str(folder)) if folder.is_dir() else None
+    if merged is None:
+        raise BadInput(f"{folder}: no such folder; name the folder that wp-merge wrote.")
+    path, recipe = _read_recipe(request)
+    parents = find_parents(recipe, request.parents)
+    for parent in parents:
+        if parent.hub is None:
+            say(
+                f"{parent.reference}: a model of this machine, so the card calls it {parent.shown} and links to "
+                f"nothing; --parent {parent.shown}=USER/NAME tells where it is on the Hub."
+            )
+    licences, licence = _licence(request, parents, api, say)
+    scores = staging.score_files(recipe, parents, path.absolute().parent)
+    stage = staging.open_stage(folder)
+    digests = Digests(stage / staging.DIGESTS, say)
+    found = [_read_results(results, folder, digests) for results in request.results]
+    mark = passed_audit(folder, path, parents, stage, digests, say)
+    scores = staging.check_scores(scores, mark)
+    placed = staging.place_scores(scores)
+    names = Names(folder, request.repo_id, parents, placed)
+    staging.stage_scores(stage, scores, placed, names)
+    card = Card(
+        repo_id=request.repo_id,
+        parents=parents,
+        licences=licences,
+        licence=licence,
+        recipe=staging.stage_recipe(stage, recipe, names, parents),
+        mark=mark,
+        dtype=" and ".join(sorted({header.dtype for header in merged.tensors.values()})),
+        scores=[(target, _score_meta(stage / target)) for target in placed.values()],
+        results=[_card_results(stage, n, results, names) for n, results in enumerate(found, start=1)],
+        licence_texts=staging.stage_licences(stage, parents),
+    )
+    _draw(mark, stage)
+    staging.stage_mark(stage, mark)
+    write_text(stage / "README.md", card.text())
+    items, left_out = staging.collect(folder, stage, digests)
+    _check_secrets(items, say)
+    return Publication(items, left_out, stage / "README.md")
+
+
+def _read_recipe(request: Request) -> tuple[Path, dict[str, Any]]:
+    """The recipe that the merge was made by. Raises `BadInput` when there is none, or two that differ."""
+    inside = request.folder / RECIPE
+    if request.recipe is None:
+        if not inside.is_file():
+            raise BadInput(f"{inside}: missing, so the recipe of this merge is not known; name it with --recipe.")
+        return inside, read_yaml_mapping(inside, "recipe")
+    recipe = read_yaml_mapping(request.recipe, "recipe")
+    if inside.is_file() and read_yaml_mapping(inside, "recipe") != recipe:
+        raise BadInput(
+            f"{request.recipe}: not the recipe that this merge was made by, which is {inside}; leave --recipe out, or "
+            "merge again."
+        )
+    return request.recipe, recipe
+
+
+def _licence(request: Request, parents: Sequence[Parent], api: HfApi | None, say: Say) -> tuple[list[Licence], str]:
+    """The parents' licences and the merge's. Raises `BadInput` where it cannot be told and was not named."""
+    licences = [licence_of(parent, api) for parent in parents]
+    known = list(zip([parent.shown for parent in parents], licences, strict=True))
+    listed = ", ".join(f"{name} {licence.id or 'unknown'}" for name, licence in known)
+    if request.licence is not None and not is_licence_id(request.licence):
+        raise BadInput(f"--license {request.licence}: expected an id of the Hub's list, such as apache-2.0 or llama2.")
+    decision = decide(known)
+    licence = request.licence or decision.id
+    if licence is None and api is None and _only_unasked(licences):
+        say(f"licences: {listed}; those unknown are looked up on the Hub when the merge is pushed.")
+        return licences, "other"
+    if licence is None:
+        raise BadInput(
+            f"the licence of the merge cannot be told: {decision.trouble}; if you may publish it, say under which "
+            "licence with --license ID."
+        )
+    say(f"licences of the parents: {listed}; of the merge: {licence}" + (" (--license)" if request.licence else ""))
+    if request.licence is not None and decision.id != request.licence:
+        say(f"you answer for --license {licence}: {decision.trouble or f'wp-push would have said {decision.id}'}")
+    if trouble := name_trouble(licence, request.repo_id.partition("/")[2]):
+        say(f"note: {trouble}.")
+    return licences, licence
+
+
+def _only_unasked(licences: Sequence[Licence]) -> bool:
+    """Whether nothing is wrong but that a dry run did not ask the Hub."""
+    asked = [("", licence) for licence in licences if not licence.where.startswith("not looked up")]
+    return len(asked) < len(licences) and (not asked or not decide(asked).trouble)
+
+
+def _read_results(results: Path, folder: Path, digests: Digests) -> evaluations.Results:
+    def fingerprint() -> str:
+        files = marked_files(folder)
+        return digests.remember("wp-eval's fingerprint", files, lambda: evaluations.model_fingerprint(folder))
+
+    return evaluations.read_folder(results, folder, fingerprint)
+
+
+def _card_results(stage: Path, number: int, results: evaluations.Results, names: Names) -> CardResults:
+    return CardResults(
+        markdown=results.markdown,
+        row=results.row,
+        measured=evaluations.how_measured(results.content),
+        command=evaluations.command(results.content, names),
+        path=staging.stage_results(stage, number, results.path, results.content, names),
+    )
+
+
+def _score_meta(path: Path) -> Any:
+    from mergekit_wp.scorefile import read_scores
+
+    return read_scores(path).meta
+
+
+def _draw(mark: Mark, stage: Path) -> None:
+    if not mark.shares:
+        return
+    import numpy as np
+
+    from mergekit_wp.files import atomic_path
+    from mergekit_wp.pictures import shares_png
+
+    shares = {kind: np.array(mark.shares[kind]) for kind in ("heads", "neurons")}
+    with atomic_path(stage / staging.PICTURE) as partial:
+        partial.write_bytes(shares_png(shares, mark.shares["experts"]))
+
+
+def _check_secrets(items: Sequence[Item], say: Say) -> None:
+    from huggingface_hub import get_token
+
+    if homes := check_secrets(items, get_token()):
+        say(f"note: {first(homes)} names your home directory, and will be public as it is.")

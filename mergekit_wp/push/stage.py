@@ -1,0 +1,194 @@
+"""What a push adds to the merged model, in a folder beside it: card, recipe, picture, score files, results, licences.
+
+The model's own folder is left alone, whatever happens. All of `FOLDER.push` is made anew by every push from the same
+inputs, byte for byte, so that a second push of the same merge has nothing to commit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import check_writable_parent, write_text
+from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
+from mergekit_wp.push.digests import Digests
+from mergekit_wp.push.gate import is_licence_text, is_model_file
+from mergekit_wp.push.names import Names, without_home
+from mergekit_wp.push.parents import Parent
+from mergekit_wp.push.upload import Item
+
+DIGESTS = ".digests.json"
+RECIPE = "mergekit_config.yml"
+PICTURE = "wp/shares.png"
+
+
+def open_stage(folder: Path) -> Path:
+    """`FOLDER.push`, empty but for what is remembered between pushes. Raises `BadInput` if it is somebody else's."""
+    stage = folder.absolute().with_name(folder.absolute().name + ".push")
+    check_writable_parent(stage / DIGESTS)
+    if any(stage.iterdir()) and not (stage / DIGESTS).exists():
+        raise BadInput(f"{stage}: wp-push writes its card there, and the folder holds something else; move it away.")
+    for path in stage.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (DIGESTS, MARK):
+            path.unlink()
+    if not (stage / DIGESTS).exists():
+        write_text(stage / DIGESTS, "{}")
+    return stage
+
+
+def score_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path) -> dict[str, Path]:
+    """The score files of a recipe, as it names them, and where they are: in the working directory or beside it.
+
+    A LoRA may bring its own (see `merge.shares.BESIDE`). Raises `BadInput` naming one that is missing.
+    """
+    from mergekit_wp.merge.shares import scores_beside
+
+    if recipe.get("merge_method") != "wp":
+        return {}
+    found: dict[str, Path] = {}
+    for name in _named_scores(recipe):
+        places = [Path(name), beside / name]
+        place = next((path for path in places if path.is_file()), None)
+        if place is None:
+            raise BadInput(
+                f"{name}: the recipe names this score file, and it is neither in the working directory nor in "
+                f"{beside}; run wp-push where wp-merge ran, or point to the recipe beside it with --recipe."
+            )
+        found[name] = place
+    for parent in parents:
+        if parent.folder is not None and (own := scores_beside(parent.folder)):
+            found.setdefault(own, Path(own))
+    return found
+
+
+def check_scores(files: dict[str, Path], mark: Mark) -> dict[str, Path]:
+    """Those of the files that the merge used. Raises `BadInput` when one that it used has changed or is missing."""
+    now = {name: mark_scores(path) for name, path in files.items()}
+    contents = {scores.content for scores in now.values()}
+    for used in mark.scores:
+        if used.content not in contents:
+            raise BadInput(
+                f"{used.name}: the merge was made with other scores than this file holds now; merge again with the new "
+                "ones, or bring back the old."
+            )
+    wanted = {used.content for used in mark.scores}
+    return {name: files[name] for name, scores in now.items() if scores.content in wanted}
+
+
+def place_scores(files: dict[str, Path]) -> dict[str, str]:
+    """The path in the repository of every score file."""
+    placed: dict[str, str] = {}
+    for name, path in files.items():
+        target, number = f"wp/scores/{path.name}", 2
+        while target in placed.values():
+            target, number = f"wp/scores/{path.stem}-{number}{path.suffix}", number + 1
+        placed[name] = target
+    return placed
+
+
+def stage_scores(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
+    """Copy the score files; where their metadata names folders of this machine, with published names instead."""
+    from mergekit_wp.scorefile import read_scores, write_scores
+
+    for name, path in files.items():
+        scores = read_scores(path)
+        base, expert = scores.meta.base, scores.meta.expert
+        meta = replace(
+            scores.meta,
+            base=replace(base, name=names.of(base.name)),
+            expert=replace(expert, name=names.of(expert.name)),
+        )
+        if meta != scores.meta:
+            write_scores(replace(scores, meta=meta), stage / placed[name])
+        else:
+            target = check_writable_parent(stage / placed[name])
+            shutil.copyfile(path, target)
+
+
+def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Sequence[Parent]) -> str:
+    """The recipe as it may be published; its text."""
+    local = [parent.shown for parent in parents if parent.hub is None]
+    head = "# Score files are beside this recipe, in wp/scores.\n" if recipe.get("merge_method") == "wp" else ""
+    if local:
+        head += f"# Not on the Hub, shown by the names of their folders: {', '.join(local)}.\n"
+    text = head + yaml.safe_dump(names.recipe(recipe), sort_keys=False, allow_unicode=True, width=100)
+    text = without_home(text)
+    write_text(stage / RECIPE, text)
+    return text
+
+
+def stage_mark(stage: Path, mark: Mark) -> None:
+    """The mark as it is published: for the files that are, as they are. The recipe is not, its paths are rewritten."""
+    files = {name: digest for name, digest in mark.files.items() if name != RECIPE and is_model_file(Path(name))}
+    scores = tuple(MarkedScores(scores.name, scores.content) for scores in mark.scores)
+    write_text(stage / "published" / MARK, replace(mark, files=files, scores=scores).text())
+
+
+def stage_results(stage: Path, number: int, path: Path, content: dict[str, Any], names: Names) -> str:
+    """One results.json, its paths replaced; its path in the repository."""
+    suite = str((content.get("suite_content") or {}).get("name") or "results")
+    target = f"wp/results/{number}-{suite}.json" if number > 1 else f"wp/results/{suite}.json"
+    write_text(stage / target, json.dumps(names.content(content), indent=2) + "\n")
+    return target
+
+
+def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
+    """Copy the licence texts that lie in the parents' folders; their paths in the repository."""
+    copied: list[str] = []
+    for parent in parents:
+        for path in sorted(parent.folder.iterdir()) if parent.folder is not None else []:
+            if path.is_file() and is_licence_text(path):
+                target = f"licences/{parent.shown.replace('/', '--')}/{path.name}"
+                shutil.copyfile(path, check_writable_parent(stage / target))
+                copied.append(target)
+    return copied
+
+
+def collect(folder: Path, stage: Path, digests: Digests) -> tuple[list[Item], list[str]]:
+    """Every file that is published, by path, and the names in `folder` that are not.
+
+    Raises `BadInput` for a file that the Hub would not take.
+    """
+    published: dict[str, Path] = {}
+    left_out: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.name in ("README.md", MARK, RECIPE) or path.name.startswith("."):
+            continue
+        if path.is_file() and (is_model_file(path) or is_licence_text(path)):
+            published[path.name] = path
+        else:
+            left_out.append(path.name)
+    published |= {RECIPE: stage / RECIPE, "README.md": stage / "README.md", MARK: stage / "published" / MARK}
+    for root in ("wp", "licences"):
+        for path in sorted((stage / root).rglob("*")):
+            if path.is_file():
+                published[str(path.relative_to(stage))] = path
+    found = digests(list(published.values()))
+    items = [Item(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]
+    for item in items:
+        # https://huggingface.co/docs/hub/storage-limits: no single file above 500 GB, and under 200 GB at best.
+        if item.size > 500e9:
+            raise BadInput(
+                f"{item.source}: {item.size / 1e9:.0f} GB, and the Hub takes no file above 500 GB; merge again with "
+                "--out-shard-size 5B."
+            )
+    return items, left_out
+
+
+def _named_scores(node: Any) -> list[str]:
+    """Every `scores:` of the recipe, once, in order."""
+    if isinstance(node, list):
+        return list(dict.fromkeys(name for item in node for name in _named_scores(item)))
+    if not isinstance(node, dict):
+        return []
+    own = [value for key, value in node.items() if key == "scores" and isinstance(value, str) and value]
+    return list(dict.fromkeys([*own, *(n for v in node.values() if not isinstance(v, str) for n in _named_scores(v))]))

@@ -1,0 +1,413 @@
+"""wp-push: the gate, the card, the licences, names that stay private, and the command from end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from loopback_hub import Fault, LoopbackHub
+from merge_world import merge as stock_merge
+from push_world import REPO, TOKEN, build, front_matter, licence, merge, wp_push, write_results
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.mark import MARK, read_mark
+from mergekit_wp.push.publish import Request, prepare
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("push"))
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    """A copy: every test may break something. The recipe is rewritten, since its paths are absolute."""
+    root = tmp_path / "w"
+    shutil.copytree(made.root, root)
+    old, made_here = str(made.root), type(made)(root, made.kind, made.experts)
+    for recipe in (root / "recipe.yaml", root / "out" / "mergekit_config.yml"):
+        recipe.write_text(recipe.read_text().replace(old, str(root)))
+    # The mark vouches for the recipe too.
+    mark = yaml.safe_load((root / "out" / MARK).read_text())
+    mark["files"]["mergekit_config.yml"] = sha(root / "out" / "mergekit_config.yml")
+    (root / "out" / MARK).write_text(yaml.safe_dump(mark))
+    return made_here
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        hub.add_user("alice", TOKEN)
+        yield hub
+        assert not hub.troubles
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def dry(world, say=lambda line: None, **more):
+    return prepare(Request(world.root / "out", REPO, **more), None, say)
+
+
+def stage(world) -> Path:
+    return world.root / "out.push"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def fingerprint(world) -> str:
+    from mergekit_wp.push.results import model_fingerprint
+
+    return model_fingerprint(world.root / "out")
+
+
+# ---------------------------------------------------------------------- the mark and the gate
+
+
+def test_the_mark_of_wp_merge_knows_every_file_and_no_path(world):
+    mark = read_mark(world.root / "out" / MARK)
+    files = {p.name: sha(p) for p in (world.root / "out").iterdir() if p.name not in (MARK, "README.md")}
+    assert mark.files == files
+    assert [scores.name for scores in mark.scores] == [world.score(k).name for k in range(2)]
+    assert mark.shares["experts"] == ["e0", "e1"]
+    assert any("recomputed" in line for line in mark.checked)
+    assert "/" not in (world.root / "out" / MARK).read_text().replace("n/a", "")
+
+
+def test_shares_of_the_mark_are_those_of_the_score_files(world):
+    from mergekit_wp.merge.shares import layer_shares
+
+    mark = read_mark(world.root / "out" / MARK)
+    paths = [str(world.score(k)) for k in range(2)]
+    for layer in range(4):
+        for kind, alpha_Kn in zip(("heads", "neurons"), layer_shares(paths, layer), strict=True):
+            got = [mark.shares[kind][k][layer] for k in range(2)]
+            assert got == pytest.approx(alpha_Kn.mean(-1).tolist(), abs=1e-4)
+
+
+def test_no_audit_leaves_no_mark_and_the_push_audits(world):
+    merge(world, world.recipe(), "plain", "--no-audit")
+    out = world.root / "plain"
+    assert not (out / MARK).exists()
+    said = []
+    before = tree(out)
+    prepare(Request(out, REPO), None, said.append)
+    assert any("auditing it now" in line for line in said)
+    assert any("recomputed from the inputs" in line for line in said)
+    assert tree(out) == before, "the model's folder is left alone"
+    said.clear()
+    prepare(Request(out, REPO), None, said.append)
+    assert not any("auditing" in line for line in said), "audited once, as long as nothing changes"
+
+
+def test_a_stock_merge_that_does_not_fit_its_recipe_is_refused(world):
+    out = stock_merge(world, out="stock")
+    (out / "mergekit_config.yml").write_text(world.recipe().read_text())
+    from safetensors.torch import load_file, save_file
+
+    shard = next(out.glob("*.safetensors"))
+    tensors = {name: tensor + 0.1 for name, tensor in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="did not pass the audit"):
+        prepare(Request(out, REPO), None, print)
+
+
+@pytest.mark.parametrize("what", ["changed", "new", "gone"])
+def test_a_folder_that_changed_since_its_audit(world, what):
+    out = world.root / "out"
+    if what == "changed":
+        config = out / "generation_config.json"
+        config.write_text(config.read_text() + " ") if config.exists() else (out / "config.json").write_text(
+            (out / "config.json").read_text() + " "
+        )
+    elif what == "new":
+        (out / "added_tokens.json").write_text("{}")
+    else:
+        (out / "tokenizer_config.json").unlink()
+    shutil.rmtree(world.expert(1))  # so that it cannot be audited again
+    with pytest.raises(BadInput, match=r"not published, since .*json.* it cannot be audited now without .*e1"):
+        dry(world, licence="mit")
+
+
+def test_one_changed_byte_of_a_weight_is_seen_even_with_its_time_set_back(world):
+    shard = next((world.root / "out").glob("*.safetensors"))
+    dry(world)  # digests are remembered now
+    stat = shard.stat()
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    shutil.rmtree(world.expert(0))
+    with pytest.raises(BadInput, match=f"{shard.name} has changed since it was audited"):
+        dry(world, licence="mit")
+
+
+def test_scores_that_changed_since_the_merge(world):
+    from merge_world import write_random_scores
+
+    write_random_scores(world.score(0), str(world.base), str(world.expert(0)), seed=99)
+    with pytest.raises(BadInput, match=r"e0.scores.safetensors: the merge was made with other scores"):
+        dry(world)
+    world.score(0).unlink()
+    with pytest.raises(BadInput, match="names this score file"):
+        dry(world)
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def test_the_card(world):
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out", str(world.base))
+    given = [f"{world.base}=meta/base-1b", "e0=bob/maths"]
+    publication = dry(world, results=[results], parents=given)
+    card = publication.card.read_text()
+    data = front_matter(card)
+    assert data == {
+        "base_model": ["meta/base-1b", "bob/maths"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["mergekit", "merge", "weight-patching"],
+    }
+    assert str(world.root) not in card
+    assert "`e1` (not on the Hub)" in card
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["base_model"] == "meta/base-1b"
+    assert [m["model"] for m in recipe["models"]] == ["bob/maths", "e1"]
+    scores = [m["parameters"]["scores"] for m in recipe["models"]]
+    assert all((stage(world) / path).is_file() for path in scores)
+    assert "| bob/maths | t (1) | attr | anchor | 1 of 4 |" in card
+    assert "![Mean share" in card
+    assert (stage(world) / "wp/shares.png").read_bytes().startswith(b"\x89PNG")
+    assert "**75.00** (+50.00)" in card
+    assert "This model is the row `wp`. Lm-eval 0.4.13; torch 2.13.0; dtype float32; device cpu" in card
+    assert f"$ wp-eval mine.yaml base=meta/base-1b wp={REPO} --baseline base --out runs/eval" in card
+    assert f'from_pretrained("{REPO}"' in card
+    assert "licences/meta--base-1b/NOTICE.txt" in card
+    paths = {item.path for item in publication.items}
+    assert {"wp/results/mine.json", "licences/meta--base-1b/NOTICE.txt", "mergekit_config.yml", MARK} <= paths
+
+
+def test_nothing_published_names_a_folder_of_this_machine(world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world.root))
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
+    for item in dry(world, results=[results]).items:
+        content = item.source.read_bytes()
+        assert str(world.root).encode() not in content, item.path
+        assert b"/home/bob" not in content, item.path
+
+
+def test_published_recipe_makes_the_same_merge_again(world, monkeypatch):
+    """In a copy of the repository, with the parents under the names of their folders."""
+    dry(world)
+    copy = world.root / "copy"
+    shutil.copytree(stage(world), copy)
+    for name in ("base", "e0", "e1"):
+        (copy / name).symlink_to(world.root / name)
+    monkeypatch.chdir(copy)
+    again = merge(world, copy / "mergekit_config.yml", "again")
+    for path in (world.root / "out").glob("*.safetensors"):
+        assert sha(path) == sha(again / path.name)
+
+
+def test_the_published_mark_fits_the_published_files(world):
+    publication = dry(world)
+    source = {item.path: item.source for item in publication.items}
+    mark = read_mark(source[MARK])
+    assert "model.safetensors.index.json" in mark.files or "model.safetensors" in mark.files
+    for name, digest in mark.files.items():
+        assert sha(source[name]) == digest
+    from mergekit_wp.merge.mark import mark_scores
+
+    staged = {mark_scores(path) for name, path in source.items() if name.startswith("wp/scores/")}
+    assert staged == set(mark.scores)
+
+
+def test_a_push_prepared_twice_is_the_same_to_the_byte(world):
+    first = {item.path: item.sha256 for item in dry(world).items}
+    assert {item.path: item.sha256 for item in dry(world).items} == first
+
+
+def test_results_of_another_model_are_refused(world):
+    results = write_results(world.root / "eval", "1" * 64, world.root / "out")
+    with pytest.raises(BadInput, match=r"none of its rows \(base, wp\) was measured on"):
+        dry(world, results=[results])
+
+
+def test_a_merge_without_scores(world):
+    models = [{"model": str(world.expert(k)), "parameters": {"weight": 1}} for k in range(2)]
+    config = {"merge_method": "linear", "models": models, "tokenizer_source": str(world.expert(0))}
+    merge(world, world.recipe(config, "linear.yaml"), "linear")
+    publication = prepare(Request(world.root / "linear", REPO), None, lambda line: None)
+    card = publication.card.read_text()
+    assert "weight-patching" not in front_matter(card)["tags"]
+    assert "## Scores" not in card
+    assert "wp/" not in "".join(item.path for item in publication.items)
+
+
+def test_what_is_no_part_of_the_model_stays_here(world):
+    out = world.root / "out"
+    (out / "training.log").write_text("x")
+    (out / "pytorch_model.bin").write_bytes(b"x")
+    (out / "checkpoint").mkdir()
+    (out / "LICENSE").write_text("text")
+    publication = dry(world)
+    paths = {item.path for item in publication.items}
+    assert "LICENSE" in paths
+    assert not {"training.log", "pytorch_model.bin"} & paths
+    assert "checkpoint, pytorch_model.bin, training.log" in publication.listing()
+
+
+# ---------------------------------------------------------------------- licences
+
+
+@pytest.mark.parametrize(
+    ("licences", "merged"),
+    [
+        (("apache-2.0", "apache-2.0", "apache-2.0"), "apache-2.0"),
+        (("mit", "apache-2.0", "mit"), "apache-2.0"),
+        (("llama2", "apache-2.0", "mit"), "llama2"),
+        (("llama2", "llama2", "llama2"), "llama2"),
+        (("apache-2.0", "cc-by-nc-4.0", "apache-2.0"), "cc-by-nc-4.0"),
+    ],
+)
+def test_licences_that_go_together(world, licences, merged):
+    for folder, name in zip((world.base, world.expert(0), world.expert(1)), licences, strict=True):
+        licence(folder, name)
+    assert front_matter(dry(world).card.read_text())["license"] == merged
+
+
+@pytest.mark.parametrize(
+    ("licences", "sentence"),
+    [
+        (("llama2", "cc-by-nc-4.0", "mit"), "licences disagree .*base is under llama2.*e0 is under cc-by-nc-4.0"),
+        (("apache-2.0", "cc-by-nc-nd-4.0", "mit"), "e0 is under cc-by-nc-nd-4.0, which forbids"),
+        (("apache-2.0", "other", "mit"), "e0 is under 'other', of which wp-push knows nothing"),
+        (("apache-2.0", None, "mit"), "e0 states no licence"),
+        (("llama3", "llama3.1", "mit"), "disagree"),
+    ],
+)
+def test_licences_that_stop_a_push(world, licences, sentence):
+    for folder, name in zip((world.base, world.expert(0), world.expert(1)), licences, strict=True):
+        licence(folder, name)
+    with pytest.raises(BadInput, match=sentence + r".*--license ID"):
+        dry(world)
+    said = []
+    assert front_matter(dry(world, said.append, licence="llama2").card.read_text())["license"] == "llama2"
+    assert any(line.startswith("you answer for --license llama2") for line in said)
+
+
+def test_llama_3_asks_for_its_name(world):
+    for folder in (world.base, world.expert(0), world.expert(1)):
+        licence(folder, "llama3.1")
+    said = []
+    dry(world, said.append)
+    assert any("begin with Llama" in line for line in said)
+    said.clear()
+    prepare(Request(world.root / "out", "alice/Llama-merge"), None, said.append)
+    assert not any("begin with" in line for line in said)
+
+
+# ---------------------------------------------------------------------- words for the person
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"parents": ["nothing"]}, "expected FOLDER=USER/NAME"),
+        ({"parents": ["e7=bob/x"]}, "the recipe has no such model"),
+        ({"licence": "My Licence"}, "expected an id"),
+        ({"recipe": Path("no.yaml")}, "no.yaml: cannot read this recipe"),
+        ({"results": [Path("nowhere")]}, "nowhere"),
+    ],
+)
+def test_bad_flags(world, more, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        dry(world, **more)
+
+
+def test_another_recipe_is_refused_and_a_missing_one_named(world):
+    other = world.recipe({**world.config(), "dtype": "bfloat16"}, "other.yaml")
+    with pytest.raises(BadInput, match="not the recipe that this merge was made by"):
+        dry(world, recipe=other)
+    (world.root / "out" / "mergekit_config.yml").unlink()
+    with pytest.raises(BadInput, match="name it with --recipe"):
+        dry(world)
+
+
+def test_a_folder_of_somebody_else_beside_the_model_is_left_alone(world):
+    stage(world).mkdir()
+    (stage(world) / "thesis.tex").write_text("x")
+    with pytest.raises(BadInput, match="holds something else"):
+        dry(world)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_a_dry_run_needs_no_network_and_can_be_repeated(world):
+    before = tree(world.root / "out")
+    text = wp_push(world.root / "out", REPO, "--dry-run", HF_TOKEN="")  # nobody listens at the endpoint
+    assert tree(world.root / "out") == before
+    sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in text.splitlines()
+             if line[:1] == " " and "bytes in" not in line}  # fmt: skip
+    assert sizes["config.json"] == (world.root / "out" / "config.json").stat().st_size
+    assert f"{sum(sizes.values()):,}  bytes in {len(sizes)} files" in text
+    assert "nothing was sent" in text
+    assert wp_push(world.root / "out", REPO, "--dry-run", HF_TOKEN="") == text
+
+
+def test_from_the_command_line_to_the_hub_and_back(hub, world, tmp_path):
+    hub.faults += [Fault(r"PUT /storage/\w+$", "drop", after=100), Fault("GET /api/whoami-v2", "status", status=503)]
+    hub.cards["bob/maths"] = {"license": "apache-2.0"}
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
+    arguments = [world.root / "out", REPO, "--results", results, "--parent", "e0=bob/maths", "--private"]
+    text = wp_push(*arguments, url=hub.url)
+    assert hub.repos[REPO].private
+    commits = len(hub.repos[REPO].commits)
+    assert commits == 2
+    sent = hub.bytes_sent()
+    again = wp_push(*arguments[:-1], url=hub.url)
+    assert (len(hub.repos[REPO].commits), hub.bytes_sent()) == (commits, sent)
+    # Every file of the model as it is here; config and weights load from what the Hub gives back.
+    for path in (world.root / "out").iterdir():
+        if path.name not in ("README.md", "mergekit_config.yml", MARK):
+            assert hub.content(REPO, path.name) == path.read_bytes()
+    assert front_matter(hub.content(REPO, "README.md").decode())["base_model"] == ["bob/maths"]
+    # The token is nowhere: not in the output (a retry was logged), not in a file here or there.
+    for output in (text, again):
+        assert TOKEN not in output
+        assert "X-Amz-Signature" not in output
+    assert "Retrying" in text
+    for path in world.root.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+    assert not any(TOKEN.encode() in hub.content(REPO, path) for path in hub.repos[REPO].files)
+
+
+def test_a_wrong_token_is_not_repeated_and_debug_does_not_show_it(hub, world):
+    wrong = "hf_AnotherTokenWithoutAnyRight77"
+    text = wp_push(world.root / "out", REPO, url=hub.url, code=2, HF_TOKEN=wrong, HF_DEBUG="1")
+    assert "the Hub does not know this token" in text
+    assert wrong not in text
+    assert not hub.repos
+
+
+def test_a_token_in_a_file_stops_the_push(hub, world):
+    (world.root / "out" / "LICENSE.txt").write_text(f"export HF_TOKEN={TOKEN}\n")
+    text = wp_push(world.root / "out", REPO, url=hub.url, code=2)
+    assert "LICENSE.txt: holds your Hub token" in text
+    assert TOKEN not in text
+    assert not hub.repos
+
+
+def test_help_names_and_network():
+    assert "USER/NAME" in wp_push("--help")
+    assert "expected USER/NAME" in wp_push(".", "just-a-name", code=2)
