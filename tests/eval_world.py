@@ -134,11 +134,13 @@ def _held(place):
 
 
 def ask_b(doc):
-    _held("start")
+    if (HERE.parent / "marks" / "a-is-graded").exists():  # lm-eval also asks when it loads a task
+        _held("start")
     return doc["q"]
 
 
 def grade_a(doc, results):
+    (HERE.parent / "marks" / "a-is-graded").touch()
     return {"acc": float(results[0] == doc["a"]), "said": os.environ.get("WP_TEST_WORD"), "share": (1.0, 3.0)}
 
 

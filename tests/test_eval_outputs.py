@@ -88,7 +88,7 @@ def test_provenance_of_every_cell(world: Path, tmp_path: Path) -> None:
     logged = wp_eval(suite, model, "--log-samples", "--out", tmp_path / "out")
     assert logged.exit_code == 0
     file = tmp_path / "out" / results(tmp_path / "out")["rows"][0]["measured"]["Gen"]["samples_file"]
-    prompt = json.loads(file.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
+    prompt = json.loads(file.read_text().splitlines()[0])["arguments"][0][0]
     question = json.loads((world / "tasks" / "gen.json").read_text().splitlines()[0])["q"]
     assert prompt == f"w1 w3 w2 w1 {question} w2 "
 

@@ -47,9 +47,7 @@ class SuiteTask:
         if not isinstance(self.fewshot_as_multiturn, bool | None):
             raise BadInput(f"`fewshot_as_multiturn` must be true or false, found {self.fewshot_as_multiturn!r}.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise BadInput(
-                "`fewshot_as_multiturn: true` needs `apply_chat_template: true`: turns come from a template."
-            )
+            raise BadInput("`fewshot_as_multiturn: true` needs `apply_chat_template: true`; set both or none.")
         if not isinstance(self.system_instruction, str | None):
             raise BadInput(f"`system_instruction` must be a string, found {self.system_instruction!r}.")
 
