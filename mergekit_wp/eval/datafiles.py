@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval import code_eval
 from mergekit_wp.eval.suite import SuiteTask
 
 # Names that `datasets` takes for a file format: such a task reads the files it lists.
@@ -83,12 +85,14 @@ def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str,
     """A hash of how the task is asked and of every local file that defines it or grades it.
 
     `leaves` are its configurations as read, `tasks` as loaded. The column's title and the metric shown are
-    left out: all metrics of a task are kept.
+    left out: all metrics of a task are kept. What judges model-written code counts for the tasks that have any.
     """
     asked = {**asdict(spec), "gen_kwargs": gen_kwargs}
     del asked["column"], asked["metric"]
     digest = hashlib.sha256(json.dumps([asked, leaves], sort_keys=True, default=str).encode())
     files = {path for leaf in leaves for path in _files_read(leaf)} | {path for t in tasks for path in _code_of(t)}
+    if any(leaf.get("unsafe_code") for leaf in leaves):
+        files |= {Path(code_eval.__file__), *Path(sandbox.__file__).parent.glob("*.py")}
     for path in sorted(files):
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())

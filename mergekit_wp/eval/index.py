@@ -12,21 +12,29 @@ from mergekit_wp.errors import BadInput
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+PROTOCOL = Path(__file__).with_name("protocol")
+
 
 def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's index of tasks; its 14,000 built-in ones (6 s) are read only if a name needs them."""
+    """lm-eval's index of tasks, with ours of `protocol/` and those of `include_path`, which win in this order.
+
+    Its 14,000 built-in ones (6 s) are read only if a name needs them. Raises `BadInput` for a name that is in
+    none of the three and for an `include_path` that is no folder.
+    """
     from lm_eval.tasks import TaskManager
 
+    folders: list[str | Path] = [str(PROTOCOL)]
     if include_path is not None:
         if not include_path.is_dir():
             raise BadInput(
                 f"{include_path}: the suite's include_path is not a folder; "
                 "make it, or name another with --include-path."
             )
-        manager = TaskManager(include_path=str(include_path), include_defaults=False)
-        if not any(_missing(manager, name) for name in names):
-            return manager
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+        folders.append(str(include_path))
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not any(_missing(manager, name) for name in names):
+        return manager
+    manager = TaskManager(include_path=folders)
     for name in names:
         if missing := _missing(manager, name):
             where = f"lm-eval or in {include_path}" if include_path else "lm-eval; --include-path adds a folder"

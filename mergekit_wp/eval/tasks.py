@@ -6,11 +6,14 @@ metrics, missing data, tasks that run model-written code.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.code_eval import sandboxed
 from mergekit_wp.eval.datafiles import check_data, first_line, task_key
 from mergekit_wp.eval.index import leaves, task_manager
 from mergekit_wp.eval.suite import Suite, SuiteTask
@@ -31,27 +34,26 @@ class ReadyTask:
 def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> list[ReadyTask]:
     """Find, check and load every task of the suite.
 
-    Raises `BadInput` for an unknown task or metric, data that is neither here nor reachable, and
-    model-written code without consent, in an order such that nothing slow precedes a cheap check.
+    Raises `BadInput` for an unknown task or metric, data that is neither here nor reachable, model-written
+    code without consent or on a machine where it cannot be judged, in an order such that nothing slow precedes a
+    cheap check.
     """
     names = [task.task for task in suite.tasks]
     manager = task_manager(names, include_path)
     configs = {name: list(leaves(manager, name)) for name in names}
-    if not allow_code:
-        _refuse_code(configs)
-    for name, found in configs.items():
-        for config in found:
-            check_data(name, config)
-    return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
-
-
-def _refuse_code(configs: dict[str, list[dict[str, Any]]]) -> None:
     unsafe = [name for name, found in configs.items() if any(config.get("unsafe_code") for config in found)]
-    if unsafe:
+    if unsafe and not allow_code:
         raise BadInput(
             f"{', '.join(unsafe)}: this runs Python that the models write; "
             "add --allow-code-execution if you accept that on this machine."
         )
+    for name, found in configs.items():
+        for config in found:
+            check_data(name, config)
+    if unsafe:
+        sandbox.check()
+    with sandboxed() if unsafe else nullcontext():
+        return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
 
 
 def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[dict[str, Any]]) -> ReadyTask:
@@ -91,7 +93,14 @@ def _metrics(loaded: Any) -> list[str]:
             for entry in loaded.aggregate_metric_list or []
             for name in entry.filter_list or _filters(loaded.get_all_tasks()[0])
         ]
-    return [f"{metric},{name}" for metric in loaded.aggregation() for name in _filters(loaded)]
+    metrics = [name for metric in loaded.aggregation() for name in _reported(loaded, metric)]
+    return [f"{metric},{name}" for metric in metrics for name in _filters(loaded)]
+
+
+def _reported(task: Any, metric: str) -> list[str]:
+    """What a metric is called in the results: HumanEval's `pass_at_k` with k = [1] reports `pass@1`."""
+    sizes = getattr(task, "_metric_fn_kwargs", {}).get(metric, {}).get("k")
+    return [f"pass@{size}" for size in sizes] if isinstance(sizes, list) else [metric]
 
 
 def _filters(task: Any) -> list[str]:
