@@ -31,7 +31,7 @@ _VERSIONS = ("mergekit-wp", "mergekit", "torch", "transformers", "safetensors")
 
 @dataclass(frozen=True)
 class MarkedScores:
-    """A score file that the merge used: its name, and its `content_digest` (tensors only, whatever its metadata)."""
+    """A score or activations file that the merge used: its name and its `content_digest` (of the tensors alone)."""
 
     name: str
     content: str
@@ -65,12 +65,12 @@ class Mark:
 def make_mark(folder: Path, plan: MergePlan, checked: Iterable[str]) -> Mark:
     """The mark of a folder whose audit has passed: reads every file once. Raises `BadInput` where it cannot."""
     paths = marked_files(folder)
-    scores = dict.fromkeys(path for tensor in plan.tensors for path in tensor.scores if path)
+    used = [str(path) for t in plan.tensors for path in (*t.scores, t.parameters.get("activations")) if path]
     return Mark(
         method=plan.method,
         checked=tuple(line.removeprefix("audit: ") for line in checked),
         files=dict(zip((path.name for path in paths), sha256_of(paths), strict=True)),
-        scores=tuple(mark_scores(path) for path in scores),
+        scores=tuple(mark_scores(path) for path in dict.fromkeys(used)),
         shares=mean_shares(plan),
         versions={name: version(name) for name in _VERSIONS},
         date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _METHODS = {
     "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
     "Patching, [arXiv 2604.13694](https://arxiv.org/abs/2604.13694))",
+    "aim": "where the base's inputs are large, the merge goes part of the way back to the base (Activation-Informed "
+    "Merging, [arXiv 2502.02421](https://arxiv.org/abs/2502.02421))",
     "widen": "each column of a weight is shared by how far each expert moved it (WIDEN, "
     "[arXiv 2408.03092](https://arxiv.org/abs/2408.03092))",
 }
@@ -102,11 +104,11 @@ Prompt it in the format that the experts were trained with."""
 
     def _recipe(self) -> str:
         local = [parent.shown for parent in self.parents if parent.hub is None]
-        note = f" {_listed([f'`{name}`' for name in local])} must be folders there." if local else ""
+        note = f", with the folder {_listed([f'`{name}`' for name in local])} in it" if local else ""
         tool = "wp-merge" if self.mark.method in _METHODS else "mergekit-yaml"
         return (
             f"## Recipe\n\n```yaml\n{self.recipe.strip()}\n```\n\n"
-            f"`{tool} {RECIPE} merged`, in a copy of this repository, makes it again.{note}"
+            f"`{tool} {RECIPE} merged`, in a copy of this repository{note}, makes it again."
         )
 
     def _scores(self) -> str:
@@ -144,7 +146,7 @@ Prompt it in the format that the experts were trained with."""
             return ""
         parts = ["## Evaluation"]
         for results in self.results:
-            measured = f" {results.measured[:1].upper()}{results.measured[1:]}." if results.measured else ""
+            measured = f" How it was done: {results.measured}." if results.measured else ""
             parts += [
                 results.markdown.strip(),
                 f"This model is the row `{results.row}`.{measured} All of it is in [{results.path}]({results.path}).",

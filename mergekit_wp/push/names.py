@@ -10,6 +10,9 @@ from typing import Any
 
 from mergekit_wp.push.parents import Parent, is_hub_name
 
+MODEL_KEYS = ("model", "base_model", "lora", "path")
+FILE_KEYS = ("scores", "activations")
+
 
 class Names:
     """Local references and paths to the names under which they are published."""
@@ -44,9 +47,7 @@ class Names:
         if not isinstance(node, dict):
             return self.of(node) if isinstance(node, str) and node.startswith(("/", "~")) else node
         return {
-            key: self.of(value)
-            if key in ("model", "base_model", "scores", "lora", "path") and isinstance(value, str)
-            else self.recipe(value)
+            key: self.of(value) if key in (*MODEL_KEYS, *FILE_KEYS) and isinstance(value, str) else self.recipe(value)
             for key, value in node.items()
         }
 

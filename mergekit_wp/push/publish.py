@@ -13,6 +13,7 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.mark import Mark, marked_files
+from mergekit_wp.merge.plan import TORCH_DTYPE, WP
 from mergekit_wp.push import results as evaluations
 from mergekit_wp.push import stage as staging
 from mergekit_wp.push.card import Card, CardResults
@@ -103,15 +104,15 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
                 f"nothing; --parent {parent.shown}=USER/NAME tells where it is on the Hub."
             )
     licences, licence = _licence(request, parents, api, say)
-    scores = staging.score_files(recipe, parents, path.absolute().parent)
+    files = staging.recipe_files(recipe, parents, path.absolute().parent)
     stage = staging.open_stage(folder)
     digests = Digests(stage / staging.DIGESTS, say)
     found = [_read_results(results, folder, digests) for results in request.results]
     mark = passed_audit(folder, path, parents, stage, digests, say)
-    scores = staging.check_scores(scores, mark)
-    placed = staging.place_scores(scores)
+    files = staging.check_scores(files, mark)
+    placed = staging.place(files)
     names = Names(folder, request.repo_id, parents, placed)
-    staging.stage_scores(stage, scores, placed, names)
+    staging.stage_files(stage, files, placed, names)
     card = Card(
         repo_id=request.repo_id,
         parents=parents,
@@ -119,8 +120,8 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         licence=licence,
         recipe=staging.stage_recipe(stage, recipe, names, parents),
         mark=mark,
-        dtype=" and ".join(sorted({header.dtype for header in merged.tensors.values()})),
-        scores=[(target, _score_meta(stage / target)) for target in placed.values()],
+        dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
+        scores=[(target, _score_meta(stage / target)) for target in placed.values() if mark.method == WP],
         results=[_card_results(stage, n, results, names) for n, results in enumerate(found, start=1)],
         licence_texts=staging.stage_licences(stage, parents),
     )
@@ -195,6 +196,11 @@ def _card_results(stage: Path, number: int, results: evaluations.Results, names:
         command=evaluations.command(results.content, names),
         path=staging.stage_results(stage, number, results.path, results.content, names),
     )
+
+
+def _dtype(name: str) -> str:
+    """safetensors' name of a dtype in torch's."""
+    return TORCH_DTYPE.get(name, name).removeprefix("torch.")
 
 
 def _score_meta(path: Path) -> Any:

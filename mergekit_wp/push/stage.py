@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent, write_text
+from mergekit_wp.files import atomic_path, check_writable_parent, write_text
 from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
+from mergekit_wp.merge.plan import OURS, WP
 from mergekit_wp.push.digests import Digests
 from mergekit_wp.push.gate import is_licence_text, is_model_file
-from mergekit_wp.push.names import Names, without_home
+from mergekit_wp.push.names import FILE_KEYS, Names, without_home
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.upload import Item
 
@@ -45,26 +48,24 @@ def open_stage(folder: Path) -> Path:
     return stage
 
 
-def score_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path) -> dict[str, Path]:
-    """The score files of a recipe, as it names them, and where they are: in the working directory or beside it.
+def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path) -> dict[str, Path]:
+    """Score and activations files of a recipe, as it names them, and where they are: in the working directory, or
+    beside it, as wp-merge looks for them.
 
-    A LoRA may bring its own (see `merge.shares.BESIDE`). Raises `BadInput` naming one that is missing.
+    An expert may bring its own (see `merge.shares.BESIDE`). Raises `BadInput` naming one that is missing.
     """
     from mergekit_wp.merge.shares import scores_beside
 
-    if recipe.get("merge_method") != "wp":
-        return {}
     found: dict[str, Path] = {}
-    for name in _named_scores(recipe):
-        places = [Path(name), beside / name]
-        place = next((path for path in places if path.is_file()), None)
+    for name in _named_files(recipe) if recipe.get("merge_method") in OURS else ():
+        place = next((path for path in (Path(name), beside / name) if path.is_file()), None)
         if place is None:
             raise BadInput(
-                f"{name}: the recipe names this score file, and it is neither in the working directory nor in "
-                f"{beside}; run wp-push where wp-merge ran, or point to the recipe beside it with --recipe."
+                f"{name}: the recipe names this file, and it is neither in the working directory nor in {beside}; "
+                "run wp-push where wp-merge ran, or point to the recipe beside it with --recipe."
             )
         found[name] = place
-    for parent in parents:
+    for parent in parents if recipe.get("merge_method") == WP else ():
         if parent.folder is not None and (own := scores_beside(parent.folder)):
             found.setdefault(own, Path(own))
     return found
@@ -77,15 +78,15 @@ def check_scores(files: dict[str, Path], mark: Mark) -> dict[str, Path]:
     for used in mark.scores:
         if used.content not in contents:
             raise BadInput(
-                f"{used.name}: the merge was made with other scores than this file holds now; merge again with the new "
-                "ones, or bring back the old."
+                f"{used.name}: the merge was made with other numbers than this file holds now; merge again with the "
+                "new ones, or bring back the old."
             )
     wanted = {used.content for used in mark.scores}
     return {name: files[name] for name, scores in now.items() if scores.content in wanted}
 
 
-def place_scores(files: dict[str, Path]) -> dict[str, str]:
-    """The path in the repository of every score file."""
+def place(files: dict[str, Path]) -> dict[str, str]:
+    """The path in the repository of every score or activations file."""
     placed: dict[str, str] = {}
     for name, path in files.items():
         target, number = f"wp/scores/{path.name}", 2
@@ -95,23 +96,30 @@ def place_scores(files: dict[str, Path]) -> dict[str, str]:
     return placed
 
 
-def stage_scores(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
-    """Copy the score files; where their metadata names folders of this machine, with published names instead."""
-    from mergekit_wp.scorefile import read_scores, write_scores
-
+def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
+    """Copy score and activations files; where their metadata names folders of this machine, with published names."""
     for name, path in files.items():
-        scores = read_scores(path)
-        base, expert = scores.meta.base, scores.meta.expert
-        meta = replace(
-            scores.meta,
-            base=replace(base, name=names.of(base.name)),
-            expert=replace(expert, name=names.of(expert.name)),
-        )
-        if meta != scores.meta:
-            write_scores(replace(scores, meta=meta), stage / placed[name])
-        else:
-            target = check_writable_parent(stage / placed[name])
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        public = {key: json.dumps(_public(json.loads(text), names), sort_keys=True) for key, text in metadata.items()}
+        target = check_writable_parent(stage / placed[name])
+        if {key: json.loads(text) for key, text in public.items()} == {k: json.loads(t) for k, t in metadata.items()}:
             shutil.copyfile(path, target)
+        else:
+            with atomic_path(target) as partial:
+                save_file(load_file(path), partial, metadata=public)
+
+
+def _public(document: Any, names: Names) -> Any:
+    """The JSON document of a score or activations file with published names."""
+    if not isinstance(document, dict):
+        return document
+    models = {
+        key: {**document[key], "name": names.of(str(document[key].get("name")))}
+        for key in ("base", "expert")
+        if isinstance(document.get(key), dict)
+    }
+    return {**names.content(document), **models}
 
 
 def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Sequence[Parent]) -> str:
@@ -184,11 +192,11 @@ def collect(folder: Path, stage: Path, digests: Digests) -> tuple[list[Item], li
     return items, left_out
 
 
-def _named_scores(node: Any) -> list[str]:
-    """Every `scores:` of the recipe, once, in order."""
+def _named_files(node: Any) -> list[str]:
+    """Every `scores:` and `activations:` of the recipe, once, in order."""
     if isinstance(node, list):
-        return list(dict.fromkeys(name for item in node for name in _named_scores(item)))
+        return list(dict.fromkeys(name for item in node for name in _named_files(item)))
     if not isinstance(node, dict):
         return []
-    own = [value for key, value in node.items() if key == "scores" and isinstance(value, str) and value]
-    return list(dict.fromkeys([*own, *(n for v in node.values() if not isinstance(v, str) for n in _named_scores(v))]))
+    own = [value for key, value in node.items() if key in FILE_KEYS and isinstance(value, str) and value]
+    return list(dict.fromkeys([*own, *(n for v in node.values() if not isinstance(v, str) for n in _named_files(v))]))
