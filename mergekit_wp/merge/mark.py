@@ -99,7 +99,7 @@ def mean_shares(plan: MergePlan) -> dict[str, Any] | None:
             continue
         alpha_Kn = layer_shares(tensor.scores, slot.layer, tensor.weights)[0 if slot.kind == "head" else 1]
         shares[slot.kind][layer] = [round(x, 4) for x in alpha_Kn.mean(-1).tolist()]
-    named = {"experts": [Path(str(expert)).name for expert in experts.pop()]}
+    named: dict[str, Any] = {"experts": [Path(str(expert)).name for expert in experts.pop()]}
     for kind, by_layer in shares.items():
         named[f"{kind}s"] = [list(column) for column in zip(*(by_layer[n] for n in sorted(by_layer)), strict=True)]
     return named
