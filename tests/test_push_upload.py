@@ -271,6 +271,20 @@ def test_sentences(hub, api, items, monkeypatch):
     assert "no connection to" in said_of(lambda: uploading.check_login(nowhere), hub)
 
 
+def test_licences_of_parents_on_the_hub(hub, api):
+    from mergekit_wp.push.parents import find_parents, licence_of
+
+    hub.cards |= {"meta/base": {"license": "llama2"}, "bob/maths": {"license": ["mit"]}, "eve/code": {}}
+    names = ["bob/maths", "eve/code", "eve/gone"]
+    recipe = {"base_model": "meta/base", "models": [{"model": name} for name in names]}
+    base, *experts = find_parents(recipe, [])
+    assert base.role == "base"
+    assert [licence_of(parent, api).id for parent in (base, *experts[:2])] == ["llama2", "mit", None]
+    with pytest.raises(BadInput, match="the Hub has no model eve/gone"):
+        licence_of(experts[2], api)
+    assert licence_of(base, None).id is None
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -83,12 +83,15 @@ def _at_hand(parent: Parent) -> bool:
 
 
 def _audit(folder: Path, recipe: Path, beside: Path, say: Callable[[str], None]) -> Mark:
+    import transformers
     from mergekit.options import MergeOptions
 
     from mergekit_wp.merge import register
     from mergekit_wp.merge.audit import audit
     from mergekit_wp.merge.recipe import read_recipe
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     register()
     checked: list[str] = []
 

@@ -80,24 +80,27 @@ def decide(parents: Sequence[tuple[str, Licence]]) -> Decision:
 
     Permissive ones yield to the one that is not; two different ones that are not permissive disagree.
     """
-    troubles = [f"{name} {trouble}" for name, licence in parents if (trouble := _trouble(licence))]
+    troubles: dict[str, list[str]] = {}
+    for name, licence in parents:
+        if trouble := _trouble(licence):
+            troubles.setdefault(trouble, []).append(name)
     if troubles:
-        return Decision(None, "; ".join(troubles))
+        return Decision(None, "; ".join(f"{', '.join(names)} {trouble}" for trouble, names in troubles.items()))
     ids = {licence.id or "" for _, licence in parents}
     others = sorted(ids - set(_PERMISSIVE))
     if len(others) > 1:
-        listed = "; ".join(f"{name} is under {licence.id}" for name, licence in parents)
+        listed = "; ".join(f"{name} under {licence.id}" for name, licence in parents)
         return Decision(None, f"the parents' licences disagree ({listed})")
     return Decision(others[0] if others else max(ids, key=_PERMISSIVE.index))
 
 
 def _trouble(licence: Licence) -> str:
     if licence.id is None:
-        return f"states no licence ({licence.where})"
+        return f"without a known licence ({licence.where})"
     if licence.id in _FORBIDS:
-        return f"is under {licence.id}, which forbids passing on changed copies"
+        return f"under {licence.id}, which forbids passing on changed copies"
     if licence.id not in NEEDS:
-        return f"is under {licence.id!r}, of which wp-push knows nothing"
+        return f"under {licence.id!r}, of which wp-push knows nothing"
     return ""
 
 

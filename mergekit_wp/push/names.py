@@ -28,6 +28,10 @@ class Names:
         last = [Path(parent.reference.partition("@")[0]).name for parent in parents]
         self._by_last = {n: p.shown for n, p in zip(last, parents, strict=True) if last.count(n) == 1}
 
+    def learn(self, reference: str, published: str) -> None:
+        """Another reference, and the name under which it is published."""
+        self._published[reference] = published
+
     def of(self, reference: str) -> str:
         """A model, a LoRA (`model+lora`) or a path: its published name, else its last part; Hub names stay."""
         if "+" in reference and reference not in self._published and not os.path.exists(reference):

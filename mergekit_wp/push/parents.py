@@ -67,7 +67,7 @@ def licence_of(parent: Parent, api: Any | None) -> Licence:
         if (found := _in_card(card)) is not None:
             return found
     if parent.hub is None:
-        return Licence(None, f"no card with a `license:` in {parent.reference}, and its Hub name is not known")
+        return Licence(None, "no `license:` in a README.md in its folder, and --parent does not name it on the Hub")
     if api is None:
         return Licence(None, "not looked up: a dry run leaves the network alone")
     return _on_hub(parent, api)

@@ -97,12 +97,11 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         raise BadInput(f"{folder}: no such folder; name the folder that wp-merge wrote.")
     path, recipe = _read_recipe(request)
     parents = find_parents(recipe, request.parents)
-    for parent in parents:
-        if parent.hub is None:
-            say(
-                f"{parent.reference}: a model of this machine, so the card calls it {parent.shown} and links to "
-                f"nothing; --parent {parent.shown}=USER/NAME tells where it is on the Hub."
-            )
+    if local := [parent.shown for parent in parents if parent.hub is None]:
+        say(
+            f"on this machine, so the card names them without a link: {', '.join(local)}; --parent "
+            f"{local[0]}=USER/NAME tells where one is on the Hub."
+        )
     licences, licence = _licence(request, parents, api, say)
     files = staging.recipe_files(recipe, parents, path.absolute().parent)
     stage = staging.open_stage(folder)
@@ -122,7 +121,7 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         mark=mark,
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
         scores=[(target, _score_meta(stage / target)) for target in placed.values() if mark.method == WP],
-        results=[_card_results(stage, n, results, names) for n, results in enumerate(found, start=1)],
+        results=[_card_results(stage, n, results, names, request.repo_id) for n, results in enumerate(found, start=1)],
         licence_texts=staging.stage_licences(stage, parents),
     )
     _draw(mark, stage)
@@ -188,13 +187,14 @@ def _read_results(results: Path, folder: Path, digests: Digests) -> evaluations.
     return evaluations.read_folder(results, folder, fingerprint)
 
 
-def _card_results(stage: Path, number: int, results: evaluations.Results, names: Names) -> CardResults:
+def _card_results(stage: Path, number: int, results: evaluations.Results, names: Names, repo_id: str) -> CardResults:
+    names.learn(results.reference, repo_id)
     return CardResults(
         markdown=results.markdown,
         row=results.row,
         measured=evaluations.how_measured(results.content),
         command=evaluations.command(results.content, names),
-        path=staging.stage_results(stage, number, results.path, results.content, names),
+        path=staging.stage_results(stage, number, results.content, names),
     )
 
 

@@ -15,12 +15,15 @@ from mergekit_wp.push.names import Names
 
 @dataclass(frozen=True)
 class Results:
-    """One results.json: its content as read, the Markdown table, and which row is the model that is published."""
+    """One results.json: its content as read, the Markdown table, and which row is the model that is published.
 
-    path: Path
+    reference: how that row refers to the model; it may have been measured in another folder.
+    """
+
     content: dict[str, Any]
     markdown: str
     row: str
+    reference: str
 
 
 def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Results:
@@ -40,7 +43,8 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
             f"{path}: none of its rows ({names}) was measured on {model} as it is now; evaluate that folder with "
             "wp-eval, or leave these results out."
         )
-    return Results(path, json.loads(path.read_text(encoding="utf-8")), to_markdown(table), row.model.name)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Results(content, to_markdown(table), row.model.name, row.model.reference)
 
 
 def model_fingerprint(model: Path) -> str:

@@ -141,7 +141,7 @@ def stage_mark(stage: Path, mark: Mark) -> None:
     write_text(stage / "published" / MARK, replace(mark, files=files, scores=scores).text())
 
 
-def stage_results(stage: Path, number: int, path: Path, content: dict[str, Any], names: Names) -> str:
+def stage_results(stage: Path, number: int, content: dict[str, Any], names: Names) -> str:
     """One results.json, its paths replaced; its path in the repository."""
     suite = str((content.get("suite_content") or {}).get("name") or "results")
     target = f"wp/results/{number}-{suite}.json" if number > 1 else f"wp/results/{suite}.json"
