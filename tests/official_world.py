@@ -167,13 +167,13 @@ MATH = {
 
 
 def mmlu(subject: str, number: int) -> dict[str, list[dict[str, Any]]]:
-    """One question a subject and split; the answer is another letter in each."""
+    """One question a subject, with its shots; from subject to subject the answer is another letter."""
 
     def ask(n: int) -> dict[str, Any]:
         choices = [str(n + 1 + (place - n) % 4) for place in range(4)]
         return {"question": f" What is {n} + 1?", "subject": subject, "choices": choices, "answer": n % 4}
 
-    return {"test": [ask(number)], "validation": [ask(number + 100)], "dev": [ask(number + 200 + i) for i in range(5)]}
+    return {"test": [ask(number)], "dev": [ask(number + 200 + i) for i in range(5)]}
 
 
 _NO_KWARGS: dict[str, Any] = dict.fromkeys(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nltk
 import pytest
@@ -29,6 +30,7 @@ from official_world import (
     write_world,
 )
 
+from mergekit_wp.eval import tasks
 from mergekit_wp.eval.index import leaves, task_manager
 from mergekit_wp.eval.suite import read_suite
 from mergekit_wp.eval.tasks import ReadyTask, ready_tasks
@@ -56,13 +58,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def ready(world: Path) -> dict[str, dict[str, ReadyTask]]:
-    return {
-        name: {
-            task.spec.column: task for task in ready_tasks(read_suite(shipped(f"eval/{name}.yaml")), None, True)
+def ready(world: Path) -> Iterator[dict[str, dict[str, ReadyTask]]]:
+    """The tasks of both suites by column, out of one index of lm-eval's, which takes seconds to read."""
+    suites = {name: read_suite(shipped(f"eval/{name}.yaml")) for name in SUITES}
+    index = task_manager([task.task for suite in suites.values() for task in suite.tasks], None)
+    with mock.patch.object(tasks, "task_manager", return_value=index):
+        yield {
+            name: {task.spec.column: task for task in ready_tasks(suite, None, allow_code=True)}
+            for name, suite in suites.items()
         }
-        for name in SUITES
-    }  # fmt: skip
 
 
 @dataclass
@@ -124,7 +128,7 @@ def right(task: str, doc: dict[str, Any], item: int) -> str:
     return " " + ways[item % 2].format(doc["answer"])
 
 
-def wrong(task: str, doc: dict[str, Any], item: int, outside: Path | None = None) -> str:
+def wrong(task: str, doc: dict[str, Any], item: int, outside: Path) -> str:
     """A wrong answer; programs that are right but for what they may not do."""
     if task == "humaneval":
         solution = doc["canonical_solution"]
@@ -152,12 +156,8 @@ def wrong(task: str, doc: dict[str, Any], item: int, outside: Path | None = None
     return [" The answer is: $98765$.", " It is $x$ and so \\boxed{98765}."][item % 2]
 
 
-def mixed(task: str, doc: dict[str, Any], item: int) -> str:
-    return right(task, doc, item) if drawn(task, item) else wrong(task, doc, item)
-
-
 def drawn(task: str, item: int) -> bool:
-    return zlib.crc32(f"{task} {item}".encode()) % 2 == 0
+    return zlib.crc32(f"{task} {item} 0".encode()) % 2 == 0
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -183,7 +183,12 @@ def test_a_model_that_is_wrong_gets_none(ready: dict[str, dict[str, ReadyTask]],
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_a_model_that_is_right_at_times_gets_its_share(ready: dict[str, dict[str, ReadyTask]], name: str) -> None:
+def test_a_model_that_is_right_at_times_gets_its_share(
+    ready: dict[str, dict[str, ReadyTask]], name: str, tmp_path: Path
+) -> None:
+    def mixed(task: str, doc: dict[str, Any], item: int) -> str:
+        return right(task, doc, item) if drawn(task, item) else wrong(task, doc, item, tmp_path / "written")
+
     for column, task in ready[name].items():
         model = StandIn(mixed)
         share = measure(task, model)[task.spec.metric]
@@ -268,7 +273,9 @@ def test_a_change_of_the_sandbox_measures_programs_anew(
     changed.write_text(Path(code_eval.__file__).read_text() + "\n# changed\n")
     monkeypatch.setattr(code_eval, "__file__", str(changed))
     suite = read_suite(shipped("eval/lm-eval.yaml"))
-    for column, task in zip(COLUMNS, ready_tasks(suite, None, True), strict=True):
+    suite = replace(suite, tasks=tuple(task for task in suite.tasks if task.column != "MMLU"))
+    for task in ready_tasks(suite, None, allow_code=True):
+        column = task.spec.column
         assert (task.key == ready["lm-eval"][column].key) == (column not in ("HumanEval", "MBPP")), column
 
 

@@ -107,17 +107,17 @@ def _files_read(config: dict[str, Any]) -> Iterator[Path]:
     for name in _data_files(config):
         yield from (Path(match) for match in glob.glob(name) if os.path.isfile(match))
     folders = [Path(str(config.get("dataset_path") or ""))] if config.get("dataset_path") else []
-    folders += [module.parent for module in _function_modules(config)]
+    folders += [module.parent for module in function_modules(config)]
     for folder in folders:
         if folder.is_dir():
             yield from (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".yaml", ".pyc"))
 
 
-def _function_modules(value: Any) -> Iterator[Path]:
+def function_modules(value: Any) -> Iterator[Path]:
     """The files behind `!function module.name`, which lm-eval's index keeps as `<folder>/module.name`."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _function_modules(item)
+            yield from function_modules(item)
     elif isinstance(value, str) and os.sep in value and "\n" not in value and len(value) < 1000:
         module = Path(value.rpartition(".")[0] + ".py")
         if module.is_file():

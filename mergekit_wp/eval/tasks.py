@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.code_eval import sandboxed
-from mergekit_wp.eval.datafiles import check_data, first_line, task_key
+from mergekit_wp.eval.datafiles import check_data, first_line, function_modules, task_key
 from mergekit_wp.eval.index import leaves, task_manager
 from mergekit_wp.eval.suite import Suite, SuiteTask
 
@@ -52,7 +52,10 @@ def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> li
             check_data(name, config)
     if unsafe:
         sandbox.check()
-    with sandboxed() if unsafe else nullcontext():
+    modules = {path for found in configs.values() for path in function_modules(found)}
+    # Only where it is asked for: `evaluate` takes seconds to import.
+    asked = any("code_eval" in path.read_text(encoding="utf-8", errors="replace") for path in modules)
+    with sandboxed() if asked else nullcontext():
         return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
 
 
