@@ -52,6 +52,13 @@ def test_equal_weights_change_no_bit(K, weight, seed):
     assert prior_shares([weight] * K).tolist() == torch.full((K,), 1 / K).tolist()
 
 
+@pytest.mark.parametrize("weight", [1e308, 1e-308, 0.1])
+def test_equal_weights_of_any_size_change_no_bit(weight):
+    scores = random_scores(3, 200, 0)
+    assert torch.equal(component_weights(scores, [weight] * 3), component_weights(scores))
+    assert torch.equal(prior_shares([weight] * 3), prior_shares([1, 1, 1]))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(POSITIVE, min_size=1, max_size=4), st.integers(0, 4), st.integers(0, 10**6))
 def test_weight_0_is_not_listed_and_weight_2_is_listed_twice(prior, place, seed):
