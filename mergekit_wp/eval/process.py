@@ -98,16 +98,17 @@ def measure_in_child(
                 say(at)
             elif kind == "done":
                 on_done(by_key[rest[0]], rest[1])
-            elif kind == "bad":
-                raise BadInput(rest[0])
-            elif kind == "failed":
-                click.echo(rest[1], err=True)
-                raise click.ClickException(rest[0])
-            elif kind == "end":
+            else:  # its last message
                 process.join(_FAREWELL_S)
-                return
-        process.join(_GRACE_S)
-    raise BadInput(_epitaph(model, process.exitcode, at))
+                break
+        else:
+            process.join(_GRACE_S)
+            raise BadInput(_epitaph(model, process.exitcode, at))
+    if kind == "bad":
+        raise BadInput(rest[0])
+    if kind == "failed":
+        click.echo(rest[1], err=True)
+        raise click.ClickException(rest[0])
 
 
 def _epitaph(model: EvalModel, code: int | None, at: str) -> str:
