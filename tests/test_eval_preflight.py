@@ -129,7 +129,8 @@ def test_copies_of_a_model_need_gpus_and_ray(monkeypatch: pytest.MonkeyPatch) ->
         (None, None, "cuda:1", "hf", "vLLM is not installed"),
         (None, "0.32.0", "cpu", "hf", "no GPU is used (device cpu)"),
         ("hf", "0.32.0", "cuda", "hf", "as asked"),
-        ("vllm", "0.32.0", "cpu", "vllm", "as asked"),
+        ("vllm", "0.32.0+cpu", "cpu", "vllm", "as asked"),
+        (None, "0.32.0+cpu", "cuda", "hf", "(0.32.0+cpu) runs on the CPU alone"),
     ],
 )
 def test_the_backend_follows_the_machine_unless_asked(monkeypatch, asked, found, device, name, why) -> None:
@@ -140,6 +141,16 @@ def test_the_backend_follows_the_machine_unless_asked(monkeypatch, asked, found,
     assert why in said
     assert ("gpu_memory_utilization" in chosen.options) == (name == "vllm")
     assert ("the suite's gpu_memory_utilization is not for it" in said) == (name == "hf")
+
+
+@pytest.mark.parametrize(("found", "device", "where"), [("0.32.0", "cpu", "GPUs"), ("0.32.0+cpu", "cuda", "the CPU")])
+def test_a_build_of_vllm_for_another_device_is_refused(monkeypatch, found, device, where) -> None:
+    """It would run where it can, whatever it is told."""
+    monkeypatch.setattr(backends, "vllm_version", lambda: found)
+    with pytest.raises(BadInput) as error:
+        choose_backend("vllm", {}, device)
+    said = f"device {device}: the vLLM that is installed ({found}) runs on {where} alone"
+    assert error.value.message.startswith(said)
 
 
 def test_only_options_that_change_answers_are_part_of_the_key(world: Path) -> None:

