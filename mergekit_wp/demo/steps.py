@@ -42,6 +42,8 @@ def write_pipeline(out: Path) -> Pipeline:
             "include_path": str(world / "tasks"),
             "baseline": "linear",
         },
+        # What a push would publish; nothing leaves the machine.
+        "push": {"merge": "wp", "to": "you/miniature-wp", "license": "apache-2.0", "dry_run": True},
     }
     path = out / "pipeline.yaml"
     text = f"# What `make demo` runs after training: wp-run {path} --allow-code-execution\n"

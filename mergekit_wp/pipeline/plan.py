@@ -149,11 +149,15 @@ def _push_step(pipeline: Pipeline) -> Step:
     if pipeline.evaluate is not None:
         command += ["--results", str(results_folder(pipeline))]
         inputs.append(results_folder(pipeline) / "results.json")
+    for name, hub_name in push.parents.items():
+        command += ["--parent", f"{model_of(pipeline, name)}={hub_name}"]
     command += ["--private"] if push.private else []
     command += ["--license", push.license] if push.license else []
     command += ["--dry-run"] if push.dry_run else []
     title = f"{'Show what would be pushed' if push.dry_run else 'Push'} to {push.to}"
-    return _step("push", "push", title, [*command, *pipeline.flags["push"]], inputs, (), ("push",))
+    staged = merged.with_name(f"{merged.name}.push")  # where the card is; the rest of a push is on the Hub
+    outputs = (staged,) if push.dry_run else ()
+    return _step("push", "push", title, [*command, *pipeline.flags["push"]], inputs, outputs, ("push",))
 
 
 def _step(

@@ -11,7 +11,7 @@
       wp: {parameters: {scale: 1.5}}                           # merge_method: wp
       mine: {recipe: my-recipe.yaml}                           # a mergekit recipe as it is
     evaluate: {suite: eval/paper.yaml, baseline: linear}
-    push: {merge: wp, to: user/name, private: true}
+    push: {merge: wp, to: user/name, private: true, parents: {maths: WizardLMTeam/WizardMath-13B-V1.0}}
 
 A path is looked for in the working directory, then beside the pipeline file. `flags` under `score`, `merge`,
 `evaluate` and `push` go to that stage's command as they are.
@@ -23,14 +23,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
 
 BASE = "base"
 """The base's name among the rows of the table."""
-_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Push:
-    """Which merge goes where on the Hub."""
+    """Which merge goes where on the Hub; `parents` are the Hub names of base and experts that are folders here."""
 
     merge: str
     to: str
+    parents: Mapping[str, str] = field(default_factory=dict)
     private: bool = False
     license: str | None = None
     dry_run: bool = False
@@ -95,6 +95,11 @@ class Pipeline:
         return [BASE, *self.experts, *self.merges]
 
 
+_PUSH_KINDS: dict[str, tuple[type, str]] = {
+    "private": (bool, "true or false"),
+    "dry_run": (bool, "true or false"),
+    "parents": (dict, "a mapping from `base` and experts to their names on the Hub"),
+}
 _FIELDS = ("out", "base", "experts", "merges", "evaluate", "push", "score", "merge")
 
 
@@ -112,7 +117,7 @@ def read_pipeline(path: str | os.PathLike[str]) -> Pipeline:
             experts={name: _expert(name, raw, file) for name, raw in _mapping("experts", content).items()},
             merges={name: _merge(name, raw, file) for name, raw in _mapping("merges", content).items()},
             evaluate=_evaluate(content.get("evaluate"), file),
-            push=_part(Push, "push", content["push"], {"flags"}) if "push" in content else None,
+            push=_push(content.get("push")),
             flags=flags,
         )
         _check(pipeline)
@@ -177,6 +182,20 @@ def _evaluate(raw: Any, file: Path) -> Evaluate | None:
     )
 
 
+def _push(raw: Any) -> Push | None:
+    if raw is None:
+        return None
+    values = _known(Push, "push", raw, {"flags"})
+    for name in ("merge", "to"):
+        if name not in values:
+            raise BadInput(f"`push.{name}` is missing.")
+    for name, value in values.items():
+        kind, expected = _PUSH_KINDS.get(name, (str, "a text"))
+        if not isinstance(value, kind):
+            raise BadInput(f"`push.{name}`: found {value!r}, expected {expected}.")
+    return Push(**values)
+
+
 def _check(pipeline: Pipeline) -> None:
     """What only shows when the parts are seen together."""
     if not pipeline.experts:
@@ -205,25 +224,13 @@ def _check(pipeline: Pipeline) -> None:
             _one_of("evaluate.baseline", pipeline.evaluate.baseline, list(pipeline.evaluate.models) or pipeline.names)
     if pipeline.push:
         _one_of("push.merge", pipeline.push.merge, list(pipeline.merges))
+        for name in pipeline.push.parents:
+            _one_of("push.parents", name, [BASE, *pipeline.experts])
 
 
 def _one_of(where: str, name: str, known: list[str]) -> None:
     if name not in known:
         raise BadInput(f"`{where}`: there is no {name!r} here; there are {', '.join(known) or 'none'}.")
-
-
-def _part(kind: type[_Part], where: str, raw: Any, beside: set[str]) -> _Part:
-    """A part whose fields are text, truth values or absent."""
-    values = _known(kind, where, raw, beside)
-    for item in fields(kind):  # type: ignore[arg-type]
-        if item.name in values:
-            wanted = bool if isinstance(item.default, bool) else str
-            if not isinstance(values[item.name], wanted):
-                expected = "true or false" if wanted is bool else "a text"
-                raise BadInput(f"`{where}.{item.name}`: found {values[item.name]!r}, expected {expected}.")
-        elif not isinstance(item.default, bool | str | None):
-            raise BadInput(f"`{where}.{item.name}` is missing.")
-    return kind(**values)
 
 
 def _known(kind: type, where: str, raw: Any, beside: set[str] | None = None) -> dict[str, Any]:
