@@ -200,12 +200,13 @@ def test_the_card(world):
     assert {"wp/results/mine.json", "licences/meta--base-1b/NOTICE.txt", "mergekit_config.yml", MARK} <= paths
 
 
-def test_nothing_published_names_a_folder_of_this_machine(world, monkeypatch):
+def test_nothing_published_names_a_folder_of_this_machine(made, world, monkeypatch):
     monkeypatch.setenv("HOME", str(world.root))
     results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
     for item in dry(world, results=[results]).items:
         content = item.source.read_bytes()
-        assert str(world.root).encode() not in content, item.path
+        for folder in (world.root, made.root):  # the score files know the parents where they were made
+            assert str(folder).encode() not in content, item.path
         assert b"/home/bob" not in content, item.path
 
 
@@ -352,6 +353,54 @@ def test_a_folder_of_somebody_else_beside_the_model_is_left_alone(world):
     (stage(world) / "thesis.tex").write_text("x")
     with pytest.raises(BadInput, match="holds something else"):
         dry(world)
+
+
+def test_names_that_are_published(tmp_path, monkeypatch):
+    from mergekit_wp.push.names import Names
+    from mergekit_wp.push.parents import find_parents
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/alice")
+    for name in ("models/base", "models/lora", "models/old/base"):
+        (tmp_path / name).mkdir(parents=True)
+    snapshot = tmp_path / "hub" / "models--meta--one" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    recipe = {
+        "base_model": "models/base",
+        "models": [{"model": "models/base+models/lora"}, {"model": "models/old/base"}, {"model": str(snapshot)}],
+        "tokenizer": {"source": "models/old/base"},
+        "merge_method": "linear",
+    }
+    parents = find_parents(recipe, ["models/lora=bob/lora"])
+    assert [(p.role, p.shown, p.hub) for p in parents] == [
+        ("base", "base", None),
+        ("expert", "bob/lora", "bob/lora"),
+        ("expert", "base-2", None),
+        ("expert", "meta/one", "meta/one"),
+    ]
+    names = Names(tmp_path / "out", REPO, parents, {})
+    assert names.recipe(recipe) == {
+        "base_model": "base",
+        "models": [{"model": "base+bob/lora"}, {"model": "base-2"}, {"model": f"meta/one@{'a' * 40}"}],
+        "tokenizer": {"source": "base-2"},
+        "merge_method": "linear",
+    }
+    assert names.of("meta-llama/Llama-2-13b-hf") == "meta-llama/Llama-2-13b-hf"
+    assert names.of("/data/alice/secret/model") == "model"
+    assert names.of(str(tmp_path / "out")) == REPO
+    assert names.content({"a": ["/home/alice/x.json", "see /home/alice/notes, /home/alice2/x"]}) == {
+        "a": ["x.json", "see ~/notes, /home/alice2/x"]
+    }
+
+
+def test_a_token_of_any_form_is_cleaned_away(monkeypatch):
+    from mergekit_wp.push.steady import clean
+
+    monkeypatch.setenv("HF_TOKEN", "oauth.Part-One.part_two")
+    text = clean(
+        "401 for Bearer oauth.Part-One.part_two and hf_abcdefghijklmnop at https://s3/x?X-Amz-Signature=12 now"
+    )
+    assert text == "401 for Bearer <token> and <token> at https://s3/x?... now"
 
 
 # ---------------------------------------------------------------------- the command

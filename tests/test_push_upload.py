@@ -127,11 +127,11 @@ def test_a_changed_file_is_the_only_one_sent_and_stray_weights_go(hub, api, item
     hub.sent.clear()
     kept = [item for item in items if not item.path.startswith("model-00002")]
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "wp/scores/a.safetensors").write_bytes(b"other")
+    (tmp_path / "model" / "wp/scores/a.safetensors").write_bytes(b"o" * SIZES["wp/scores/a.safetensors"])
     changed = [item_of(tmp_path / "model", item.path) for item in kept]
     push(api, changed)
     assert_holds(hub, changed)  # the second shard is gone with the commit that does not list it
-    assert hub.bytes_sent() == len(b"other")
+    assert hub.bytes_sent() == SIZES["wp/scores/a.safetensors"]
 
 
 def test_files_that_others_put_there_stay(hub, api, items):
@@ -205,7 +205,8 @@ def test_a_race_with_another_commit_is_run_again(hub, api, items):
 
     def somebody_commits():
         with hub.lock:
-            repo.commit({**repo.files, "notes.md": regular(b"by hand")}, "a race")
+            stray = {"notes.md": regular(b"by hand"), "model.safetensors": regular(b"a stray")}
+            repo.commit({**repo.files, **stray}, "a race")
 
     fault = Fault(r"POST .*/commit/main", somebody_commits)
     hub.faults.append(fault)
@@ -213,6 +214,7 @@ def test_a_race_with_another_commit_is_run_again(hub, api, items):
     assert fault.times == 0
     assert repo.messages == ["initial commit", "a race", "Upload the merge with mergekit-wp"]
     assert hub.content(REPO, "notes.md") == b"by hand"
+    assert "model.safetensors" not in repo.files, "the commit was not compared with what it went on top of"
     assert hub.bytes_sent() - large(items) < 1000, "large files were sent again"
 
 

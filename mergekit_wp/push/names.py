@@ -23,7 +23,7 @@ class Names:
         for parent in parents:
             path = parent.reference.partition("@")[0]
             shown = parent.shown + (f"@{parent.revision}" if parent.hub and parent.revision else "")
-            self._published |= {parent.reference: shown, path: parent.shown, os.path.abspath(path): parent.shown}
+            self._published |= {path: parent.shown, os.path.abspath(path): parent.shown, parent.reference: shown}
         # A score file may know a parent by the place where it lay then.
         last = [Path(parent.reference.partition("@")[0]).name for parent in parents]
         self._by_last = {n: p.shown for n, p in zip(last, parents, strict=True) if last.count(n) == 1}
@@ -49,7 +49,8 @@ class Names:
         if isinstance(node, list):
             return [self.recipe(item) for item in node]
         if not isinstance(node, dict):
-            return self.of(node) if isinstance(node, str) and node.startswith(("/", "~")) else node
+            known = isinstance(node, str) and (node.startswith(("/", "~")) or ("/" in node and node in self._published))
+            return self.of(node) if known else node
         return {
             key: self.of(value) if key in (*MODEL_KEYS, *FILE_KEYS) and isinstance(value, str) else self.recipe(value)
             for key, value in node.items()

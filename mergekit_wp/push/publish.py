@@ -81,8 +81,8 @@ def publish(request: Request, private: bool, bars: bool, say: Say) -> str:
         say(f"{len(publication.items)} files, {total:,} bytes; the card is {publication.card}")
         check_card(publication.card.read_text(encoding="utf-8"))
         commit = upload(api, request.repo_id, publication.items, private=private, say=say)
-    except (click.ClickException, KeyboardInterrupt):
-        raise
+    except (click.ClickException, LookupError, TypeError, AttributeError, AssertionError):
+        raise  # a sentence already, or a mistake of ours
     except Exception as error:  # the Hub's client, its HTTP library and xet raise many types
         # `from None`: what they carry may quote addresses and headers.
         raise explain(error, request.repo_id, api.endpoint) from None
