@@ -99,6 +99,27 @@ def test_a_grader_that_reads_punkt_tab_is_refused_without_it(world: Path, tmp_pa
     preflight.check_tasks(ready_tasks(read_suite(suite), tmp_path / "tasks", False))
 
 
+def test_lm_evals_own_ifeval_is_refused_without_punkt_tab(tmp_path: Path, monkeypatch) -> None:
+    import lm_eval.tasks
+    import nltk
+
+    monkeypatch.setattr(nltk, "download", lambda *_: None)
+    official = Path(lm_eval.tasks.__file__).parent / "ifeval" / "ifeval.yaml"
+    (tmp_path / "data.json").write_text(
+        json.dumps({"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]})
+    )
+    (tmp_path / "ifeval.yaml").write_text(
+        f"include: {official}\ntask: ifeval\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{train: {tmp_path / 'data.json'}}}}}\n"
+    )
+    spec = {"task": "ifeval", "column": "IFEval", "metric": "prompt_level_strict_acc,none"}
+    suite = read_suite(write_suite(tmp_path / "suite.yaml", tasks=[spec], include_path=str(tmp_path)))
+    ready = ready_tasks(suite, suite.include_path, False)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    with pytest.raises(BadInput, match="task ifeval: its grader needs NLTK's punkt_tab"):
+        preflight.check_tasks(ready)
+
+
 def test_a_model_must_divide_among_the_gpus(world: Path) -> None:
     settings = Settings(
         device="cuda", dtype="auto", batch_size=1, limit=None, allow_code=False, trust_remote_code=False,

@@ -20,6 +20,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import backends, stderr
 from mergekit_wp.eval.cache import Entry, file_name, plain
 from mergekit_wp.eval.context import count_cut
+from mergekit_wp.eval.first_space import keep_first_space
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.settings import Settings, versions
 from mergekit_wp.eval.tasks import ReadyTask
@@ -53,7 +54,9 @@ def samples_file(model: EvalModel, task: ReadyTask, settings: Settings) -> Path 
     """Where the answers of this model to this task are logged; None when they are not to be."""
     if settings.samples is None:
         return None
-    folder = settings.samples / f"{file_name(model.name)}-{settings.key(model)[:12]}"
+    key = settings.key(model)[:12]
+    found = sorted(settings.samples.glob(f"*-{key}"))  # under whatever row name it was first evaluated
+    folder = found[0] if found else settings.samples / f"{file_name(model.name)}-{key}"
     return folder / f"{file_name(task.spec.task)}-{task.key[:12]}.jsonl"
 
 
@@ -147,6 +150,7 @@ def _loaded(model: EvalModel, settings: Settings) -> Iterator[Any]:
             setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
     try:
         if settings.backend.name == "hf":
+            keep_first_space(lm)
             _check_finite(model, lm.model.named_parameters())
         yield lm
     finally:
