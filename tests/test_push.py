@@ -258,6 +258,23 @@ def test_a_merge_without_scores(world):
     assert "wp/" not in "".join(item.path for item in publication.items)
 
 
+def test_an_aim_merge_goes_with_its_activations(world):
+    from test_merge_aim import recipe, write_random_activations
+
+    path = write_random_activations(world)
+    merge(world, world.recipe(recipe(world), "aim.yaml"), "aim")
+    publication = prepare(Request(world.root / "aim", REPO), None, lambda line: None)
+    card = publication.card.read_text()
+    assert "activations: wp/scores/activations.safetensors" in card
+    assert str(world.root) not in card
+    published = next(item for item in publication.items if item.path == "wp/scores/activations.safetensors")
+    assert str(world.root).encode() not in published.source.read_bytes()
+    write_random_activations(world, seed=1)
+    assert path.is_file()
+    with pytest.raises(BadInput, match="was made with other numbers"):
+        prepare(Request(world.root / "aim", REPO), None, lambda line: None)
+
+
 def test_what_is_no_part_of_the_model_stays_here(world):
     out = world.root / "out"
     (out / "training.log").write_text("x")
