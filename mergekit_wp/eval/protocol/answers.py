@@ -1,7 +1,9 @@
 """Find the answer in worked steps and compare it, for `wp_math` and `wp_gsm8k`.
 
 Looked for as AIM does (EvalUtils/MathUtils/parser.py): Minerva's phrase, else the last \\boxed{}, else what follows
-the last "he answer is" (WizardMath ends with "The answer is: N"), else "final answer is", else the last number.
+the last "he answer is" (WizardMath ends with "The answer is: N"), else "final answer is", else the last number. A
+statement is read to the end of its formula or sentence, as WIDEN does; AIM reads all that follows, so that an answer
+with a remark after it is wrong there.
 
 Compared by lm-eval's own `is_equiv` (Hendrycks et al., the equivalence that WIDEN uses) or as exact numbers, units
 aside. AIM further asks sympy whether two formulas are equal, and takes numbers within 0.01 % and 100 times too large
