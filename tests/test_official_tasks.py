@@ -30,9 +30,10 @@ from official_world import (
     write_world,
 )
 
+from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import tasks
 from mergekit_wp.eval.index import leaves, task_manager
-from mergekit_wp.eval.suite import read_suite
+from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
 from mergekit_wp.eval.tasks import ReadyTask, ready_tasks
 from mergekit_wp.files import shipped
 
@@ -277,6 +278,15 @@ def test_a_change_of_the_sandbox_measures_programs_anew(
     for task in ready_tasks(suite, None, allow_code=True):
         column = task.spec.column
         assert (task.key == ready["lm-eval"][column].key) == (column not in ("HumanEval", "MBPP")), column
+
+
+def test_a_task_that_runs_code_by_itself_is_refused(ready: dict[str, dict[str, ReadyTask]]) -> None:
+    """lm-eval's cruxeval forks the process that holds the model, and knows nothing of the sandbox."""
+    suite = Suite("s", (SuiteTask("cruxeval_output", "C", "pass@1,create_test"),))
+    with pytest.raises(BadInput, match=r"cruxeval_output: .*utils\.py runs model-written code by means of its own"):
+        ready_tasks(suite, None, allow_code=True)
+    with pytest.raises(BadInput, match="--allow-code-execution"):
+        ready_tasks(suite, None, allow_code=False)
 
 
 def test_our_tasks_are_found_without_reading_lm_evals_fourteen_thousand(tmp_path: Path) -> None:

@@ -41,22 +41,42 @@ def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> li
     names = [task.task for task in suite.tasks]
     manager = task_manager(names, include_path)
     configs = {name: list(leaves(manager, name)) for name in names}
-    unsafe = [name for name, found in configs.items() if any(config.get("unsafe_code") for config in found)]
+    boxed = _check_code(configs, allow_code)
+    for name, found in configs.items():
+        for config in found:
+            check_data(name, config)
+    if boxed:
+        sandbox.check()
+    # Only where it is asked for: `evaluate` takes seconds to import.
+    with sandboxed() if "code_eval" in boxed else nullcontext():
+        return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
+
+
+def _check_code(configs: dict[str, list[dict[str, Any]]], allow_code: bool) -> set[str]:
+    """By which names the tasks' Python calls the sandbox, empty where no model-written code is run.
+
+    Raises `BadInput` without consent, and for a task that runs such code by means of its own: a fork or a child of
+    the process that holds the model, with none of the sandbox's limits.
+    """
+    unsafe = {name: found for name, found in configs.items() if any(config.get("unsafe_code") for config in found)}
     if unsafe and not allow_code:
         raise BadInput(
             f"{', '.join(unsafe)}: this runs Python that the models write; "
             "add --allow-code-execution if you accept that on this machine."
         )
-    for name, found in configs.items():
-        for config in found:
-            check_data(name, config)
-    if unsafe:
-        sandbox.check()
-    modules = {path for found in configs.values() for path in function_modules(found)}
-    # Only where it is asked for: `evaluate` takes seconds to import.
-    asked = any("code_eval" in path.read_text(encoding="utf-8", errors="replace") for path in modules)
-    with sandboxed() if asked else nullcontext():
-        return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
+    boxed: set[str] = set()
+    for name, found in unsafe.items():
+        modules = sorted(set(function_modules(found)))
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in modules]
+        named = {way for way in ("code_eval", "mergekit_wp") for text in texts if way in text}
+        if modules and not named:
+            raise BadInput(
+                f"task {name}: {modules[0]} runs model-written code by means of its own, in or beside the process "
+                'that holds the model; wp-eval runs only what goes through `evaluate.load("code_eval")` or '
+                "`mergekit_wp.sandbox`, so leave the task out or change it."
+            )
+        boxed |= named
+    return boxed
 
 
 def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[dict[str, Any]]) -> ReadyTask:
