@@ -78,6 +78,31 @@ def test_a_model_larger_than_the_free_memory_is_refused(world: Path, tmp_path: P
     assert wp_eval(suite, world / "model", "--out", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("backend", "free", "sentence"),
+    [
+        (Backend(), 1_000, "its weights take 0.00 GB in float32, and 0.00 GB of memory are free on cuda:0"),
+        (Backend("vllm"), 90 * 10**9, "cuda:0 has 90.00 GB free of 100.00 GB, and vLLM takes 92% of all at once"),
+        (Backend("vllm", {"gpu_memory_utilization": 0.5}), 90 * 10**9, None),
+        (Backend("hf", {"parallelize": True}), 1_000, None),
+        (Backend(), 90 * 10**9, None),
+    ],
+)
+def test_the_memory_of_gpus(world: Path, monkeypatch, backend: Backend, free: int, sentence: str | None) -> None:
+    monkeypatch.setattr(preflight.process, "ask", lambda _, first, count: {f"cuda:{first}": [free, 100 * 10**9]})
+    settings = Settings(
+        device="cuda", dtype="auto", batch_size=1, limit=None, allow_code=False, trust_remote_code=False,
+        progress_bars=False, backend=backend,
+    )  # fmt: skip
+    model = open_model("m", str(world / "model"), False)
+    if sentence is None:
+        preflight.check_memory(model, settings)
+        return
+    with pytest.raises(BadInput) as caught:
+        preflight.check_memory(model, settings)
+    assert sentence in caught.value.message
+
+
 def test_a_grader_that_reads_punkt_tab_is_refused_without_it(world: Path, tmp_path: Path, monkeypatch) -> None:
     import nltk
 

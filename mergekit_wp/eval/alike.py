@@ -26,6 +26,8 @@ def differences(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
         for what in dict.fromkeys(name for one in described.values() for name in one):
             groups: dict[str, list[str]] = {}
             for row, one in described.items():
+                if what.startswith("version of") and what not in one:
+                    continue  # its backend does not use that package
                 absent = "not set" if what in OPTIONS else _NOT_RECORDED
                 groups.setdefault(one.get(what, absent), []).append(row)
             if len(groups) > 1:
