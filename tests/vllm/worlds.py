@@ -1,0 +1,106 @@
+"""A trained miniature whose heads vLLM's CPU attention has, its tasks and two more, and where its answers are sure.
+
+The demo's own world has heads of 20 dimensions, which that attention has not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_wp.files import shipped
+from mergekit_wp.miniature.config import WorldConfig
+from mergekit_wp.miniature.tasks import ANSWER_END, MAX_ANSWER_TOKENS
+from mergekit_wp.miniature.train import Schedule
+from mergekit_wp.miniature.world import build_world
+
+MODELS = ("base", "instruction", "maths", "code")
+CONTEXT = 256
+# Between float32 sums in another order logits differ by some 1e-5; below this lead over the second-best token we
+# do not ask two programs to agree on the best.
+NEAR_TIE = 1e-3
+# Trained for half a minute, so that answers have a lead, end by themselves and are right now and then.
+CONFIG = WorldConfig(
+    hidden_size=64, layers=2, heads=2, kv_heads=1, mlp_size=128,
+    base=Schedule(steps=600, batch_size=16, learning_rate=2.5e-3, muon=True),
+    expert=Schedule(steps=120, batch_size=16, learning_rate=1e-3),
+    test_items=24, validation_items=6, scoring_prompts=4,
+)  # fmt: skip
+
+
+def build(root: Path) -> Path:
+    """The world's folder, with `mini_choice` and `mini_long` among its tasks and a suite.yaml of all five."""
+    world = build_world(CONFIG, root, quiet=True)
+    tasks = world / "tasks"
+    items = [json.loads(line) for line in (tasks / "data" / "mini_maths.jsonl").read_text().splitlines()]
+    # Which of four worked answers: some are long, and all begin alike.
+    choices = [
+        {
+            "q": item["prompt"],
+            "choices": [items[(i - i % 4 + j) % len(items)]["target"] for j in range(4)],
+            "gold": i % 4,
+        }
+        for i, item in enumerate(items)
+    ]
+    # Longer than the context; the request that counts comes last.
+    long = [{**item, "prompt": item["prompt"] * 20} for item in items[:8]]
+    for name, rows in (("mini_choice", choices), ("mini_long", long)):
+        (tasks / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    common = {"test_split": "test", "num_fewshot": 0, "dataset_path": "json"}
+    _write_task(
+        tasks, "mini_choice", **common, output_type="multiple_choice", doc_to_text="{{q}}", doc_to_target="gold",
+        doc_to_choice="{{choices}}", target_delimiter="", metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+    )  # fmt: skip
+    _write_task(
+        tasks, "mini_long", **common, output_type="generate_until", doc_to_text="{{prompt}}",
+        doc_to_target="{{target}}",
+        generation_kwargs={"until": [ANSWER_END], "do_sample": False, "max_gen_toks": MAX_ANSWER_TOKENS},
+        metric_list=[{"metric": "exact_match"}],
+    )  # fmt: skip
+    suite = yaml.safe_load(shipped("eval/miniature.yaml").read_text())
+    suite |= {"include_path": str(tasks), "dtype": "float32"}
+    suite["tasks"] += [
+        {"task": "mini_choice", "column": "Choice", "metric": "acc,none"},
+        {"task": "mini_long", "column": "Long", "metric": "exact_match,none"},
+    ]
+    (world / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return world
+
+
+def _write_task(folder: Path, name: str, **content: object) -> None:
+    source = {"data_files": {"test": str(folder / f"{name}.json")}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, "dataset_kwargs": source, **content}))
+
+
+@dataclass(frozen=True)
+class Sure:
+    """A model's greedy answer as far as no near tie decides it; `whole` when none does."""
+
+    text: str
+    whole: bool
+
+
+class Oracle:
+    """Greedy answers by transformers alone, one prompt at a time, without lm-eval."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def answer(self, prompt: str) -> Sure:
+        ids = self.tokenizer(prompt)["input_ids"][-(CONTEXT - MAX_ANSWER_TOKENS) :]
+        end = self.tokenizer.eos_token_id
+        row = self.model.generate(
+            torch.tensor([ids]), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, pad_token_id=end
+        )
+        best = self.model(row).logits[0, len(ids) - 1 : -1].topk(2).values  # [answer tokens, 2]
+        sure = ((best[:, 0] - best[:, 1]) >= NEAR_TIE).tolist()
+        until = sure.index(False) if False in sure else len(sure)
+        text = self.tokenizer.decode(row[0, len(ids) : len(ids) + until], skip_special_tokens=True)
+        return Sure(text.split(ANSWER_END)[0], until == len(sure) or ANSWER_END in text)
