@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,18 @@ def test_a_model_must_divide_among_the_gpus(world: Path) -> None:
     )  # fmt: skip
     with pytest.raises(BadInput, match="its 4 attention heads cannot be divided among 3 GPUs"):
         preflight.check_model(open_model("m", str(world / "model"), False), [], settings)
+
+
+def test_vllm_on_a_cpu_has_no_heads_of_just_any_size(world: Path) -> None:
+    settings = Settings(
+        device="cpu", dtype="auto", batch_size=1, limit=None, allow_code=False, trust_remote_code=False,
+        progress_bars=False, backend=Backend("vllm"),
+    )  # fmt: skip
+    model = open_model("m", str(world / "model"), False)
+    with pytest.raises(BadInput, match="its attention heads have 8 dimensions, and on a CPU vLLM computes 32, 64"):
+        preflight.check_model(model, [], settings)
+    preflight.check_model(model, [], replace(settings, device="cuda"))
+    preflight.check_model(model, [], replace(settings, backend=Backend("hf")))
 
 
 def test_copies_of_a_model_need_gpus_and_ray(monkeypatch: pytest.MonkeyPatch) -> None:

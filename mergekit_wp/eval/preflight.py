@@ -24,6 +24,10 @@ from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.scoring.offload import free_memory, parameter_bytes
 
 _TOKENIZER_DATA = "punkt_tab"
+_VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
+# vllm/v1/attention/backends/cpu_attn.py of vLLM 0.32, which finds out only at the first prompt (`make test-vllm`
+# compares).
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def check_parallel(backend: Backend, device: str) -> None:
@@ -88,13 +92,25 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
                 "chat_template.jinja into the folder, or set `apply_chat_template: false` in the suite."
             )
     _check_context(model, tasks, settings.backend, context_length(config, tokenizer), _stretch(config))
-    heads = getattr(getattr(config, "text_config", None) or config, "num_attention_heads", None)
+    _check_heads(model, getattr(config, "text_config", None) or config, settings)
+
+
+def _check_heads(model: EvalModel, config: Any, settings: Settings) -> None:
+    """How attention heads divide among GPUs, and whether vLLM's attention for CPUs has their size."""
+    heads = getattr(config, "num_attention_heads", None)
     shared, _ = settings.backend.parallel
     if heads and heads % shared:
         raise BadInput(
             f"{model.reference}: its {heads} attention heads cannot be divided among {shared} GPUs; "
             "choose a --tensor-parallel that divides them."
         )
+    if heads and settings.backend.name == "vllm" and settings.device == "cpu":
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if size not in VLLM_CPU_HEAD_SIZES:
+            raise BadInput(
+                f"{model.reference}: its attention heads have {size} dimensions, and on a CPU vLLM computes "
+                f"{', '.join(map(str, VLLM_CPU_HEAD_SIZES))}; run with --backend hf, or on a GPU."
+            )
 
 
 def _check_context(model: EvalModel, tasks: list[ReadyTask], backend: Backend, own: int, stretch: float) -> None:
@@ -139,7 +155,7 @@ def check_memory(model: EvalModel, settings: Settings) -> None:
         places = process.ask(gpu_memory, first, shared * copies) or {}
         need //= shared
     for place, (free, total) in places.items():
-        share = settings.backend.options.get("gpu_memory_utilization", 0.9)
+        share = settings.backend.options.get("gpu_memory_utilization", _VLLM_SHARE)
         if settings.backend.name == "vllm" and free < share * total:
             raise BadInput(
                 f"{place} has {_gb(free)} free of {_gb(total)}, and vLLM takes {share:.0%} of all at once; end what "
