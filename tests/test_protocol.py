@@ -109,6 +109,7 @@ def test_the_number_of_an_answer(text: str, number: Fraction | int | None) -> No
         ("12 cm", "12\\text{ cm}"),
         ("12 square feet", "12"),
         ("12\\text{ cm}^2", "12"),
+        ("2\\sqrt{3}\\text{ cm}", "2\\sqrt{3}"),
         ("60 miles per hour", "60"),
         ("x = 5", "5"),
         ("(-2,2)", "(-2, 2)"),

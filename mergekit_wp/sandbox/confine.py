@@ -126,7 +126,7 @@ def _landlock(libc: Any, folder: str) -> bool:
 def _allowed(folder: str, rights: int) -> Iterator[tuple[str, int]]:
     yield folder, rights
     yield os.devnull, _READ_FILE | _WRITE_FILE
-    for path in {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"}:
+    for path in {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/opt", "/nix"}:
         yield path, _EXECUTE | _READ_FILE | _READ_DIR
     for path in ("/etc/ld.so.cache", "/dev/urandom"):
         yield path, _READ_FILE
