@@ -140,10 +140,9 @@ def test_lm_evals_own_ifeval_is_refused_without_punkt_tab(tmp_path: Path, monkey
     )
     spec = {"task": "ifeval", "column": "IFEval", "metric": "prompt_level_strict_acc,none"}
     suite = read_suite(write_suite(tmp_path / "suite.yaml", tasks=[spec], include_path=str(tmp_path)))
-    ready = ready_tasks(suite, suite.include_path, False)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     with pytest.raises(BadInput, match="task ifeval: its grader needs NLTK's punkt_tab"):
-        preflight.check_tasks(ready)
+        preflight.check_tasks(ready_tasks(suite, suite.include_path, False))
 
 
 def test_a_model_must_divide_among_the_gpus(world: Path) -> None:

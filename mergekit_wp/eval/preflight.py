@@ -6,7 +6,6 @@ Data sets and consent to code are checked with the tasks (see `tasks`), the back
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from mergekit_wp.eval.context import answer_tokens, context_length
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.settings import Settings
 from mergekit_wp.eval.tasks import ReadyTask
+from mergekit_wp.eval.words import check_word_lists
 from mergekit_wp.scoring.offload import free_memory, parameter_bytes
 
-_TOKENIZER_DATA = "punkt_tab"
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
 # vllm/v1/attention/backends/cpu_attn.py of vLLM 0.32, which finds out only at the first prompt (`make test-vllm`
 # compares).
@@ -50,33 +49,15 @@ def check_parallel(backend: Backend, device: str) -> None:
 
 
 def check_tasks(tasks: list[ReadyTask]) -> None:
-    """The word lists that graders read: lm-eval misses them only when all answers are there. Raises `BadInput`."""
+    """The word lists of graders, also of those that a task takes over from another. Raises `BadInput`."""
     for task in tasks:
-        if any(_reads_tokenizer_data(folder) for leaf in task.loaded["tasks"].values() for folder in _folders(leaf)):
-            _check_nltk(task.spec.task)
-
-
-def _check_nltk(task: str) -> None:
-    import nltk
-
-    try:
-        nltk.data.find(f"tokenizers/{_TOKENIZER_DATA}")
-    except LookupError as error:
-        raise BadInput(
-            f"task {task}: its grader needs NLTK's {_TOKENIZER_DATA}, which is in none of NLTK's folders; run "
-            f"`python -m nltk.downloader {_TOKENIZER_DATA}` where there is network (NLTK_DATA names another folder)."
-        ) from error
+        check_word_lists(task.spec.task, {f for leaf in task.loaded["tasks"].values() for f in _folders(leaf)})
 
 
 def _folders(leaf: Any) -> set[Path]:
     """The folders of the Python functions that a task names."""
     functions = [value for value in vars(leaf.config).values() if inspect.isfunction(value)]
     return {Path(file).parent for file in map(inspect.getsourcefile, functions) if file}
-
-
-@lru_cache
-def _reads_tokenizer_data(folder: Path) -> bool:
-    return any(_TOKENIZER_DATA in file.read_text(encoding="utf-8", errors="replace") for file in folder.glob("*.py"))
 
 
 def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) -> None:

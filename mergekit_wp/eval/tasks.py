@@ -17,6 +17,7 @@ from mergekit_wp.eval.code_eval import sandboxed
 from mergekit_wp.eval.datafiles import check_data, first_line, function_modules, task_key
 from mergekit_wp.eval.index import leaves, task_manager
 from mergekit_wp.eval.suite import Suite, SuiteTask
+from mergekit_wp.eval.words import check_word_lists
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -45,6 +46,8 @@ def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> li
     for name, found in configs.items():
         for config in found:
             check_data(name, config)
+        # Before a grader is imported: it would try to download them, and go on without.
+        check_word_lists(name, {module.parent for module in function_modules(found)})
     if boxed:
         sandbox.check()
     # Only where it is asked for: `evaluate` takes seconds to import.
