@@ -1,15 +1,16 @@
-"""Time and memory of `merge_method: wp` and `widen` against mergekit's own methods, on the same random models.
+"""Time and memory of this package's merge methods against mergekit's own, on the same random models.
 
     python benchmarks/merge.py                         # 1.2 B parameters, wp against linear, about 3 minutes
     python benchmarks/merge.py --size small            # seconds; says little beyond "it runs"
-    python benchmarks/merge.py --methods widen,linear  # WIDEN against linear
+    python benchmarks/merge.py --methods wp,wp-scaled,widen,aim,linear   # all of ours against linear
     python benchmarks/merge.py --methods all           # with ties and dare_ties, about 10 minutes more
 
 A random bfloat16 Llama, three experts and their score files are made in --folder (and reused if they are
 there: about 10 GB for 1.2b). Each method then runs as the stock `mergekit-yaml` in a process of its own, the
 methods interleaved so that a busy machine hits all alike. Wall time is the child's whole life, import
 included; CPU and peak resident memory are what the kernel accounts to it (wait4). Mapped pages of the inputs
-count as resident.
+count as resident. wp-scaled is wp with scale 1.5, which reads the base as well. aim is a step after a merge: it reads
+two models, the base and the first expert in the place of a merge.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from mergekit_wp.activations import Activations, Calibration, write_activations
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, write_scores
 
 # (hidden, MLP, layers, heads, vocabulary)
 SIZES = {"small": (256, 704, 4, 8, 2000), "1.2b": (2048, 5632, 21, 32, 32000)}
-METHODS = ("wp", "widen", "linear", "task_arithmetic", "dare_ties", "ties")
+METHODS = ("wp", "wp-scaled", "widen", "aim", "linear", "task_arithmetic", "dare_ties", "ties")
 EXPERTS = 3
 
 
@@ -82,6 +84,7 @@ def make_models(root: Path, size: str) -> None:
         _write_folder(root / name, size, weights)
     for k in range(EXPERTS):
         _write_scores(root, k)
+    _write_activations(root)
     done.write_text(json.dumps(size))
 
 
@@ -134,18 +137,36 @@ def _write_scores(root: Path, k: int) -> None:
     write_scores(Scores.from_tasks(meta, {"random": task}), root / f"expert{k}.scores.safetensors")
 
 
+def _write_activations(root: Path) -> None:
+    base = Checkpoint.open(str(root / "base"))
+    generator = torch.Generator().manual_seed(0)
+    means = {
+        name: torch.rand(header.shape[-1], generator=generator)
+        for name, header in base.tensors.items()
+        if "embed" not in name
+    }
+    identity = ModelId(base.name, None, base.fingerprint.config, base.fingerprint.tensors)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = Calibration(identity, "random", 0, 0, 0, "float32", "cpu", {}, now)
+    write_activations(Activations(about, means), root / "activations.safetensors")
+
+
 def write_recipe(root: Path, method: str) -> Path:
     """The plainest recipe of each method on the three experts, all with weight 1/3 where weights are asked."""
     models = []
-    for k in range(EXPERTS):
+    for k in range(1 if method == "aim" else EXPERTS):
         weight: dict[str, object] = {"weight": 1 / EXPERTS}
         if method in ("ties", "dare_ties"):
             weight["density"] = 0.5
-        if method == "wp":
+        if method in ("wp", "wp-scaled"):
             weight = {"scores": str(root / f"expert{k}.scores.safetensors")}
-        own = {} if method == "widen" else {"parameters": weight}  # it weighs the experts by itself
+        own = {} if method in ("widen", "aim") else {"parameters": weight}  # they weigh by themselves
         models.append({"model": str(root / f"expert{k}"), **own})
-    recipe: dict[str, object] = {"merge_method": method, "models": models}
+    recipe: dict[str, object] = {"merge_method": method.removesuffix("-scaled"), "models": models}
+    if method == "wp-scaled":
+        recipe["parameters"] = {"scale": 1.5}
+    if method == "aim":
+        recipe["parameters"] = {"activations": str(root / "activations.safetensors")}
     if method != "linear":
         recipe["base_model"] = str(root / "base")
     path = root / f"{method}.yaml"

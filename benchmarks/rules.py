@@ -8,6 +8,7 @@ capabilities that are merged, in percent right. What a rule may change, one or m
     scale      the task vector is multiplied                       power    s+^power in the place of s+
     shrink     so much of the way back to 1/K                      norm     each expert's scores divided by their mean
     fallback   where no expert scores: `base` instead of 1/K       utility  of the scores (writeback)
+    omega      AIM after the merge, calibrated on 256 texts as the base was trained on (1: no AIM)
 
 `scale` is an option of `merge_method: wp`; the others were dropped on what this printed (RESULTS.md).
 """
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,10 +29,15 @@ import torch
 import transformers
 
 from mergekit_wp.components import Geometry, slot_of
+from mergekit_wp.miniature.corpus import CAPABILITIES as NAMES
+from mergekit_wp.miniature.corpus import training_texts
 from mergekit_wp.miniature.grading import grade
 from mergekit_wp.scorefile import Scores, read_scores, write_scores
+from mergekit_wp.scoring.batches import batches
+from mergekit_wp.scoring.calibrate import cut, mean_inputs
 from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.stack import ResidentStack
 from mergekit_wp.scoring.steering import Greedy
 
 CAPABILITIES = ("instruction", "maths", "code")
@@ -48,6 +56,7 @@ class Rule:
     norm: bool = False
     base_fallback: bool = False
     average: bool = False
+    omega: float = 1.0
 
 
 PAPER = Rule("wp, writeback staged")
@@ -68,6 +77,16 @@ RULES = (
     replace(PAPER, name="scale 1.5, power 2", scale=1.5, power=2.0),
     replace(PAPER, name="scale 1.5, shrink 0.25", scale=1.5, shrink=0.25),
     replace(PAPER, name="scale 1.5, kl", scale=1.5, utility="kl"),
+    *(
+        replace(rule, name=f"{rule.name}, aim {omega}", omega=omega)
+        for rule in (
+            Rule("average", average=True),
+            Rule("average, scale 2", average=True, scale=2.0),
+            PAPER,
+            replace(PAPER, name="scale 1.75", scale=1.75),
+        )
+        for omega in (0.4, 0.8)
+    ),
 )
 
 
@@ -131,7 +150,21 @@ class World:
             shape = (len(experts), -1, 1) if along_rows else (len(experts), *[1] * (base.ndim - 1), -1)
             deltas = torch.stack([self.experts[expert][name] - base for expert in experts])
             merged[name] = base + rule.scale * (weight.reshape(shape) * deltas).sum(0)
+            if rule.omega < 1 and name in self.activations:
+                mean_C = self.activations[name]
+                merged[name] = base + (merged[name] - base) * (1 - (1 - rule.omega) * mean_C / mean_C.max())
         return merged
+
+    @cached_property
+    def activations(self) -> State:
+        """Mean |x| at the input of every module of the base, on texts drawn as those that it was trained on."""
+        config = json.loads((self.folder / "world.json").read_text())["config"]
+        shares, latent = (dict(zip(NAMES, config[key], strict=True)) for key in ("shares", "latent"))
+        texts = training_texts(shares, latent, config["plain_share"], 256, random.Random("aim"))
+        documents = [text.prompt + text.answer for text in texts]
+        _, blocks = cut(self.tokenizer, documents, len(documents), 256, str(self.folder))
+        base = ResidentStack(self._load("base").float(), torch.device("cpu"), torch.float32)
+        return mean_inputs(base, list(batches(blocks, 8, base.device)), lambda _done: None)
 
     def right(self, merged: State, capability: str) -> float:
         """Percent of the validation items of a capability that the merge, rounded to bfloat16, gets right."""
@@ -145,8 +178,9 @@ class World:
 
 @click.command()
 @click.argument("worlds", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--only", default="", help="Only rules whose name has this in it.")
 @click.option("--scores", type=click.Path(path_type=Path), default=Path("runs/rules"), show_default=True)
-def main(worlds: tuple[Path, ...], scores: Path) -> None:
+def main(worlds: tuple[Path, ...], only: str, scores: Path) -> None:
     """Print a Markdown table: rules by combinations, the mean over worlds, and the mean of each world.
 
     Runs the functions that the models write, in the miniature's sandbox.
@@ -157,7 +191,7 @@ def main(worlds: tuple[Path, ...], scores: Path) -> None:
     names = [" + ".join(experts) for experts in COMBINATIONS]
     click.echo(f"| rule | {' | '.join(names)} | mean | " + " | ".join(folder.name for folder in worlds) + " |")
     click.echo("|---" * (len(names) + 2 + len(worlds)) + "|")
-    for rule in RULES:
+    for rule in (rule for rule in RULES if only in rule.name):
         table = torch.zeros(len(opened), len(COMBINATIONS))
         for w, world in enumerate(opened):
             for c, experts in enumerate(COMBINATIONS):
