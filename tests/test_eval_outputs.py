@@ -284,6 +284,17 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path: Path) -> None:
     assert "&lt;b&gt;linear" in page
     assert "<strong>75.00 ±3.00</strong>" in page
     assert '<small class="up">+25.00</small>' in page
+    assert "All cells: task t; metric acc,none; items not recorded; limit none; shots 0; backend hf;" in page
+
+
+def test_the_page_says_once_what_is_the_same_for_all_cells(tmp_path: Path) -> None:
+    a = write_results(tmp_path / "a", {"linear": {"A": 0.5}})
+    b = write_results(tmp_path / "b", {"wp": {"A": 0.75}}, {"dtype": "float32"})
+    compared(a, b, "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "limit none; shots 0; backend hf; options none; device not recorded;" in page
+    assert "<th>dtype</th>" in page
+    assert "<td>float32</td>" in page
 
 
 def test_wp_eval_writes_the_page_too_and_wp_compare_reads_its_results(world: Path, tmp_path: Path) -> None:

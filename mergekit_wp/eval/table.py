@@ -73,11 +73,11 @@ class Table:
         """The row's name, marked where only part of each task was measured."""
         return row.model.name + ("*" if self.limit_of(row) else "")
 
-    def notes(self) -> list[str]:
-        """What the numbers are; sentences."""
+    def notes(self, differences: str = "In brackets") -> list[str]:
+        """What the numbers are; sentences. `differences` is how they are set."""
         notes = [f"Suite {self.suite.name}; percent \u00b1 standard error."]
         if self.baseline:
-            notes.append(f"In brackets: points of difference to {self.baseline}.")
+            notes.append(f"{differences}: points of difference to {self.baseline}.")
         if limits := sorted({limit for row in self.rows if (limit := self.limit_of(row))}):
             notes.append(f"* Only the first {', '.join(map(str, limits))} items of each task: not comparable.")
         if any(not self.has(row, AVERAGE) for row in self.rows):
