@@ -251,6 +251,18 @@ def test_texts_are_asked_for_without_special_tokens_under_vllm_alone(world: Path
         assert not (chosen.get_config("generation_kwargs") or {}).get("skip_special_tokens")
 
 
+def test_what_a_model_says_of_generation_leaves_greedy_answers_as_they_are(world: Path, tmp_path: Path) -> None:
+    """vLLM takes nothing else from generation_config.json than where an answer ends."""
+    model = make_model(tmp_path / "model", seed=1)
+    settings = json.loads((model / "generation_config.json").read_text())
+    changed = {**settings, "repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "num_beams": 3, "min_length": 50}
+    (model / "generation_config.json").write_text(json.dumps(changed))
+    outcome = wp_eval(suite_of(world, tmp_path), f"a={world / 'model'}", f"b={model}", "--out", tmp_path / "out")
+    assert outcome.exit_code == 0, outcome.output
+    first, second = (row["cells"]["Gen"]["value"] for row in results(tmp_path / "out")["rows"])
+    assert first == second == 5 / 8
+
+
 def test_vllm_is_shown_the_one_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for before, device, after in (

@@ -140,13 +140,21 @@ def load(
 
 def _hf(backend: Backend, folder: Path, device: str, dtype: str, batch_size: int | str, trust: bool) -> Any:
     from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
 
     options = dict(backend.options)
     if length := options.pop("max_model_len", None):
         options["max_length"] = length
-    return HFLM(
+    lm: Any = HFLM(
         pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size, trust_remote_code=trust, **options
     )
+    # Of a model's generation_config.json, what vLLM goes by: where an answer ends. A repetition penalty (Qwen2.5's)
+    # or a number of beams there would make other answers than the greedy ones that the suite asks for.
+    own = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    return lm
 
 
 def _vllm(backend: Backend, folder: Path, device: str, dtype: str, batch_size: int | str, trust: bool) -> Any:
