@@ -10,15 +10,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 import worlds
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-def wp_eval(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command as a user gives it, in a process of its own."""
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def wp_eval(*arguments: object, seen: list[set[int]] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a user gives it, in a process of its own.
+
+    `seen` gets, five times a second, the sessions that its processes have opened.
+    """
     command = [sys.executable, "-m", "mergekit_wp.eval.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    while True:
+        try:
+            said, errors = running.communicate(timeout=0.2)
+            return subprocess.CompletedProcess(command, running.returncode, said, errors)
+        except subprocess.TimeoutExpired:
+            if seen is not None:
+                seen.append(_sessions(running.pid))
+
+
+def _sessions(pid: int) -> set[int]:
+    own, found = os.getsid(0), set()
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            found.add(os.getsid(process.pid))
+        except ProcessLookupError:
+            continue
+    return found - {own}
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +54,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def outs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sessions() -> list[set[int]]:
+    """The sessions seen, sample by sample, while vLLM ran for `outs`."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def outs(world: Path, sessions: list[set[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """backend -> the folder of its results on all four models, with logs."""
     found = {}
     models = [f"{name}={world / name}" for name in worlds.MODELS]
     for backend in ("hf", "vllm"):
         found[backend] = tmp_path_factory.mktemp(backend)
         outcome = wp_eval(
-            world / "suite.yaml", *models, "--backend", backend, "--device", "cpu", "--allow-code-execution",
-            "--log-samples", "--out", found[backend],
+            world / "suite.yaml", *models, "--backend", backend, "--allow-code-execution", "--log-samples",
+            "--out", found[backend], seen=sessions if backend == "vllm" else None,
         )  # fmt: skip
         assert outcome.returncode == 0, outcome.stderr
     return found

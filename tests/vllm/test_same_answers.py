@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DEVICE
 from worlds import MODELS, Oracle, Sure
 
 GENERATED = {"Instruction": "mini_instruction", "Maths": "mini_maths", "Code": "mini_code", "Long": "mini_long"}
@@ -41,7 +42,7 @@ def test_it_was_vllm_and_float32(outs: dict[str, Path]) -> None:
         for about in row(out, "base")["measured"].values():
             assert about["backend"] == backend
             assert about["dtype"] == "float32"
-            assert about["device"] == "cpu"
+            assert about["device"] == DEVICE
             assert about["max_length"] == 256
             assert about["versions"].get("vllm", "").startswith("0.32.0") == (backend == "vllm")
 

@@ -34,8 +34,13 @@ CONFIG = WorldConfig(
 
 
 def build(root: Path) -> Path:
-    """The world's folder, with `mini_choice` and `mini_long` among its tasks and a suite.yaml of all five."""
+    """The world's folder, with `mini_choice` and `mini_long` among its tasks and a suite.yaml of all five.
+
+    The instruction expert asks for a repetition penalty, as Qwen2.5's models do; greedy answers are without.
+    """
     world = build_world(CONFIG, root, quiet=True)
+    settings = world / "instruction" / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "repetition_penalty": 1.3}))
     tasks = world / "tasks"
     items = [json.loads(line) for line in (tasks / "data" / "mini_maths.jsonl").read_text().splitlines()]
     # Which of four worked answers: some are long, and all begin alike.
@@ -97,7 +102,11 @@ class Oracle:
         ids = self.tokenizer(prompt)["input_ids"][-(CONTEXT - MAX_ANSWER_TOKENS) :]
         end = self.tokenizer.eos_token_id
         row = self.model.generate(
-            torch.tensor([ids]), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, pad_token_id=end
+            torch.tensor([ids]),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=end,
+            repetition_penalty=1.0,
         )
         best = self.model(row).logits[0, len(ids) - 1 : -1].topk(2).values  # [answer tokens, 2]
         sure = ((best[:, 0] - best[:, 1]) >= NEAR_TIE).tolist()
