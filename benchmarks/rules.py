@@ -8,6 +8,10 @@ capabilities that are merged, in percent right. What a rule may change, one or m
     scale      the task vector is multiplied                       power    s+^power in the place of s+
     shrink     so much of the way back to 1/K                      norm     each expert's scores divided by their mean
     fallback   where no expert scores: `base` instead of 1/K       utility  of the scores (writeback)
+    elect      per weight, the sign of the merge is elected and only updates that agree count (TIES, with wp's shares)
+    keep       first only so large a part of each update, the largest weights
+    draws      scores are means over so many draws of prompts, and `error` shrinks shares to 1/K where experts differ
+               by no more than the error of those means
     omega      AIM after the merge, calibrated on 256 texts as the base was trained on (1: no AIM)
 
 `scale` is an option of `merge_method: wp`; the others were dropped on what this printed (RESULTS.md).
@@ -57,6 +61,10 @@ class Rule:
     base_fallback: bool = False
     average: bool = False
     omega: float = 1.0
+    elect: bool = False
+    keep: float = 1.0
+    draws: int = 1
+    error: bool = False
 
 
 PAPER = Rule("wp, writeback staged")
@@ -77,6 +85,16 @@ RULES = (
     replace(PAPER, name="scale 1.5, power 2", scale=1.5, power=2.0),
     replace(PAPER, name="scale 1.5, shrink 0.25", scale=1.5, shrink=0.25),
     replace(PAPER, name="scale 1.5, kl", scale=1.5, utility="kl"),
+    replace(PAPER, name="elect", elect=True),
+    replace(PAPER, name="elect, scale 1.25", elect=True, scale=1.25),
+    replace(PAPER, name="elect, scale 1.5", elect=True, scale=1.5),
+    replace(PAPER, name="elect, scale 1.25, keep 0.5", elect=True, scale=1.25, keep=0.5),
+    Rule("average, elect", average=True, elect=True),
+    Rule("average, elect, scale 1.25", average=True, elect=True, scale=1.25),
+    replace(PAPER, name="4 draws", draws=4),
+    replace(PAPER, name="4 draws, scale 1.75", draws=4, scale=1.75),
+    replace(PAPER, name="4 draws, shrunk by their error", draws=4, error=True),
+    replace(PAPER, name="4 draws, shrunk by their error, scale 1.75", draws=4, error=True, scale=1.75),
     *(
         replace(rule, name=f"{rule.name}, aim {omega}", omega=omega)
         for rule in (
@@ -116,25 +134,35 @@ class World:
     def _load(self, name: str) -> transformers.PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.bfloat16)
 
-    def scores_of(self, expert: str, rule: Rule) -> Scores:
-        """Scored with wp-score's engine, once."""
-        file = self.scores / f"{expert}-{rule.method}-{rule.utility}.safetensors"
+    def scores_of(self, expert: str, rule: Rule, seed: int = 0) -> Scores:
+        """Scored with wp-score's engine, once; `seed` draws and splits the prompts."""
+        file = self.scores / f"{expert}-{rule.method}-{rule.utility}-{seed}.safetensors"
         if not file.is_file():
             self.scores.mkdir(parents=True, exist_ok=True)
             base, model, pairs = (str(self.folder / name) for name in ("base", expert, f"pairs/{expert}.jsonl"))
-            write_scores(score(ScoringJob(base, model, pairs, method=rule.method, utility=rule.utility)), file)
+            job = ScoringJob(base, model, pairs, method=rule.method, utility=rule.utility, seed=seed)
+            write_scores(score(job), file)
         return read_scores(file)
 
     def shares(self, experts: tuple[str, ...], rule: Rule, kind: str) -> torch.Tensor:
         """alpha [K, L, n] under the rule."""
-        files = [self.scores_of(expert, rule) for expert in experts]
-        positive = torch.stack([getattr(file, kind).double() for file in files]).clamp(min=0)
+        draws = [
+            [getattr(self.scores_of(expert, rule, seed), kind).double() for seed in range(rule.draws)]
+            for expert in experts
+        ]
+        drawn = torch.stack([torch.stack(files) for files in draws])  # [K, draws, L, n]
+        mean = drawn.mean(1)
+        positive = mean.clamp(min=0)
         if rule.norm:
             positive /= positive.mean((1, 2), keepdim=True)
         sharp, uniform = positive**rule.power, 1 / len(experts)
         total = sharp.sum(0)
         alpha = torch.where(total > 0, sharp / total, 0.0 if rule.base_fallback else uniform)
-        alpha = (1 - rule.shrink) * alpha + rule.shrink * uniform
+        back: float | torch.Tensor = rule.shrink
+        if rule.error:
+            apart = ((mean - mean.mean(0)) ** 2).sum(0)
+            back = ((drawn.var(1) / rule.draws).sum(0) / apart.clamp(min=1e-30)).clamp(max=1)
+        alpha = (1 - back) * alpha + back * uniform
         return torch.full_like(alpha, uniform) if rule.average else alpha
 
     def merge(self, experts: tuple[str, ...], rule: Rule) -> State:
@@ -149,7 +177,7 @@ class World:
             along_rows = base.ndim > 1 and (slot is None or slot.axis == 0)
             shape = (len(experts), -1, 1) if along_rows else (len(experts), *[1] * (base.ndim - 1), -1)
             deltas = torch.stack([self.experts[expert][name] - base for expert in experts])
-            merged[name] = base + rule.scale * (weight.reshape(shape) * deltas).sum(0)
+            merged[name] = base + rule.scale * _fused(weight.reshape(shape), deltas, rule)
             if rule.omega < 1 and name in self.activations:
                 mean_C = self.activations[name]
                 merged[name] = base + (merged[name] - base) * (1 - (1 - rule.omega) * mean_C / mean_C.max())
@@ -174,6 +202,20 @@ class World:
         texts = self.greedy.answers(self.model, prompts, ("Request:",))
         passed = (grade(capability, t, json.loads(item["grading"])) for t, item in zip(texts, items, strict=True))
         return 100 * sum(passed) / len(items)
+
+
+def _fused(alpha: torch.Tensor, deltas: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """What is added to the base: sum_k alpha_k delta_k, or the mean, by alpha, of those that have the sum's sign."""
+    if rule.keep < 1:
+        flat = deltas.abs().flatten(1)
+        least = flat.kthvalue(flat.shape[1] - max(1, int(rule.keep * flat.shape[1])) + 1, dim=1).values
+        deltas = torch.where(deltas.abs() >= least.reshape(-1, *[1] * (deltas.ndim - 1)), deltas, 0)
+    total = (alpha * deltas).sum(0)
+    if not rule.elect:
+        return total
+    agree = ((deltas.sign() == total.sign()) & (deltas != 0)).float()
+    share = (alpha * agree).sum(0)
+    return torch.where(share > 0, (alpha * deltas * agree).sum(0) / share.clamp(min=1e-30), 0)
 
 
 @click.command()

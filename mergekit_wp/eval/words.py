@@ -18,7 +18,7 @@ def check_word_lists(task: str, folders: Iterable[Path]) -> None:
     import nltk
 
     try:
-        nltk.data.find(f"tokenizers/{_TOKENIZER_DATA}")
+        nltk.data.find(f"tokenizers/{_TOKENIZER_DATA}/english/")
     except LookupError as error:
         raise BadInput(
             f"task {task}: its grader needs NLTK's {_TOKENIZER_DATA}, which is in none of NLTK's folders; run "
