@@ -21,7 +21,7 @@ BLOCKS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0
 
 
 def plain(model, blocks):
-    """Sum over blocks of mean |x_c| at every module with a weight but the embedding, over the module's maximum."""
+    """Sum over blocks of mean |x_c| at every module with a weight but the embedding, by the weight's name."""
     sums = {}
 
     def hear(name):
@@ -41,7 +41,7 @@ def plain(model, blocks):
             model(torch.tensor([block]))
     for handle in handles:
         handle.remove()
-    return {name: total / total.max() for name, total in sums.items()}
+    return sums
 
 
 @pytest.fixture(params=tiny.ARCHITECTURES)
@@ -66,7 +66,8 @@ def test_against_plain_hooks(kind, size, saved, monkeypatch):
         del want["lm_head.weight"]
     assert set(got) == set(want)
     for name, mean_C in got.items():
-        torch.testing.assert_close(mean_C / mean_C.max(), want[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean_C / mean_C.max(), want[name] / want[name].max(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean_C, want[name] / len(BLOCKS), rtol=1e-5, atol=1e-6)
     assert sum(done) == len(BLOCKS) * 4
     assert not any(module._forward_pre_hooks for module in stack.model.modules())
 
@@ -130,7 +131,7 @@ def test_the_command_writes_what_the_loop_finds(saved, texts, offload, tmp_path)
     assert (got.meta.documents, got.meta.blocks, got.meta.tokens) == (12, len(blocks), 48)
     want = plain(model, blocks)
     for name, mean_C in got.means.items():
-        torch.testing.assert_close(mean_C / mean_C.max(), want[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean_C, want[name] / len(blocks), rtol=1e-5, atol=1e-6)
     assert set(got.means) == {n for n in base.tensors if n.endswith("weight") and n != "model.embed_tokens.weight"}
 
 

@@ -28,7 +28,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def write_random_activations(world, seed=0):
-    """Of every weight but the embedding; that of one module is 0 throughout, as if nothing ever reached it."""
+    """Of every weight but the embedding; 0 in the first channel and in all of one module, as if nothing came there."""
     base = Checkpoint.open(str(world.base))
     generator = torch.Generator().manual_seed(seed)
     means = {
@@ -36,6 +36,8 @@ def write_random_activations(world, seed=0):
         for name, header in base.tensors.items()
         if name.endswith("weight") and name != EMBEDDING
     }
+    for mean_C in means.values():
+        mean_C[0] = 0
     means["model.layers.1.mlp.down_proj.weight"].zero_()
     about = ModelId(str(world.base), None, base.fingerprint.config, base.fingerprint.tensors)
     path = world.root / "activations.safetensors"
@@ -100,13 +102,16 @@ def test_omega_1_changes_nothing(dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_omega_0_gives_the_bases_column_where_the_input_is_largest(dtype, tmp_path):
+    """And the merge's own where there is none, to the bit, though the two are of very different sizes."""
     world = build(tmp_path, dtypes=[dtype, dtype])
+    rewrite(world.expert(0), lambda tensors: {name: tensor * 1e-3 for name, tensor in tensors.items()})
     means = read_activations(world.root / "activations.safetensors").means
     base, tuned, out = tensors_of(world.base), tensors_of(world.expert(0)), tensors_of(merge(world, recipe(world, 0)))
     for name, mean_C in means.items():
         if mean_C.any():
             top = int(mean_C.argmax())
             assert torch.equal(out[name][..., top], base[name][..., top])
+            assert torch.equal(out[name][..., 0], tuned[name][..., 0])
             assert not torch.equal(out[name], base[name])
         else:
             assert torch.equal(out[name], tuned[name])
@@ -241,5 +246,6 @@ def test_the_audit_catches_a_wrong_tensor(world, name):
 def test_the_audit_tells_one_omega_from_another(world):
     out = world.root / "out"
     run(world.recipe(recipe(world, 0.5)), out, "--no-audit")
+    audit(out, plan_of(world, recipe(world, 0.5)), say=lambda _: None, load=False)
     with pytest.raises(AuditFailed):
         audit(out, plan_of(world, recipe(world, 0.4)), say=lambda _: None, load=False)
