@@ -25,7 +25,7 @@ def environment(**more: str) -> dict[str, str]:
 def wp_eval(*arguments: object, seen: list[set[int]] | None = None) -> subprocess.CompletedProcess[str]:
     """The command as a user gives it, in a process of its own.
 
-    `seen` gets, five times a second, the sessions that its processes have opened.
+    `seen` gets, five times a second, the processes that hold vLLM.
     """
     command = [sys.executable, "-m", "mergekit_wp.eval.cli", *map(str, arguments)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
@@ -35,17 +35,19 @@ def wp_eval(*arguments: object, seen: list[set[int]] | None = None) -> subproces
             return subprocess.CompletedProcess(command, running.returncode, said, errors)
         except subprocess.TimeoutExpired:
             if seen is not None:
-                seen.append(_sessions(running.pid))
+                seen.append(_engines(running.pid))
 
 
-def _sessions(pid: int) -> set[int]:
-    own, found = os.getsid(0), set()
+def _engines(pid: int) -> set[int]:
+    """Those of a process's descendants that have vLLM's kernels in memory."""
+    found = set()
     for process in psutil.Process(pid).children(recursive=True):
         try:
-            found.add(os.getsid(process.pid))
-        except ProcessLookupError:
+            if "/vllm/_C" in Path(f"/proc/{process.pid}/maps").read_text():
+                found.add(process.pid)
+        except OSError:  # it has just ended
             continue
-    return found - {own}
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +56,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sessions() -> list[set[int]]:
-    """The sessions seen, sample by sample, while vLLM ran for `outs`."""
+def engines() -> list[set[int]]:
+    """The processes that held vLLM, sample by sample, while it ran for `outs`."""
     return []
 
 
 @pytest.fixture(scope="session")
-def outs(world: Path, sessions: list[set[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def outs(world: Path, engines: list[set[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """backend -> the folder of its results on all four models, with logs."""
     found = {}
     models = [f"{name}={world / name}" for name in worlds.MODELS]
@@ -68,7 +70,7 @@ def outs(world: Path, sessions: list[set[int]], tmp_path_factory: pytest.TempPat
         found[backend] = tmp_path_factory.mktemp(backend)
         outcome = wp_eval(
             world / "suite.yaml", *models, "--backend", backend, "--allow-code-execution", "--log-samples",
-            "--out", found[backend], seen=sessions if backend == "vllm" else None,
+            "--out", found[backend], seen=engines if backend == "vllm" else None,
         )  # fmt: skip
         assert outcome.returncode == 0, outcome.stderr
     return found

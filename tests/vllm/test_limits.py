@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE, wp_eval
+from conftest import DEVICE
+from eval_world import wp_eval
 from tiny import random_model, save
 
 from mergekit_wp.eval.backends import vllm_version
@@ -35,8 +36,8 @@ def test_what_vllm_cannot_do_is_one_sentence(world: Path, tmp_path: Path, more: 
         world / "suite.yaml", tmp_path / "model", "--backend", "vllm", *more, "--allow-code-execution",
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert outcome.returncode == 2, outcome.stderr
-    said = outcome.stderr.rstrip("\n").rsplit("Error: ", 1)[1]
+    assert outcome.exit_code == 2, outcome.output
+    said = outcome.output.rstrip("\n").rsplit("Error: ", 1)[1]
     assert sentence in said
     assert len(said.splitlines()) == 1
 
