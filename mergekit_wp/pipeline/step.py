@@ -27,6 +27,7 @@ from mergekit_wp.files import write_text
 from mergekit_wp.pipeline.digest import Digests, digest_of
 
 _PACKAGE = Path(mergekit_wp.__file__).parent
+_CONSENT = "--allow-code-execution"
 _DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 
 
@@ -45,6 +46,10 @@ class Step:
     def text(self) -> str:
         """The command as a person types it."""
         return shlex.join(self.command)
+
+    def identity(self) -> str:
+        """The command as far as it decides the outcome: consent to run code decides only whether there is one."""
+        return shlex.join(word for word in self.command if word != _CONSENT)
 
 
 class StepFailed(click.ClickException):
@@ -79,7 +84,7 @@ class Stamps:
             return "not run yet"
         if missing := [path for path in step.outputs if not path.exists()]:
             return f"{missing[0]} is missing"
-        if stamp.get("command") != step.text():
+        if stamp.get("command") != step.identity():
             return "its command is another one"
         if changed := _differing(before, self._digests(step.inputs)):
             return f"{changed} has changed"
@@ -102,7 +107,7 @@ class Stamps:
         missing = [str(path) for path in step.outputs if not path.exists()]
         if code or missing:
             raise StepFailed(step, f"exit code {code}" if code else f"{', '.join(missing)} missing", max(code, 1))
-        stamp = {"command": step.text(), "inputs": inputs, "outputs": self._digests(step.outputs)}
+        stamp = {"command": step.identity(), "inputs": inputs, "outputs": self._digests(step.outputs)}
         write_text(
             self.folder / f"{step.name}.json", json.dumps({**stamp, "code": code_digest(step.code)}, indent=2) + "\n"
         )
