@@ -16,6 +16,7 @@ from mergekit_wp.pipeline.cli import main
 from mergekit_wp.pipeline.plan import derived_files, hub_models, pipeline_steps, write_derived
 from mergekit_wp.pipeline.recipes import models_of, scores_of
 from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.scoring.job import ScoringJob
 
 MINIMAL = {
     "base": "user/base",
@@ -216,3 +217,15 @@ def test_a_pipeline_needs_no_scores_for_other_methods(tmp_path: Path) -> None:
     path = write(tmp_path, {**MINIMAL, "experts": {"a": both}})
     with pytest.raises(BadInput, match="both `scoring` and `scores`"):
         read_pipeline(path)
+
+
+def test_the_readmes_example_is_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (example,) = [part for part in text.split("```") if part.startswith("yaml\n# 13b.yaml")]
+    (tmp_path / "13b.yaml").write_text(example.removeprefix("yaml\n"))
+    monkeypatch.chdir(root)
+    pipeline = read_pipeline(tmp_path / "13b.yaml")
+    assert [step.stage for step in pipeline_steps(pipeline)] == ["score", "score", "merge", "merge", "evaluate", "push"]
+    jobs = [yaml.safe_load(text) for path, text in derived_files(pipeline).items() if path.parent.name == "scoring"]
+    assert [ScoringJob.from_mapping(job, "here").layer for job in jobs] == [27, 27]
