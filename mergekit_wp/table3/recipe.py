@@ -56,7 +56,7 @@ def merge_key(point: Point, experts: tuple[str, ...], world: TrainedWorld) -> st
 
 def grade_key(model: str, split: str, capabilities: tuple[str, ...], world: TrainedWorld, settings: list[Any]) -> str:
     """Twelve hex digits that name one grading: `model` is a merge's key or the digest of a model of the world."""
-    graders = source("miniature")
+    graders = [source("miniature"), source("sandbox")]
     return _key("grade", model, split, capabilities, world.digests["tasks"], settings, graders,
                 _versions(_GRADE_VERSIONS))  # fmt: skip
 
