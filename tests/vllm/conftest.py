@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -63,14 +64,17 @@ def engines() -> list[set[int]]:
 
 @pytest.fixture(scope="session")
 def outs(world: Path, engines: list[set[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """backend -> the folder of its results on all four models, with logs."""
-    found = {}
+    """backend -> the folder of its results on all four models, with logs; the two run side by side."""
+    found = {backend: tmp_path_factory.mktemp(backend) for backend in ("hf", "vllm")}
     models = [f"{name}={world / name}" for name in worlds.MODELS]
-    for backend in ("hf", "vllm"):
-        found[backend] = tmp_path_factory.mktemp(backend)
-        outcome = wp_eval(
+
+    def run(backend: str) -> subprocess.CompletedProcess[str]:
+        return wp_eval(
             world / "suite.yaml", *models, "--backend", backend, "--allow-code-execution", "--log-samples",
             "--out", found[backend], seen=engines if backend == "vllm" else None,
         )  # fmt: skip
-        assert outcome.returncode == 0, outcome.stderr
+
+    with ThreadPoolExecutor() as pool:
+        for outcome in pool.map(run, found):
+            assert outcome.returncode == 0, outcome.stderr
     return found

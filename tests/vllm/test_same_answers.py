@@ -77,6 +77,7 @@ def test_the_answers_say_something(outs, sure) -> None:
     """Or equality would be cheap: near ties are rare, answers differ from item to item, an expert is often right."""
     everything = [item for found in sure.values() for item in found]
     assert sum(item.whole for item in everything) >= 0.95 * len(everything)
+    assert sum(item.special for item in sure["base", "Instruction"]) > 3
     for model in ("instruction", "maths", "code"):
         texts = [item["resps"][0][0] for item in log(outs["vllm"], model, model.capitalize())]
         assert len(set(texts)) > len(texts) / 2

@@ -36,9 +36,11 @@ CONFIG = WorldConfig(
 def build(root: Path) -> Path:
     """The world's folder, with `mini_choice` and `mini_long` among its tasks and a suite.yaml of all five.
 
-    The instruction expert asks for a repetition penalty, as Qwen2.5's models do; greedy answers are without.
+    The instruction expert asks for a repetition penalty, as Qwen2.5's models do; greedy answers are without. The
+    base says a special token for every comma; texts are without.
     """
     world = build_world(CONFIG, root, quiet=True)
+    _say_unknown_for_commas(world / "base")
     settings = world / "instruction" / "generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "repetition_penalty": 1.3}))
     tasks = world / "tasks"
@@ -77,6 +79,17 @@ def build(root: Path) -> Path:
     return world
 
 
+def _say_unknown_for_commas(folder: Path) -> None:
+    """<unk> reads like a comma and is a little likelier."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    unknown, comma = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids(",")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[unknown] = model.model.embed_tokens.weight[comma]
+        model.lm_head.weight[unknown] = 1.1 * model.lm_head.weight[comma]
+    model.save_pretrained(folder, max_shard_size=model.num_parameters())  # the same shards
+
+
 def _write_task(folder: Path, name: str, **content: object) -> None:
     source = {"data_files": {"test": str(folder / f"{name}.json")}}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, "dataset_kwargs": source, **content}))
@@ -84,10 +97,14 @@ def _write_task(folder: Path, name: str, **content: object) -> None:
 
 @dataclass(frozen=True)
 class Sure:
-    """A model's greedy answer as far as no near tie decides it; `whole` when none does."""
+    """A model's greedy answer as far as no near tie decides it; `whole` when none does.
+
+    `special` is whether there are special tokens in it, which the text leaves out, before its end.
+    """
 
     text: str
     whole: bool
+    special: bool
 
 
 class Oracle:
@@ -111,5 +128,7 @@ class Oracle:
         best = self.model(row).logits[0, len(ids) - 1 : -1].topk(2).values  # [answer tokens, 2]
         sure = ((best[:, 0] - best[:, 1]) >= NEAR_TIE).tolist()
         until = sure.index(False) if False in sure else len(sure)
-        text = self.tokenizer.decode(row[0, len(ids) : len(ids) + until], skip_special_tokens=True)
-        return Sure(text.split(ANSWER_END)[0], until == len(sure) or ANSWER_END in text)
+        said = row[0, len(ids) : len(ids) + until]
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        special = self.tokenizer.unk_token_id in said
+        return Sure(text.split(ANSWER_END)[0], until == len(sure) or ANSWER_END in text, special)
