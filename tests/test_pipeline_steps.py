@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mergekit_wp.pipeline import digest as digest_module
+from mergekit_wp import digests as digests_module
 from mergekit_wp.pipeline.digest import Digests, digest
 from mergekit_wp.pipeline.step import Stamps, Step, code_digest
 
@@ -115,14 +115,11 @@ def test_a_large_file_is_read_once_and_again_when_it_was_touched(tmp_path: Path,
     large, memory = tmp_path / "large", tmp_path / "digests.json"
     large.write_bytes(bytes(2**20))
     read = []
-    hashed = digest_module.hashlib.file_digest
-    monkeypatch.setattr(digest_module.hashlib, "file_digest", lambda *a: read.append(1) or hashed(*a))
+    hashed = digests_module.hashlib.file_digest
+    monkeypatch.setattr(digests_module.hashlib, "file_digest", lambda *a: read.append(1) or hashed(*a))
 
     def of() -> str:
-        digests = Digests(memory)
-        found = digests.of(large)
-        digests.save()
-        return found
+        return Digests(memory).of(large)
 
     before = of()
     assert [of(), of()] == [before, before]

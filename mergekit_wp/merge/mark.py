@@ -6,9 +6,7 @@ wp-push publishes only files that the mark vouches for. It is a YAML, not a JSON
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.checkpoint import content_digest, read_header
+from mergekit_wp.digests import sha256_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 
@@ -136,17 +135,3 @@ def marked_files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and path.name not in _UNMARKED
     )
-
-
-def sha256_of(paths: Sequence[Path]) -> list[str]:
-    """Hex SHA-256 of each file, several at a time. Raises `BadInput` naming the file that cannot be read."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(_sha256, paths))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read this file ({error.strerror or error}).") from error

@@ -69,7 +69,6 @@ def run_steps(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -
         begun = time.monotonic()
         stamps.run(step)
         click.echo(f"      {time.monotonic() - begun:.0f} s")
-    stamps.digests.save()
 
 
 def show_plan(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
@@ -86,7 +85,6 @@ def show_plan(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -
         click.echo("done" if why is None else f"to do ({why})")
         if why is not None:
             click.secho(f"      $ {step.text()}", fg="cyan")
-    stamps.digests.save()
 
 
 def _fetch(names: Sequence[str]) -> None:

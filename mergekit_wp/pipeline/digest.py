@@ -1,20 +1,21 @@
 """What a file, a folder or a model holds, as SHA-256, without reading again what has not been touched.
 
 Content, not dates, decides whether a step is still right. But a merge of 13B models is 26 GB, and reading all of it
-to say "nothing to do" would take a minute a model. So the digest of a large file is remembered with its size, its
-modification time and its inode, as git's index does; and a file of the Hub's cache is named by its SHA-256 there.
+to say "nothing to do" would take a minute a model: so the digests of large files are remembered
+(`mergekit_wp.digests`), and a file of the Hub's cache is known by its name there, which is its SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mergekit_wp.files import write_text
+import click
+
+from mergekit_wp import digests
 
 _LARGE_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -23,39 +24,33 @@ _BESIDE = {"__pycache__", ".cache"}
 
 
 class Digests:
-    """Digests of paths; those of large files are remembered in `file`, or for this object's life if it is None."""
+    """Digests of paths; those of large files are remembered in `memory`, or for this object's life if it is None."""
 
-    def __init__(self, file: Path | None = None) -> None:
-        self.file = file
-        self.known = _read(file)
-        self.before = dict(self.known)
+    def __init__(self, memory: Path | None = None) -> None:
+        self._large = digests.Digests(memory, lambda text: click.echo(text, err=True))
 
     def of(self, path: Path) -> str:
-        """SHA-256 of a file's content, or of all files below a folder with their names; "" if there is none."""
+        """SHA-256 of a file's content, or of all files below a folder with their names; "" if there is none.
+
+        Raises `BadInput` for a file that cannot be read.
+        """
         if path.is_dir():
             below = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-            return digest_of(f"{file}={self.of(path / file)}" for file in below if not _BESIDE & set(file.parts))
-        if not path.is_file():
-            return ""
-        stat = path.stat()
-        if stat.st_size < _LARGE_BYTES:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        real = path.resolve()
-        if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
-            return real.name
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        known = self.known.get(str(real))
-        if known is None or known[:3] != mark:
-            with real.open("rb") as stream:
-                known = [*mark, hashlib.file_digest(stream, "sha256").hexdigest()]
-            self.known[str(real)] = known
-        return str(known[3])
+            kept = [file for file in below if not _BESIDE & set(file.parts)]
+            found = self._files([path / file for file in kept])
+            return digest_of(f"{file}={value}" for file, value in zip(kept, found, strict=True))
+        return self._files([path])[0] if path.is_file() else ""
 
-    def save(self) -> None:
-        """Write down what was learnt, for the next run."""
-        if self.file is not None and self.known != self.before:
-            write_text(self.file, json.dumps(self.known, indent=0) + "\n")
-            self.before = dict(self.known)
+    def _files(self, files: Sequence[Path]) -> list[str]:
+        """One digest a file; large ones are read several at a time."""
+        real = [file.resolve() for file in files]
+        named = [file.parent.name == "blobs" and bool(_SHA256.fullmatch(file.name)) for file in real]
+        large = [f for f, n in zip(real, named, strict=True) if not n and f.stat().st_size >= _LARGE_BYTES]
+        known = self._large(large)
+        return [
+            file.name if name else known[file] if file in known else hashlib.sha256(file.read_bytes()).hexdigest()
+            for file, name in zip(real, named, strict=True)
+        ]
 
 
 def digest(path: Path) -> str:
@@ -72,12 +67,3 @@ def readable(path: Path) -> Path:
     """The path relative to the working directory where it lies below it, as a person would type it."""
     relative = Path(os.path.relpath(path))
     return path if relative.parts[:1] == ("..",) else relative
-
-
-def _read(file: Path | None) -> dict[str, list[int | str]]:
-    """What was remembered; a file that is missing or damaged only costs the time to read the models again."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-        return {key: value for key, value in content.items() if isinstance(value, list) and len(value) == 4}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -138,7 +138,9 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     command += ["--out", str(out), *pipeline.flags["evaluate"]]
     inputs = [how.suite, *([how.include_path] if how.include_path else []), *_folders(rows.values())]
     outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
-    return _step("evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox", "miniature"))
+    return _step(
+        "evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox", "miniature")
+    )
 
 
 def _push_step(pipeline: Pipeline) -> Step:

@@ -111,7 +111,6 @@ class Stamps:
         write_text(
             self.folder / f"{step.name}.json", json.dumps({**stamp, "code": code_digest(step.code)}, indent=2) + "\n"
         )
-        self.digests.save()
 
     def _digests(self, paths: Iterable[Path]) -> dict[str, str]:
         return {str(path): self.digests.of(path) for path in paths}

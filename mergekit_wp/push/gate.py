@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
+from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
 from mergekit_wp.merge.mark import MARK, Mark, make_mark, marked_files, read_mark
-from mergekit_wp.push.digests import Digests
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.steady import first
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.mark import Mark, marked_files
@@ -18,7 +19,6 @@ from mergekit_wp.push import results as evaluations
 from mergekit_wp.push import stage as staging
 from mergekit_wp.push.card import Card, CardResults
 from mergekit_wp.push.check import check_secrets
-from mergekit_wp.push.digests import Digests
 from mergekit_wp.push.gate import passed_audit
 from mergekit_wp.push.licences import Licence, decide, is_licence_id, name_trouble
 from mergekit_wp.push.names import Names

@@ -17,11 +17,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, write_text
 from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
 from mergekit_wp.merge.plan import OURS, WP
-from mergekit_wp.push.digests import Digests
 from mergekit_wp.push.gate import is_licence_text, is_model_file
 from mergekit_wp.push.names import FILE_KEYS, Names, without_home
 from mergekit_wp.push.parents import Parent

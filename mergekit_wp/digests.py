@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered: a rerun of a push does not read tens of GB again.
+"""SHA-256 of files, remembered: what comes again and finds nothing changed does not read tens of GB again.
 
 A file is known by its path, size, times of modification and of change, and inode. The time of change cannot be set
 by copying tools, so a file that was rewritten is read again.
@@ -6,25 +6,29 @@ by copying tools, so a file that was rewritten is read again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
-from mergekit_wp.merge.checks import size_text
-from mergekit_wp.merge.mark import sha256_of
+
+_WORTH_A_WORD = 1e9  # bytes
 
 
 class Digests:
-    """The memory at `path`; a missing or broken one is an empty one."""
+    """The memory at `path`; a missing or broken one is an empty one, and with None it lasts as long as this object."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path | None, say: Callable[[str], None]) -> None:
         self._path, self._say = path, say
+        self._known: dict[str, list[object]] = {}
         try:
-            self._known: dict[str, list[object]] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
+            content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+            self._known = {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2}
+        except (OSError, ValueError, AttributeError):
+            pass
 
     def __call__(self, files: Sequence[Path]) -> dict[Path, str]:
         """Hex SHA-256 of every file. Raises `BadInput` naming a file that cannot be read."""
@@ -32,11 +36,11 @@ class Digests:
         unknown = [file for file, key in keys.items() if self._known.get(str(file.absolute()), [None])[0] != key]
         if unknown:
             size = sum(file.stat().st_size for file in unknown)
-            if size > 1e9:
-                self._say(f"computing the SHA-256 of {len(unknown)} files ({size_text(size)}) ...")
+            if size > _WORTH_A_WORD:
+                self._say(f"computing the SHA-256 of {len(unknown)} files ({size / 1e9:.1f} GB) ...")
             for file, digest in zip(unknown, sha256_of(unknown), strict=True):
                 self._known[str(file.absolute())] = [keys[file], digest]
-            write_text(self._path, json.dumps(self._known))
+            self._write()
         return {file: str(self._known[str(file.absolute())][1]) for file in files}
 
     def remember(self, name: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
@@ -45,8 +49,26 @@ class Digests:
         entry = self._known.get(name)
         if entry is None or entry[0] != key:
             entry = self._known[name] = [key, compute()]
-            write_text(self._path, json.dumps(self._known))
+            self._write()
         return str(entry[1])
+
+    def _write(self) -> None:
+        if self._path is not None:
+            write_text(self._path, json.dumps(self._known))
+
+
+def sha256_of(paths: Sequence[Path]) -> list[str]:
+    """Hex SHA-256 of each file, several at a time. Raises `BadInput` naming the file that cannot be read."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read this file ({error.strerror or error}).") from error
 
 
 def _key(file: Path) -> str:
