@@ -121,7 +121,7 @@ def test_a_grader_that_reads_punkt_tab_is_refused_without_it(world: Path, tmp_pa
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
     outcome = wp_eval(suite, world / "model", "--out", tmp_path / "out")
     refused(outcome, "run `python -m nltk.downloader punkt_tab`")
-    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english").mkdir(parents=True)
     preflight.check_tasks(ready_tasks(read_suite(suite), tmp_path / "tasks", False))
 
 
