@@ -1,9 +1,12 @@
 """Tests run tiny tensors: one thread each is faster than two that wait for one another."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell starts its background jobs with Ctrl-C ignored, and so would everything that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
