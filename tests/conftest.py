@@ -1,7 +1,11 @@
 """Tests run tiny tensors: one thread each is faster than two that wait for one another."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,3 +15,13 @@ import torch
 torch.set_num_threads(1)
 # A shell starts its background jobs with Ctrl-C ignored, and so would everything that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Commands called in this process send the package's log to the terminal; the next test reads it itself."""
+    log = logging.getLogger("mergekit_wp")
+    before = log.level, list(log.handlers), log.propagate
+    yield
+    log.setLevel(before[0])
+    log.handlers, log.propagate = before[1:]

@@ -21,7 +21,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.datafiles import first_line
 from mergekit_wp.eval.options import OPTIONS, split_options
 
-INSTALL_VLLM = "pip install 'mergekit-wp[vllm]'"
+INSTALL_VLLM = "pip install vllm==0.32.0"  # as in pyproject.toml
 _LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, AttributeError)
 _MOST_CPU_CACHE = 4 * 2**30  # bytes of keys and values; 8000 tokens of a 7B model in bfloat16
 _EVERYTHING = 10**9  # requests
