@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import atomic_path
 from mergekit_wp.scorefile import ModelId
+from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 1
 _METADATA_KEY = "wp_aim"
@@ -69,23 +67,12 @@ class Activations:
 
 def write_activations(activations: Activations, path: str | Path) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
-    tensors = {name: mean_C.contiguous().cpu() for name, mean_C in activations.means.items()}
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(asdict(activations.meta), sort_keys=True)})
+    write_tensors(path, activations.means, _METADATA_KEY, json.dumps(asdict(activations.meta), sort_keys=True))
 
 
 def read_activations(path: str | Path) -> Activations:
     """Read and validate a file. Raises `BadInput`, naming it, for anything that `write_activations` does not write."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such activations file; make it with wp-aim.") from None
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be read as a safetensors activations file ({error}).") from error
-    if text is None:
-        raise BadInput(f"{path}: a safetensors file, but without the `wp_aim` metadata of an activations file.")
+    text, means = read_tensors(path, _METADATA_KEY, "activations", "wp-aim")
     try:
         return Activations(Calibration.from_json(text), means)
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import atomic_path
 from mergekit_wp.scoring.curve import RecoveryCurve
+from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 2  # 1 knew neither parts nor subsets, and is read as a file without them
 _METADATA_KEY = "wp"
@@ -191,9 +189,7 @@ class Scores:
 
 def write_scores(scores: Scores, path: str | Path) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in scores.tensors().items()}
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(asdict(scores.meta), sort_keys=True)})
+    write_tensors(path, scores.tensors(), _METADATA_KEY, json.dumps(asdict(scores.meta), sort_keys=True))
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -203,16 +199,7 @@ def read_scores(path: str | Path) -> Scores:
     unknown format version, misses a tensor or has one too many, or holds a wrong shape, a wrong dtype, a NaN
     or an infinity.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such score file; make it with wp-score.") from None
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be read as a safetensors score file ({error}).") from error
-    if text is None:
-        raise BadInput(f"{path}: a safetensors file, but without the `wp` metadata of a score file.")
+    text, tensors = read_tensors(path, _METADATA_KEY, "score", "wp-score")
     try:
         meta = ScoreMeta.from_json(text)
         tasks = {task: _take_task(tensors, f"tasks/{task}/") for task in meta.tasks}

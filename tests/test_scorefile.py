@@ -187,13 +187,13 @@ def test_metadata_is_plain_json(tmp_path):
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    from mergekit_wp import scorefile
+    from mergekit_wp import tensorfile
 
     def broken(_tensors, path, **_options):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(scorefile, "save_file", broken)
+    monkeypatch.setattr(tensorfile, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         write_scores(example(), tmp_path / "s.safetensors")
     assert list(tmp_path.iterdir()) == []
