@@ -6,24 +6,15 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.graders import check_punkt
 
 _TOKENIZER_DATA = "punkt_tab"
 
 
 def check_word_lists(task: str, folders: Iterable[Path]) -> None:
     """Whether NLTK has what the Python in these folders, a task's own, asks for. Raises `BadInput`."""
-    if not any(map(_asks_for_it, folders)):
-        return
-    import nltk
-
-    try:
-        nltk.data.find(f"tokenizers/{_TOKENIZER_DATA}/english/")
-    except LookupError as error:
-        raise BadInput(
-            f"task {task}: its grader needs NLTK's {_TOKENIZER_DATA}, which is in none of NLTK's folders; run "
-            f"`python -m nltk.downloader {_TOKENIZER_DATA}` where there is network (NLTK_DATA names another folder)."
-        ) from error
+    if any(map(_asks_for_it, folders)):
+        check_punkt(f"task {task}: its grader")
 
 
 @lru_cache

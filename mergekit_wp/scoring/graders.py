@@ -126,15 +126,20 @@ def _preflight_ifeval(check: Check, where: str) -> None:
             f"{where}: the check {check.name} takes the kwargs {sorted(needed)}, found {sorted(check.kwargs)}."
         )
     if check.name in _NEEDS_PUNKT:
-        import nltk
+        check_punkt(f"{where}: the check {check.name}")
 
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-        except LookupError:
-            raise BadInput(
-                f"{where}: the check {check.name} needs NLTK's punkt_tab data, which is not here; run "
-                "`python -m nltk.downloader punkt_tab`, or set NLTK_DATA."
-            ) from None
+
+def check_punkt(who: str) -> None:
+    """NLTK's English sentence data, which IFEval's graders read. Raises `BadInput`: `who` needs it."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        raise BadInput(
+            f"{who} needs NLTK's punkt_tab, which is in none of NLTK's folders; run `python -m nltk.downloader "
+            "punkt_tab` where there is network (NLTK_DATA names another folder)."
+        ) from None
 
 
 def _miniature(check: Check, text: str) -> bool:
