@@ -106,7 +106,9 @@ def test_two_runs_in_one_folder_are_one_too_many(world: Path) -> None:
     (world / "locked/.steps").mkdir(parents=True)
     with (world / "locked/.steps/lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        assert "another run is at work in this folder" in wp_run(world, file.name, code=2)
+        for arguments in ((), ("--plan",)):
+            assert "another run is at work in this folder" in wp_run(world, file.name, *arguments, code=2)
+    assert not (world / "locked/recipes").exists()  # the run at work reads them
 
 
 def test_every_input_is_there_before_it_is_read(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
     """Train a small base and three experts, score them, merge them, grade everything, and write a report."""
     started = time.monotonic()
     check_writable_parent(out / "report.html")
-    pipeline = write_pipeline(out)
     with alone(out):
+        pipeline = write_pipeline(out)
         # Here the code counts as well: whoever changes it wants to see what it does.
         run_steps(
             demo_steps(pipeline, WorldChoice(worlds, seed, smoke)), Stamps.below(out / ".steps", code_counts=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from mergekit_wp.page import STYLE
-
-__all__ = ["LEAD", "PAGE", "RECOVERY", "SCORES", "SHARES", "STYLE"]
-
 LEAD = (
     "Three experts were trained from one small base model. Weight Patching scores, for every attention head and "
     "MLP neuron of an expert, how much of its capability that one component carries when it alone is put into "

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.demo.page import LEAD, PAGE, RECOVERY, SCORES, SHARES, STYLE
+from mergekit_wp.demo.page import LEAD, PAGE, RECOVERY, SCORES, SHARES
 from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, recovery_lines, share_bars
 from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.eval.table import Table, read_results
 from mergekit_wp.files import write_text
 from mergekit_wp.merge.fusion import component_weights
+from mergekit_wp.page import STYLE
 from mergekit_wp.pipeline.plan import results_folder, score_file
 from mergekit_wp.scorefile import Scores, read_scores
 

@@ -44,15 +44,17 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
     """
     pipeline = read_pipeline(pipeline_file)
     check_writable_parent(pipeline.out / "pipeline")
-    write_derived(pipeline)
-    stamps = Stamps.below(pipeline.out / ".steps")
     wanted = STAGES[: STAGES.index(until) + 1]
-    if plan_only:
-        show_plan([s for s in pipeline_steps(pipeline, allow_code) if s.stage in wanted], stamps, redo)
-        return
-    with alone(pipeline.out):
-        _fetch(hub_models(pipeline))
-        run_steps([s for s in pipeline_steps(pipeline, allow_code) if s.stage in wanted], stamps, redo)
+    with alone(pipeline.out):  # what steps read is written anew, which must not happen under a run at work
+        write_derived(pipeline)
+        stamps = Stamps.below(pipeline.out / ".steps")
+        if not plan_only:
+            _fetch(hub_models(pipeline))
+        steps = [step for step in pipeline_steps(pipeline, allow_code) if step.stage in wanted]
+        if plan_only:
+            show_plan(steps, stamps, redo)
+            return
+        run_steps(steps, stamps, redo)
     click.echo(f"\nAll of {pipeline_file} is done; everything is under {pipeline.out}.")
 
 
