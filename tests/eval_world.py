@@ -78,6 +78,15 @@ def write_tasks(folder: Path, right: Path) -> Path:
     return folder
 
 
+def build(root: Path) -> Path:
+    """root/one and two (models), tasks/, suite.yaml."""
+    make_model(root / "one", seed=1)
+    make_model(root / "two", seed=2)
+    write_tasks(root / "tasks", right=root / "one")
+    write_suite(root / "suite.yaml")
+    return root
+
+
 TASKS = [
     {"task": "tiny_gen", "column": "Gen", "metric": "exact_match,none"},
     {"task": "tiny_choice", "column": "Choice", "metric": "acc,none"},

@@ -13,6 +13,7 @@ from eval_world import (
     QUESTIONS,
     TASKS,
     best_choice,
+    build,
     cells,
     choices_of,
     greedy,
@@ -39,12 +40,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one/ and two/ (models), tasks/, suite.yaml; tests write elsewhere."""
-    root = tmp_path_factory.mktemp("eval")
-    make_model(root / "one", seed=1)
-    make_model(root / "two", seed=2)
-    write_tasks(root / "tasks", right=root / "one")
-    write_suite(root / "suite.yaml")
-    return root
+    return build(tmp_path_factory.mktemp("eval"))
 
 
 def test_values_equal_an_independent_computation(world: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from eval_world import (
     TASKS,
+    build,
     cells,
     greedy,
     make_model,
@@ -23,7 +24,6 @@ from eval_world import (
     wp_eval,
     write_held_tasks,
     write_suite,
-    write_tasks,
 )
 
 from mergekit_wp.eval.compare import main as compare
@@ -38,12 +38,7 @@ TEMPLATE = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("eval")
-    make_model(root / "one", seed=1)
-    make_model(root / "two", seed=2)
-    write_tasks(root / "tasks", right=root / "one")
-    write_suite(root / "suite.yaml")
-    return root
+    return build(tmp_path_factory.mktemp("eval"))
 
 
 def test_every_item_is_logged_on_request(world: Path, tmp_path: Path) -> None:
