@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -22,6 +24,15 @@ from mergekit_wp.sandbox import confine, run, run_programs
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
+
+
+def eventually(happened: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def judge(program: str, seconds: int = 5) -> sandbox.Verdict:
@@ -112,31 +123,27 @@ def test_endless_programs_are_stopped_in_time() -> None:
     assert time.monotonic() - started < 15
 
 
-def test_a_process_left_behind_by_a_killed_parent_ends_by_itself() -> None:
-    """The parent is killed while a program sleeps for ever."""
-    code = "from mergekit_wp.sandbox import run_programs\nrun_programs(['import time\\ntime.sleep(99)'], seconds=1)"
-    parent = subprocess.Popen([sys.executable, "-c", code])
+def test_a_process_left_behind_by_a_killed_parent_ends_by_itself(tmp_path: Path) -> None:
+    """The parent is killed while a program sleeps for ever; a lock on a file tells how long the program lives."""
+    lines = ["import fcntl, time", "held = open('held', 'w')", "fcntl.flock(held, fcntl.LOCK_EX)"]
+    program = "\n".join([*lines, "print('locked', file=held, flush=True)", "time.sleep(99)"])
+    code = f"from mergekit_wp.sandbox import run_programs\nrun_programs([{program!r}], seconds=2)"
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
 
-    def listed(*columns: str) -> list[list[str]]:
-        rows = subprocess.run(["ps", "-eo", ",".join(columns)], capture_output=True, text=True, check=True).stdout
-        return [row.split(maxsplit=len(columns) - 1) for row in rows.splitlines()[1:]]
+    def lives() -> bool:
+        with held.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
-    def children() -> set[str]:
-        return {
-            pid for pid, above, what in listed("pid", "ppid", "args") if above == str(parent.pid) and "child" in what
-        }
-
-    deadline = time.monotonic() + 60
-    while not (started := children()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)  # past its start
+    assert eventually(lambda: any(file.read_text() == "locked\n" for file in tmp_path.glob("*/held")), seconds=60)
+    (held,) = tmp_path.glob("*/held")
     parent.kill()
     parent.wait()
-    assert started
-    deadline = time.monotonic() + 20
-    while (left := started & {pid for pid, _ in listed("pid", "stat")}) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left
+    assert lives()  # or nothing was left behind
+    assert eventually(lambda: not lives(), seconds=20)
 
 
 @LINUX
