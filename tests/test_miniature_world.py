@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.miniature import __main__ as command
 from mergekit_wp.miniature import world as world_module
 from mergekit_wp.miniature.items import CAPABILITIES
+from mergekit_wp.miniature.train import Schedule
 from mergekit_wp.miniature.world import MODELS, WorldConfig, build_world
 
 CONFIG = WorldConfig.smoke()
@@ -48,6 +51,35 @@ def test_the_second_call_trains_nothing(root: Path, world: Path, monkeypatch: py
     monkeypatch.setattr(world_module, "train", None)
     assert build_world(CONFIG, root, quiet=True) == world
     assert sorted(path.name for path in root.iterdir()) == [CONFIG.hash12]
+
+
+def test_a_world_of_other_experts_takes_the_base_that_is_there(
+    root: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, trained = replace(CONFIG, expert=Schedule(steps=5, batch_size=4, learning_rate=1e-3)), []
+    train = world_module.train
+
+    def counted(*arguments: Any) -> None:
+        trained.append(arguments[2])
+        train(*arguments)
+
+    monkeypatch.setattr(world_module, "train", counted)
+    other = build_world(config, root, quiet=True)
+    assert trained == [config.expert] * 3
+    assert _same(_tensors(other / "base"), _tensors(world / "base"))
+    assert not _same(_tensors(other / "maths"), _tensors(world / "maths"))
+    document = json.loads((other / "world.json").read_text())
+    assert document["parameters"] == json.loads((world / "world.json").read_text())["parameters"]
+    shutil.rmtree(other)
+
+    trained.clear()
+    changed = build_world(replace(CONFIG, latent=(0.5, 0.5, 0.5)), root, quiet=True)
+    assert trained == [CONFIG.base, *[CONFIG.expert] * 3]
+    shutil.rmtree(changed)
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_world_json_says_what_was_built(world: Path) -> None:

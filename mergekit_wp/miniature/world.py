@@ -124,18 +124,20 @@ class _Builder:
             for name in MODELS:
                 self._phase(f"validate {name}", partial(self._validate, name))
         self.seconds["total"] = round(time.perf_counter() - started, 1)
-        document = {
+        found = {"parameters": parameters, "validation_accuracy": self.accuracy, "wall_seconds": self.seconds}
+        document = {**self._document(), **found}
+        (self.folder / "world.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    def _document(self) -> dict[str, Any]:
+        """What decides the outcome, for world.json."""
+        return {
             "hash": self.config.hash12,
             "recipe": RECIPE,
             "seed": self.config.seed,
             "config": asdict(self.config),
-            "parameters": parameters,
-            "validation_accuracy": self.accuracy,
-            "wall_seconds": self.seconds,
             "precision": "bfloat16" if has_fast_bfloat16() else "float32",
             "packages": {name: version(name) for name in _PACKAGES},
         }
-        (self.folder / "world.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def _phase(self, name: str, work: Callable[[], Any]) -> Any:
         self.bar.set_description(f"world {self.config.hash12}: {name}", refresh=sys.stderr.isatty())
@@ -159,6 +161,10 @@ class _Builder:
 
     def _train_base(self) -> int:
         config, tokenizer = self.config, build_tokenizer()
+        if (same := self._same_base()) is not None:
+            shutil.copytree(same / "base", self.folder / "base")
+            self.bar.update(config.base.steps)
+            return int(json.loads((same / "world.json").read_text(encoding="utf-8"))["parameters"])
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(_llama_config(config, len(tokenizer)), attn_implementation=_ATTENTION)
         shares = dict(zip(CAPABILITIES, config.shares, strict=True))
@@ -168,6 +174,14 @@ class _Builder:
         parameters = sum(p.numel() for p in model.parameters())
         _save(model, tokenizer, self.folder / "base", max_shard_bytes=parameters)
         return parameters
+
+    def _same_base(self) -> Path | None:
+        """A world beside this one that differs in its experts' training alone; its base is the one to be trained."""
+        wanted = _base_of(self._document())
+        for file in sorted(self.folder.parent.glob("*/world.json")):
+            if _base_of(json.loads(file.read_text(encoding="utf-8"))) == wanted:
+                return file.parent
+        return None
 
     def _train_expert(self, name: str) -> None:
         """From the base as saved, in bf16 precision; the instruction expert has one token more."""
@@ -211,6 +225,12 @@ class _Builder:
             ]
             self.accuracy[name][capability] = round(sum(right) / len(right), 4)
             self.bar.update(_VALIDATION_STEPS)
+
+
+def _base_of(document: dict[str, Any]) -> str:
+    """What decides the base of a world with this world.json, the same spelling for the same base."""
+    config = {name: value for name, value in document.get("config", {}).items() if name != "expert"}
+    return json.dumps([config, *(document.get(name) for name in ("recipe", "precision", "packages"))], sort_keys=True)
 
 
 def scoring_row(item: Item, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
