@@ -9,10 +9,11 @@ import pytest
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.miniature import corpus, grading, instructions, programs, sums
+from mergekit_wp.miniature.config import Schedule
 from mergekit_wp.miniature.items import CAPABILITIES, split_of
 from mergekit_wp.miniature.tasks import MAX_ANSWER_TOKENS
 from mergekit_wp.miniature.tokenizer import PAD, UNKNOWN, build_tokenizer, vocabulary
-from mergekit_wp.miniature.train import Schedule, encode
+from mergekit_wp.miniature.train import encode
 from mergekit_wp.miniature.world import WorldConfig
 
 MAKERS = {

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_wp.errors import BadInput
 from mergekit_wp.miniature import __main__ as command
 from mergekit_wp.miniature import world as world_module
+from mergekit_wp.miniature.config import Schedule
 from mergekit_wp.miniature.items import CAPABILITIES
-from mergekit_wp.miniature.train import Schedule
 from mergekit_wp.miniature.world import MODELS, WorldConfig, build_world
 
 CONFIG = WorldConfig.smoke()

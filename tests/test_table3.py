@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,7 +25,7 @@ from mergekit_wp.table3.recipe import merge_key, recipe, score_key
 from mergekit_wp.table3.schedule import Job, Progress, run
 from mergekit_wp.table3.search import read_variants
 from mergekit_wp.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Point, Variant
-from mergekit_wp.table3.world import FROZEN, Disjoint, TrainedWorld, check_frozen
+from mergekit_wp.table3.world import FROZEN, KINDS, Disjoint, TrainedWorld, check_frozen
 
 SEEDS = (0, 1, 2)
 
@@ -97,7 +99,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, float], float]:
 
 
 def setup_of(worlds: Path, out: Path, **changes: Any) -> Setup:
-    return Setup(out, worlds, **{"variants": (PLAIN, GRID, SCORED), "smoke": True, **changes})
+    return Setup(out, worlds, **{"variants": (PLAIN, GRID, SCORED), "kind": "smoke", **changes})
 
 
 def execute(setup: Setup, runner: Any, seeds: tuple[int, ...] = (0,)) -> list[Any]:
@@ -269,12 +271,21 @@ def test_two_plans_that_want_the_same_job_share_it() -> None:
 
 def test_the_worlds_of_the_table_are_the_frozen_ones() -> None:
     """Fails when a change of the world would change the table: see CHANGES in table3/world.py."""
-    for seed, frozen in FROZEN.items():
-        assert WorldConfig(seed=seed).hash12 == frozen
-        check_frozen(seed, frozen)
-    with pytest.raises(BadInput, match="frozen"):
-        check_frozen(0, "0" * 12)
-    check_frozen(max(FROZEN) + 1, "0" * 12)
+    assert set(FROZEN) | {"smoke"} == set(KINDS)
+    for kind, seeds in FROZEN.items():
+        for seed, frozen in seeds.items():
+            assert KINDS[kind](seed).hash12 == frozen
+            check_frozen(kind, seed, frozen)
+        with pytest.raises(BadInput, match="frozen"):
+            check_frozen(kind, 0, "0" * 12)
+        check_frozen(kind, max(seeds) + 1, "0" * 12)
+    check_frozen("smoke", 0, "0" * 12)
+
+
+def test_a_worker_is_not_given_torch_by_what_it_imports_first() -> None:
+    """It has one thread only if `prepare` comes before torch."""
+    code = "import sys, mergekit_wp.table3.__main__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_test_items_validation_items_and_scoring_prompts_are_disjoint_over_all_seeds(worlds: Path) -> None:

@@ -123,7 +123,7 @@ def test_only_a_right_program_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_command_from_worlds_to_table_and_again(root: Path, tmp_path: Path) -> None:
-    arguments = ["--smoke", "--seeds", "0", "--worlds", str(root), "--out", str(tmp_path), "--workers", "1"]
+    arguments = ["--kind", "smoke", "--seeds", "0", "--worlds", str(root), "--out", str(tmp_path), "--workers", "1"]
     arguments += ["--only", "code + maths", "--only", "WP"]
     refused = CliRunner().invoke(command.main, arguments)
     assert refused.exit_code == 2

@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.miniature.items import CAPABILITIES
-from mergekit_wp.miniature.train import Schedule
 
 # Part of the hash: raise it whenever items, tokenizer, training or layout change what a configuration builds.
 RECIPE = 3
 
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a model is trained: linear warm-up, then a cosine down to zero.
+
+    AdamW, or with `muon` Muon for the matrices inside the layers, which learns to copy names and figures from
+    a request in about half the steps (measured) at the same rate.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    muon: bool = False
+    warmup_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"World: {name} of a schedule must be above 0, found {getattr(self, name)}.")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        warmup = max(1, round(self.warmup_share * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 _BASE = Schedule(steps=1800, batch_size=16, learning_rate=2.5e-3, muon=True)
 _EXPERT = Schedule(steps=80, batch_size=16, learning_rate=5e-4)
+_FAR_EXPERT = Schedule(steps=320, batch_size=16, learning_rate=1e-3)
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,11 @@ class WorldConfig:
                 raise BadInput(f"World: {name} must be {len(CAPABILITIES)} numbers above 0, at most 1; found {values}.")
         if not 0 <= self.plain_share < 1:
             raise BadInput(f"World: plain_share must be at least 0 and below 1, found {self.plain_share}.")
+
+    @classmethod
+    def far(cls, seed: int = 0) -> WorldConfig:
+        """The same base with experts that went further from it, so that what one learnt disturbs the others."""
+        return cls(seed=seed, expert=_FAR_EXPERT)
 
     @classmethod
     def smoke(cls, seed: int = 0) -> WorldConfig:

@@ -11,39 +11,11 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.miniature.config import Schedule
 from mergekit_wp.miniature.corpus import Text
 
 _IGNORED = -100
 _BATCHES_SORTED_TOGETHER = 8
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast a model is trained: linear warm-up, then a cosine down to zero.
-
-    AdamW, or with `muon` Muon for the matrices inside the layers, which learns to copy names and figures from
-    a request in about half the steps (measured) at the same rate.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    muon: bool = False
-    warmup_share: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"World: {name} of a schedule must be above 0, found {getattr(self, name)}.")
-
-    def rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
-        warmup = max(1, round(self.warmup_share * self.steps))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,10 @@ from transformers.utils import logging as transformers_logging
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
 from mergekit_wp.miniature import corpus, grading, tasks
-from mergekit_wp.miniature.config import RECIPE, WorldConfig
+from mergekit_wp.miniature.config import RECIPE, Schedule, WorldConfig
 from mergekit_wp.miniature.items import CAPABILITIES, Item
 from mergekit_wp.miniature.tokenizer import build_tokenizer
 from mergekit_wp.miniature.train import (
-    Schedule,
     encode,
     greedy_answers,
     has_fast_bfloat16,

@@ -25,14 +25,14 @@ from mergekit_wp.table3.search import read_variants
 from mergekit_wp.table3.table import Table, by_setting
 from mergekit_wp.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Variant
 from mergekit_wp.table3.work import prepare
-from mergekit_wp.table3.world import CHANGES, Disjoint
+from mergekit_wp.table3.world import CHANGES, KINDS, Disjoint
 
 _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
 
 
 @click.command()
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="N,N,...", help="Seeds of the world.")
-@click.option("--out", type=Path, default=Path("runs/table3"), show_default=True, help="Where everything goes.")
+@click.option("--out", type=Path, help="Where everything goes; default: runs/table3, or runs/table3-KIND.")
 @click.option("--worlds", type=Path, default=Path("runs/worlds"), show_default=True, help="Cache of trained worlds.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this variant or combination; may be repeated.")
 @click.option("--variants", "file", metavar="FILE.yaml", help="Variants of one's own; implies --validation-only.")
@@ -41,10 +41,16 @@ _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
 @click.option("--workers", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default=True)
 @click.option("--keep", is_flag=True, help="Keep merged models (4 MB each) in OUT/merged.")
 @click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
-@click.option("--smoke", is_flag=True, help="Worlds that train in seconds and know nothing, for tests.")
+@click.option(
+    "--kind",
+    type=click.Choice(list(KINDS)),
+    default="near",
+    show_default=True,
+    help="How far the experts are from the base; smoke: in seconds, for tests.",
+)
 def main(
     seeds: str,
-    out: Path,
+    out: Path | None,
     worlds: Path,
     only: tuple[str, ...],
     file: str | None,
@@ -53,7 +59,7 @@ def main(
     workers: int,
     keep: bool,
     allow_code: bool,
-    smoke: bool,
+    kind: str,
 ) -> None:
     """The paper's table of merges on the miniature world: four combinations, seven methods, several seeds.
 
@@ -61,8 +67,9 @@ def main(
     was. With --variants, settings of your own are compared on validation items.
     """
     numbers = _seeds(seeds)
+    out = out or Path("runs/table3" if kind == "near" else f"runs/table3-{kind}")
     variants, combinations = _chosen(read_variants(file) if file else VARIANTS, only, file is None)
-    setup = Setup(out, worlds, variants, combinations, smoke, allow_code, keep, validation_only or file is not None)
+    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, validation_only or file is not None)
     left = expected(setup, numbers)
     minutes = sum(SECONDS[kind] * count for kind, count in left.items()) / workers / 60
     todo = ", ".join(f"{count} {kind}" for kind, count in left.items() if count) or "nothing"

@@ -17,7 +17,7 @@ from mergekit_wp.table3.recipe import grade_key, merge_key, recipe, score_key
 from mergekit_wp.table3.schedule import Job, Plan
 from mergekit_wp.table3.variants import COMBINATIONS, Point, Variant, slug
 from mergekit_wp.table3.work import Grading, Merge, grade_model, read_grade, train_world, write_score
-from mergekit_wp.table3.world import MODELS, Disjoint, TrainedWorld, check_frozen
+from mergekit_wp.table3.world import KINDS, MODELS, Disjoint, TrainedWorld, check_frozen
 
 SECONDS = {"world": 230.0, "score": 3.0, "validation": 3.5, "test": 6.0}
 """What a job of each kind takes on one quiet thread of the machine of benchmarks/RESULTS.md."""
@@ -33,7 +33,7 @@ class Setup:
     worlds: Path
     variants: tuple[Variant, ...]
     combinations: tuple[str, ...] = tuple(COMBINATIONS)
-    smoke: bool = False
+    kind: str = "near"
     allow_code: bool = False
     keep: bool = False
     validation_only: bool = False
@@ -135,14 +135,11 @@ def _identity(world: TrainedWorld) -> dict[str, str]:
 
 
 def _world_job(seed: int, setup: Setup) -> Job:
-    from mergekit_wp.miniature.config import WorldConfig
-
-    config = WorldConfig.smoke(seed) if setup.smoke else WorldConfig(seed=seed)
-    if not setup.smoke:
-        check_frozen(seed, config.hash12)
+    config = KINDS[setup.kind](seed)
+    check_frozen(setup.kind, seed, config.hash12)
     folder = setup.worlds.absolute() / config.hash12
     return Job(f"world {seed}", "world", f"seed {seed}: training the world", train_world,
-               (seed, setup.worlds, setup.smoke),
+               (config, setup.worlds),
                lambda: folder if (folder / "world.json").is_file() else None)  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
+from mergekit_wp.miniature.config import WorldConfig
 from mergekit_wp.table3.grade import GRADE_OF_SPLIT, Grade, grade
 
 
@@ -48,11 +49,11 @@ class Grading:
     about: Mapping[str, Any]
 
 
-def train_world(seed: int, root: Path, smoke: bool) -> Path:
-    """The folder of this seed's world, trained first if it is not there yet."""
-    from mergekit_wp.miniature.world import WorldConfig, build_world
+def train_world(config: WorldConfig, root: Path) -> Path:
+    """The folder of this world, trained first if it is not there yet."""
+    from mergekit_wp.miniature.world import build_world
 
-    return build_world(WorldConfig.smoke(seed) if smoke else WorldConfig(seed=seed), root, quiet=True)
+    return build_world(config, root, quiet=True)
 
 
 def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Path, allow_code: bool) -> Path:

@@ -14,9 +14,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_wp.files import shipped
-from mergekit_wp.miniature.config import WorldConfig
+from mergekit_wp.miniature.config import Schedule, WorldConfig
 from mergekit_wp.miniature.tasks import ANSWER_END, MAX_ANSWER_TOKENS
-from mergekit_wp.miniature.train import Schedule
 from mergekit_wp.miniature.world import build_world
 
 MODELS = ("base", "instruction", "maths", "code")
