@@ -12,7 +12,7 @@ answers of capability j, the loss is L = mean of NLL_j over the merged capabilit
                |g|^2 is the sum of both; of independent gradients size has the share 1/K
     wrong      sum_k (alpha_k - mean alpha)(g_k - mean g) > 0: to first order the rule's lean at c raises L. For two
                experts: it leans to the one that should have less. A random lean is wrong half of the time; where alpha
-               is equal (`none`) there is no lean. Seen from wp, and from average (`a`), where no lean is paid for yet
+               is equal there is no lean. Seen from wp, and from average, where no lean is paid for yet
     closed     (L(average) - L(rule)) / (L(average) - L(best simplex)), on validation items
 
 The best weights of a family are found by Adam on L, in batches of 12 texts a capability: `simplex` (sum_k alpha_k = 1,
@@ -279,12 +279,13 @@ def examine(blend: Blend, wp: Weights, g_wp: torch.Tensor, g_average: torch.Tens
     """Choice against size; what happens when components that lean wrongly, or any, are given to another expert."""
     heads = blend.world.geometry.heads
     found = {"size": 100 * float(len(g_wp) * g_wp.mean(0).square().sum() / g_wp.square().sum())}
-    for where, g in (("", g_wp), (" a", g_average)):
+    for where, g in (("", g_wp), (" (average)", g_average)):
         lean = Lean.of(wp.alpha_KLC, g)
-        found["heads" + where], found["neurons" + where] = lean.share(slice(heads)), lean.share(slice(heads, None))
-        found["weighted" + where] = lean.weighted()
+        found["wrong heads" + where] = lean.share(slice(heads))
+        found["wrong neurons" + where] = lean.share(slice(heads, None))
+        found["wrong by choice" + where] = lean.weighted()
     lean = Lean.of(wp.alpha_KLC, g_wp)
-    found["none"] = 100 * float((~lean.leans).float().mean())
+    found["no lean"] = 100 * float((~lean.leans).float().mean())
     blame = lean.choice * lean.wrong / (lean.choice * lean.wrong).sum() * 100
     found["of heads"] = float(blame[:, :heads].sum())
     found |= {f"layer {layer}": float(part) for layer, part in enumerate(blame.sum(1))}
@@ -378,10 +379,11 @@ def header(first: str, columns: Sequence[str]) -> None:
 
 def print_gradients(studies: Studies, names: list[str]) -> None:
     """One row for each combination; a cell has the worlds in turn."""
+    wrong = ["wrong heads", "wrong neurons", "wrong by choice"]
     layers = [key for key in studies[0][0]["gradient"] if key.startswith("layer ")]
     tables = (
-        ("wp's gradient, %", ["size", "none", "heads", "neurons", "weighted", "heads a", "neurons a", "weighted a"], 0),
-        ("wrong, by |choice|, %", ["of heads", *layers, *(f"to {name}" for name in COMBINATIONS[-1])], 0),
+        ("wp's gradient, %", ["size", "no lean", *wrong, *(f"{key} (average)" for key in wrong)], 0),
+        ("wrong by choice, %", ["of heads", *layers, *(f"to {name}" for name in COMBINATIONS[-1])], 0),
         ("change of L, %", [f"{w} {x}" for w in ("strongest", "random", "all") for x in CHANGES], 1),
         ("learnt weights", ["learnt scale", "mean of [0, 1]", "mean of [0, 2]"], 2),
     )  # fmt: skip
