@@ -1,6 +1,8 @@
 """Why does wp lose to task arithmetic on the miniature: the wrong experts or too small a step? Are other scores better?
 
-    python benchmarks/why.py runs/worlds/<seed 0> runs/worlds/<seed 1>
+    python benchmarks/why.py runs/worlds/<seed 0> runs/worlds/<seed 1>      # a quarter of an hour a world, busy
+
+The first time in a world, exact scores take nearly as long again.
 
 A merge is theta(alpha, rho) = base + sum_k alpha_k(c) (theta_k - base) for the slices of component c (keys and values:
 the mean over their heads), and rho_k in the place of alpha_k for tensors of no component. It is smooth in alpha, so
