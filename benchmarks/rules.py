@@ -10,6 +10,8 @@ capabilities that are merged, in percent right. What a rule may change, one or m
     fallback   where no expert scores: `base` instead of 1/K       utility  of the scores (writeback)
     elect      per weight, the sign of the merge is elected and only updates that agree count (TIES, with wp's shares)
     keep       first only so large a part of each update, the largest weights
+    order      the experts' weights have so large a norm of this order 1 at each component (1: they sum to 1; inf: the
+               best expert's update is taken whole, the others' in proportion to their scores)
     draws      scores are means over so many draws of prompts, and `error` shrinks shares to 1/K where experts differ
                by no more than the error of those means
     omega      AIM after the merge, calibrated on 256 texts as the base was trained on (1: no AIM)
@@ -20,6 +22,7 @@ capabilities that are merged, in percent right. What a rule may change, one or m
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from dataclasses import dataclass, replace
@@ -46,6 +49,7 @@ from mergekit_wp.scoring.steering import Greedy
 
 CAPABILITIES = ("instruction", "maths", "code")
 COMBINATIONS = (("code", "instruction"), ("code", "maths"), ("instruction", "maths"), CAPABILITIES)
+INF = math.inf
 State = dict[str, torch.Tensor]
 
 
@@ -63,8 +67,13 @@ class Rule:
     omega: float = 1.0
     elect: bool = False
     keep: float = 1.0
+    order: float = 1.0
     draws: int = 1
     error: bool = False
+
+    def equal(self, experts: int) -> float:
+        """The weight of each of so many experts where their scores are equal, or where there are none."""
+        return float(experts ** (-1 / self.order))
 
 
 PAPER = Rule("wp, writeback staged")
@@ -79,6 +88,19 @@ RULES = (
     replace(PAPER, name="norm", norm=True),
     replace(PAPER, name="shrink 0.25", shrink=0.25),
     replace(PAPER, name="fallback base", base_fallback=True),
+    Rule("sum (task arithmetic)", average=True, order=INF),
+    replace(PAPER, name="order 2", order=2.0),
+    replace(PAPER, name="order inf", order=INF),
+    replace(PAPER, name="order inf, power 0.5", order=INF, power=0.5),
+    replace(PAPER, name="order inf, power 2", order=INF, power=2.0),
+    replace(PAPER, name="order inf, shrink 0.5", order=INF, shrink=0.5),
+    replace(PAPER, name="order 2, scale 1.25", order=2.0, scale=1.25),
+    replace(PAPER, name="order 2, kl", order=2.0, utility="kl"),
+    replace(PAPER, name="order inf, kl", order=INF, utility="kl"),
+    replace(PAPER, name="order inf, kl, scale 0.7", order=INF, utility="kl", scale=0.7),
+    replace(PAPER, name="order inf, kl, scale 0.7, power 0.5", order=INF, utility="kl", scale=0.7, power=0.5),
+    replace(PAPER, name="scale 1.25, kl, shrink 0.5", scale=1.25, utility="kl", shrink=0.5),
+    replace(PAPER, name="scale 1.25, kl", scale=1.25, utility="kl"),
     replace(PAPER, name="scale 1.5", scale=1.5),
     replace(PAPER, name="scale 1.75", scale=1.75),
     replace(PAPER, name="scale 2", scale=2.0),
@@ -155,8 +177,8 @@ class World:
         positive = mean.clamp(min=0)
         if rule.norm:
             positive /= positive.mean((1, 2), keepdim=True)
-        sharp, uniform = positive**rule.power, 1 / len(experts)
-        total = sharp.sum(0)
+        sharp, uniform = positive**rule.power, rule.equal(len(experts))
+        total = torch.linalg.vector_norm(sharp, rule.order, dim=0)
         alpha = torch.where(total > 0, sharp / total, 0.0 if rule.base_fallback else uniform)
         back: float | torch.Tensor = rule.shrink
         if rule.error:
@@ -171,7 +193,7 @@ class World:
         merged: State = {}
         for name, base in self.base.items():
             slot = slot_of(name)
-            weight = torch.full((len(experts), 1), 1 / len(experts))
+            weight = torch.full((len(experts), 1), rule.equal(len(experts)))
             if slot is not None:
                 weight = self.geometry.expand(slot, heads[:, slot.layer], neurons[:, slot.layer]).float()
             along_rows = base.ndim > 1 and (slot is None or slot.axis == 0)
