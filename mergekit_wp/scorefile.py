@@ -96,6 +96,11 @@ class ScoreMeta:
     subset: dict[str, Any] | None = None
     recovery: RecoveryCurve | None = None
 
+    @property
+    def read_at(self) -> int | None:
+        """The anchor layer, if any score was read off the anchor there; by other utilities it decides nothing."""
+        return self.anchor_layer if any("anchor" in task.utilities for task in self.tasks.values()) else None
+
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises KeyError, TypeError, ValueError (`read_scores` makes them a BadInput)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from mergekit_wp.components import Geometry
+from mergekit_wp.demo.page import JUDGED
 from mergekit_wp.demo.pictures import head_map, neuron_map, rank_edges, share_bars
 from mergekit_wp.demo.report import Command, Report, wrapped
 from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, write_pipeline
@@ -26,6 +28,7 @@ from mergekit_wp.eval.table import Table, read_results, to_json
 from mergekit_wp.merge.fusion import component_weights
 from mergekit_wp.pipeline.digest import digest
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats
+from mergekit_wp.scoring.job import CHOICES
 
 LAYERS, HEADS, NEURONS, WIDTH = 6, 8, 384, 128
 
@@ -136,12 +139,28 @@ def test_pictures_of_any_size_are_valid_xml_without_a_fixed_width(layers, heads,
     pictures = [
         *(head_map(score, layers - 1, "#0072b2") for score in scores),
         neuron_map(torch.randn(layers, neurons), 0, "#d55e00"),
+        neuron_map(torch.randn(layers, neurons), None, "#d55e00"),
         share_bars(component_weights(scores), ["a", "b"], "heads"),
     ]
     for picture in pictures:
         root = ElementTree.fromstring(picture)
         assert root.get("width") is None
         assert root.get("viewBox")
+
+
+@pytest.mark.parametrize(("utility", "gauges", "read_at"), [
+    ("kl", ("kl",), None), ("projection", ("projection",), None),
+    ("anchor", ("anchor",), 3), ("staged", ("anchor", "kl"), 3),
+])  # fmt: skip
+def test_the_anchor_is_drawn_only_where_scores_were_read_there(utility, gauges, read_at) -> None:
+    scores = synthetic_scores(0)
+    task = replace(scores.meta.tasks["one"], utilities=dict.fromkeys(gauges, UtilityStats(32, 0, 0.4)))
+    scores = replace(scores, meta=replace(scores.meta, utility=utility, tasks={"one": task}))
+    assert scores.meta.read_at == read_at
+    page = Report(synthetic_table(), {"code": scores}, (), []).html()
+    assert ("above the anchor layer" in page) == ("anchor layer 3" in page) == (read_at is not None)
+    assert JUDGED[utility] in page
+    assert set(JUDGED) == set(CHOICES["utility"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 384, 13824])

@@ -12,10 +12,16 @@ LEAD = (
 SCORES = (
     "<p>A score is the share of the distance from base to expert that one component covers when it alone is "
     "taken from the expert: 1 would be all of it. White is nothing; grey is negative, which counts as 0 in a "
-    "merge. The bars at the side add up each layer's positive scores. The dashed line is the anchor: up to it a "
-    "component is judged by its effect on the capability's direction in the residual stream, above it by its "
-    "effect on the next token.</p>"
+    "merge. The bars at the side add up each layer's positive scores.</p>"
 )
+
+JUDGED = {  # by the utility of the scores
+    "kl": "A component is judged by its effect on the prediction of the next token.",
+    "anchor": "A component is judged by its effect on the capability's direction at the anchor, the dashed line.",
+    "staged": "Up to the anchor, the dashed line, a component is judged by its effect on the capability's direction in "
+    "the residual stream, above it by its effect on the next token.",
+    "projection": "A component is judged by its effect on the capability's direction after the last layer.",
+}
 
 RECOVERY = (
     "<p>The anchor layer was chosen by behaviour: the base is steered along the capability's direction after one "

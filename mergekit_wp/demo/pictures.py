@@ -25,14 +25,14 @@ __all__ = ["INK", "expert_colour", "head_map", "neuron_map", "rank_edges", "reco
 _NEGATIVE = "#6b7280"
 
 
-def head_map(scores_LH: torch.Tensor, anchor_layer: int, colour: str) -> str:
-    """Layers by heads; white is 0, `colour` is positive, grey is negative."""
+def head_map(scores_LH: torch.Tensor, anchor_layer: int | None, colour: str) -> str:
+    """Layers by heads; white is 0, `colour` is positive, grey is negative; a dashed line above the anchor layer."""
     values = scores_LH.double().numpy()
     edges = np.arange(values.shape[1] + 1) - 0.5
     return _score_map(values, edges, _layer_share(scores_LH), "head", anchor_layer, colour)
 
 
-def neuron_map(scores_LF: torch.Tensor, anchor_layer: int, colour: str) -> str:
+def neuron_map(scores_LF: torch.Tensor, anchor_layer: int | None, colour: str) -> str:
     """Layers by neurons sorted within each layer, strongest first.
 
     A neuron's index means nothing and few matter, so the axis is the rank, on a logarithmic scale: each cell
@@ -88,7 +88,7 @@ def recovery_lines(curve: RecoveryCurve, colour: str) -> str:
 
 
 def _score_map(
-    values: np.ndarray, edges: np.ndarray, share_L: np.ndarray, component: str, anchor_layer: int, colour: str
+    values: np.ndarray, edges: np.ndarray, share_L: np.ndarray, component: str, anchor_layer: int | None, colour: str
 ) -> str:
     layers, ranked = len(values), component == "neuron"
     norm = CenteredNorm(0, halfrange=float(np.abs(values).max()) or 1.0)
@@ -107,16 +107,18 @@ def _score_map(
         else:
             axes.set_xlabel("head")
             integer_ticks(axes, "x", values.shape[1])
-        axes.axhline(anchor_layer + 0.5, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         side.barh(np.arange(layers), share_L, 0.78, color=colour)
-        side.axhline(anchor_layer + 0.5, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        if anchor_layer is not None:
+            for panel in (axes, side):
+                panel.axhline(anchor_layer + 0.5, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         side.set_xlabel("% of all\nscore")
         side.tick_params(left=False)
         bar = figure.colorbar(mesh, ax=side, fraction=0.5, aspect=18, pad=0.15)
         bar.outline.set_visible(False)
         bar.set_label("mean score" if ranked else "score")
         bar.ax.tick_params(labelsize=8)
-    return to_svg(figure, f"Scores of the {component}s by layer; the dashed line is above the anchor layer")
+    above = "" if anchor_layer is None else "; the dashed line is above the anchor layer"
+    return to_svg(figure, f"Scores of the {component}s by layer{above}")
 
 
 def _layer_share(scores_Ln: torch.Tensor) -> np.ndarray:

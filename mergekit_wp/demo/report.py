@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.demo.page import LEAD, PAGE, RECOVERY, SCORES, SHARES
+from mergekit_wp.demo.page import JUDGED, LEAD, PAGE, RECOVERY, SCORES, SHARES
 from mergekit_wp.demo.pictures import expert_colour, head_map, neuron_map, recovery_lines, share_bars
 from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice, world_options
@@ -56,13 +56,14 @@ class Report:
         scores, colour = self.scores[name], expert_colour(list(self.scores).index(name))
         meta = scores.meta
         used = sum(max(u.used for u in task.utilities.values()) for task in meta.tasks.values())
+        anchor = "" if meta.read_at is None else f", anchor layer {meta.read_at}"
         about = (
-            f"Anchor layer {meta.anchor_layer}, method <code>{escape(meta.method)}</code>, utility "
-            f"<code>{escape(meta.utility)}</code>, {used} prompts of {len(meta.tasks)} "
-            f"{'task' if len(meta.tasks) == 1 else 'tasks'}."
+            f"Method <code>{escape(meta.method)}</code>, utility <code>{escape(meta.utility)}</code>{anchor}, "
+            f"{used} prompts of {len(meta.tasks)} {'task' if len(meta.tasks) == 1 else 'tasks'}. "
+            f"{JUDGED.get(meta.utility, '')}"
         )
-        heads = head_map(scores.heads, meta.anchor_layer, colour)
-        neurons = neuron_map(scores.neurons, meta.anchor_layer, colour)
+        heads = head_map(scores.heads, meta.read_at, colour)
+        neurons = neuron_map(scores.neurons, meta.read_at, colour)
         return (
             f'<article><h3><span class="dot" style="background:{colour}"></span>{escape(name)}</h3>'
             f"<p>{about}</p>"

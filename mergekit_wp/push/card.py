@@ -125,7 +125,7 @@ Prompt it in the format that the experts were trained with."""
         ]
         for path, meta in self.scores:
             tasks = ", ".join(f"{name} ({task.scoring})" for name, task in meta.tasks.items())
-            layer = f"{meta.anchor_layer} of {meta.geometry.layers}"
+            layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
             name = path.rpartition("/")[2]
             cells = [meta.expert.name, tasks, meta.method, meta.utility, layer, meta.dtype, meta.date[:10]]
             lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} | [{name}]({path}) |")

@@ -80,7 +80,7 @@ class _LayerOrAuto(click.ParamType):
 @click.option("--anchor-prompts", type=int, help="Prompts a task that --layer auto has answered (default: 32).")
 @click.option("--anchor-tokens", type=int, help="Longest of those answers (default: 256).")
 @click.option("--method", type=click.Choice(CHOICES["method"]), help="How to score (default: writeback).")
-@click.option("--utility", type=click.Choice(CHOICES["utility"]), help="What recovery means (default: staged).")
+@click.option("--utility", type=click.Choice(CHOICES["utility"]), help="What recovery means (default: kl).")
 @click.option("--split", type=click.Choice(CHOICES["split"]), help="Disjoint or shared prompts (default: half).")
 @click.option("--gap", type=click.Choice(CHOICES["gap"]), help="Mean of ratios or ratio of means (default: sample).")
 @click.option("--gap-floor", type=float, help="Drop prompts with a smaller gap (default: 0.001).")

@@ -10,7 +10,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
 
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
-UTILITIES = ("staged", "anchor", "kl", "projection")
+UTILITIES = ("kl", "staged", "anchor", "projection")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "utility": UTILITIES,
@@ -33,7 +33,8 @@ class ScoringJob:
                   recovers most of what the expert does
     method        first order: writeback (ours, default), attr (the paper's, Eq. 11), atp (activation side, Eq. 58);
                   one component at a time: exact (Eq. 10), ap (activation side, Eq. 12)
-    utility       anchor (Eq. 5), kl (Eq. 72), projection (Eq. 74), or staged: anchor up to l_a, kl above
+    utility       kl (Eq. 72, default: made the best merges), anchor (Eq. 5, the paper's scores), projection (Eq. 74),
+                  or staged: anchor up to l_a, kl above
     components    heads, neurons or all
     layers        score the components of these layers alone, such as "0-5,7"; None: all
     top           [K, FILE]: score only the K highest heads and K highest neurons of an earlier score file
@@ -55,7 +56,7 @@ class ScoringJob:
     template: str = "{prompt}"
     layer: int | str | None = None
     method: str = "writeback"
-    utility: str = "staged"
+    utility: str = "kl"
     split: str = "half"
     gap: str = "sample"
     gap_floor: float = 1e-3

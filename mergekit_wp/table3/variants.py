@@ -123,17 +123,16 @@ VARIANTS: tuple[Variant, ...] = (
         "t = s = 1 as its authors for Llama-2-13B (arXiv 2408.03092).",
     ),
     _wp("WP", "The paper's rule with the paper's scores (attr, anchor).", "attr", "anchor"),
-    _wp("WP (ours)", "The paper's rule with wp-score's defaults: writeback, staged.", "writeback", "staged"),
+    _wp("WP (ours)", "The paper's rule with wp-score's defaults: writeback, kl.", "writeback", "kl"),
     Variant(
         "WP scaled",
         tuple(
-            Point("wp", {"scale": x}, scores={"method": "writeback", "utility": "staged"})
-            for x in (1.5, 1.25, 1.75, 2.0)
+            Point("wp", {"scale": x}, scores={"method": "writeback", "utility": "kl"}) for x in (1.5, 1.25, 1.75, 1.0)
         ),
         "WP (ours), its task vector multiplied: 1.5, chosen on validation items of seeds 0 and 1.",
     ),
     _wp("writeback, anchor", "Up to the anchor layer alone.", "writeback", "anchor", "utilities"),
-    _wp("writeback, kl", "The next token, for every layer.", "writeback", "kl", "utilities"),
+    _wp("writeback, staged", "The anchor up to its layer, the next token above.", "writeback", "staged", "utilities"),
 )  # fmt: skip
 
 
