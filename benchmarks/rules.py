@@ -7,7 +7,7 @@ capabilities that are merged, in percent right. What a rule may change, one or m
 
     scale      the task vector is multiplied                       power    s+^power in the place of s+
     shrink     so much of the way back to 1/K                      norm     each expert's scores divided by their mean
-    fallback   where no expert scores: `base` instead of 1/K       utility  of the scores (writeback)
+    fallback   where no expert scores: `base` instead of 1/K       utility  of the scores (writeback); `layer` too
     elect      per weight, the sign of the merge is elected and only updates that agree count (TIES, with wp's shares)
     keep       first only so large a part of each update, the largest weights
     order      the experts' weights have so large a norm of this order 1 at each component (1: they sum to 1; inf: the
@@ -58,6 +58,7 @@ class Rule:
     name: str
     utility: str = "staged"
     method: str = "writeback"
+    layer: int | None = None
     scale: float = 1.0
     power: float = 1.0
     shrink: float = 0.0
@@ -158,11 +159,12 @@ class World:
 
     def scores_of(self, expert: str, rule: Rule, seed: int = 0) -> Scores:
         """Scored with wp-score's engine, once; `seed` draws and splits the prompts."""
-        file = self.scores / f"{expert}-{rule.method}-{rule.utility}-{seed}.safetensors"
+        at = "" if rule.layer is None else f"-layer{rule.layer}"
+        file = self.scores / f"{expert}-{rule.method}-{rule.utility}{at}-{seed}.safetensors"
         if not file.is_file():
             self.scores.mkdir(parents=True, exist_ok=True)
             base, model, pairs = (str(self.folder / name) for name in ("base", expert, f"pairs/{expert}.jsonl"))
-            job = ScoringJob(base, model, pairs, method=rule.method, utility=rule.utility, seed=seed)
+            job = ScoringJob(base, model, pairs, method=rule.method, utility=rule.utility, layer=rule.layer, seed=seed)
             write_scores(score(job), file)
         return read_scores(file)
 

@@ -50,9 +50,6 @@ from rules import COMBINATIONS, PAPER, Rule, State, World
 from mergekit_wp.components import slot_of
 from mergekit_wp.miniature.corpus import Text, stream, training_texts
 from mergekit_wp.miniature.train import Encoded, encode
-from mergekit_wp.scorefile import Scores, read_scores, write_scores
-from mergekit_wp.scoring.engine import score
-from mergekit_wp.scoring.job import ScoringJob
 
 GRADIENT_TEXTS, DESCENT_TEXTS = 192, 512  # of each capability
 STEPS, BATCH = 50, 12
@@ -64,18 +61,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and targets [B, T]; -100 
 Texts = dict[str, list[Encoded]]
 
 
-@dataclass(frozen=True)
-class Layered(Rule):
-    layer: int | None = None
-
-
 SCORES = (
     PAPER,
     Rule("exact staged", method="exact"),
     Rule("attr anchor (the paper)", method="attr", utility="anchor"),
     Rule("writeback anchor", utility="anchor"),
     Rule("writeback kl", utility="kl"),
-    Layered("writeback staged, anchor layer 2", layer=2),
+    Rule("writeback staged, anchor layer 2", layer=2),
 )
 
 
@@ -91,7 +83,7 @@ class Weights:
 
 
 class Scored(World):
-    """With anchors at other layers, and a copy of the model in float32 to differentiate."""
+    """With a copy of the model in float32 to differentiate."""
 
     def __init__(self, folder: Path, scores: Path):
         super().__init__(folder, scores)
@@ -113,17 +105,6 @@ class Scored(World):
             )
             for name in self.items
         }
-
-    def scores_of(self, expert: str, rule: Rule, seed: int = 0) -> Scores:
-        layer = getattr(rule, "layer", None)
-        if layer is None:
-            return super().scores_of(expert, rule, seed)
-        file = self.scores / f"{expert}-{rule.method}-{rule.utility}-layer{layer}-{seed}.safetensors"
-        if not file.is_file():
-            base, model, pairs = (str(self.folder / name) for name in ("base", expert, f"pairs/{expert}.jsonl"))
-            job = ScoringJob(base, model, pairs, method=rule.method, utility=rule.utility, seed=seed, layer=layer)
-            write_scores(score(job), file)
-        return read_scores(file)
 
 
 class Blend:
