@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from eval_world import cells, make_model, ran, results, wp_eval, write_held_tasks, write_suite, write_tasks
 from tiny import random_model, save
+from waiting import wait_for
 
 from mergekit_wp.eval import process
 from mergekit_wp.eval.models import open_model
@@ -37,13 +37,6 @@ def held(tmp_path: Path) -> Path:
 
 def arguments(held: Path, out: str = "out") -> list[object]:
     return [held / "suite.yaml", f"m={held / 'model'}", "--out", held / out]
-
-
-def wait_for(ready: Callable[[], object], what: str, seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def is_gone(pid: int) -> bool:

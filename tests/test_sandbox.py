@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput
@@ -24,15 +24,6 @@ from mergekit_wp.sandbox import confine, run, run_programs
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
-
-
-def eventually(happened: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def judge(program: str, seconds: int = 5) -> sandbox.Verdict:
@@ -138,12 +129,12 @@ def test_a_process_left_behind_by_a_killed_parent_ends_by_itself(tmp_path: Path)
                 return True
         return False
 
-    assert eventually(lambda: any(file.read_text() == "locked\n" for file in tmp_path.glob("*/held")), seconds=60)
+    wait_for(lambda: any(file.read_text() == "locked\n" for file in tmp_path.glob("*/held")), "the program to begin")
     (held,) = tmp_path.glob("*/held")
     parent.kill()
     parent.wait()
     assert lives()  # or nothing was left behind
-    assert eventually(lambda: not lives(), seconds=20)
+    wait_for(lambda: not lives(), "the program to end", seconds=20)
 
 
 @LINUX

@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,18 +14,12 @@ import pytest
 from conftest import DEVICE, environment, wp_eval
 from eval_world import write_held_tasks, write_suite
 from tiny import random_model, save
+from waiting import wait_for
 from worlds import MODELS
 
 GONE_S = 20
 # Each worker of vLLM on a CPU is bound to cores: two of them on one node must be told which.
 CORES = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-
-
-def wait_for(ready: Callable[[], object], what: str, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.05)
 
 
 def is_alive(process: psutil.Process) -> bool:
