@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 import torch
+from common import spearman
 
 from mergekit_wp.scorefile import Scores, read_scores, write_scores
 from mergekit_wp.scoring.batches import batches, tokenize_tasks
@@ -65,11 +66,6 @@ def reranked(screen: torch.Tensor, exact: torch.Tensor, count: int) -> torch.Ten
     places = screen.flatten().topk(min(2 * count, screen.numel())).indices
     kept[places] = exact.flatten()[places]
     return kept.view_as(screen)
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    ranks = torch.stack([x.flatten().argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def error_by_layer(a: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -45,11 +45,12 @@ import click
 import torch
 import torch.nn.functional as F
 import transformers
+from common import spearman
 from rules import COMBINATIONS, PAPER, Rule, State, World
 
 from mergekit_wp.components import slot_of
 from mergekit_wp.miniature.corpus import Text, stream, training_texts
-from mergekit_wp.miniature.train import Encoded, encode
+from mergekit_wp.miniature.train import Encoded, encode, padded
 
 GRADIENT_TEXTS, DESCENT_TEXTS = 192, 512  # of each capability
 STEPS, BATCH = 50, 12
@@ -209,15 +210,6 @@ class Blend:
         return Weights(found.alpha_KLC.detach().clone(), found.rho_K.detach().clone())
 
 
-def padded(rows: Sequence[Encoded]) -> Batch:
-    length = max(len(row.ids) for row in rows)
-    ids, targets = (torch.full((len(rows), length), fill, dtype=torch.long) for fill in (0, -100))
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        targets[i, row.prompt_length - 1 : len(row.ids) - 1] = ids[i, row.prompt_length : len(row.ids)]
-    return ids, targets
-
-
 def cut(rows: list[Encoded], size: int = 32) -> list[Batch]:
     return [padded(rows[start : start + size]) for start in range(0, len(rows), size)]
 
@@ -287,17 +279,6 @@ def examine(blend: Blend, wp: Weights, g_wp: torch.Tensor, g_average: torch.Tens
         found[f"{name} texts"] = 100 * (blend.loss(moved, texts) / before - 1)
         found[f"{name} items"] = 100 * (blend.loss(moved, blend.world.validation) / graded - 1)
     return found
-
-
-def ranks(x: torch.Tensor) -> torch.Tensor:
-    """Equal values share the mean of their ranks."""
-    _, place, count = x.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[place]
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([ranks(a.flatten()), ranks(b.flatten())]))[0, 1])
 
 
 def study(world: Scored, experts: tuple[str, ...]) -> dict[str, dict[str, list[float] | dict[str, float]]]:

@@ -34,7 +34,7 @@ def encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> list[Encode
     return [Encoded([*p, *a, end], len(p)) for p, a in zip(prompts, answers, strict=True)]
 
 
-def _padded(rows: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and targets, both [B, T]; padding is on the right, where a causal model never looks."""
     length = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -111,7 +111,7 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate_at(step)
-        ids, targets = _padded(batch)
+        ids, targets = padded(batch)
         # A block for each step: autocast keeps its bf16 copies of the weights until its block ends.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bfloat16()):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.float()
