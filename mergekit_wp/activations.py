@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.documents import parse_json
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
@@ -40,9 +41,9 @@ class Calibration:
     @classmethod
     def from_json(cls, text: str) -> Calibration:
         """Parse and check; raises KeyError, TypeError, ValueError (`read_activations` makes them a BadInput)."""
-        raw: dict[str, Any] = json.loads(text)
+        raw: dict[str, Any] = parse_json(text)
         if raw.get("format") != FORMAT:
-            raise ValueError(f"format version {raw.get('format')!r}, this program reads {FORMAT}")
+            raise ValueError(f"format version {shown(raw.get('format'))}, this program reads {FORMAT}")
         if unknown := set(raw) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown metadata fields {sorted(unknown)}")
         return cls(**{**raw, "base": ModelId(**raw["base"])})

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 Kind = Literal["head", "kv", "neuron"]
 
@@ -97,7 +97,7 @@ class Geometry:
                 if value not in SUPPORTED:
                     raise BadInput(_unsupported(str(value)))
             elif type(value) is not int or value < 1:
-                raise BadInput(f"geometry field {name}: found {value!r}, expected a positive whole number.")
+                raise BadInput(f"geometry field {name}: found {shown(value)}, expected a positive whole number.")
         if self.heads % self.kv_heads:
             raise BadInput(f"geometry: {self.heads} query heads cannot be shared out over {self.kv_heads} KV heads.")
 

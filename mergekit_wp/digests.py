@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
 
@@ -25,7 +26,7 @@ class Digests:
         self._path, self._say = path, say
         self._known: dict[str, list[object]] = {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+            content = parse_json(path.read_bytes()) if path is not None else {}
             self._known = {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2}
         except (OSError, ValueError, AttributeError):
             pass

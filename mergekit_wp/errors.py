@@ -1,8 +1,14 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and how it quotes what was found."""
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 import click
+
+_MOST_SHOWN = 80  # characters of a value
+_MOST_SAID = 2000  # characters of a sentence
 
 
 class BadInput(click.ClickException):
@@ -14,3 +20,25 @@ class BadInput(click.ClickException):
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]} ... (cut)")
+
+
+class _Short(reprlib.Repr):
+    """Like `repr`, which escapes what a terminal cannot show, but of bounded length and depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = _MOST_SHOWN
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 4, 6, 6
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out an int of many digits, and takes long for it.
+        return repr(x) if x.bit_length() < 250 else f"a number of about {int(x.bit_length() * 0.30103)} digits"
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a sentence quotes it: like `repr`, in at most some 80 characters, printable."""
+    text = _Short().repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

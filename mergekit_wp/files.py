@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the YAML that ships with the package.
+"""Files that appear whole or not at all, files that are read whole, and the YAML that ships with the package.
 
 Outputs are written beside their final name and renamed at the end, so a killed run never leaves a half file
 under a name that a later stage would trust.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mergekit_wp.documents import MOST_JSON_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml
 from mergekit_wp.errors import BadInput
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -67,18 +66,40 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     """A YAML file that must hold a mapping; `what` names it in errors ("scoring job", "suite").
 
-    Raises `BadInput` when the file is missing, is not YAML, or is not a mapping.
+    Raises `BadInput` when the file is missing, is not YAML (see `documents` for what is taken), or is not a mapping.
     """
+    return _mapping(path, what, "YAML", "mapping of fields", parse_yaml, MOST_YAML_BYTES)
+
+
+def read_json_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """A JSON file that must hold an object; otherwise as `read_yaml_mapping`."""
+    return _mapping(path, what, "JSON", "object", parse_json, MOST_JSON_BYTES)
+
+
+def _mapping(
+    path: str | os.PathLike[str], what: str, language: str, kind: str, parse: Callable[[str], Any], most: int
+) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+        content = parse(read_text(path, most))
     except OSError as error:
         raise BadInput(f"{path}: cannot read this {what} ({error.strerror or error}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: this {what} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: this {what} is not valid {language}: {error}.") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: a {what} must be a YAML mapping of fields, found {type(content).__name__}.")
+        raise BadInput(f"{path}: not a {what}, which is a {language} {kind}; found {type(content).__name__}.")
     return content
+
+
+def read_text(path: str | os.PathLike[str], most: int) -> str:
+    """A UTF-8 text of at most `most` bytes. Raises OSError, or ValueError with a clause for what it holds."""
+    with open(path, "rb") as stream:  # never more than that, whatever /dev/zero holds
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8 text ({error.reason})") from error
 
 
 Stamp = tuple[str, int, int]

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from mergekit_wp.components import Geometry
-from mergekit_wp.errors import BadInput
+from mergekit_wp.documents import parse_json
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
@@ -104,9 +105,9 @@ class ScoreMeta:
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises KeyError, TypeError, ValueError (`read_scores` makes them a BadInput)."""
-        raw: dict[str, Any] = json.loads(text)
+        raw: dict[str, Any] = parse_json(text)
         if raw.get("format") not in range(1, FORMAT + 1):
-            raise ValueError(f"format version {raw.get('format')!r}, this program reads 1 to {FORMAT}")
+            raise ValueError(f"format version {shown(raw.get('format'))}, this program reads 1 to {FORMAT}")
         known = {f.name for f in fields(cls)}
         if unknown := set(raw) - known:
             raise ValueError(f"unknown metadata fields {sorted(unknown)}")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.documents import parse_json
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.files import write_text
 
@@ -28,7 +29,7 @@ def file_name(text: str) -> str:
 def read_cache(path: Path) -> dict[str, Entry]:
     """Finished tasks by key; a file that is not ours or was damaged counts as nothing done."""
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        tasks = parse_json(path.read_bytes())["tasks"]
         return {key: entry for key, entry in tasks.items() if isinstance(entry.get("results"), dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

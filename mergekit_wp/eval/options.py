@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 BACKENDS = ("hf", "vllm")
 
@@ -51,13 +51,13 @@ def _is_number(value: Any) -> bool:
 def check_options(options: Any) -> None:
     """Refuse an unknown name or a value of the wrong kind. Raises `BadInput`."""
     if not isinstance(options, dict):
-        raise BadInput(f"`backend_options` must be a mapping, found {options!r}.")
+        raise BadInput(f"`backend_options` must be a mapping, found {shown(options)}.")
     for name, value in options.items():
         if name not in OPTIONS:
             raise BadInput(f"`backend_options` has the unknown option `{name}`; it may have {', '.join(OPTIONS)}.")
         words, fits = _KINDS[OPTIONS[name].kind]
         if not fits(value):
-            raise BadInput(f"`backend_options`: `{name}` must be {words}, found {value!r}.")
+            raise BadInput(f"`backend_options`: `{name}` must be {words}, found {shown(value)}.")
 
 
 def split_options(backend: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.eval.options import BACKENDS, check_options
 from mergekit_wp.files import read_yaml_mapping
 
@@ -37,19 +37,19 @@ class SuiteTask:
     def __post_init__(self) -> None:
         for name in ("task", "column", "metric"):
             if not isinstance(value := getattr(self, name), str) or not value.strip():
-                raise BadInput(f"`{name}` must be a non-empty string, found {value!r}.")
+                raise BadInput(f"`{name}` must be a non-empty string, found {shown(value)}.")
         if self.num_fewshot is not None and not _is_count(self.num_fewshot, minimum=0):
-            raise BadInput(f"`num_fewshot` must be a whole number from 0 up, found {self.num_fewshot!r}.")
+            raise BadInput(f"`num_fewshot` must be a whole number from 0 up, found {shown(self.num_fewshot)}.")
         if not isinstance(self.gen_kwargs, dict):
-            raise BadInput(f"`gen_kwargs` must be a mapping, found {self.gen_kwargs!r}.")
+            raise BadInput(f"`gen_kwargs` must be a mapping, found {shown(self.gen_kwargs)}.")
         if not isinstance(self.apply_chat_template, bool):
-            raise BadInput(f"`apply_chat_template` must be true or false, found {self.apply_chat_template!r}.")
+            raise BadInput(f"`apply_chat_template` must be true or false, found {shown(self.apply_chat_template)}.")
         if not isinstance(self.fewshot_as_multiturn, bool | None):
-            raise BadInput(f"`fewshot_as_multiturn` must be true or false, found {self.fewshot_as_multiturn!r}.")
+            raise BadInput(f"`fewshot_as_multiturn` must be true or false, found {shown(self.fewshot_as_multiturn)}.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise BadInput("`fewshot_as_multiturn: true` needs `apply_chat_template: true`; set both or none.")
         if not isinstance(self.system_instruction, str | None):
-            raise BadInput(f"`system_instruction` must be a string, found {self.system_instruction!r}.")
+            raise BadInput(f"`system_instruction` must be a string, found {shown(self.system_instruction)}.")
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,24 @@ class Suite:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
-            raise BadInput(f"`name` must be a non-empty string, found {self.name!r}.")
+            raise BadInput(f"`name` must be a non-empty string, found {shown(self.name)}.")
         if not self.tasks:
             raise BadInput("`tasks` is empty; a suite needs at least one task.")
         for column in self.columns:
             if self.columns.count(column) > 1:
-                raise BadInput(f"`tasks` has two columns {column!r}; give each a title of its own.")
+                raise BadInput(f"`tasks` has two columns {shown(column)}; give each a title of its own.")
         if self.dtype not in DTYPES:
-            raise BadInput(f"`dtype` must be one of {', '.join(DTYPES)}, found {self.dtype!r}.")
+            raise BadInput(f"`dtype` must be one of {', '.join(DTYPES)}, found {shown(self.dtype)}.")
         if self.batch_size != "auto" and not _is_count(self.batch_size, minimum=1):
-            raise BadInput(f"`batch_size` must be a whole number or `auto`, found {self.batch_size!r}.")
+            raise BadInput(f"`batch_size` must be a whole number or `auto`, found {shown(self.batch_size)}.")
         if self.max_gen_toks is not None and not _is_count(self.max_gen_toks, minimum=1):
-            raise BadInput(f"`max_gen_toks` must be a whole number from 1 up, found {self.max_gen_toks!r}.")
+            raise BadInput(f"`max_gen_toks` must be a whole number from 1 up, found {shown(self.max_gen_toks)}.")
         if self.backend is not None and self.backend not in BACKENDS:
-            raise BadInput(f"`backend` must be one of {', '.join(BACKENDS)}, found {self.backend!r}.")
+            raise BadInput(f"`backend` must be one of {', '.join(BACKENDS)}, found {shown(self.backend)}.")
         check_options(self.backend_options)
         for name in ("baseline", "device"):
             if not isinstance(value := getattr(self, name), str | None):
-                raise BadInput(f"`{name}` must be a string, found {value!r}.")
+                raise BadInput(f"`{name}` must be a string, found {shown(value)}.")
 
     @property
     def columns(self) -> list[str]:
@@ -114,7 +114,7 @@ def read_suite(path: str | os.PathLike[str]) -> Suite:
         tasks = tuple(_read_task(raw, number) for number, raw in enumerate(raw_tasks, start=1))
         include = content.get("include_path")
         if include is not None and not isinstance(include, str):
-            raise BadInput(f"`include_path` must be a folder, found {include!r}.")
+            raise BadInput(f"`include_path` must be a folder, found {shown(include)}.")
         include_path = Path(path).parent / Path(include).expanduser() if include else None
         return Suite(**{**content, "tasks": tasks, "include_path": include_path})
     except BadInput as error:
@@ -124,7 +124,7 @@ def read_suite(path: str | os.PathLike[str]) -> Suite:
 def _read_task(raw: Any, number: int) -> SuiteTask:
     try:
         if not isinstance(raw, dict):
-            raise BadInput(f"expected a mapping with `task`, `column` and `metric`, found {raw!r}.")
+            raise BadInput(f"expected a mapping with `task`, `column` and `metric`, found {shown(raw)}.")
         _refuse_unknown(raw, SuiteTask, "a task")
         return SuiteTask(**raw)
     except BadInput as error:

@@ -19,6 +19,7 @@ from mergekit_wp.eval.alike import differences
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.run import Cell, Row, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask
+from mergekit_wp.files import read_json_mapping
 
 AVERAGE = "Average"
 
@@ -202,14 +203,12 @@ def to_json(table: Table, about: dict[str, Any]) -> str:
 
 def read_results(path: Path) -> Table:
     """The table in a results.json. Raises `BadInput` when it is missing or not one of ours."""
+    content = read_json_mapping(path, "results.json of wp-eval")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         tasks = tuple(SuiteTask(**column) for column in content["columns"])
         rows = [_read_row(row, tasks) for row in content["rows"]]
         suite = Suite(content["suite_content"]["name"], tasks)
         return Table(suite, rows, content["baseline"], content["limit"])
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read these results ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
         raise BadInput(f"{path}: not a results.json of wp-eval ({error}); evaluate again.") from error
 

@@ -33,7 +33,7 @@ from mergekit.merge_methods.base import (
 )
 from pydantic import BeforeValidator
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.merge.checked import CheckedMethod, not_finite, number, register_method
 from mergekit_wp.merge.fusion import NotFiniteError, fuse
 from mergekit_wp.merge.importance import kept_share, load_activations
@@ -43,7 +43,7 @@ from mergekit_wp.merge.plan import AIM
 def _checked_file(value: Any) -> str:
     """The validating type of `activations`: a bad file is refused while the recipe is planned."""
     if not isinstance(value, str):
-        raise BadInput(f"activations: found {value!r}, expected the path of a file; make one with wp-aim.")
+        raise BadInput(f"activations: found {shown(value)}, expected the path of a file; make one with wp-aim.")
     if value:  # empty is the default and means "not given": the check of the plan says so
         load_activations(value)
     return value

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import BatchOptions, GroupMergeMethod, TensorGr
 from pydantic import BeforeValidator
 
 from mergekit_wp.autoload import register_methods
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 
 class CheckedMethod(GroupMergeMethod):
@@ -75,7 +75,7 @@ def number(name: str, hint: str, *, least: float = -math.inf, most: float = math
     def checked(value: Any) -> float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not good or not least <= value <= most:
-            raise BadInput(f"{name}: found {value!r}, expected a number{limits}; {hint}.")
+            raise BadInput(f"{name}: found {shown(value)}, expected a number{limits}; {hint}.")
         return float(value)
 
     return Annotated[float, BeforeValidator(checked)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.checkpoint import content_digest, read_header
 from mergekit_wp.digests import sha256_of
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping, write_text
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def read_mark(path: Path) -> Mark | None:
     content = read_yaml_mapping(path, "mark of an audit")
     if content.get("format") != FORMAT:
         raise BadInput(
-            f"{path}: a mark of format {content.get('format')!r}, this program reads {FORMAT}; delete it to have the "
-            "merge audited again."
+            f"{path}: a mark of format {shown(content.get('format'))}, this program reads {FORMAT}; delete it to have "
+            "the merge audited again."
         )
     try:
         content["checked"] = tuple(str(line) for line in content["checked"])

@@ -33,7 +33,7 @@ from mergekit.merge_methods.base import (
 from pydantic import BeforeValidator
 
 from mergekit_wp.components import slot_of
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.merge.checked import CheckedMethod, not_finite, number, register_method
 from mergekit_wp.merge.fusion import NotFiniteError, fuse, prior_shares
 from mergekit_wp.merge.plan import WP
@@ -45,7 +45,7 @@ _REFERENCE = "https://arxiv.org/abs/2604.13694"
 def _checked_scores(value: Any) -> str:
     """The validating type of `scores`: a bad score file is refused while the recipe is planned."""
     if not isinstance(value, str):
-        raise BadInput(f"scores: found {value!r}, expected the path of a score file; make one with wp-score.")
+        raise BadInput(f"scores: found {shown(value)}, expected the path of a score file; make one with wp-score.")
     if value:  # empty is the default and means "not given": the check of the plan names the expert
         load_scores(value)
     return value

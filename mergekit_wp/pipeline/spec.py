@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
 
 BASE = "base"
@@ -133,7 +133,7 @@ def _expert(name: str, raw: Any, file: Path) -> Expert:
     if isinstance(scoring, str):
         scoring = read_yaml_mapping(_found(scoring, file, f"{where}.scoring"), "scoring job")
     elif scoring is not None and not isinstance(scoring, dict):
-        raise BadInput(f"`{where}.scoring`: found {scoring!r}, expected a scoring job's file or its fields.")
+        raise BadInput(f"`{where}.scoring`: found {shown(scoring)}, expected a scoring job's file or its fields.")
     scoring = dict(scoring) if scoring is not None else None
     model = values.get("model") or (scoring or {}).get("expert")
     if model is None:
@@ -158,9 +158,9 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
         return Merge(recipe=_found(values["recipe"], file, f"{where}.recipe"))
     for key in ("parameters", "expert_parameters", "base_parameters"):
         if not isinstance(values.get(key, {}), dict):
-            raise BadInput(f"`{where}.{key}`: found {values[key]!r}, expected a mapping, such as {{weight: 1.0}}.")
+            raise BadInput(f"`{where}.{key}`: found {shown(values[key])}, expected a mapping, such as {{weight: 1.0}}.")
     if not isinstance(experts := values.get("experts", []), list):
-        raise BadInput(f"`{where}.experts`: found {experts!r}, expected a list of names.")
+        raise BadInput(f"`{where}.experts`: found {shown(experts)}, expected a list of names.")
     return Merge(**{**values, "experts": tuple(experts)})
 
 
@@ -171,7 +171,7 @@ def _evaluate(raw: Any, file: Path) -> Evaluate | None:
     if "suite" not in values:
         raise BadInput("`evaluate.suite` is missing; name a suite, such as eval/paper.yaml.")
     if not isinstance(models := values.get("models", []), list):
-        raise BadInput(f"`evaluate.models`: found {models!r}, expected a list of names.")
+        raise BadInput(f"`evaluate.models`: found {shown(models)}, expected a list of names.")
     include = values.get("include_path")
     return Evaluate(
         suite=_found(values["suite"], file, "evaluate.suite"),
@@ -192,7 +192,7 @@ def _push(raw: Any) -> Push | None:
     for name, value in values.items():
         kind, expected = _PUSH_KINDS.get(name, (str, "a text"))
         if not isinstance(value, kind):
-            raise BadInput(f"`push.{name}`: found {value!r}, expected {expected}.")
+            raise BadInput(f"`push.{name}`: found {shown(value)}, expected {expected}.")
     return Push(**values)
 
 
@@ -202,10 +202,10 @@ def _check(pipeline: Pipeline) -> None:
         raise BadInput("`experts` is empty; a pipeline needs at least one expert.")
     for name in pipeline.names:
         if pipeline.names.count(name) > 1:
-            raise BadInput(f"two models are named {name!r}; `{BASE}`, experts and merges need names of their own.")
+            raise BadInput(f"two models are named {shown(name)}; `{BASE}`, experts and merges need names of their own.")
         if "/" in name or name.startswith((".", "-")):
             raise BadInput(
-                f"the name {name!r} will be a file's name; choose one without `/` that starts with a letter."
+                f"the name {shown(name)} will be a file's name; choose one without `/` that starts with a letter."
             )
     for name, merge in pipeline.merges.items():
         for expert in merge.experts:
@@ -230,14 +230,14 @@ def _check(pipeline: Pipeline) -> None:
 
 def _one_of(where: str, name: str, known: list[str]) -> None:
     if name not in known:
-        raise BadInput(f"`{where}`: there is no {name!r} here; there are {', '.join(known) or 'none'}.")
+        raise BadInput(f"`{where}`: there is no {shown(name)} here; there are {', '.join(known) or 'none'}.")
 
 
 def _known(kind: type, where: str, raw: Any, beside: set[str] | None = None) -> dict[str, Any]:
     """The fields of one part; `beside` are names that something else reads."""
     names = [item.name for item in fields(kind)]
     if not isinstance(raw, dict):
-        raise BadInput(f"`{where}`: found {raw!r}, expected a mapping with {', '.join(names)}.")
+        raise BadInput(f"`{where}`: found {shown(raw)}, expected a mapping with {', '.join(names)}.")
     if unknown := [name for name in raw if name not in names and name not in (beside or set())]:
         raise BadInput(f"`{where}`: unknown field `{unknown[0]}`; it has {', '.join(names)}.")
     return {name: value for name, value in raw.items() if name in names}
@@ -246,23 +246,23 @@ def _known(kind: type, where: str, raw: Any, beside: set[str] | None = None) -> 
 def _flags(stage: str, raw: Any) -> tuple[str, ...]:
     """The list under `STAGE.flags`; of `score` and `merge` it is all there is."""
     if stage in ("score", "merge") and raw is not None and (not isinstance(raw, dict) or set(raw) - {"flags"}):
-        raise BadInput(f"`{stage}`: found {raw!r}, expected {{flags: [...]}}.")
+        raise BadInput(f"`{stage}`: found {shown(raw)}, expected {{flags: [...]}}.")
     flags = raw.get("flags", []) if isinstance(raw, dict) else []
     if not isinstance(flags, list):
-        raise BadInput(f"`{stage}.flags`: found {flags!r}, expected a list, such as [--device, cuda:1].")
+        raise BadInput(f"`{stage}.flags`: found {shown(flags)}, expected a list, such as [--device, cuda:1].")
     return tuple(str(flag) for flag in flags)
 
 
 def _mapping(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     found = content.get(name)
     if not isinstance(found, dict):
-        raise BadInput(f"`{name}`: found {found!r}, expected a mapping from names to their settings.")
+        raise BadInput(f"`{name}`: found {shown(found)}, expected a mapping from names to their settings.")
     return {str(key): value for key, value in found.items()}
 
 
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadInput(f"`{where}`: found {value!r}, expected a non-empty text.")
+        raise BadInput(f"`{where}`: found {shown(value)}, expected a non-empty text.")
     return value
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 
 import mergekit_wp
+from mergekit_wp.documents import parse_json
 from mergekit_wp.files import write_text
 from mergekit_wp.pipeline.digest import Digests, digest_of
 
@@ -78,7 +79,7 @@ class Stamps:
     def why_not_done(self, step: Step) -> str | None:
         """What makes the step due, for a person; None when it is done."""
         try:
-            stamp = json.loads((self.folder / f"{step.name}.json").read_text(encoding="utf-8"))
+            stamp = parse_json((self.folder / f"{step.name}.json").read_bytes())
             before, written = dict(stamp["inputs"]), dict(stamp["outputs"])
         except (OSError, ValueError, KeyError, TypeError):
             return "not run yet"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_json_mapping
 from mergekit_wp.push.names import Names
 
 
@@ -43,7 +43,7 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
             f"{path}: none of its rows ({names}) was measured on {model} as it is now; evaluate that folder with "
             "wp-eval, or leave these results out."
         )
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_mapping(path, "results.json of wp-eval")
     return Results(content, to_markdown(table), row.model.name, row.model.reference)
 
 

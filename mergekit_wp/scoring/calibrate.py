@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.scoring.job import CHOICES
@@ -131,9 +131,10 @@ def read_texts(path: str) -> Iterator[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
+        row = parse_json(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not valid JSON ({error}).") from error
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise BadInput(f'{where}: expected a JSON object with a string "text", as in the Pile.')
     return text.strip()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 _FIELDS = ("kwargs", "prefix", "until")
 # These two IFEval types look words and sentences up in data that NLTK downloads; no other needs them.
@@ -59,22 +59,26 @@ def parse_check(raw: Any, where: str) -> Check:
     Whether the grader knows the name and takes the arguments is the business of `preflight`: that imports it.
     """
     if not isinstance(raw, Mapping):
-        raise BadInput(f"{where}: check must be an object such as {{'ifeval': 'punctuation:no_comma'}}; found {raw!r}.")
+        raise BadInput(
+            f"{where}: check must be an object such as {{'ifeval': 'punctuation:no_comma'}}, found {shown(raw)}."
+        )
     graders = [name for name in ("ifeval", "miniature") if name in raw]
     if unknown := set(raw) - {*_FIELDS, "ifeval", "miniature"}:
         raise BadInput(
-            f"{where}: unknown field {sorted(unknown)[0]!r} in check; expected ifeval or miniature, and "
+            f"{where}: unknown field {shown(sorted(unknown)[0])} in check; expected ifeval or miniature, and "
             f"{', '.join(_FIELDS)}."
         )
     if len(graders) != 1 or not isinstance(raw[graders[0]], str):
-        raise BadInput(f"{where}: check must name one grader, ifeval or miniature, with a text; found {dict(raw)!r}.")
+        raise BadInput(
+            f"{where}: check must name one grader, ifeval or miniature, with a text; found {shown(dict(raw))}."
+        )
     kwargs, prefix, until = raw.get("kwargs", {}), raw.get("prefix", ""), raw.get("until", [])
     if not isinstance(kwargs, Mapping):
-        raise BadInput(f"{where}: kwargs of check must be an object, found {kwargs!r}.")
+        raise BadInput(f"{where}: kwargs of check must be an object, found {shown(kwargs)}.")
     if not isinstance(prefix, str):
-        raise BadInput(f"{where}: prefix of check must be a text, found {prefix!r}.")
+        raise BadInput(f"{where}: prefix of check must be a text, found {shown(prefix)}.")
     if not isinstance(until, (list, tuple)) or not all(isinstance(end, str) and end for end in until):
-        raise BadInput(f"{where}: until of check must be a list of texts, found {until!r}.")
+        raise BadInput(f"{where}: until of check must be a list of texts, found {shown(until)}.")
     return Check(graders[0], raw[graders[0]], dict(kwargs), prefix, tuple(until))
 
 
@@ -118,7 +122,7 @@ def _lm_eval() -> tuple[Any, dict[str, Any]]:
 def _preflight_ifeval(check: Check, where: str) -> None:
     _utils, types = _lm_eval()
     if check.name not in types:
-        raise BadInput(f"{where}: IFEval has no type {check.name!r}; it has {', '.join(sorted(types))}.")
+        raise BadInput(f"{where}: IFEval has no type {shown(check.name)}; it has {', '.join(sorted(types))}.")
     needed = set(types[check.name](check.name).get_instruction_args_keys())
     # A missing argument would be drawn at random, and the check would grade something that nobody asked for.
     if needed != set(check.kwargs):
@@ -157,7 +161,7 @@ def _preflight_miniature(check: Check, where: str) -> None:
         "code": grading.grade_code,
     }
     if check.name not in graders:
-        raise BadInput(f"{where}: the miniature has no capability {check.name!r}; it has {', '.join(graders)}.")
+        raise BadInput(f"{where}: the miniature has no capability {shown(check.name)}; it has {', '.join(graders)}.")
     try:
         inspect.signature(graders[check.name]).bind("", **check.kwargs)
     except TypeError as error:

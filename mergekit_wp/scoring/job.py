@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
 
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
@@ -82,19 +82,19 @@ class ScoringJob:
                 raise BadInput(f"{name}: a scoring job needs this field; give it in the YAML or as --{name}.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise BadInput(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+                raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected one of {', '.join(allowed)}.")
         if not isinstance(self.template, str) or "{prompt}" not in self.template:
-            raise BadInput(f"template: found {self.template!r}, expected text that contains {{prompt}}.")
+            raise BadInput(f"template: found {shown(self.template)}, expected text that contains {{prompt}}.")
         least_of = {"samples": 1, "seed": 0, "batch_size": 1, "anchor_prompts": 1, "anchor_tokens": 1}
         if self.layer not in (None, "auto") and (type(self.layer) is not int or self.layer < 0):
-            raise BadInput(f"layer: found {self.layer!r}, expected a whole number of at least 0, or auto.")
+            raise BadInput(f"layer: found {shown(self.layer)}, expected a whole number of at least 0, or auto.")
         for name, least in least_of.items():
             value = getattr(self, name)
             optional = name == "samples"
             if not (value is None and optional) and (type(value) is not int or value < least):
-                raise BadInput(f"{name}: found {value!r}, expected a whole number of at least {least}.")
+                raise BadInput(f"{name}: found {shown(value)}, expected a whole number of at least {least}.")
         if isinstance(self.gap_floor, bool) or not isinstance(self.gap_floor, (int, float)) or self.gap_floor < 0:
-            raise BadInput(f"gap_floor: found {self.gap_floor!r}, expected a number of at least 0.")
+            raise BadInput(f"gap_floor: found {shown(self.gap_floor)}, expected a number of at least 0.")
         self._check_subset()
 
     def _check_subset(self) -> None:
@@ -102,7 +102,7 @@ class ScoringJob:
             fits = isinstance(self.top, (list, tuple)) and len(self.top) == 2
             if not fits or type(self.top[0]) is not int or self.top[0] < 1 or not isinstance(self.top[1], str):
                 raise BadInput(
-                    f"top: found {self.top!r}, expected a number of at least 1 and a score file: [20, FILE]."
+                    f"top: found {shown(self.top)}, expected a number of at least 1 and a score file: [20, FILE]."
                 )
         if self.parts and self.method not in ("attr", "writeback"):
             raise BadInput(f"parts: a score by {self.method} has no parts; use attr or writeback.")
@@ -114,7 +114,7 @@ class ScoringJob:
         """Build from YAML content; `where` names the file in errors."""
         known = {f.name for f in fields(cls)}
         if unknown := [key for key in values if key not in known]:
-            raise BadInput(f"{where}: unknown field {unknown[0]!r}; expected {', '.join(sorted(known))}.")
+            raise BadInput(f"{where}: unknown field {shown(unknown[0])}; expected {', '.join(sorted(known))}.")
         try:
             return cls(**{"base": "", "expert": "", "pairs": "", **values})
         except BadInput as error:

@@ -9,18 +9,20 @@ and the base on the same prompt (METHOD.md 2). A third field, `check`, may say h
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.documents import parse_json
+from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.files import read_text
 from mergekit_wp.scoring.graders import parse_check
 
 _FIELDS = {"task", "prompt", "contrast", "check"}
 _BUILTIN_PREFIX = "builtin:"
+_MOST_BYTES = 1 << 30  # a million long prompts
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def load_pairs(source: str, samples: int | None, seed: int) -> list[Pair]:
 
         name = source.removeprefix(_BUILTIN_PREFIX)
         if name not in BUILTIN:
-            raise BadInput(f"pairs: no built-in set {name!r}; there are {', '.join(sorted(BUILTIN))}.")
+            raise BadInput(f"pairs: no built-in set {shown(name)}; there are {', '.join(sorted(BUILTIN))}.")
         return BUILTIN[name](samples or 100, seed)
     pairs = read_pairs(source)
     if samples is None:
@@ -69,8 +71,8 @@ def load_pairs(source: str, samples: int | None, seed: int) -> list[Pair]:
 def read_pairs(path: str | Path) -> list[Pair]:
     """Every row of a JSONL file, in order; blank lines are skipped. Raises `BadInput` naming file and line."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot read the pairs ({getattr(error, 'strerror', None) or error}).") from error
     lines = enumerate(text.split("\n"), start=1)
     pairs = [_parse_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
@@ -116,20 +118,22 @@ def _shuffled(rows: Sequence[Pair], seed: int, task: str) -> list[Pair]:
 
 def _parse_row(line: str, where: str) -> Pair:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise BadInput(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected an object with task and prompt, found {type(row).__name__}.")
     if unknown := set(row) - _FIELDS:
-        raise BadInput(f"{where}: unknown field {sorted(unknown)[0]!r}; expected task, prompt, contrast and check.")
+        raise BadInput(
+            f"{where}: unknown field {shown(sorted(unknown)[0])}; expected task, prompt, contrast and check."
+        )
     for name in ("task", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise BadInput(f"{where}: the field {name} must be a non-empty string.")
     if not isinstance(row.get("contrast"), (str, type(None))) or row.get("contrast") == "":
         raise BadInput(f"{where}: the field contrast must be a non-empty string, or absent.")
     if "/" in row["task"]:
-        raise BadInput(f"{where}: the task name {row['task']!r} must not contain a slash.")
+        raise BadInput(f"{where}: the task name {shown(row['task'])} must not contain a slash.")
     if row.get("check") is not None:
         parse_check(row["check"], where)
     return Pair(row["task"], row["prompt"], row.get("contrast"), row.get("check"))

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mergekit_wp.documents import parse_json
 from mergekit_wp.files import atomic_path, write_text
 
 LOG = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def forget(folder: Path) -> None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_wp.components import Geometry
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.scorefile import Scores
 
 KINDS = ("heads", "neurons")
@@ -81,7 +81,7 @@ def parse_layers(text: str | None, layers: int) -> list[int]:
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
-            raise BadInput(f"layers: found {text!r}, expected numbers and ranges such as 0-5,7.")
+            raise BadInput(f"layers: found {shown(text)}, expected numbers and ranges such as 0-5,7.")
         low, high = int(match[1]), int(match[2] or match[1])
         if not low <= high < layers:
             raise BadInput(f"layers: {part.strip()} is out of range; this model has layers 0 to {layers - 1}.")

@@ -1,0 +1,178 @@
+"""YAML and JSON as everything of this package reads them: strictly, within bounds, and into plain values.
+
+The libraries take more than a person can have meant. Of two equal keys the last wins in silence; a few lines of
+aliases stand for billions of values; `2001-01-01` becomes a date, `.nan` a number, `\\ud800` half a character that
+cannot be printed; what cannot be converted, or nests too deeply, ends in whatever exception Python has for it. Here
+each of these is a `ValueError` whose text is a clause for the person who wrote the file; `files` says which file.
+
+What comes out is text, numbers that are finite, true, false, null, lists, and mappings of at most `MOST_LEVELS`
+levels, so that what works on it later may recurse, hash, compare and print.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import yaml
+
+from mergekit_wp.errors import shown
+
+MOST_YAML_BYTES = 1 << 18
+"""A recipe that lists every layer of a 70B model takes some twenty thousand; PyYAML needs seconds for a megabyte."""
+MOST_JSON_BYTES = 1 << 25
+"""The shard index of a model of 90,000 tensors has nine million."""
+MOST_LEVELS = 64
+MOST_VALUES = 20_000  # of a YAML, with its aliases written out
+MOST_KEY = 500  # characters
+_MOST_SAID = 200  # characters of what PyYAML says, which may quote the file
+_MOST_YAML_INT = 2**63
+_MOST_JSON_INT = 10**300  # transformers writes 10**30 for "no limit"; what no float can hold ends in an OverflowError
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document. Raises ValueError with a clause that says what is wrong, and in which line."""
+    if len(text) > MOST_YAML_BYTES:
+        raise ValueError(f"it is larger than {MOST_YAML_BYTES:,} characters")
+    loader = None
+    try:
+        loader = _Strict(text)
+        value = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_where(error)) from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+    _check(value, _CONTROL, _MOST_YAML_INT)
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON document. Raises ValueError with a clause that says what is wrong with it."""
+    if len(text) > MOST_JSON_BYTES:
+        raise ValueError(f"it is larger than {MOST_JSON_BYTES:,} bytes")
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text  # json would guess at UTF-16
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError(f"it nests more than {MOST_LEVELS} levels deep") from error
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's limit, with advice about Python
+            raise ValueError("it holds a whole number of thousands of digits") from error
+        raise
+    _check(value, _HALF_CHARACTER, _MOST_JSON_INT)
+    return value
+
+
+class _Strict(yaml.SafeLoader):
+    """Safe YAML without equal keys, with as much of aliases and nesting as a person writes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._levels = self._values = 0
+        self._size_of: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self._values
+        self._levels += 1
+        if self._levels > MOST_LEVELS:
+            raise _trouble(f"it nests more than {MOST_LEVELS} levels deep", event)
+        node = super().compose_node(parent, index)
+        self._levels -= 1
+        if node is None:
+            return node
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._size_of:
+                raise _trouble(f"the alias *{event.anchor} stands within what it refers to", event)
+            self._values += self._size_of[node]
+        else:
+            self._values += 1
+            self._size_of[node] = self._values - before
+        if self._values > MOST_VALUES:
+            raise _trouble(f"it has more than {MOST_VALUES:,} values, its aliases written out", event)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:  # now, since merge keys (<<) are about to be written into it
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _trouble("a list or a mapping cannot be a key", key_node)
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if merge else self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):  # `no:` and `1:`; nothing of ours has such keys
+                raise _trouble(f"the key {shown(key_node.value)} is read as {shown(key)}; put it in quotes", key_node)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise _trouble(f"the key {_key(key)} stands twice, first in line {lines[key]}; keep one", key_node)
+            lines[key] = line
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            kind = str(node.tag).rpartition(":")[2]
+            raise _trouble(f"{shown(node.value)} cannot be read as {kind}; put it in quotes", node) from error
+
+
+def _trouble(text: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, text, place.start_mark)
+
+
+def _where(error: yaml.MarkedYAMLError) -> str:
+    """The library's error as one clause with its line, without the excerpt of the file."""
+    said = ", ".join(part for part in (error.context, error.problem) if part)[:_MOST_SAID]
+    mark = error.problem_mark or error.context_mark
+    return said if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {said}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"the key {_key(twice)} stands twice in one object; keep one")
+    return content
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check(value: Any, forbidden: re.Pattern[str], most: int) -> None:
+    """Types, depth, keys, text and numbers, whatever was shared by aliases. Raises ValueError."""
+    rest: list[tuple[Any, int]] = [(value, 1)]
+    while rest:
+        found, level = rest.pop()
+        if isinstance(found, (dict, list)) and level > MOST_LEVELS:
+            raise ValueError(f"it nests more than {MOST_LEVELS} levels deep")
+        if isinstance(found, dict):
+            for key in found:
+                if len(key) > MOST_KEY or _CONTROL.search(key):
+                    raise ValueError(f"{shown(key)} cannot be a key: printable text of at most {MOST_KEY} characters")
+            rest += [(item, level + 1) for item in found.values()]
+        elif isinstance(found, list):
+            rest += [(item, level + 1) for item in found]
+        elif isinstance(found, str):
+            if odd := forbidden.search(found):
+                raise ValueError(f"a text holds the character {odd[0]!r}, which cannot be printed: {shown(found)}")
+        elif isinstance(found, float):
+            if not math.isfinite(found):
+                raise ValueError(f"{found} is no number that can be used")
+        elif isinstance(found, int):
+            if not -most < found < most:
+                raise ValueError(f"{shown(found)} is too large a number")
+        elif found is not None:
+            raise ValueError(f"{shown(str(found))} is read as a {type(found).__name__}; put it in quotes")
+
+
+def _key(key: str) -> str:
+    return f"`{key}`" if key.isprintable() and len(key) < 80 else shown(key)
