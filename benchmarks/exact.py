@@ -109,7 +109,7 @@ def world_pair(world: Path, prompts: int) -> tuple[ModelPair, Batch]:
     pair = load_pair(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, None, 0), "half", 0)
     task = tokenize_tasks(load_tokenizer(checked.base, False), pairs, job.template, checked.context_limit)[0]
-    return pair, next(batches(task.scoring, prompts, pair.device))
+    return pair, next(batches(task.scoring, prompts, pair.base, pair.expert))
 
 
 @click.command()

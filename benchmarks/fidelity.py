@@ -147,7 +147,7 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     total = {kind: torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
     for task, found in zip(tasks, directions, strict=True):
         run = task_run(job, models, task, anchor, found)
-        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, models.device)]
+        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, models.base, models.expert)]
         wave = Wave(models, "exact", items, keep_graphs=False)
         for layer in range(models.geometry.layers):
             layers = (stack.model.model.layers[layer] for stack in (models.base, models.expert))

@@ -216,7 +216,7 @@ class World:
         documents = [text.prompt + text.answer for text in texts]
         _, blocks = cut(self.tokenizer, documents, len(documents), 256, str(self.folder))
         base = ResidentStack(self._load("base").float(), torch.device("cpu"), torch.float32)
-        return mean_inputs(base, list(batches(blocks, 8, base.device)), lambda _done: None)
+        return mean_inputs(base, list(batches(blocks, 8, base)), lambda _done: None)
 
     def right(self, merged: State, capability: str) -> float:
         """Percent of the validation items of a capability that the merge, rounded to bfloat16, gets right."""

@@ -60,8 +60,8 @@ def limit(headroom: float) -> None:
 
 
 def sweep_both(folders: list[Path]) -> None:
-    (batch,) = batches([[1, 2, 3, 4]], 1, CPU)
     stacks = [open_streamed(str(f), Checkpoint.open(str(f)), torch.float32, CPU) for f in folders]
+    (batch,) = batches([[1, 2, 3, 4]], 1, *stacks)
     for _base, _expert in zip(*(ascend(s, [s.start(batch)], LAYERS) for s in stacks), strict=True):
         pass
 

@@ -25,7 +25,7 @@ def resident(folder, dtype=torch.float32) -> ResidentStack:
 
 def swept(stack) -> list[torch.Tensor]:
     """The residual stream after every layer for two ragged batches, and the logits."""
-    parts = list(batches(PROMPTS, 2, CPU))
+    parts = list(batches(PROMPTS, 2, stack))
     found = []
     for _layer, streams in ascend(stack, [stack.start(part) for part in parts], stack.depth):
         found += [stream.clone() for stream in streams]

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from streamed_world import CPU, resident, streamed
+from streamed_world import resident, streamed
 
 from mergekit_wp.activations import Activations, read_activations, write_activations
 from mergekit_wp.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def test_against_plain_hooks(kind, size, saved, monkeypatch):
     # So little memory that a streamed model is swept several times.
     monkeypatch.setattr(sweep, "free_memory", lambda _device: 8 * 24 * 4 * 12 * 2)
     done = []
-    got = mean_inputs(stack, list(batches(BLOCKS, size, CPU)), done.append)
+    got = mean_inputs(stack, list(batches(BLOCKS, size, stack)), done.append)
     want = plain(model, BLOCKS)
     if model.config.tie_word_embeddings:
         del want["lm_head.weight"]

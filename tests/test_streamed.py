@@ -66,7 +66,7 @@ class TestNumbers:
         stack = streamed(llama)
         with torch.no_grad():
             for prompt in PROMPTS:
-                (part,) = batches([prompt], 1, CPU)
+                (part,) = batches([prompt], 1, stack)
                 *_below, (_layer, (stream_BTD,)) = ascend(stack, [stack.start(part)], stack.depth)
                 wanted = tiny.random_model("llama")(torch.tensor([prompt])).logits[:, -1]
                 torch.testing.assert_close(stack.logits(part.at_anchor(stream_BTD), 97), wanted)
@@ -101,7 +101,7 @@ class TestNumbers:
 
     def test_gradient_with_respect_to_the_input(self, llama):
         gradients = []
-        (part,) = batches(PROMPTS, 3, CPU)
+        (part,) = batches(PROMPTS, 3, resident(llama))
         for stack in (streamed(llama), resident(llama)):
             start = stack.start(part)
             for layer in stack.layers([2]):

@@ -1,22 +1,27 @@
 """Tokenised prompts in right-padded batches.
 
 Padding stands on the right and the models are causal, so no real token ever attends to a pad token: the batch
-runs without an attention mask, and every prompt's numbers equal those of the prompt alone. The anchor position
-t_a of a prompt is its own last token.
+runs without an attention mask, and every prompt's numbers equal those of the prompt alone. Where a rotary embedding
+looks at the length of the batch, prompts that it would treat apart are kept apart (`rotary`). The anchor position t_a
+of a prompt is its own last token.
 
 Legend: B prompts in a batch, T padded length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.pairs import TaskPairs
+
+if TYPE_CHECKING:
+    from mergekit_wp.scoring.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,26 @@ def _ids(tokenizer: Any, text: str, limit: int) -> list[int]:
     return tokens
 
 
-def batches(prompts: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[Batch]:
-    """Cut prompts into batches of at most `size`, shortest first so that little is padded.
+def batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iterator[Batch]:
+    """Cut prompts into batches of at most `size` that all `stacks` may run, on their device.
 
-    The order of prompts is immaterial: everything computed from them is a sum.
+    Shortest first, so that little is padded; the order is immaterial, since everything computed from prompts is a sum.
     """
-    ordered = sorted(prompts, key=len)
-    for start in range(0, len(ordered), size):
-        rows = ordered[start : start + size]
+    device = stacks[0].device
+    lengths = list(map(len, prompts))
+    for chosen in together(lengths, size, lambda length: [stack.lengths.group(length) for stack in stacks]):
+        rows = [prompts[i] for i in chosen]
         ids_BT = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
         for row, tokens in enumerate(rows):
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
         last_B = torch.tensor([len(tokens) - 1 for tokens in rows])
         yield Batch(ids_BT.to(device), last_B.to(device))
+
+
+def together(lengths: Sequence[int], size: int, group: Callable[[int], Any]) -> Iterator[list[int]]:
+    """Which prompts, by number, go together: at most `size`, shortest first, all of one group of lengths."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _group, members in groupby(order, key=lambda i: group(lengths[i])):
+        alike = list(members)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]

@@ -42,7 +42,7 @@ def kl_levels(
     """
     if not sets:
         return []
-    parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, base.device)]
+    parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, base, expert)]
     targets = _expert_logits(expert, parts, base.model.config.vocab_size)
     totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
     branched = _branches(base, parts, directions, layers, positions)

@@ -94,7 +94,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     stack = load_one(checkpoint, dtype, device, how["offload"], how["trust_remote_code"])
     with Progress(not quiet) as progress:
         tick = progress(len(blocks) * stack.depth, "measuring", "block layer") if progress else lambda _done: None
-        means = mean_inputs(stack, list(batches(blocks, how["batch_size"], device)), tick)
+        means = mean_inputs(stack, list(batches(blocks, how["batch_size"], stack)), tick)
     fingerprint = checkpoint.fingerprint
     identity = ModelId(base, base.partition("@")[2] or None, fingerprint.config, fingerprint.tensors)
     versions = {name: importlib.metadata.version(name) for name in ("mergekit-wp", "torch", "transformers")}
@@ -142,7 +142,9 @@ def _text_of(line: str, where: str) -> str:
 
 def block_length(base: Checkpoint, asked: int | None) -> int:
     """Tokens of a block: as asked, else 512 or as many as the model takes. Raises `BadInput` for more than it takes."""
-    limit = base.config.get("max_position_embeddings") or TOKENS
+    from mergekit_wp.scoring.rotary import Lengths
+
+    limit = Lengths(base.config).limit
     if asked is not None and asked > limit:
         raise BadInput(f"--tokens {asked}: {base.name} takes {limit}; ask for no more.")
     return min(asked or TOKENS, limit)

@@ -82,7 +82,7 @@ def mean_residuals(
     All sets share one sweep; that of an empty set is zero. A team shares the batches.
     """
     team = team or Team()
-    every = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, stack.device)]
+    every = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, stack)]
     totals = [torch.zeros(depth, stack.width, dtype=torch.float64, device=stack.device) for _ in sets]
     for parts in waves(stack, team.share(every), lambda part: part[1].ids_BT.numel()):
         starts = [stack.start(batch) for _i, batch in parts]

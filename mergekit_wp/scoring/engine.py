@@ -148,7 +148,9 @@ def _sweep(
 ) -> None:  # fmt: skip
     """First order: each process takes its share of the batches."""
     items = [
-        Item(r, b) for t, r in zip(tasks, runs, strict=True) for b in batches(t.scoring, job.batch_size, pair.device)
+        Item(r, b)
+        for t, r in zip(tasks, runs, strict=True)
+        for b in batches(t.scoring, job.batch_size, pair.base, pair.expert)
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     for group in waves(pair.base, team.share(items), lambda item: item.batch.ids_BT.numel()):
@@ -170,7 +172,7 @@ def _patch(
     tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
     plan = patch_plan(pair, subset, team, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
-        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.device)]
+        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
         wave = Wave(pair, job.method, items, keep_graphs=False)
         done = team.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]

@@ -17,6 +17,7 @@ from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
+from mergekit_wp.scoring.rotary import Lengths
 from mergekit_wp.scoring.stack import ResidentStack, Stack
 from mergekit_wp.scoring.streamed import open_streamed
 from mergekit_wp.scoring.team import Team
@@ -36,8 +37,7 @@ class CheckedPair:
     @property
     def context_limit(self) -> int:
         """Positions that both models take."""
-        configs = (self.base.config, self.expert.config)
-        return min(config.get("max_position_embeddings") or 10**9 for config in configs)
+        return min(Lengths(model.config).limit for model in (self.base, self.expert))
 
 
 @dataclass(frozen=True)

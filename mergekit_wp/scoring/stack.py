@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from mergekit_wp.scoring.batches import Batch
+from mergekit_wp.scoring.rotary import Lengths, forget_lengths
 
 Call = dict[str, Any]
 
@@ -47,6 +48,7 @@ class Stack(ABC):
         self.model, self.device, self.dtype = model, device, dtype
         self.depth: int = model.config.num_hidden_layers
         self.width: int = model.config.hidden_size
+        self.lengths = Lengths(model.config.to_dict())
 
     @abstractmethod
     def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
@@ -55,6 +57,7 @@ class Stack(ABC):
     @torch.no_grad()
     def start(self, batch: Batch) -> Start:
         """Embed the prompts and find out what the architecture's own forward pass hands to each layer."""
+        forget_lengths(self.model)
         inner = self.model.model
         stream_BTD = inner.embed_tokens(batch.ids_BT).float()
         whole, probes = inner.layers, [_Probe() for _ in range(self.depth)]

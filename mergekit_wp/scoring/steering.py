@@ -25,7 +25,9 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.batches import together
 from mergekit_wp.scoring.graders import cut
+from mergekit_wp.scoring.rotary import Lengths, forget_lengths
 
 Tick = Callable[[float], object]
 POSITIONS = ("prompt", "all", "anchor", "answer")
@@ -112,7 +114,7 @@ class Greedy:
         # Rows of the embedding that only pad it, or that an expert has added, stand for no text.
         named = max(tokenizer.get_vocab().values()) + 1
         vocabulary = min(named, *(model.config.vocab_size for model in models))
-        context = min(getattr(model.config, "max_position_embeddings", None) or 10**9 for model in models)
+        context = min(Lengths(model.config.to_dict()).limit for model in models)
         return cls(tokenizer, frozenset(eos - {None}), vocabulary, context, max_tokens, batch_size)
 
     @torch.no_grad()
@@ -129,9 +131,11 @@ class Greedy:
         Raises `BadInput` when a prompt leaves no room for an answer, or a batch no memory.
         """
         found = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        lengths = Lengths(model.config.to_dict())
+        for chosen in together(
+            list(map(len, prompts)), self.batch_size, lambda length: lengths.group_answered(length, self.max_tokens)
+        ):
+            forget_lengths(model)
             with _plain_greedy(model), nullcontext() if steering is None else steered(model, steering):
                 texts = self._batch(model, [prompts[i] for i in chosen], until)
             for i, text in zip(chosen, texts, strict=True):
