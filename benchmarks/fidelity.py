@@ -21,7 +21,7 @@ from common import spearman
 
 from mergekit_wp.scorefile import Scores, read_scores, write_scores
 from mergekit_wp.scoring.batches import batches, tokenize_tasks
-from mergekit_wp.scoring.directions import extract_all
+from mergekit_wp.scoring.directions import Directions, extract_all
 from mergekit_wp.scoring.engine import anchor_layer, patch_plan, score, task_run
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
@@ -140,9 +140,11 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     checked = check_pair(job)
     models = load_pair(job, checked)
     anchor = anchor_layer(None, checked.base.geometry.layers)
-    texts = split_pairs(load_pairs(job.pairs, None, 0), job.split, 0)
+    texts = split_pairs(load_pairs(job.pairs, None, 0), job.split if job.directed else None, 0)
     tasks = tokenize_tasks(load_tokenizer(checked.base, False), texts, job.template, checked.context_limit)
-    directions = extract_all(models.base, models.expert, tasks, anchor + 1, job.batch_size)
+    directions: list[Directions | None] = [None] * len(tasks)
+    if job.directed:
+        directions = [*extract_all(models.base, models.expert, tasks, anchor + 1, job.batch_size)]
     plan = replace(patch_plan(models, subset, Team(), lambda _done: None), fraction=fraction)
     total = {kind: torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
     for task, found in zip(tasks, directions, strict=True):

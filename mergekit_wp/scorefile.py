@@ -5,7 +5,7 @@ A safetensors file, all tensors float32:
     heads [L, H]                  mean over tasks of the heads' scores
     neurons [L, F]                mean over tasks of the neurons' scores
     tasks/<task>/heads [L, H]     scores of one task; likewise tasks/<task>/neurons [L, F]
-    tasks/<task>/anchor [D]       the anchor direction v of the task, at the anchor layer
+    tasks/<task>/anchor [D]       the anchor direction v of the task, at the anchor layer; not for the utility kl
     parts/<part> [L, H] or [L, F] with --parts: what each of q, o (heads), gate, up, down (neurons) adds to the
                                   score, mean over tasks; likewise tasks/<task>/parts/<part>
     scored/heads, scored/neurons  if a subset was scored: 1 where it was, 0 where the score 0 means "not asked"
@@ -31,7 +31,7 @@ from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
-FORMAT = 2  # 1 knew neither parts nor subsets, and is read as a file without them
+FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor
 _METADATA_KEY = "wp"
 PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
@@ -62,7 +62,8 @@ class UtilityStats:
 class TaskMeta:
     """How many prompts a task had for the direction (`extraction`) and for the scores (`scoring`).
 
-    alpha: the expert's mean projection on the unit anchor direction, the target of steering (Eq. 36).
+    alpha: the expert's mean projection on the unit anchor direction, the target of steering (Eq. 35); None where there
+    is no direction.
     """
 
     extraction: int
@@ -75,6 +76,7 @@ class TaskMeta:
 class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
 
+    split, anchor_layer: None where the utility reads along no direction (kl).
     subset: the components, layers and top that were asked for, where not all were scored.
     recovery: how the anchor layer was chosen, where it was looked for.
     """
@@ -86,8 +88,8 @@ class ScoreMeta:
     method: str
     utility: str
     gap: str
-    split: str
-    anchor_layer: int
+    split: str | None
+    anchor_layer: int | None
     dtype: str
     device: str
     seed: int
@@ -124,11 +126,11 @@ class ScoreMeta:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """heads [L, H], neurons [L, F], anchor [D], parts as `PART_KIND` says, float32."""
+    """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32."""
 
     heads: torch.Tensor
     neurons: torch.Tensor
-    anchor: torch.Tensor
+    anchor: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -165,8 +167,14 @@ class Scores:
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) != set(self.meta.tasks):
             raise ValueError(f"tensors of tasks {sorted(self.tasks)}, metadata of {sorted(self.meta.tasks)}")
-        if not 0 <= self.meta.anchor_layer < self.meta.geometry.layers:
-            raise ValueError(f"anchor layer {self.meta.anchor_layer} of {self.meta.geometry.layers} layers")
+        layer = self.meta.anchor_layer
+        if layer is not None and not 0 <= layer < self.meta.geometry.layers:
+            raise ValueError(f"anchor layer {layer} of {self.meta.geometry.layers} layers")
+        for task, scores in self.tasks.items():
+            if (scores.anchor is None) != (layer is None):
+                raise ValueError(
+                    f"anchor layer {layer}, and {'no' if scores.anchor is None else 'an'} anchor of {task}"
+                )
         for name, tensor in self.tensors().items():
             _check_tensor(name, tensor, self._shape(name))
         for kind, mask in self.scored.items():
@@ -179,8 +187,9 @@ class Scores:
         named |= {f"scored/{kind}": mask for kind, mask in self.scored.items()}
         named |= {f"parts/{part}": table for part, table in self.parts.items()}
         for task, scores in self.tasks.items():
-            for name in ("heads", "neurons", "anchor"):
-                named[f"tasks/{task}/{name}"] = getattr(scores, name)
+            named |= {f"tasks/{task}/heads": scores.heads, f"tasks/{task}/neurons": scores.neurons}
+            if scores.anchor is not None:
+                named[f"tasks/{task}/anchor"] = scores.anchor
             named |= {f"tasks/{task}/parts/{part}": table for part, table in scores.parts.items()}
         return named
 
@@ -208,7 +217,7 @@ def read_scores(path: str | Path) -> Scores:
     text, tensors = read_tensors(path, _METADATA_KEY, "score", "wp-score")
     try:
         meta = ScoreMeta.from_json(text)
-        tasks = {task: _take_task(tensors, f"tasks/{task}/") for task in meta.tasks}
+        tasks = {task: _take_task(tensors, f"tasks/{task}/", meta.anchor_layer is not None) for task in meta.tasks}
         scored = {k: tensors.pop(f"scored/{k}") for k in ("heads", "neurons") if f"scored/{k}" in tensors}
         parts = _take_parts(tensors, "")
         scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks, parts, scored)
@@ -222,8 +231,9 @@ def read_scores(path: str | Path) -> Scores:
         raise BadInput(f"{path}: not a valid score file: {reason}.") from error
 
 
-def _take_task(tensors: dict[str, torch.Tensor], prefix: str) -> TaskScores:
-    heads, neurons, anchor = (tensors.pop(prefix + name) for name in ("heads", "neurons", "anchor"))
+def _take_task(tensors: dict[str, torch.Tensor], prefix: str, anchored: bool) -> TaskScores:
+    heads, neurons = tensors.pop(f"{prefix}heads"), tensors.pop(f"{prefix}neurons")
+    anchor = tensors.pop(f"{prefix}anchor") if anchored else None
     return TaskScores(heads, neurons, anchor, _take_parts(tensors, prefix))
 
 

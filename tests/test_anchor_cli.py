@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from test_scoring import job_for
 
-from mergekit_wp.scorefile import write_scores
+from mergekit_wp.scorefile import Scores, write_scores
 from mergekit_wp.scoring.anchor_cli import main
 from mergekit_wp.scoring.engine import score
 
@@ -83,6 +84,17 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(scored, tmp_path, words, 
     assert result.exit_code == 2
     assert message in result.output
     assert not out.exists()
+
+
+def test_a_score_file_without_a_direction_points_to_its_job(scored, tmp_path):
+    _folder, scores = scored
+    tasks = {name: replace(task, anchor=None) for name, task in scores.tasks.items()}
+    bare = Scores.from_tasks(replace(scores.meta, utility="kl", anchor_layer=None), tasks)
+    write_scores(bare, tmp_path / "kl.safetensors")
+    result = run(tmp_path / "kl.safetensors", "--task", "first", "--out", tmp_path / "d.pt")
+    assert result.exit_code == 2
+    assert "by kl, were read along no direction; give the JOB.yaml" in result.output
+    assert not (tmp_path / "d.pt").exists()
 
 
 def test_one_task_needs_no_name(scored, tmp_path):

@@ -15,7 +15,7 @@ from mergekit_wp.scoring.engine import score
 
 
 def test_scores_are_those_of_the_layer_that_was_chosen_and_the_file_says_why(tmp_path):
-    job = job_for(tmp_path, "llama", layer="auto", anchor_layers="0-2", anchor_prompts=2)
+    job = job_for(tmp_path, "llama", layer="auto", anchor_layers="0-2", anchor_prompts=2, utility="staged")
     found = score(job)
     curve = found.meta.recovery
     assert curve.layers == (0, 1, 2)
@@ -34,8 +34,30 @@ def test_a_check_that_cannot_run_stops_the_job_before_models_are_loaded(tmp_path
     from mergekit_wp.scoring import engine
 
     monkeypatch.setattr(engine, "load_pair", lambda *_args: pytest.fail("models were loaded"))
-    job = job_for(tmp_path, "llama", layer="auto")
+    job = job_for(tmp_path, "llama", layer="auto", utility="anchor")
     rows = [{"task": "t", "prompt": f"w{i} w2", "check": {"ifeval": "no:such"}} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(BadInput, match="IFEval has no type 'no:such'"):
         score(job)
+
+
+def test_kl_looks_for_no_anchor_extracts_no_direction_and_scores_on_all_prompts(tmp_path, monkeypatch, caplog):
+    """Even where contrasts say nothing: an expert whose residuals they do not move is scored all the same."""
+    from mergekit_wp.scoring import engine
+
+    monkeypatch.setattr(engine, "locate", lambda *_a, **_k: pytest.fail("a direction was extracted"))
+    job = job_for(tmp_path, "llama", layer="auto", utility="kl", split="half", gap_floor=1e-6)
+    rows = [{"task": "t", "prompt": f"w{i} w2 w5", "contrast": f"w{i} w2 w5"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("INFO", logger="mergekit_wp"):
+        found = score(job)
+    assert "layer: auto is left aside" in caplog.text
+    assert (found.meta.tasks["t"].extraction, found.meta.tasks["t"].scoring) == (0, 4)
+    assert (found.meta.split, found.meta.anchor_layer, found.meta.recovery) == (None, None, None)
+    assert found.tasks["t"].anchor is None
+    write_scores(found, tmp_path / "scores.safetensors")
+    read = read_scores(tmp_path / "scores.safetensors")
+    assert read.meta == found.meta
+    assert read.meta.read_at is None
+    for other in (replace(job, split="shared"), replace(job, layer=None), replace(job, layer=1)):
+        assert torch.equal(score(other).neurons, found.neurons)

@@ -74,13 +74,30 @@ def test_round_trip(tmp_path):
     )
 
 
-def test_files_of_format_1_are_read(tmp_path):
+def test_a_file_without_an_anchor_round_trips(tmp_path):
+    """As `kl` writes it: no direction, so no tensor, no layer, no split and no alpha."""
+    whole = example()
+    tasks = {name: replace(task, anchor=None) for name, task in whole.tasks.items()}
+    written = Scores.from_tasks(replace(whole.meta, anchor_layer=None, split=None), tasks)
+    write_scores(written, tmp_path / "s.safetensors")
+    got = read_scores(tmp_path / "s.safetensors")
+    assert got.meta == written.meta
+    assert got.tasks["a"].anchor is None
+    assert not any("anchor" in name for name in got.tensors())
+    with pytest.raises(ValueError, match="anchor layer None, and an anchor of a"):
+        replace(whole, meta=written.meta)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_files_of_older_formats_are_read(tmp_path, number):
     """They have neither a task's alpha nor a subset."""
     path = tmp_path / "s.safetensors"
     write_scores(example(), path)
 
     def age(_tensors, meta):
-        meta["format"] = 1
+        meta["format"] = number
+        if number > 1:
+            return
         del meta["subset"]
         for task in meta["tasks"].values():
             del task["alpha"]
@@ -89,6 +106,7 @@ def test_files_of_format_1_are_read(tmp_path):
     got = read_scores(path)
     assert torch.equal(got.heads, example().heads)
     assert got.meta.tasks["a"].alpha is None
+    assert torch.equal(got.tasks["a"].anchor, example().tasks["a"].anchor)
     assert got.complete
 
 
@@ -127,12 +145,14 @@ def _set(key, index, value):
         (lambda t, m: t.pop("heads"), "has no heads"),
         (lambda t, m: t.pop("tasks/b/neurons"), "has no tasks/b/neurons"),
         (lambda t, m: t.update(more=torch.zeros(1)), "unexpected tensors ['more']"),
-        (lambda t, m: m.update(format=3), "format version 3"),
+        (lambda t, m: m.update(format=4), "format version 4"),
         (lambda t, m: t.update({"parts/q": torch.zeros(3, 10)}), "parts/q has shape [3, 10], expected [3, 4]"),
         (lambda t, m: t.update({"parts/k": torch.zeros(3, 4)}), "unexpected tensors ['parts/k']"),
         (lambda t, m: t.update({"scored/heads": torch.full((3, 4), 0.5)}), "scored/heads holds other values than 0"),
         (lambda t, m: m.pop("anchor_layer"), "anchor_layer"),
         (lambda t, m: m.update(anchor_layer=3), "anchor layer 3 of 3"),
+        (lambda t, m: m.update(anchor_layer=None), "unexpected tensors ['tasks/a/anchor'"),
+        (lambda t, m: t.pop("tasks/b/anchor"), "has no tasks/b/anchor"),
         (lambda t, m: m.update(surprise=1), "surprise"),
         (lambda t, m: m["geometry"].update(heads=0), "heads"),
         (lambda t, m: m["geometry"].update(architecture="GPT2LMHeadModel"), "GPT2LMHeadModel"),

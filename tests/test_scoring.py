@@ -101,11 +101,12 @@ class Reference:
 
     def scores(self, score_prompt):
         """Mean over tasks of mean over prompts of what `score_prompt(text, direction, utility)` gives / G."""
-        tasks = split_pairs(load_pairs(self.job.pairs, None, self.job.seed), self.job.split, self.job.seed)
+        split = None if self.job.utility == "kl" else self.job.split
+        tasks = split_pairs(load_pairs(self.job.pairs, None, self.job.seed), split, self.job.seed)
         heads = torch.zeros(self.config.num_hidden_layers, self.config.num_attention_heads)
         neurons = torch.zeros(self.config.num_hidden_layers, self.config.intermediate_size)
         for task in tasks:
-            direction = self.direction(task)
+            direction = self.direction(task) if task.extraction else None
             for name, layers in self.stages().items():
                 gaps = torch.tensor([self.gap(name, pair.prompt, direction) for pair in task.scoring])
                 keep = (gaps.abs() >= self.job.gap_floor).float()
@@ -315,7 +316,7 @@ def test_options_against_the_definition(tmp_path, options):
 
 
 def test_direction_is_the_reference_mean(tmp_path):
-    job = job_for(tmp_path, "qwen3", split="half")
+    job = job_for(tmp_path, "qwen3", split="half", utility="anchor")
     reference = Reference(job)
     got = score(job)
     for task in split_pairs(load_pairs(job.pairs, None, 0), "half", 0):

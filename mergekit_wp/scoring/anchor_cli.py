@@ -120,10 +120,15 @@ def _from_scores(path: str, task: str | None) -> Anchor:
 
     scores = read_scores(path)
     name = _choose(task, list(scores.tasks), path)
-    meta, alpha = scores.meta, scores.meta.tasks[name].alpha
+    meta, alpha, direction_D = scores.meta, scores.meta.tasks[name].alpha, scores.tasks[name].anchor
+    if meta.anchor_layer is None or direction_D is None:
+        raise BadInput(
+            f"{path}: its scores, by {meta.utility}, were read along no direction; give the JOB.yaml that it was made "
+            "of, or score with --utility anchor."
+        )
     if alpha is None:
         raise BadInput(f"{path}: this score file is from before alpha was kept; make it again with wp-score.")
-    return Anchor(name, meta.anchor_layer, alpha, scores.tasks[name].anchor, meta.base.name, meta.expert.name)
+    return Anchor(name, meta.anchor_layer, alpha, direction_D, meta.base.name, meta.expert.name)
 
 
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:

@@ -134,7 +134,9 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
 def summary(scores: Scores) -> str:
     """What a user checks first: prompts used and dropped, the gap, and the leading heads and neurons."""
     meta = scores.meta
-    lines = [f"Anchor layer {meta.anchor_layer} of {meta.geometry.layers}; {meta.dtype} on {meta.device}"]
+    layer = meta.anchor_layer
+    where = "No anchor" if layer is None else f"Anchor layer {layer} of {meta.geometry.layers}"
+    lines = [f"{where}; {meta.dtype} on {meta.device}"]
     if meta.recovery is not None:
         lines.append(meta.recovery.summary())
     for task, about in meta.tasks.items():

@@ -33,7 +33,7 @@ class Directions:
 
     @property
     def alpha_L(self) -> torch.Tensor:
-        """The expert's mean projection on the unit direction of each layer (Eq. 36): steering's target."""
+        """The expert's mean projection on the unit direction of each layer (Eq. 35): steering's target."""
         unit_LD = torch.nn.functional.normalize(self.v_LD, dim=-1)
         return (self.mean_LD * unit_LD).sum(-1)  # the mean of projections is the projection of the mean
 

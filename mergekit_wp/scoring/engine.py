@@ -1,9 +1,10 @@
 """The scoring run: pairs -> anchor direction -> gaps and scores -> score file content.
 
-Every method takes the same way (METHOD.md 2 and 3). Of every task the direction v comes from the extraction pairs;
-then the scoring prompts go up through the expert and through the base (`wave.Wave`), which gives each prompt's gap.
-First-order methods sweep back down and score all components of a layer as they pass it; `exact` and `ap` restart
-from each layer with the components patched one by one. Nothing above the topmost gauge is run.
+Every method takes the same way (METHOD.md 2 and 3). Of every task the direction v comes from the extraction pairs,
+unless the utility is `kl`, which reads along none. Then the scoring prompts go up through the expert and through the
+base (`wave.Wave`), which gives each prompt's gap. First-order methods sweep back down and score all components of a
+layer as they pass it; `exact` and `ap` restart from each layer with the components patched one by one. Nothing above
+the topmost gauge is run.
 
 Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 """
@@ -25,6 +26,7 @@ from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
 from mergekit_wp.scoring.batches import TaskTokens, batches, tokenize_tasks
+from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.directions import Directions
 from mergekit_wp.scoring.gauges import gauge_of, make_gauges
 from mergekit_wp.scoring.job import ScoringJob
@@ -63,18 +65,31 @@ def score(
     if job.utility == "projection":
         asked = shape.layers - 1
     subset = choose_subset(job, checked)
-    pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split, job.seed)
+    pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split if job.directed else None, job.seed)
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
-    if search:
+    if search and job.directed:
         check_graders(tasks, search)
     pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
     LOG.info(pair.reason)
     start = progress or (lambda _total, _what, _unit: lambda _done: None)
     try:
-        layer, directions, curve = locate(
-            pair.base, pair.expert, tokenizer, tasks, asked, search or Search(batch_size=job.batch_size), team, start
-        )
+        layer: int | None = None
+        directions: Sequence[Directions | None] = [None] * len(tasks)
+        curve: RecoveryCurve | None = None
+        if job.directed:
+            layer, directions, curve = locate(
+                pair.base,
+                pair.expert,
+                tokenizer,
+                tasks,
+                asked,
+                search or Search(batch_size=job.batch_size),
+                team,
+                start,
+            )
+        elif search:
+            LOG.info("layer: auto is left aside: kl is read off the output and needs no anchor.")
         inputs = {**_inputs(job, checked), "anchor layer": layer}  # which rounding may decide
         resume = Resume(folder_for(out) if out and team.first else None, inputs, _now())
         runs = [task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
@@ -135,10 +150,12 @@ def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
     return Subset.choose(checked.base.geometry, job.components, layers, ranked)
 
 
-def task_run(job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int, found: Directions) -> TaskRun:
-    """Empty sums of a task whose gauges read the anchor at `layer`."""
+def task_run(
+    job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int | None, found: Directions | None
+) -> TaskRun:
+    """Empty sums of a task whose gauges read the anchor at `layer`; of a utility with a direction, that is."""
     shape = pair.geometry
-    gauges = make_gauges(job.utility, layer, shape.layers, found.v_LD[layer], shape.vocabulary)
+    gauges = make_gauges(job.utility, shape.layers, shape.vocabulary, layer, found.v_LD if found else None)
     return TaskRun(task.task, job.method, shape, gauges, job.gap, job.gap_floor, pair.device)
 
 
@@ -198,14 +215,15 @@ def patch_plan(pair: ModelPair, subset: Subset, team: Team, tick: Tick) -> Patch
 
 
 def _finish(
-    job: ScoringJob, task: TaskTokens, run: TaskRun, found: Directions, layer: int
+    job: ScoringJob, task: TaskTokens, run: TaskRun, found: Directions | None, layer: int | None
 ) -> tuple[TaskMeta, TaskScores]:
     tables = {kind: {part: t.float() for part, t in parts.items()} for kind, parts in run.finish().items()}
     heads, neurons = (sum(parts.values(), start=torch.zeros(())) for parts in tables.values())
     parts = {part: table for kind in tables.values() for part, table in kind.items()} if job.parts else {}
     stats = {name: ledger.stats() for name, ledger in run.ledgers.items()}
-    meta = TaskMeta(len(task.extraction), len(task.scoring), stats, float(found.alpha_L[layer]))
-    return meta, TaskScores(heads, neurons, found.v_LD[layer].cpu(), parts)
+    alpha, v_D = (None, None) if found is None else (float(found.alpha_L[layer]), found.v_LD[layer].cpu())
+    meta = TaskMeta(len(task.extraction), len(task.scoring), stats, alpha)
+    return meta, TaskScores(heads, neurons, v_D, parts)
 
 
 def _now() -> str:
@@ -229,7 +247,7 @@ def _inputs(job: ScoringJob, checked: CheckedPair) -> dict[str, object]:
 
 
 def _meta(
-    job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int, tasks: dict[str, TaskMeta], date: str
+    job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int | None, tasks: dict[str, TaskMeta], date: str
 ) -> ScoreMeta:
     device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
     asked = {name: getattr(job, name) for name in ("components", "layers", "top")}
@@ -242,7 +260,7 @@ def _meta(
         method=job.method,
         utility=job.utility,
         gap=job.gap,
-        split=job.split,
+        split=job.split if job.directed else None,
         anchor_layer=layer,
         dtype=str(pair.dtype).removeprefix("torch."),
         device=device,

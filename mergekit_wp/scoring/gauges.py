@@ -74,15 +74,18 @@ class DivergenceGauge(Gauge):
 
 
 def make_gauges(
-    utility: str, anchor_layer: int, layers: int, direction_D: torch.Tensor, vocabulary: int
+    utility: str, layers: int, vocabulary: int, anchor_layer: int | None, v_LD: torch.Tensor | None
 ) -> tuple[Gauge, ...]:
-    """The gauges of a utility, lowest first."""
+    """The gauges of a utility, lowest first; `kl` alone takes no anchor layer and no directions."""
     kl = DivergenceGauge("kl", layers - 1, vocabulary)
-    anchor = CosineGauge("anchor", anchor_layer, direction_D)
+    if utility == "kl":
+        return (kl,)
+    assert anchor_layer is not None
+    assert v_LD is not None
+    anchor = CosineGauge("anchor", anchor_layer, v_LD[anchor_layer])
     return {
         "anchor": (anchor,),
-        "projection": (CosineGauge("projection", layers - 1, direction_D),),
-        "kl": (kl,),
+        "projection": (CosineGauge("projection", anchor_layer, v_LD[anchor_layer]),),
         # An anchor at the last layer leaves nothing above it for kl.
         "staged": (anchor, kl) if anchor_layer < layers - 1 else (anchor,),
     }[utility]

@@ -30,7 +30,7 @@ class ScoringJob:
     pairs         JSONL file, or builtin:instructions | builtin:maths | builtin:code
     template      text around every prompt; {prompt} stands for it
     layer         anchor layer l_a, counted from 0; None: two thirds of the depth; auto: where steering the base
-                  recovers most of what the expert does
+                  recovers most of what the expert does; without meaning for kl, which has no anchor
     method        first order: writeback (ours, default), attr (the paper's, Eq. 11), atp (activation side, Eq. 58);
                   one component at a time: exact (Eq. 10), ap (activation side, Eq. 12)
     utility       kl (Eq. 72, default: made the best merges), anchor (Eq. 5, the paper's scores), projection (Eq. 74),
@@ -39,7 +39,8 @@ class ScoringJob:
     layers        score the components of these layers alone, such as "0-5,7"; None: all
     top           [K, FILE]: score only the K highest heads and K highest neurons of an earlier score file
     parts         keep what q and o, gate, up and down add to a score (attr and writeback)
-    split         half: extraction and scoring prompts are disjoint (App. B.3); shared: the same
+    split         half: extraction and scoring prompts are disjoint (App. B.3); shared: the same. Without meaning for
+                  kl, which has no direction to extract and scores on all prompts
     gap           sample: mean of ratios to each prompt's own gap (the paper); mean: ratio of means
     gap_floor     prompts whose |gap| is below it are dropped (cosine for anchor, nats for kl)
     samples       pairs a task, drawn with `seed`; None: all of a file, 100 of a built-in set
@@ -96,6 +97,11 @@ class ScoringJob:
         if isinstance(self.gap_floor, bool) or not isinstance(self.gap_floor, (int, float)) or self.gap_floor < 0:
             raise BadInput(f"gap_floor: found {shown(self.gap_floor)}, expected a number of at least 0.")
         self._check_subset()
+
+    @property
+    def directed(self) -> bool:
+        """Whether the utility reads along a direction, so that there is one to extract and an anchor to place."""
+        return self.utility != "kl"
 
     def _check_subset(self) -> None:
         if self.top is not None:

@@ -92,16 +92,17 @@ def by_task(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     return groups
 
 
-def split_pairs(pairs: Sequence[Pair], split: str, seed: int) -> list[TaskPairs]:
+def split_pairs(pairs: Sequence[Pair], split: str | None, seed: int) -> list[TaskPairs]:
     """Cut every task's pairs into extraction and scoring sets.
 
     `half` (App. B.3): a seeded shuffle, then two disjoint halves, the first of them rounded down; `shared`: all
-    pairs serve both. Raises `BadInput` when a task has too few pairs to be halved.
+    pairs serve both; None: nothing is extracted, and all pairs score. Raises `BadInput` when a task has too few pairs
+    to be halved.
     """
     tasks = []
     for task, rows in by_task(pairs).items():
-        if split == "shared":
-            tasks.append(TaskPairs(task, tuple(rows), tuple(rows)))
+        if split != "half":
+            tasks.append(TaskPairs(task, tuple(rows) if split == "shared" else (), tuple(rows)))
             continue
         if len(rows) < 2:
             raise BadInput(f"task {task} has 1 pair, which cannot be halved; add pairs or use --split shared.")
