@@ -3,7 +3,7 @@
 Started by `python -I -B`; imports nothing of the package but its neighbour `confine`. Reads from stdin the length
 of a JSON document, the document, {"code", "limits", "folder"} and perhaps "function" and "arguments", and leaves
 there, unread until the code has come to its end, the token that makes an answer count. Writes to the stdout it
-was started with: a line as the code begins, then {"token", "answer"} or {"failed"}.
+was started with: a line with the walls that stand, as the code begins, then {"token", "answer"} or {"failed"}.
 """
 
 import io
@@ -33,10 +33,10 @@ def main() -> None:
     write, read, leave, dumps = os.write, os.read, os._exit, json.dumps
     try:
         limits = job["limits"]
-        confine.confine(limits, job["folder"])
+        walls = confine.confine(limits, job["folder"])
         # The parent's clock rings first; this one is for code that outlives a parent that was killed.
         signal.alarm(limits["patience"] * limits["seconds"] + 1)
-        write(to_parent, b"begins\n")
+        write(to_parent, " ".join(walls).encode() + b"\n")
         answer = _call(job) if "function" in job else _run(job)
         write(to_parent, dumps({"token": read(from_parent, 64).decode(), "answer": answer}).encode())
         leave(0)
