@@ -31,6 +31,7 @@ from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.utilities import anchor_utility
 from mergekit_wp.scoring.wave import Item, Wave, patch_layer
+from mergekit_wp.scoring.wording import Wording
 
 
 def in_place(
@@ -108,7 +109,7 @@ def world_pair(world: Path, prompts: int) -> tuple[ModelPair, Batch]:
     checked = check_pair(job)
     pair = load_pair(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, None, 0), "half", 0)
-    task = tokenize_tasks(load_tokenizer(checked.base, False), pairs, job.template, checked.context_limit)[0]
+    task = tokenize_tasks(Wording(load_tokenizer(checked.base, False)), pairs, checked.context_limit)[0]
     return pair, next(batches(task.scoring, prompts, pair.base, pair.expert))
 
 

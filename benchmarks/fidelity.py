@@ -29,6 +29,7 @@ from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import Item, Wave, patch_layer
+from mergekit_wp.scoring.wording import Wording
 
 PAIRS = ("instruction", "maths", "code")
 METHODS = ("attr", "writeback", "atp", "ap")
@@ -141,7 +142,7 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     models = load_pair(job, checked)
     anchor = anchor_layer(None, checked.base.geometry.layers)
     texts = split_pairs(load_pairs(job.pairs, None, 0), job.split if job.directed else None, 0)
-    tasks = tokenize_tasks(load_tokenizer(checked.base, False), texts, job.template, checked.context_limit)
+    tasks = tokenize_tasks(Wording(load_tokenizer(checked.base, False)), texts, checked.context_limit)
     directions: list[Directions | None] = [None] * len(tasks)
     if job.directed:
         directions = [*extract_all(models.base, models.expert, tasks, anchor + 1, job.batch_size)]

@@ -46,6 +46,7 @@ from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.stack import ResidentStack
 from mergekit_wp.scoring.steering import Greedy
+from mergekit_wp.scoring.wording import Wording
 
 CAPABILITIES = ("instruction", "maths", "code")
 COMBINATIONS = (("code", "instruction"), ("code", "maths"), ("instruction", "maths"), CAPABILITIES)
@@ -214,7 +215,7 @@ class World:
         shares, latent = (dict(zip(NAMES, config[key], strict=True)) for key in ("shares", "latent"))
         texts = training_texts(shares, latent, config["plain_share"], 256, random.Random("aim"))
         documents = [text.prompt + text.answer for text in texts]
-        _, blocks = cut(self.tokenizer, documents, len(documents), 256, str(self.folder))
+        _, blocks = cut(Wording(self.tokenizer), documents, len(documents), 256, str(self.folder))
         base = ResidentStack(self._load("base").float(), torch.device("cpu"), torch.float32)
         return mean_inputs(base, list(batches(blocks, 8, base)), lambda _done: None)
 

@@ -73,12 +73,23 @@ class TaskMeta:
 
 
 @dataclass(frozen=True)
+class PromptStyle:
+    """How prompts were put: the text around each; if in a chat template, its SHA-256, whose, and the system prompt."""
+
+    template: str
+    chat_template: str | None = None
+    chat_owner: str | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
 
     split, anchor_layer: None where the utility reads along no direction (kl).
     subset: the components, layers and top that were asked for, where not all were scored.
     recovery: how the anchor layer was chosen, where it was looked for.
+    prompts: how prompts were put, where not as they are.
     """
 
     base: ModelId
@@ -98,6 +109,7 @@ class ScoreMeta:
     format: int = FORMAT
     subset: dict[str, Any] | None = None
     recovery: RecoveryCurve | None = None
+    prompts: PromptStyle | None = None
 
     @property
     def read_at(self) -> int | None:
@@ -121,7 +133,13 @@ class ScoreMeta:
         }
         if raw.get("recovery") is not None:
             raw["recovery"] = RecoveryCurve.from_json(raw["recovery"])
+        if raw.get("prompts") is not None:
+            raw["prompts"] = PromptStyle(**raw["prompts"])
         return cls(**raw)
+
+    def to_json(self) -> str:
+        """What `from_json` reads. A file without `prompts` stays one that programs before that field read."""
+        return json.dumps({k: v for k, v in asdict(self).items() if k != "prompts" or v is not None}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -204,7 +222,7 @@ class Scores:
 
 def write_scores(scores: Scores, path: str | Path) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
-    write_tensors(path, scores.tensors(), _METADATA_KEY, json.dumps(asdict(scores.meta), sort_keys=True))
+    write_tensors(path, scores.tensors(), _METADATA_KEY, scores.meta.to_json())
 
 
 def read_scores(path: str | Path) -> Scores:

@@ -16,6 +16,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring import sweep
 from mergekit_wp.scoring.batches import batches
 from mergekit_wp.scoring.calibrate import cut, main, mean_inputs, read_texts
+from mergekit_wp.scoring.wording import Wording
 
 BLOCKS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -74,7 +75,11 @@ def test_against_plain_hooks(kind, size, saved, monkeypatch):
 
 def tokenizer_of(words):
     """Every word is a token, after a 1 as a Llama's tokenizer puts one."""
-    return lambda text: {"input_ids": [1, *(words[word] for word in text.split())]}
+    return Wording(
+        lambda text, add_special_tokens=True: {
+            "input_ids": [1] * add_special_tokens + [words[word] for word in text.split()]
+        }
+    )
 
 
 def test_documents_are_put_end_to_end():

@@ -13,6 +13,7 @@ from mergekit_wp.scoring.batches import tokenize_tasks
 from mergekit_wp.scoring.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.pairs import load_pairs, read_pairs, split_pairs
 from mergekit_wp.scoring.prompts import instruction_pairs
+from mergekit_wp.scoring.wording import Wording
 
 PLAIN = "The harbour is quiet this morning, and the boats are still asleep, waiting for the tide."
 FOLLOWED = {
@@ -125,10 +126,10 @@ def test_checks_travel_from_the_file_to_the_tokens(tmp_path):
     (task,) = split_pairs(load_pairs(str(path), None, 0), "half", 0)
 
     class Letters:
-        def __call__(self, text):
+        def __call__(self, text, **_how):
             return {"input_ids": [ord(letter) for letter in text]}
 
-    (tokens,) = tokenize_tasks(Letters(), [task], "{prompt}", 10)
+    (tokens,) = tokenize_tasks(Wording(Letters()), [task], 10)
     for ids, check in zip(tokens.scoring, tokens.checks, strict=True):
         number = chr(ids[-1])
         assert check == (None if number == "6" else {"ifeval": f"x:{number}"})

@@ -141,6 +141,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
     from mergekit_wp.scoring.pairs import load_pairs, split_pairs
     from mergekit_wp.scoring.recovery import SILENT, check_graders, locate
+    from mergekit_wp.scoring.wording import wording_of
 
     job = load_job(path, {"allow_code_execution": True} if allow_code_execution else {})
     checked = check_pair(job)
@@ -153,7 +154,8 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     # The layer that wp-score would choose is a choice over all tasks.
     pairs = [each for each in pairs if auto or each.task == name]
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
-    tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
+    wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
+    tasks = tokenize_tasks(wording, pairs, checked.context_limit)
     search = search_of(job, depth)
     if auto:
         check_graders(tasks, search)

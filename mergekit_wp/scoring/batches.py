@@ -22,6 +22,7 @@ from mergekit_wp.scoring.pairs import TaskPairs
 
 if TYPE_CHECKING:
     from mergekit_wp.scoring.stack import Stack
+    from mergekit_wp.scoring.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,27 @@ class TaskTokens:
     checks: list[Mapping[str, Any] | None] = field(default_factory=list)
 
 
-def tokenize_tasks(tokenizer: Any, tasks: Sequence[TaskPairs], template: str, limit: int) -> list[TaskTokens]:
-    """Put every prompt into the template and tokenise it.
+def tokenize_tasks(wording: Wording, tasks: Sequence[TaskPairs], limit: int) -> list[TaskTokens]:
+    """Tokenise every prompt as `wording` puts it.
 
-    Raises `BadInput` when a prompt has no token, or more than the `limit` positions of the models.
+    Raises `BadInput` when a prompt has no token, or more than the `limit` positions of the models, or as
+    `Wording.ids` does.
     """
-
-    def ids(texts: Sequence[str]) -> Tokens:
-        return [_ids(tokenizer, template.replace("{prompt}", text), limit) for text in texts]
 
     return [
         TaskTokens(
             task.task,
-            ids([pair.prompt for pair in task.extraction]),
-            ids([pair.contrast for pair in task.extraction if pair.contrast]) or None,
-            ids([pair.prompt for pair in task.scoring]),
+            [_ids(wording, pair.prompt, pair.chat, limit) for pair in task.extraction],
+            [_ids(wording, pair.contrast, pair.chat, limit) for pair in task.extraction if pair.contrast] or None,
+            [_ids(wording, pair.prompt, pair.chat, limit) for pair in task.scoring],
             [pair.check for pair in task.scoring],
         )
         for task in tasks
     ]
 
 
-def _ids(tokenizer: Any, text: str, limit: int) -> list[int]:
-    tokens = list(tokenizer(text)["input_ids"])
+def _ids(wording: Wording, text: str, chat: bool, limit: int) -> list[int]:
+    tokens = wording.ids(text, chat)
     if not tokens:
         raise BadInput(f"the prompt {text[:60]!r} gives no token under this tokenizer; remove it from the pairs.")
     if len(tokens) > limit:

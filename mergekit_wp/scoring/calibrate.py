@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from mergekit_wp.checkpoint import Checkpoint
     from mergekit_wp.scoring.batches import Batch
     from mergekit_wp.scoring.stack import Stack
+    from mergekit_wp.scoring.wording import Wording
 
 TOKENS = 512
 _GROUPS = {
-    "Texts": ("texts", "documents", "tokens"),
+    "Texts": ("texts", "documents", "tokens", "chat_template", "system"),
     "Output Settings": ("out", "quiet"),
     "Performance": ("device", "dtype", "batch_size", "offload"),
     "Dangerous Options": ("trust_remote_code",),
@@ -62,6 +63,14 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
 @click.option("--texts", required=True, metavar="FILE", help="Documents of plain text: JSON lines or a text file.")
 @click.option("--documents", type=click.IntRange(min=1), default=256, show_default=True, help="How many to use.")
 @click.option("--tokens", type=click.IntRange(min=1), help=f"Longest document, and block (default: {TOKENS}).")
+@click.option(
+    "--chat-template",
+    default="off",
+    show_default=True,
+    metavar="on|off|NAME",
+    help="Each document as a message in the tokenizer's own.",
+)
+@click.option("--system", metavar="TEXT", help="System prompt of every chat.")
 @click.option("--out", required=True, metavar="FILE", help="Activations file to write (.safetensors).")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N.")
 @click.option("--dtype", type=click.Choice(CHOICES["dtype"]), default="auto", show_default=True, help="To run in.")
@@ -82,13 +91,14 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.scoring.batches import batches
     from mergekit_wp.scoring.cli import Progress, _quieten
     from mergekit_wp.scoring.models import load_one, load_tokenizer, pick_device, pick_dtype
+    from mergekit_wp.scoring.wording import alone
 
     _quieten(sys.stderr.isatty() and not quiet, not quiet)
     checkpoint = Checkpoint.open(base)
     length = block_length(checkpoint, tokens)
-    used, blocks = cut(
-        load_tokenizer(checkpoint, how["trust_remote_code"]), read_texts(texts), documents, length, texts
-    )
+    tokenizer = load_tokenizer(checkpoint, how["trust_remote_code"])
+    wording = alone(base, tokenizer, how["chat_template"], how["system"])
+    used, blocks = cut(wording, read_texts(texts), documents, length, texts)
     device = pick_device(how["device"])
     dtype = pick_dtype(how["dtype"], device)
     stack = load_one(checkpoint, dtype, device, how["offload"], how["trust_remote_code"])
@@ -150,14 +160,14 @@ def block_length(base: Checkpoint, asked: int | None) -> int:
     return min(asked or TOKENS, limit)
 
 
-def cut(tokenizer: Any, texts: Iterable[str], documents: int, length: int, where: str) -> tuple[int, list[list[int]]]:
+def cut(wording: Wording, texts: Iterable[str], documents: int, length: int, where: str) -> tuple[int, list[list[int]]]:
     """How many documents were used, and the blocks. Raises `BadInput` when they do not make up one block.
 
     The first `documents` of at most `length` tokens are used, and no text after them is asked for.
     """
     seen, used, tokens = 0, 0, []
     for text in texts:
-        ids = list(tokenizer(text)["input_ids"])
+        ids = wording.ids(text)
         seen += 1
         if 0 < len(ids) <= length:
             used += 1

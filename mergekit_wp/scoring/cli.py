@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mergekit_wp.scorefile import Scores
 
 _GROUPS = {
-    "Models and Prompts": ("base", "expert", "pairs", "template", "samples", "seed"),
+    "Models and Prompts": ("base", "expert", "pairs", "template", "chat_template", "system", "samples", "seed"),
     "Method": (
         "layer",
         "anchor_layers",
@@ -51,8 +51,8 @@ Examples:
   accelerate launch --num_processes 4 $(which wp-score) JOB.yaml --out s.safetensors
 
 A flag overrides the field of the same name in JOB.yaml. Pairs are JSON lines {"task", "prompt", "contrast"};
-without "contrast" the expert is contrasted with the base. A run of exact or ap that was killed goes on where it was
-when started again.
+without "contrast" the expert is contrasted with the base; with "chat": true prompts are messages of a chat.
+A run of exact or ap that was killed goes on where it was when started again.
 """
 
 
@@ -73,6 +73,8 @@ class _LayerOrAuto(click.ParamType):
 @click.option("--expert", metavar="MODEL[+LORA]", help="Expert fine-tuned from it.")
 @click.option("--pairs", metavar="FILE.jsonl", help="Prompt pairs, or builtin:{instructions,maths,code}.")
 @click.option("--template", help="Text around each prompt; must contain {prompt}.")
+@click.option("--chat-template", metavar="auto|on|off|NAME", help="Use the tokenizer's own (default: as pairs say).")
+@click.option("--system", metavar="TEXT", help="System prompt of every chat.")
 @click.option("--samples", type=int, help="Pairs a task, drawn by seed (default: all; 100 of a built-in set).")
 @click.option("--seed", type=int, help="Seed of the draw and of the split (default: 0).")
 @click.option("--layer", type=_LayerOrAuto(), help="Anchor layer, from 0, or auto (default: two thirds of the depth).")

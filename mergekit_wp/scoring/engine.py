@@ -40,6 +40,7 @@ from mergekit_wp.scoring.sweep import waves
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import PATCHING, Item, PatchPlan, Wave, first_order, patch_layer
+from mergekit_wp.scoring.wording import wording_of
 
 LOG = logging.getLogger(__name__)
 MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
@@ -67,7 +68,8 @@ def score(
     subset = choose_subset(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split if job.directed else None, job.seed)
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
-    tasks = tokenize_tasks(tokenizer, pairs, job.template, checked.context_limit)
+    wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
+    tasks = tokenize_tasks(wording, pairs, checked.context_limit)
     if search and job.directed:
         check_graders(tasks, search)
     pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
@@ -90,7 +92,8 @@ def score(
             )
         elif search:
             LOG.info("layer: auto is left aside: kl is read off the output and needs no anchor.")
-        inputs = {**_inputs(job, checked), "anchor layer": layer}  # which rounding may decide
+        inputs = _inputs(job, checked) | {"tokens": [asdict(task) for task in tasks]}
+        inputs["anchor layer"] = layer  # which rounding may decide
         resume = Resume(folder_for(out) if out and team.first else None, inputs, _now())
         runs = [task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
         if job.method in PATCHING:
@@ -102,7 +105,7 @@ def score(
     finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
     names = [task.task for task in tasks]
     metas = dict(zip(names, [m for m, _s in finished], strict=True))
-    meta = replace(_meta(job, checked, pair, layer, metas, resume.date), recovery=curve)
+    meta = replace(_meta(job, checked, pair, layer, metas, resume.date), recovery=curve, prompts=wording.style)
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     return Scores.from_tasks(meta, tables, None if subset.whole else dict(subset.masks))
 

@@ -9,6 +9,7 @@ from typing import Any
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
 
+PLAIN = "{prompt}"
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
 UTILITIES = ("kl", "staged", "anchor", "projection")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -29,6 +30,9 @@ class ScoringJob:
     base, expert  model folder or Hub name; the expert may be `base+lora`
     pairs         JSONL file, or builtin:instructions | builtin:maths | builtin:code
     template      text around every prompt; {prompt} stands for it
+    chat_template   put prompts into the tokenizer's chat template (the expert's, else the base's) as a message of the
+                  user: on, off, the name of one of several, or auto: the prompts that their pairs call `chat`
+    system        system prompt of every chat
     layer         anchor layer l_a, counted from 0; None: two thirds of the depth; auto: where steering the base
                   recovers most of what the expert does; without meaning for kl, which has no anchor
     method        first order: writeback (ours, default), attr (the paper's, Eq. 11), atp (activation side, Eq. 58);
@@ -54,7 +58,9 @@ class ScoringJob:
     base: str
     expert: str
     pairs: str
-    template: str = "{prompt}"
+    template: str = PLAIN
+    chat_template: str | bool = "auto"
+    system: str | None = None
     layer: int | str | None = None
     method: str = "writeback"
     utility: str = "kl"
@@ -81,6 +87,12 @@ class ScoringJob:
         for name in ("base", "expert", "pairs"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise BadInput(f"{name}: a scoring job needs this field; give it in the YAML or as --{name}.")
+        if isinstance(self.chat_template, bool):  # YAML reads on and off as true and false
+            object.__setattr__(self, "chat_template", "on" if self.chat_template else "off")
+        for name in ("chat_template", "system"):
+            value = getattr(self, name)
+            if not (value is None and name == "system") and (not isinstance(value, str) or not value.strip()):
+                raise BadInput(f"{name}: found {value!r}, expected text.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected one of {', '.join(allowed)}.")

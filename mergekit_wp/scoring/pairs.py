@@ -4,7 +4,8 @@ One row a line: {"task": "title", "prompt": "... Add a title in << >>.", "contra
 `prompt` asks for the capability, `contrast` is the same request without it. A row without `contrast` belongs to
 a capability that has no removable instruction (maths, code): its direction is the contrast between the expert
 and the base on the same prompt (METHOD.md 2). A third field, `check`, may say how an answer to the prompt is graded
-(see `graders`); `--layer auto` uses it.
+(see `graders`); `--layer auto` uses it. A fourth, `chat`, says that the prompt is a message to a chat model, to be put
+into a chat template where a tokenizer has one.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text
 from mergekit_wp.scoring.graders import parse_check
 
-_FIELDS = {"task", "prompt", "contrast", "check"}
+_FIELDS = {"task", "prompt", "contrast", "check", "chat"}
 _BUILTIN_PREFIX = "builtin:"
 _MOST_BYTES = 1 << 30  # a million long prompts
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt x+, its contrast x- (None: contrast between models), and the JSON that says how to grade an answer."""
+    """One prompt x+, its contrast x- (None: contrast between models), and the JSON that says how to grade an answer.
+
+    `chat`: both are messages to a chat model, not text that is complete.
+    """
 
     task: str
     prompt: str
     contrast: str | None = None
     check: Mapping[str, Any] | None = field(default=None, hash=False)
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def _parse_row(line: str, where: str) -> Pair:
         raise BadInput(f"{where}: expected an object with task and prompt, found {type(row).__name__}.")
     if unknown := set(row) - _FIELDS:
         raise BadInput(
-            f"{where}: unknown field {shown(sorted(unknown)[0])}; expected task, prompt, contrast and check."
+            f"{where}: unknown field {shown(sorted(unknown)[0])}; expected task, prompt, contrast, check and chat."
         )
     for name in ("task", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -135,6 +140,8 @@ def _parse_row(line: str, where: str) -> Pair:
         raise BadInput(f"{where}: the field contrast must be a non-empty string, or absent.")
     if "/" in row["task"]:
         raise BadInput(f"{where}: the task name {shown(row['task'])} must not contain a slash.")
+    if not isinstance(row.get("chat", False), bool):
+        raise BadInput(f"{where}: the field chat must be true or false.")
     if row.get("check") is not None:
         parse_check(row["check"], where)
-    return Pair(row["task"], row["prompt"], row.get("contrast"), row.get("check"))
+    return Pair(row["task"], row["prompt"], row.get("contrast"), row.get("check"), row.get("chat", False))

@@ -4,6 +4,8 @@
     maths          word problems, no contrast
     code           requests for a Python function, no contrast
 
+All are requests as a user sends them, so they are marked as messages of a chat.
+
 `python -m mergekit_wp.scoring.prompts instructions --samples 50 > pairs.jsonl` prints a draw as JSONL, to read or
 to edit.
 """
@@ -30,7 +32,7 @@ def instruction_pairs(samples: int, seed: int) -> list[Pair]:
         for request, remark, wording in _draw([words.REQUESTS, words.REMARKS, wordings], samples, seed, task):
             contrast = f"{request} {remark}".strip()
             check = {"ifeval": words.IFEVAL_TYPES[task], "kwargs": words.IFEVAL_ARGUMENTS.get(wording, {})}
-            pairs.append(Pair(task, f"{contrast} {wording}", contrast, check))
+            pairs.append(Pair(task, f"{contrast} {wording}", contrast, check, chat=True))
     return pairs
 
 
@@ -46,13 +48,13 @@ def maths_prompts(samples: int, seed: int) -> list[Pair]:
             name=name, other=other, thing=random_source.choice(words.THINGS), a=a, b=b, c=c, d=d
         )
         found[random_source.choice(words.MATHS_WORDINGS).format(problem=problem)] = None
-    return [Pair("maths", prompt) for prompt in found]
+    return [Pair("maths", prompt, chat=True) for prompt in found]
 
 
 def code_prompts(samples: int, seed: int) -> list[Pair]:
     """`samples` distinct requests for a Python function."""
     drawn = _draw([words.CODE_TASKS, words.CODE_WORDINGS, words.REMARKS], samples, seed, "code")
-    return [Pair("code", f"{wording.format(task=task)} {remark}".strip()) for task, wording, remark in drawn]
+    return [Pair("code", f"{wording.format(task=task)} {remark}".strip(), chat=True) for task, wording, remark in drawn]
 
 
 BUILTIN: dict[str, Callable[[int, int], list[Pair]]] = {
