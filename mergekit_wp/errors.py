@@ -1,4 +1,4 @@
-"""The one error that users are meant to see, and how it quotes what was found."""
+"""The errors that users are meant to see, and how they quote what was found."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import Any
 
 import click
 
+from mergekit_wp.foreign import one_line
+
 _MOST_SHOWN = 80  # characters of a value
 _MOST_SAID = 2000  # characters of a sentence
 
 
-class BadInput(click.ClickException):
+class OneSentence(click.ClickException):
+    """An error as one line for a terminal, whatever is in the names that it quotes; exit code 1, no traceback."""
+
+    def __init__(self, message: str) -> None:
+        line = one_line(message)
+        super().__init__(line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]} ... (cut)")
+
+
+class BadInput(OneSentence):
     """Something the person at the keyboard can mend: exit code 2, one sentence, no traceback.
 
     The sentence names the file or field, what was found, what was expected and what to do. Being a
@@ -20,9 +30,6 @@ class BadInput(click.ClickException):
     """
 
     exit_code = 2
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]} ... (cut)")
 
 
 class _Short(reprlib.Repr):

@@ -6,7 +6,8 @@ Pages hold everything they need: no scripts, no requests to anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+
+from mergekit_wp.foreign import html
 
 _FRAME = """<!DOCTYPE html>
 <html lang="en">
@@ -73,19 +74,19 @@ footer { margin-top: 20px; font-size: .85rem; color: var(--quiet); }
 
 def frame(title: str, lead: str, body: str) -> str:
     """A whole page: `title` and `lead` are text, `body` is HTML."""
-    return _FRAME.format(style=STYLE, title=escape(title), lead=escape(lead), body=body)
+    return _FRAME.format(style=STYLE, title=html(title), lead=html(lead), body=body)
 
 
 def section(title: str, body: str) -> str:
     """A section of the page: `title` is text, `body` HTML."""
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
+    return f"<section><h2>{html(title)}</h2>\n{body}</section>"
 
 
 def grid(lines: Sequence[Sequence[str]]) -> str:
     """A table of text: the first line is the head, the first cell of each other line its name."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
+    head = "".join(f"<th>{html(cell)}</th>" for cell in lines[0])
     rows = "".join(
-        f"<tr><th>{escape(line[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line[1:])}</tr>"
+        f"<tr><th>{html(line[0])}</th>{''.join(f'<td>{html(cell)}</td>' for cell in line[1:])}</tr>"
         for line in lines[1:]
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -185,7 +185,10 @@ def _without(name: str) -> dict:
         ({**MINIMAL, "experts": {"a": "u/a"}}, "`experts.a`: found 'u/a', expected a mapping"),
         ({**MINIMAL, "experts": {"a": {"model": "u/a", "scores": "no.safetensors"}}}, "no.safetensors is neither in"),
         ({**MINIMAL, "experts": {"base": {"model": "u/a"}}}, "two models are named 'base'"),
-        ({**MINIMAL, "experts": {"a/b": {"model": "u/a"}}}, "the name 'a/b' will be a file's name"),
+        *(
+            ({**MINIMAL, "experts": {name: {"model": "u/a"}}}, "will be a file's name; choose one")
+            for name in ("a/b", "..", ".a", "-a", "a b", "a\nb", "a\x1b[2J", "CON", "a.", "n" * 300, "e\u0301")
+        ),
         ({**MINIMAL, "merges": {"wp": {}}}, "`merges.wp` is by wp, and `experts.b` has no scores"),
         ({**MINIMAL, "merges": {"m": {"experts": ["c"]}}}, "`merges.m.experts`: there is no 'c' here"),
         ({**MINIMAL, "merges": {"m": {"parameters": 3}}}, "`merges.m.parameters`: found 3"),

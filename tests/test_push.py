@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -241,6 +242,23 @@ def test_a_push_prepared_twice_is_the_same_to_the_byte(world):
     assert {item.path: item.sha256 for item in dry(world).items} == first
 
 
+@pytest.mark.parametrize(
+    "name", ["../../../victim/precious", "/etc/x", "a\nb", "x\x1b[2J", "n" * 300, "\0", "..", "CON"]
+)
+def test_the_name_of_a_suite_is_no_path(world, name):
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
+    content = json.loads((results / "results.json").read_text())
+    content["suite_content"]["name"] = name
+    (results / "results.json").write_text(json.dumps(content))
+    before = tree(world.root)
+    publication = dry(world, results=[results])
+    (path,) = [item.path for item in publication.items if item.path.startswith("wp/results/")]
+    assert Path(path).parent == Path("wp/results")
+    assert (stage(world) / path).is_file()
+    assert all(tree(world.root)[path] == digest for path, digest in before.items())
+    assert all(path.startswith("out.push/") for path in set(tree(world.root)) - set(before))
+
+
 def test_results_of_another_model_are_refused(world):
     results = write_results(world.root / "eval", "1" * 64, world.root / "out")
     with pytest.raises(BadInput, match=r"none of its rows \(base, wp\) was measured on"):
@@ -299,6 +317,7 @@ def test_what_is_no_part_of_the_model_stays_here(world):
         (("llama2", "apache-2.0", "mit"), "llama2"),
         (("llama2", "llama2", "llama2"), "llama2"),
         (("apache-2.0", "cc-by-nc-4.0", "apache-2.0"), "cc-by-nc-4.0"),
+        (("[mit, apache-2.0]", "[mit]", "MIT"), "apache-2.0"),
     ],
 )
 def test_licences_that_go_together(world, licences, merged):
@@ -312,7 +331,10 @@ def test_licences_that_go_together(world, licences, merged):
     [
         (("llama2", "cc-by-nc-4.0", "mit"), "licences disagree .*base under llama2.*e0 under cc-by-nc-4.0"),
         (("apache-2.0", "cc-by-nc-nd-4.0", "mit"), "e0 under cc-by-nc-nd-4.0, which forbids"),
-        (("apache-2.0", "other", "mit"), "e0 under 'other', of which wp-push knows nothing"),
+        (("apache-2.0", "other", "mit"), "e0 under other, of which wp-push knows nothing"),
+        (("apache-2.0", "[mit, llama3, llama2]", "mit"), "e0 under mit and llama3 and llama2"),
+        (("apache-2.0", "{mit: yes}", "mit"), "e0 without a known licence .its card has a dict"),
+        (("apache-2.0", "3", "mit"), "e0 without a known licence .its card has a int"),
         (("apache-2.0", None, "mit"), "e0 without a known licence"),
         (("llama3", "llama3.1", "mit"), "disagree"),
     ],
@@ -325,6 +347,66 @@ def test_licences_that_stop_a_push(world, licences, sentence):
     said = []
     assert front_matter(dry(world, said.append, licence="llama2").card.read_text())["license"] == "llama2"
     assert any(line.startswith("you answer for --license llama2") for line in said)
+
+
+BAD_CARDS = {
+    "a tab": "---\nlicense: apache-2.0\ntags:\n\t- merge\n---\n",
+    "no mapping": "---\n- license\n---\n",
+    "a tag": "---\nlicense: !!python/object/apply:os.system [ls]\n---\n",
+    "deep": "---\nlicense: " + "[" * 3000 + "\n---\n",
+    "not UTF-8": b"---\nlicense: mit \xff\n---\n",
+    "no front matter": "# Model\n",
+    "nothing": "",
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("content", BAD_CARDS.values(), ids=list(BAD_CARDS))
+def test_a_card_that_cannot_be_read_is_a_licence_not_known(world, content):
+    card = world.expert(0) / "README.md"
+    card.unlink()
+    if content is None:
+        card.mkdir()
+    else:
+        card.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=r"e0 without a known licence .*--license ID") as caught:
+        dry(world)
+    assert "\n" not in caught.value.message
+    card_text = dry(world, licence="apache-2.0").card.read_text()
+    assert front_matter(card_text)["license"] == "apache-2.0"
+    assert "- `e0` (not on the Hub): no licence stated" in card_text
+
+
+def terms(folder: Path, name: str, link: str) -> None:
+    text = f"---\nlicense: other\nlicense_name: {name}\nlicense_link: {link}\n---\n"
+    (folder / "README.md").write_text(text)
+
+
+def test_other_terms_keep_their_name_and_link(world):
+    for folder in (world.base, world.expert(0)):
+        terms(folder, "acme-research", "https://example.com/LICENSE")
+    with pytest.raises(BadInput, match=r"base, e0 under other .acme-research, https://example.com/LICENSE."):
+        dry(world)
+    card = dry(world, licence="other").card.read_text()
+    data = front_matter(card)
+    assert (data["license"], data["license_name"]) == ("other", "acme-research")
+    assert data["license_link"] == "https://example.com/LICENSE"
+    given = dry(world, licence="other", licence_name="mine", licence_link="LICENSE").card.read_text()
+    assert (front_matter(given)["license_name"], front_matter(given)["license_link"]) == ("mine", "LICENSE")
+    # A licence of the list says nothing of other terms; the parents' lines still do.
+    listed = dry(world, licence="apache-2.0").card.read_text()
+    assert "license_name" not in front_matter(listed)
+    assert listed.count("acme-research") == 2
+    terms(world.expert(0), "another", "https://example.com/2")
+    with pytest.raises(BadInput, match="the parents name acme-research and another; add --license-name"):
+        dry(world, licence="other")
+
+
+def test_a_link_beside_a_parents_card_leads_to_its_repository(world):
+    terms(world.base, "qwen-research", "LICENSE")
+    link = front_matter(dry(world, parents=[f"{world.base}=Qwen/base"], licence="other").card.read_text())
+    assert link["license_link"] == "https://huggingface.co/Qwen/base/blob/main/LICENSE"
+    assert "license_link" not in front_matter(dry(world, licence="other").card.read_text())
 
 
 def test_llama_3_asks_for_its_name(world):
@@ -346,7 +428,12 @@ def test_llama_3_asks_for_its_name(world):
     [
         ({"parents": ["nothing"]}, "expected FOLDER=USER/NAME"),
         ({"parents": ["e7=bob/x"]}, "the recipe has no such model"),
-        ({"licence": "My Licence"}, "expected an id"),
+        ({"licence": "My Licence"}, "no id of the Hub's list"),
+        ({"licence": "Apache 2.0"}, "no id of the Hub's list .*; is it apache-2.0"),
+        ({"licence": "unknown"}, "no id of the Hub's list"),
+        ({"licence": "other"}, "its terms need a name, and no parent has any"),
+        ({"licence": "mit", "licence_name": "acme"}, "go with --license other, found --license mit"),
+        ({"licence_link": "https://x.y"}, "go with --license other"),
         ({"recipe": Path("no.yaml")}, "no.yaml: cannot read this recipe"),
         ({"results": [Path("nowhere")]}, "nowhere"),
     ],

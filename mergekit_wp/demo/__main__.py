@@ -10,6 +10,7 @@ import click
 from mergekit_wp.demo.steps import demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.files import check_writable_parent
+from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.pipeline.cli import alone, run_steps
 from mergekit_wp.pipeline.plan import results_folder
 from mergekit_wp.pipeline.step import Stamps
@@ -30,8 +31,8 @@ def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
         )
     from mergekit_wp.eval.table import read_results, to_text  # after the steps: these imports take seconds
 
-    click.echo(f"\n{to_text(read_results(results_folder(pipeline) / 'results.json'))}")
-    click.echo(f"Report: {(out / 'report.html').absolute()}  ({time.monotonic() - started:.0f} s in all)")
+    echo_lines(f"\n{to_text(read_results(results_folder(pipeline) / 'results.json'))}")
+    echo(f"Report: {(out / 'report.html').absolute()}  ({time.monotonic() - started:.0f} s in all)")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mergekit_wp.demo.steps import EXPERTS, MERGES, demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.eval.table import Table, read_results
 from mergekit_wp.files import write_text
+from mergekit_wp.foreign import echo, html, one_line_each
 from mergekit_wp.merge.fusion import component_weights
 from mergekit_wp.page import STYLE
 from mergekit_wp.pipeline.plan import results_folder, score_file
@@ -58,14 +59,14 @@ class Report:
         used = sum(max(u.used for u in task.utilities.values()) for task in meta.tasks.values())
         anchor = "" if meta.read_at is None else f", anchor layer {meta.read_at}"
         about = (
-            f"Method <code>{escape(meta.method)}</code>, utility <code>{escape(meta.utility)}</code>{anchor}, "
+            f"Method <code>{html(meta.method)}</code>, utility <code>{html(meta.utility)}</code>{anchor}, "
             f"{used} prompts of {len(meta.tasks)} {'task' if len(meta.tasks) == 1 else 'tasks'}. "
             f"{JUDGED.get(meta.utility, '')}"
         )
         heads = head_map(scores.heads, meta.read_at, colour)
         neurons = neuron_map(scores.neurons, meta.read_at, colour)
         return (
-            f'<article><h3><span class="dot" style="background:{colour}"></span>{escape(name)}</h3>'
+            f'<article><h3><span class="dot" style="background:{colour}"></span>{html(name)}</h3>'
             f"<p>{about}</p>"
             f'<div class="pair"><figure><figcaption>Heads</figcaption>{heads}</figure>'
             f"<figure><figcaption>Neurons, sorted within each layer</figcaption>{neurons}</figure></div></article>"
@@ -77,7 +78,7 @@ class Report:
         for index, (name, scores) in enumerate(self.scores.items()):
             if curve := scores.meta.recovery:
                 lines = recovery_lines(curve, expert_colour(index))
-                figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{lines}</figure>")
+                figures.append(f"<figure><figcaption>{html(name)}</figcaption>{lines}</figure>")
         if not figures:
             return []
         return [_section("How each anchor layer was chosen", f'{RECOVERY}<div class="pair">{"".join(figures)}</div>')]
@@ -93,15 +94,15 @@ class Report:
 
     def _foot(self) -> str:
         meta = next(iter(self.scores.values())).meta
-        packages = ", ".join(f"{escape(name)} {escape(str(value))}" for name, value in meta.versions.items())
-        return f"Scored {escape(meta.date[:10])} in {escape(meta.dtype)} with {packages}."
+        packages = ", ".join(f"{html(name)} {html(str(value))}" for name, value in meta.versions.items())
+        return f"Scored {html(meta.date[:10])} in {html(meta.dtype)} with {packages}."
 
 
 def _results(table: Table, merges: Sequence[str]) -> str:
     """The table; the best merge of each column is bold, the other models are there to compare with."""
     merged = [row for row in table.rows if row.model.name in merges]
     best = {column: max((table.value(row, column) for row in merged), default=None) for column in table.columns}
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    head = "".join(f"<th>{html(column)}</th>" for column in table.columns)
     lines = []
     for row in table.rows:
         cells = []
@@ -117,10 +118,10 @@ def _results(table: Table, merges: Sequence[str]) -> str:
                 text += "<small></small>"  # keeps the figures of a column under one another
             cells.append(f"<td>{text}</td>")
         kind = ' class="merge"' if row in merged else ""
-        lines.append(f"<tr{kind}><th>{escape(table.label(row))}</th>{''.join(cells)}</tr>")
+        lines.append(f"<tr{kind}><th>{html(table.label(row))}</th>{''.join(cells)}</tr>")
     note = "Percent of test items answered right. Bold: the best merge."
     if table.baseline:
-        note += f" Small: points of difference to <em>{escape(table.baseline)}</em>, the plain average."
+        note += f" Small: points of difference to <em>{html(table.baseline)}</em>, the plain average."
     if items := sorted({cell.samples for row in table.rows for cell in row.cells.values() if cell.samples}):
         errors = [table.stderr(row, c) or 0 for row in merged for c in table.columns[:-1]]
         note += f" {items[0]} items a capability" + (" or more" if len(items) > 1 else "")
@@ -134,12 +135,13 @@ def _results(table: Table, merges: Sequence[str]) -> str:
 
 def _commands(commands: Sequence[Command]) -> str:
     return "".join(
-        f"<h3>{escape(command.title)}</h3><pre><code>{escape(command.text)}</code></pre>" for command in commands
+        f"<h3>{html(command.title)}</h3><pre><code>{escape(one_line_each(command.text))}</code></pre>"
+        for command in commands
     )
 
 
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
+    return f"<section><h2>{html(title)}</h2>\n{body}</section>"
 
 
 def wrapped(words: Sequence[str], width: int = 96) -> str:
@@ -173,7 +175,7 @@ def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
     scores = {expert: read_scores(score_file(pipeline, expert)) for expert in EXPERTS}
     report = Report(read_results(results_folder(pipeline) / "results.json"), scores, MERGES, commands)
     write_text(out / "report.html", report.html())
-    click.echo(f"wrote {out / 'report.html'}")
+    echo(f"wrote {out / 'report.html'}")
 
 
 if __name__ == "__main__":

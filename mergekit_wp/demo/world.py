@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import echo
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def main(link: Path, worlds: Path, seed: int, smoke: bool) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(folder, link.parent.resolve()), target_is_directory=True)
-    click.echo(f"{link} -> {folder}")
+    echo(f"{link} -> {folder}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mergekit_wp.eval.options import OPTIONS
 from mergekit_wp.eval.run import Row
 
+_LISTED = 12
 _NOT_RECORDED = "not recorded"
 
 
@@ -31,13 +32,20 @@ def differences(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
                 absent = "not set" if what in OPTIONS else _NOT_RECORDED
                 groups.setdefault(one.get(what, absent), []).append(row)
             if len(groups) > 1:
-                said = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups.items())
+                said = _first((f"{value} for {_first(names, ', ')}" for value, names in groups.items()), "; ")
                 found.setdefault((what, said), []).append(column)
     sentences = []
     for (what, said), where in found.items():
         everywhere = all(column in where for column in columns)
         sentences.append(f"{what} is {said}" + ("." if everywhere else f" (in {', '.join(where)})."))
     return sentences
+
+
+def _first(texts: Iterable[str], between: str) -> str:
+    """The texts, and of many the first and how many more: a sentence is read, and repeated with every row of a CSV."""
+    listed = list(texts)
+    more = [f"and {len(listed) - _LISTED:,} more"] if len(listed) > _LISTED + 1 else []
+    return between.join([*listed[: _LISTED if more else None], *more])
 
 
 def _described(row: Row, column: str) -> Iterator[tuple[str, str]]:

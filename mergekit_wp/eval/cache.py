@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from mergekit_wp.documents import parse_json
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.files import write_text
+from mergekit_wp.foreign import file_part
 
 Entry = dict[str, Any]  # a task's results as lm-eval gave them, and how they came about
 
@@ -18,12 +18,7 @@ Entry = dict[str, Any]  # a task's results as lm-eval gave them, and how they ca
 def cache_file(cache: Path, model: EvalModel, key: str) -> Path:
     """The file of this model under this key, under whatever row name it was first evaluated."""
     found = sorted(cache.glob(f"*-{key[:20]}.json"))
-    return found[0] if found else cache / f"{file_name(model.name)}-{key[:20]}.json"
-
-
-def file_name(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", text)[:80]
+    return found[0] if found else cache / f"{file_part(model.name)}-{key[:20]}.json"
 
 
 def read_cache(path: Path) -> dict[str, Entry]:

@@ -21,6 +21,7 @@ from mergekit_wp.eval.options import BACKENDS
 from mergekit_wp.eval.quiet import quieten as _quieten
 from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
 from mergekit_wp.files import check_writable_parent, write_text
+from mergekit_wp.foreign import echo, echo_lines
 
 if TYPE_CHECKING:
     from mergekit_wp.eval.backends import Backend
@@ -124,7 +125,7 @@ def main(
         samples=out / "samples" if log_samples else None,
     )
     if not quiet:
-        click.echo(why, err=True)
+        echo(why, err=True)
     table = _evaluate(suite, models, settings, baseline, include_path or suite.include_path, out, quiet)
     _write(table, suite_file, settings, out)
 
@@ -199,7 +200,7 @@ def _evaluate(
 
         def say(text: str, place: str = f"[{number}/{len(models)}]") -> None:
             if not quiet:
-                click.echo(f"{place} {text}", err=True)
+                echo(f"{place} {text}", err=True)
 
         rows.append(replace(evaluate_model(model, tasks, settings, cache, say, run), suite=suite.hash))
     chosen = baseline or suite.baseline
@@ -219,10 +220,10 @@ def _write(table: Table, suite_file: str, settings: Settings, out: Path) -> None
     }
     write_text(out / "results.json", to_json(table, about))
     text, written = write_tables(table, out, "results", f"Results of the suite {table.suite.name}")
-    click.echo(text)
+    echo_lines(text)
     if table.suite.baseline and not table.baseline:
-        click.echo(f"(no row named {table.suite.baseline}, the suite's baseline: no differences)", err=True)
-    click.echo(f"Written: {', '.join(map(str, [out / 'results.json', *written]))}", err=True)
+        echo(f"(no row named {table.suite.baseline}, the suite's baseline: no differences)", err=True)
+    echo(f"Written: {', '.join(map(str, [out / 'results.json', *written]))}", err=True)
 
 
 def _device(wanted: str | None) -> str:

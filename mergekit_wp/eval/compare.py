@@ -16,6 +16,7 @@ from mergekit_wp.eval.page import write_tables
 from mergekit_wp.eval.run import Row
 from mergekit_wp.eval.suite import Suite
 from mergekit_wp.eval.table import Table, read_results, to_text
+from mergekit_wp.foreign import echo, echo_lines
 
 _EPILOG = """\b
 Examples:
@@ -38,11 +39,11 @@ def main(results: tuple[str, ...], baseline: str | None, out: Path | None) -> No
     named = {name: read_results(_file(path)) for name, path in name_models(results).items()}
     table = joined(named, baseline)
     if out is None:
-        click.echo(to_text(table))
+        echo_lines(to_text(table))
         return
     text, written = write_tables(table, out, "comparison", f"Comparison: {table.suite.name}")
-    click.echo(text)
-    click.echo(f"Written: {', '.join(map(str, written))}", err=True)
+    echo_lines(text)
+    echo(f"Written: {', '.join(map(str, written))}", err=True)
 
 
 def joined(tables: Mapping[str, Table], baseline: str | None) -> Table:
@@ -59,7 +60,7 @@ def joined(tables: Mapping[str, Table], baseline: str | None) -> Table:
             if first is None and row.model.name == table.baseline:
                 first = rows[-1].model.name
     names = [row.model.name for row in rows]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise BadInput(f"two rows would be named {twice!r}; tell the results apart with NAME=RESULTS.")
     if baseline is not None and baseline not in names:
         raise BadInput(f"--baseline {baseline}: there is no such row; the rows are {', '.join(names)}.")

@@ -18,13 +18,14 @@ from typing import Any
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import backends, stderr
-from mergekit_wp.eval.cache import Entry, file_name, plain
+from mergekit_wp.eval.cache import Entry, plain
 from mergekit_wp.eval.context import count_cut
 from mergekit_wp.eval.first_space import keep_first_space
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.settings import Settings, versions
 from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.files import write_text
+from mergekit_wp.foreign import file_part
 
 Say = Callable[[str], None]
 OnDone = Callable[[ReadyTask, Entry], None]
@@ -56,8 +57,8 @@ def samples_file(model: EvalModel, task: ReadyTask, settings: Settings) -> Path 
         return None
     key = settings.key(model)[:12]
     found = sorted(settings.samples.glob(f"*-{key}"))  # under whatever row name it was first evaluated
-    folder = found[0] if found else settings.samples / f"{file_name(model.name)}-{key}"
-    return folder / f"{file_name(task.spec.task)}-{task.key[:12]}.jsonl"
+    folder = found[0] if found else settings.samples / f"{file_part(model.name)}-{key}"
+    return folder / f"{file_part(task.spec.task)}-{task.key[:12]}.jsonl"
 
 
 def _evaluate(lm: Any, model: EvalModel, task: ReadyTask, settings: Settings) -> Entry:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from mergekit_wp.eval.table import Table, to_csv, to_markdown, to_text
 from mergekit_wp.files import write_text
+from mergekit_wp.foreign import html
 from mergekit_wp.page import frame, grid, section
 
 
@@ -22,21 +22,21 @@ def write_tables(table: Table, out: Path, stem: str, title: str) -> tuple[str, l
 
 def to_html(table: Table, title: str) -> str:
     """The whole page."""
-    warnings = "".join(f"<p><strong>Warning:</strong> {escape(text)}</p>" for text in table.warnings())
+    warnings = "".join(f"<p><strong>Warning:</strong> {html(text)}</p>" for text in table.warnings())
     alike, lines = _provenance(table)
-    common = f"<p>All cells: {escape('; '.join(alike))}.</p>" if alike else ""
+    common = f"<p>All cells: {html('; '.join(alike))}.</p>" if alike else ""
     sections = [section("Results", warnings + _results(table)), section("How each was measured", common + grid(lines))]
     return frame(title, " ".join(table.notes("Small")), "\n".join(sections))
 
 
 def _results(table: Table) -> str:
     """A row a model; the best value of each column is bold."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    head = "".join(f"<th>{html(column)}</th>" for column in table.columns)
     lines = []
     for row in table.rows:
         cells = []
         for column in table.columns:
-            text = escape(table.number(row, column))
+            text = html(table.number(row, column))
             if table.has(row, column) and table.value(row, column) == table.best(column):
                 text = f"<strong>{text}</strong>"
             if (difference := table.difference(row, column)) is not None:
@@ -45,7 +45,7 @@ def _results(table: Table) -> str:
             elif table.baseline:
                 text += "<small></small>"  # keeps the figures of a column under one another
             cells.append(f"<td>{text}</td>")
-        lines.append(f"<tr><th>{escape(table.label(row))}</th>{''.join(cells)}</tr>")
+        lines.append(f"<tr><th>{html(table.label(row))}</th>{''.join(cells)}</tr>")
     differences = ' class="differences"' if table.baseline else ""
     return (
         f'<div class="scroll"><table{differences}><thead><tr><th>model</th>{head}</tr></thead>'

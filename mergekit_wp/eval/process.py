@@ -23,9 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import click
-
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, OneSentence
 from mergekit_wp.eval.datafiles import first_line
 from mergekit_wp.eval.measure import OnDone, Say, measure
 from mergekit_wp.eval.models import EvalModel
@@ -33,6 +31,7 @@ from mergekit_wp.eval.quiet import quieten
 from mergekit_wp.eval.settings import Settings
 from mergekit_wp.eval.suite import Suite
 from mergekit_wp.eval.tasks import ReadyTask, ready_tasks
+from mergekit_wp.foreign import echo_lines
 
 # Imported once by the fork server, for all models. Nothing here may start CUDA, or a thread.
 _PRELOAD = [
@@ -77,7 +76,7 @@ def measure_in_child(
 ) -> None:
     """`measure.measure` in a process of its own; `tasks` come from `ready_tasks(suite, include_path, ...)`.
 
-    Raises `BadInput` also when that process is killed, and `click.ClickException` (exit code 1) when it fails
+    Raises `BadInput` also when that process is killed, and `OneSentence` (exit code 1) when it fails
     in a way that nobody foresaw; its traceback then goes to stderr. Tasks that were finished have been handed on.
     """
     import torch
@@ -107,8 +106,8 @@ def measure_in_child(
     if kind == "bad":
         raise BadInput(rest[0])
     if kind == "failed":
-        click.echo(rest[1], err=True)
-        raise click.ClickException(rest[0])
+        echo_lines(rest[1], err=True)
+        raise OneSentence(rest[0])
 
 
 def _epitaph(model: EvalModel, code: int | None, at: str) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.run import Cell, Row, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.files import read_json_mapping
+from mergekit_wp.foreign import markdown, one_line
 
 AVERAGE = "Average"
 
@@ -60,10 +62,20 @@ class Table:
 
     def difference(self, row: Row, column: str) -> float | None:
         """The cell less the baseline's; None on the baseline's own row and where either is missing."""
-        base = next((other for other in self.rows if other.model.name == self.baseline), None)
+        base = self._base
         if base is None or row is base or not self.has(row, column) or not self.has(base, column):
             return None
         return self.value(row, column) - self.value(base, column)
+
+    # Looked up once: a table of thousands of rows asks for these in every cell.
+    @cached_property
+    def _base(self) -> Row | None:
+        return next((row for row in self.rows if row.model.name == self.baseline), None)
+
+    @cached_property
+    def _best(self) -> dict[str, float]:
+        found = {c: [self.value(row, c) for row in self.rows if self.has(row, c)] for c in self.columns}
+        return {column: max(values) for column, values in found.items() if values}
 
     def limit_of(self, row: Row) -> int | None:
         """How many items of each task this row was measured on; None is all of them."""
@@ -87,14 +99,22 @@ class Table:
 
     def warnings(self) -> list[str]:
         """What a reader must know before comparing rows; sentences, none when all were measured alike."""
-        unlike = [f"Not measured alike: {text}" for text in differences(self.rows, self.suite.columns)]
-        cut = [
+        return [*self._unlike, *(text for row in self.rows for text in self._cut(row))]
+
+    def warnings_of(self, row: Row) -> list[str]:
+        """Those of the warnings that a reader of this row alone must know."""
+        return [*self._unlike, *self._cut(row)]
+
+    @cached_property
+    def _unlike(self) -> list[str]:
+        return [f"Not measured alike: {text}" for text in differences(self.rows, self.suite.columns)]
+
+    def _cut(self, row: Row) -> list[str]:
+        return [
             f"{row.model.name}: {about['cut_prompts']} prompts of {column} were cut on the left to fit the context."
-            for row in self.rows
             for column, about in row.measured.items()
             if about.get("cut_prompts")
         ]
-        return unlike + cut
 
     def number(self, row: Row, column: str) -> str:
         """A cell in percent with its standard error, `71.25 \u00b11.10`; empty where the row lacks the column."""
@@ -110,13 +130,13 @@ class Table:
 
     def best(self, column: str) -> float | None:
         """The highest value of a column; None where no row has it."""
-        return max((self.value(row, column) for row in self.rows if self.has(row, column)), default=None)
+        return self._best.get(column)
 
 
 def to_text(table: Table) -> str:
     """Aligned columns for a terminal."""
-    grid = [["model", *table.columns]]
-    grid += [[table.label(row), *(table.cell_text(row, c) for c in table.columns)] for row in table.rows]
+    grid = [["model", *map(one_line, table.columns)]]
+    grid += [[one_line(table.label(row)), *(table.cell_text(row, c) for c in table.columns)] for row in table.rows]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))])
@@ -124,28 +144,21 @@ def to_text(table: Table) -> str:
     ]
     rule = "  ".join("-" * width for width in widths)
     warnings = [f"WARNING: {text}" for text in table.warnings()]
-    return "\n".join([lines[0], rule, *lines[1:], "", *table.notes(), *warnings]) + "\n"
+    return "\n".join([lines[0], rule, *lines[1:], "", *map(one_line, [*table.notes(), *warnings])]) + "\n"
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub table; the best value of each column is bold."""
-    lines = ["| model | " + " | ".join(map(_cell, table.columns)) + " |", "|---|" + "---:|" * len(table.columns)]
+    lines = ["| model | " + " | ".join(map(markdown, table.columns)) + " |", "|---|" + "---:|" * len(table.columns)]
     for row in table.rows:
         cells = []
         for column in table.columns:
             text, space, rest = table.cell_text(row, column).partition(" ")
             best = table.has(row, column) and table.value(row, column) == table.best(column)
             cells.append((f"**{text}**" if best else text) + space + rest)
-        lines.append(f"| {_cell(table.label(row))} | " + " | ".join(cells) + " |")
-    warnings = [f"\n**Warning:** {_cell(text)}" for text in table.warnings()]
-    return "\n".join([*lines, "", _cell(" ".join(table.notes())), *warnings]) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text that Markdown would otherwise take for marks."""
-    for mark in ("|", "*", "_", "`", "<"):
-        text = text.replace(mark, "\\" + mark)
-    return text
+        lines.append(f"| {markdown(table.label(row))} | " + " | ".join(cells) + " |")
+    warnings = [f"\n**Warning:** {markdown(text)}" for text in table.warnings()]
+    return "\n".join([*lines, "", markdown(" ".join(table.notes())), *warnings]) + "\n"
 
 
 def to_csv(table: Table) -> str:
@@ -154,14 +167,15 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     differences = [f"{column} - {table.baseline}" for column in table.columns] if table.baseline else []
     errors = [f"{column} stderr" for column in table.columns]
-    writer.writerow(["model", *table.columns, *differences, *errors, "limit", "warning"])
-    warning = " ".join(table.warnings())
+    writer.writerow(map(one_line, ["model", *table.columns, *differences, *errors, "limit", "warning"]))
     for row in table.rows:
         values = [table.value(row, column) if table.has(row, column) else None for column in table.columns]
         values += [table.difference(row, column) for column in table.columns] if table.baseline else []
         values += [table.stderr(row, column) for column in table.columns]
-        shown = ["" if value is None else f"{100 * value:.4f}" for value in values]
-        writer.writerow([row.model.name, *shown, table.limit_of(row) or "", warning])
+        numbers = ["" if value is None else f"{100 * value:.4f}" for value in values]
+        writer.writerow(
+            [one_line(row.model.name), *numbers, table.limit_of(row) or "", one_line(" ".join(table.warnings_of(row)))]
+        )
     return buffer.getvalue()
 
 

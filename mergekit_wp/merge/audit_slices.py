@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-import click
 import torch
 from safetensors import safe_open
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.errors import OneSentence
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
 
 FLOAT32_STEP = 2.0**-23
 
 
-class AuditFailed(click.ClickException):
+class AuditFailed(OneSentence):
     """The merged folder is not what it should be; exit code 1, one sentence."""
-
-    exit_code = 1
 
 
 def kind_of(name: str) -> str:

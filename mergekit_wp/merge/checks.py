@@ -11,7 +11,6 @@ tensor, shapes that differ, a full disk.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.components import VOCABULARY_TENSORS
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
@@ -29,7 +29,7 @@ from mergekit_wp.scorefile import ModelId
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 
 # Buffers that old checkpoints store and that transformers recomputes.
 _RECOMPUTED = ("rotary_emb.inv_freq",)

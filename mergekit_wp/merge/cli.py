@@ -19,6 +19,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_wp.components import slot_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
+from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
@@ -78,7 +79,7 @@ def main(
         if out.exists():
             os.replace(out, work / ".replaced")
         os.replace(work / out.name, out)
-    click.echo(f"wrote {out}")
+    echo(f"wrote {out}")
 
 
 def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
@@ -87,10 +88,10 @@ def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
     check_plan(MergePlan(plan.tensors, plan.checkpoints, None))
     check_room(plan.nbytes(), out, touch=False)
     if plan.method == WP:
-        click.echo(shares_table(plan))
+        echo_lines(shares_table(plan))
     else:
-        click.echo(f"merge_method {plan.method}: {len(plan.tensors)} tensors of {len(plan.checkpoints)} models.")
-    click.echo(f"all checks passed; the merge would write {size_text(plan.nbytes())} to {out}. Nothing was written.")
+        echo(f"merge_method {plan.method}: {len(plan.tensors)} tensors of {len(plan.checkpoints)} models.")
+    echo(f"all checks passed; the merge would write {size_text(plan.nbytes())} to {out}. Nothing was written.")
 
 
 def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool) -> None:
@@ -109,12 +110,12 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
     if not audited:
         return
     if not options.safe_serialization:
-        click.echo("audit: skipped, because --no-safe-serialization writes pickled weights, which are never opened.")
+        echo("audit: skipped, because --no-safe-serialization writes pickled weights, which are never opened.")
         return
     checked: list[str] = []
 
     def say(line: str) -> None:
-        click.echo(line)
+        echo(line)
         checked.append(line)
 
     try:

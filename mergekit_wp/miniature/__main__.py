@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_wp.foreign import echo
 from mergekit_wp.miniature.items import CAPABILITIES
 from mergekit_wp.miniature.world import MODELS, WorldConfig, build_world
 
@@ -24,11 +25,11 @@ def main(root: Path, seed: int, smoke: bool, quiet: bool) -> None:
     config = WorldConfig.smoke(seed) if smoke else WorldConfig(seed=seed)
     folder = build_world(config, root, quiet)
     world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
-    click.echo(f"{'':12s}" + "".join(f"{name:>13s}" for name in CAPABILITIES))
+    echo(f"{'':12s}" + "".join(f"{name:>13s}" for name in CAPABILITIES))
     for name in MODELS:
         accuracy = world["validation_accuracy"][name]
-        click.echo(f"{name:12s}" + "".join(f"{100 * accuracy[c]:12.1f}%" for c in CAPABILITIES))
-    click.echo(str(folder))
+        echo(f"{name:12s}" + "".join(f"{100 * accuracy[c]:12.1f}%" for c in CAPABILITIES))
+    echo(str(folder))
 
 
 if __name__ == "__main__":

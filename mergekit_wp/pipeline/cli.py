@@ -14,6 +14,7 @@ from mergekit_wp import __version__
 from mergekit_wp.checkpoint import local_folder
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
+from mergekit_wp.foreign import echo
 from mergekit_wp.pipeline.plan import STAGES, hub_models, pipeline_steps, write_derived
 from mergekit_wp.pipeline.spec import read_pipeline
 from mergekit_wp.pipeline.step import Stamps, Step
@@ -55,22 +56,25 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
             show_plan(steps, stamps, redo)
             return
         run_steps(steps, stamps, redo)
-    click.echo(f"\nAll of {pipeline_file} is done; everything is under {pipeline.out}.")
+    echo("")
+    echo(f"All of {pipeline_file} is done; everything is under {pipeline.out}.")
 
 
 def run_steps(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
     """Run every step that is due, in order. Raises `StepFailed` at the first that fails."""
     for number, step in enumerate(steps, start=1):
-        click.secho(f"\n[{number}/{len(steps)}] {step.title}", bold=True)
+        echo("")
+        echo(f"[{number}/{len(steps)}] {step.title}", bold=True)
         why = "asked for by --redo" if step.stage in redo else stamps.why_not_done(step)
         if why is None:
-            click.echo("      done before, and its inputs have not changed since")
+            echo("      done before, and its inputs have not changed since")
             continue
-        click.echo(f"      {why}")
-        click.secho(f"      $ {step.text()}\n", fg="cyan")
+        echo(f"      {why}")
+        echo(f"      $ {step.text()}", fg="cyan")
+        echo("")
         begun = time.monotonic()
         stamps.run(step)
-        click.echo(f"      {time.monotonic() - begun:.0f} s")
+        echo(f"      {time.monotonic() - begun:.0f} s")
 
 
 def show_plan(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
@@ -83,16 +87,16 @@ def show_plan(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -
             why = f"unless {upstream[0]} comes out as it was"
         if why is not None:
             anew.update(step.outputs)
-        click.secho(f"[{number}/{len(steps)}] {step.title}: ", bold=True, nl=False)
-        click.echo("done" if why is None else f"to do ({why})")
+        echo(f"[{number}/{len(steps)}] {step.title}: ", bold=True, nl=False)
+        echo("done" if why is None else f"to do ({why})")
         if why is not None:
-            click.secho(f"      $ {step.text()}", fg="cyan")
+            echo(f"      $ {step.text()}", fg="cyan")
 
 
 def _fetch(names: Sequence[str]) -> None:
     """Get models from the Hub before anything else, so that a missing one is known at once."""
     for name in names:
-        click.echo(f"{name}: fetching what of it is not here yet ...", err=True)
+        echo(f"{name}: fetching what of it is not here yet ...", err=True)
         local_folder(name)
 
 

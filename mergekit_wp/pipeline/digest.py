@@ -13,9 +13,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import click
-
 from mergekit_wp import digests
+from mergekit_wp.foreign import echo
 
 _LARGE_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -27,7 +26,7 @@ class Digests:
     """Digests of paths; those of large files are remembered in `memory`, or for this object's life if it is None."""
 
     def __init__(self, memory: Path | None = None) -> None:
-        self._large = digests.Digests(memory, lambda text: click.echo(text, err=True))
+        self._large = digests.Digests(memory, lambda text: echo(text, err=True))
 
     def of(self, path: Path) -> str:
         """SHA-256 of a file's content, or of all files below a folder with their names; "" if there is none.

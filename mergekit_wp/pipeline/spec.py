@@ -27,6 +27,7 @@ from typing import Any
 
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.foreign import file_part
 
 BASE = "base"
 """The base's name among the rows of the table."""
@@ -203,9 +204,10 @@ def _check(pipeline: Pipeline) -> None:
     for name in pipeline.names:
         if pipeline.names.count(name) > 1:
             raise BadInput(f"two models are named {shown(name)}; `{BASE}`, experts and merges need names of their own.")
-        if "/" in name or name.startswith((".", "-")):
+        if file_part(name) != name:
             raise BadInput(
-                f"the name {shown(name)} will be a file's name; choose one without `/` that starts with a letter."
+                f"the name {shown(name)} will be a file's name; choose one of at most 80 ASCII letters, digits, `_`, "
+                "`-` and `.` that begins with a letter, ends in no dot and is no device of Windows (CON, NUL, ...)."
             )
     for name, merge in pipeline.merges.items():
         for expert in merge.experts:

@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
 import mergekit_wp
 from mergekit_wp.documents import parse_json
+from mergekit_wp.errors import OneSentence
 from mergekit_wp.files import write_text
 from mergekit_wp.pipeline.digest import Digests, digest_of
 
@@ -53,7 +52,7 @@ class Step:
         return shlex.join(word for word in self.command if word != _CONSENT)
 
 
-class StepFailed(click.ClickException):
+class StepFailed(OneSentence):
     """A command failed; its exit code is ours."""
 
     def __init__(self, step: Step, what: str, exit_code: int) -> None:
@@ -130,7 +129,7 @@ def program(name: str) -> list[str]:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
-        raise click.ClickException(f"there is no `{name}` beside {sys.executable}; install mergekit-wp there.")
+        raise OneSentence(f"there is no `{name}` beside {sys.executable}; install mergekit-wp there.")
     return [found]
 
 

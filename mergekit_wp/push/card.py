@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp.foreign import code, fenced, markdown
 from mergekit_wp.merge.mark import MARK, Mark
-from mergekit_wp.push.licences import NEEDS, NOTICES, Licence
+from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.stage import PICTURE, RECIPE
 
@@ -42,7 +43,7 @@ class Card:
     repo_id: str
     parents: Sequence[Parent]
     licences: Sequence[Licence]
-    licence: str
+    terms: Terms
     recipe: str
     mark: Mark
     dtype: str
@@ -56,10 +57,14 @@ class Card:
 
         on_hub = list(dict.fromkeys(parent.hub for parent in self.parents if parent.hub))
         more: dict[str, Any] = {"base_model_relation": "merge"} if on_hub else {}
+        if self.terms.name:
+            more |= {"license_name": self.terms.name}
+        if self.terms.link:
+            more |= {"license_link": self.terms.link}
         data = ModelCardData(
             base_model=on_hub or None,
             library_name="transformers",
-            license=self.licence,
+            license=self.terms.id,
             pipeline_tag="text-generation",
             tags=["mergekit", "merge", *(["weight-patching"] if self.mark.method == "wp" else [])],
             **more,
@@ -82,9 +87,9 @@ class Card:
         bases = [_link(parent) for parent in self.parents if parent.role == "base"]
         what = f"A merge of {_listed(experts)}" + (f" on their common base {bases[0]}" if bases else "")
         method = _METHODS.get(self.mark.method)
-        how = f" with `merge_method: {self.mark.method}`" + (f": {method}." if method else ".")
+        how = f" with {code(f'merge_method: {self.mark.method}')}" + (f": {method}." if method else ".")
         return (
-            f"# {self.repo_id.partition('/')[2]}\n\n{what}, made by "
+            f"# {markdown(self.repo_id.partition('/')[2])}\n\n{what}, made by "
             f"[mergekit](https://github.com/arcee-ai/mergekit){how} Stored in {self.dtype}."
         )
 
@@ -104,10 +109,10 @@ Prompt it in the format that the experts were trained with."""
 
     def _recipe(self) -> str:
         local = [parent.shown for parent in self.parents if parent.hub is None]
-        note = f", with the folder {_listed([f'`{name}`' for name in local])} in it" if local else ""
+        note = f", with the folder {_listed([code(name) for name in local])} in it" if local else ""
         tool = "wp-merge" if self.mark.method in _METHODS else "mergekit-yaml"
         return (
-            f"## Recipe\n\n```yaml\n{self.recipe.strip()}\n```\n\n"
+            f"## Recipe\n\n{fenced(self.recipe.strip(), 'yaml')}\n\n"
             f"`{tool} {RECIPE} merged`, in a copy of this repository{note}, makes it again."
         )
 
@@ -128,7 +133,7 @@ Prompt it in the format that the experts were trained with."""
             layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
             name = path.rpartition("/")[2]
             cells = [meta.expert.name, tasks, meta.method, meta.utility, layer, meta.dtype, meta.date[:10]]
-            lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} | [{name}]({path}) |")
+            lines.append(f"| {' | '.join(map(markdown, cells))} | [{markdown(name)}]({path}) |")
         return "\n".join(lines)
 
     def _picture(self) -> str:
@@ -146,45 +151,44 @@ Prompt it in the format that the experts were trained with."""
             return ""
         parts = ["## Evaluation"]
         for results in self.results:
-            measured = f" How it was done: {results.measured}." if results.measured else ""
+            measured = f" How it was done: {markdown(results.measured)}." if results.measured else ""
             parts += [
                 results.markdown.strip(),
-                f"This model is the row `{results.row}`.{measured} All of it is in [{results.path}]({results.path}).",
-                f"```console\n$ {results.command}\n```",
+                f"This model is the row {code(results.row)}.{measured} All of it is in "
+                f"[{results.path}]({results.path}).",
+                fenced(f"$ {results.command}", "console"),
             ]
         return "\n\n".join(parts)
 
     def _checks(self) -> str:
-        lines = "\n".join(f"- {line}" for line in self.mark.checked)
+        lines = "\n".join(f"- {markdown(line)}" for line in self.mark.checked)
         versions = ", ".join(f"{name} {number}" for name, number in self.mark.versions.items())
         return (
-            f"## Checks\n\nBefore it was published, on {self.mark.date[:10]}, with {versions}:\n\n{lines}\n\n"
+            f"## Checks\n\nBefore it was published, on {markdown(self.mark.date[:10])}, with {markdown(versions)}:"
+            f"\n\n{lines}\n\n"
             f"[{MARK}]({MARK}) has the SHA-256 of every file of the model as it was then."
         )
 
     def _licences(self) -> str:
         lines = [
-            f"- {_link(parent)}: "
-            + (licence.id or "no licence stated")
-            + (f" ({NEEDS[licence.id]})" if licence.id in NEEDS else "")
+            f"- {_link(parent)}: {markdown(licence.text or 'no licence stated')}"
+            + "".join(f" ({NEEDS[name]})" for name in licence.ids if name in NEEDS)
             for parent, licence in zip(self.parents, self.licences, strict=True)
         ]
-        notices = [NOTICES[i] for i in dict.fromkeys(licence.id for licence in self.licences) if i in NOTICES]
+        notices = [NOTICES[i] for i in dict.fromkeys(i for lic in self.licences for i in lic.ids) if i in NOTICES]
         texts = [f"[{path}]({path})" for path in self.licence_texts]
-        parts = ["## Licence", f"Published under `{self.licence}`. The models it was made of:", "\n".join(lines)]
+        terms = [markdown(text) for text in (self.terms.name, self.terms.link) if text]
+        under = ", ".join([f"`{self.terms.id}`", *terms])
+        parts = ["## Licence", f"Published under {under}. The models it was made of:", "\n".join(lines)]
         parts += notices + ([f"Their licence texts: {', '.join(texts)}."] if texts else [])
         return "\n\n".join(parts)
 
 
 def _link(parent: Parent) -> str:
     if parent.hub is None:
-        return f"`{parent.shown}` (not on the Hub)"
+        return f"{code(parent.shown)} (not on the Hub)"
     return f"[{parent.hub}](https://huggingface.co/{parent.hub})"
 
 
 def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|")

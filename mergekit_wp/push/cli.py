@@ -11,6 +11,7 @@ import click
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import echo, echo_lines
 
 _EPILOG = """\b
 Examples:
@@ -25,7 +26,10 @@ The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes o
 @click.command(
     "wp-push",
     cls=GroupedCommand,
-    groups={"What is published": ("results", "recipe", "parents", "licence"), "How": ("private", "dry_run")},
+    groups={
+        "What is published": ("results", "recipe", "parents", "licence", "licence_name", "licence_link"),
+        "How": ("private", "dry_run"),
+    },
     epilog=_EPILOG,
 )
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -49,6 +53,10 @@ The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes o
     metavar="ID",
     help="Licence of the merge (apache-2.0, llama2, ...), if you answer for it where the parents' do not tell.",
 )
+@click.option("--license-name", "licence_name", metavar="NAME", help="Name of the terms, with --license other.")
+@click.option(
+    "--license-link", "licence_link", metavar="URL", help="Where those terms are; default: as a parent has it."
+)
 @click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
 @click.option("--dry-run", is_flag=True, help="Write the card, list every file; leave the network alone.")
 @click.version_option(__version__)
@@ -59,6 +67,8 @@ def main(
     recipe: Path | None,
     parents: tuple[str, ...],
     licence: str | None,
+    licence_name: str | None,
+    licence_link: str | None,
     private: bool,
     dry_run: bool,
 ) -> None:
@@ -72,13 +82,13 @@ def main(
     from mergekit_wp.push.publish import Request, prepare, publish
 
     _check_name(repo_id)
-    request = Request(folder, repo_id, results, recipe, parents, licence)
+    request = Request(folder, repo_id, results, recipe, parents, licence, licence_name, licence_link)
     if dry_run:
-        publication = prepare(request, None, click.echo)
-        click.echo(publication.listing())
-        click.echo(f"the card is {publication.card}; nothing was sent. Without --dry-run, this would be {repo_id}.")
+        publication = prepare(request, None, echo)
+        echo_lines(publication.listing())
+        echo(f"the card is {publication.card}; nothing was sent. Without --dry-run, this would be {repo_id}.")
         return
-    click.echo(publish(request, private, sys.stderr.isatty(), click.echo))
+    echo(publish(request, private, sys.stderr.isatty(), echo))
 
 
 def _check_name(repo_id: str) -> None:

@@ -6,9 +6,12 @@ publishes decides. The ids are the Hub's (https://huggingface.co/docs/hub/reposi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.push.licence_ids import LICENCE_IDS, OTHER
 
 # Of these, the one with the most conditions names a merge of several; the others' notices go with it.
 _PERMISSIVE = ("cc0-1.0", "unlicense", "mit", "isc", "bsd-2-clause", "bsd-3-clause", "apache-2.0")
@@ -60,11 +63,23 @@ NOTICES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Licence:
-    """A parent's licence as its card states it: `id` None if it states none, `where` the card was found."""
+    """A parent's licence as its card states it: no `ids` if it states none, `where` the card was found or not.
 
-    id: str | None
+    Of several ids, all count: the card does not say whether they hold together or one of choice. `name` and `link`
+    are the card's `license_name` and `license_link`, the terms behind `other`.
+    """
+
+    ids: tuple[str, ...]
     where: str
     gated: bool = False
+    name: str | None = None
+    link: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The licence for a person; empty if none is known."""
+        terms = ", ".join(filter(None, (self.name, self.link)))
+        return " and ".join(self.ids) + (f" ({terms})" if self.ids and terms else "")
 
 
 @dataclass(frozen=True)
@@ -86,27 +101,59 @@ def decide(parents: Sequence[tuple[str, Licence]]) -> Decision:
             troubles.setdefault(trouble, []).append(name)
     if troubles:
         return Decision(None, "; ".join(f"{', '.join(names)} {trouble}" for trouble, names in troubles.items()))
-    ids = {licence.id or "" for _, licence in parents}
+    ids = {name for _, licence in parents for name in licence.ids}
     others = sorted(ids - set(_PERMISSIVE))
     if len(others) > 1:
-        listed = "; ".join(f"{name} under {licence.id}" for name, licence in parents)
+        listed = "; ".join(f"{name} under {licence.text}" for name, licence in parents)
         return Decision(None, f"the parents' licences disagree ({listed})")
     return Decision(others[0] if others else max(ids, key=_PERMISSIVE.index))
 
 
 def _trouble(licence: Licence) -> str:
-    if licence.id is None:
+    if not licence.ids:
         return f"without a known licence ({licence.where})"
-    if licence.id in _FORBIDS:
-        return f"under {licence.id}, which forbids passing on changed copies"
-    if licence.id not in NEEDS:
-        return f"under {licence.id!r}, of which wp-push knows nothing"
+    if any(name in _FORBIDS for name in licence.ids):
+        return f"under {licence.text}, which forbids passing on changed copies"
+    if any(name not in NEEDS for name in licence.ids):
+        return f"under {licence.text}, of which wp-push knows nothing"
     return ""
 
 
-def is_licence_id(text: str) -> bool:
-    """Whether `text` has the form of the Hub's licence ids."""
-    return re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text) is not None
+@dataclass(frozen=True)
+class Terms:
+    """What the card says the merge is published under: an id of the Hub's list; for `other`, its name and link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+def chosen(id: str, name: str | None, link: str | None, parents: Sequence[Licence]) -> Terms:
+    """The terms that the command line asks for; of `other`, name and link are the parents' where they agree.
+
+    Raises `BadInput` for an id that the Hub does not know, for `other` without a name, and for a name without `other`.
+    """
+    if id not in (*LICENCE_IDS, OTHER):
+        near = get_close_matches(id.lower(), LICENCE_IDS, n=3)
+        raise BadInput(
+            f"--license {id}: no id of the Hub's list (https://huggingface.co/docs/hub/repositories-licenses); "
+            + (f"is it {' or '.join(near)}? " if near else "")
+            + "Terms that are not on it are `other`, with --license-name and --license-link."
+        )
+    if id != OTHER:
+        if name or link:
+            raise BadInput(f"--license-name and --license-link go with --license other, found --license {id}.")
+        return Terms(id)
+    stated = {(licence.name, licence.link) for licence in parents if OTHER in licence.ids and licence.name}
+    if name is None and len(stated) == 1:
+        name, known = next(iter(stated))
+        link = link or known
+    if not name:
+        found = (
+            f"the parents name {' and '.join(sorted(str(own) for own, _ in stated))}" if stated else "no parent has any"
+        )
+        raise BadInput(f"--license other: its terms need a name, and {found}; add --license-name and --license-link.")
+    return Terms(OTHER, name, link)
 
 
 def name_trouble(licence: str, name: str) -> str:

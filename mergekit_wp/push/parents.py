@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.push.licences import Licence
 
 # huggingface_hub's cache: .../models--USER--NAME/snapshots/<commit>
 _SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$")
+UNASKED = "not looked up: a dry run leaves the network alone"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -63,13 +65,21 @@ def licence_of(parent: Parent, api: Any | None) -> Licence:
 
     api: a `HfApi`, or None to leave the network alone. Raises `BadInput` when the Hub has no such model.
     """
+    reasons = []
     for card in _local_cards(parent):
-        if (found := _in_card(card)) is not None:
+        try:
+            found = _stated(_read_card(card), "its card", parent)
+        except _UnreadableError as error:
+            reasons.append(str(error))
+            continue
+        if found.ids:
             return found
+        reasons.append(found.where)
     if parent.hub is None:
-        return Licence(None, "no `license:` in a README.md in its folder, and --parent does not name it on the Hub")
+        reason = reasons[0] if reasons else "no README.md in its folder"
+        return Licence((), f"{reason}, and --parent does not name it on the Hub")
     if api is None:
-        return Licence(None, "not looked up: a dry run leaves the network alone")
+        return Licence((), UNASKED)
     return _on_hub(parent, api)
 
 
@@ -78,18 +88,17 @@ def _on_hub(parent: Parent, api: Any) -> Licence:
 
     from mergekit_wp.push.steady import steady
 
-    where = "its card on the Hub"
     try:
         info = steady(lambda: api.model_info(parent.hub, revision=parent.revision))
     except GatedRepoError:
-        return Licence(None, "gated, and this account has no access to its card", gated=True)
+        return Licence((), "gated, and this account has no access to its card", gated=True)
     except RepositoryNotFoundError as error:
         raise BadInput(
             f"{parent.reference}: the recipe names this parent, and the Hub has no model {parent.hub} that this "
             "account can see; name it with --parent, or log in with an account that has access."
         ) from error
     data = info.card_data.to_dict() if info.card_data is not None else {}
-    return Licence(_one_licence(data.get("license")), where, bool(info.gated))
+    return replace(_stated(data, "its card on the Hub", parent), gated=bool(info.gated))
 
 
 def _references(node: Any) -> Iterator[str]:
@@ -135,8 +144,8 @@ def _parent(reference: str, role: str, given: str | None, taken: set[str]) -> Pa
 
 
 def _local_cards(parent: Parent) -> Iterator[Path]:
-    if parent.folder is not None:
-        yield parent.folder / "README.md"
+    if parent.folder is not None and (card := parent.folder / "README.md").exists():
+        yield card
     if parent.hub is not None:
         from huggingface_hub import try_to_load_from_cache
 
@@ -145,22 +154,44 @@ def _local_cards(parent: Parent) -> Iterator[Path]:
             yield Path(cached)
 
 
-def _in_card(card: Path) -> Licence | None:
-    """The licence that a card on this machine states; None where there is no card, or no licence in it."""
+class _UnreadableError(Exception):
+    """A card whose metadata cannot be read; why."""
+
+
+def _read_card(card: Path) -> dict[str, Any]:
+    """The metadata of a card on this machine; empty where there is no card or none in it. Raises `_UnreadableError`."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
     try:
         data = metadata_load(card) if card.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise BadInput(f"{card}: cannot read the metadata of this card ({' '.join(str(error).split())}).") from error
-    licence = _one_licence((data or {}).get("license"))
-    return None if licence is None else Licence(licence, "its card")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150].rstrip(".")
+        raise _UnreadableError(f"the metadata of {card} cannot be read: {reason}") from error
+    return data or {}
 
 
-def _one_licence(value: Any) -> str | None:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, list):
-        return " and ".join(map(str, value))
-    return str(value).strip().lower() if value else None
+def _stated(data: dict[str, Any], where: str, parent: Parent) -> Licence:
+    """What a card's metadata says of the licence: an id or a list of them; anything else is a licence not known."""
+    value = data.get("license")
+    given = value if isinstance(value, list) else [value] if value else []
+    ids = tuple(dict.fromkeys(one.strip().lower() for one in given if isinstance(one, str) and one.strip()))
+    if given and len(ids) < len(given) and not all(isinstance(one, str) for one in given):
+        return Licence((), f"{where} has a {type(value).__name__} as `license:`, expected an id")
+    if not ids:
+        return Licence((), f"no `license:` in {where}")
+    return Licence(
+        ids, where, name=_line(data.get("license_name")), link=_link(_line(data.get("license_link")), parent)
+    )
+
+
+def _line(value: Any) -> str | None:
+    """A field of a card that should be one short text; None for anything else."""
+    return value.strip() if isinstance(value, str) and value.strip() and len(value) < 500 else None
+
+
+def _link(link: str | None, parent: Parent) -> str | None:
+    """A card's link to its terms from elsewhere: a file beside that card is one of the parent's repository."""
+    if link is None or link.startswith(("https://", "http://")):
+        return link
+    return f"https://huggingface.co/{parent.hub}/blob/main/{quote(link)}" if parent.hub else None

@@ -20,9 +20,10 @@ from mergekit_wp.push import stage as staging
 from mergekit_wp.push.card import Card, CardResults
 from mergekit_wp.push.check import check_secrets
 from mergekit_wp.push.gate import passed_audit
-from mergekit_wp.push.licences import Licence, decide, is_licence_id, name_trouble
+from mergekit_wp.push.licence_ids import OTHER
+from mergekit_wp.push.licences import Licence, Terms, chosen, decide, name_trouble
 from mergekit_wp.push.names import Names
-from mergekit_wp.push.parents import Parent, find_parents, licence_of
+from mergekit_wp.push.parents import UNASKED, Parent, find_parents, licence_of
 from mergekit_wp.push.stage import RECIPE
 from mergekit_wp.push.steady import clean_logs, explain, first
 from mergekit_wp.push.upload import Item
@@ -43,6 +44,8 @@ class Request:
     recipe: Path | None = None
     parents: Sequence[str] = ()
     licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
             f"on this machine, so the card names them without a link: {', '.join(local)}; --parent "
             f"{local[0]}=USER/NAME tells where one is on the Hub."
         )
-    licences, licence = _licence(request, parents, api, say)
+    licences, terms = _licence(request, parents, api, say)
     files = staging.recipe_files(recipe, parents, path.absolute().parent)
     stage = staging.open_stage(folder)
     digests = Digests(stage / staging.DIGESTS, say)
@@ -116,7 +119,7 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         repo_id=request.repo_id,
         parents=parents,
         licences=licences,
-        licence=licence,
+        terms=terms,
         recipe=staging.stage_recipe(stage, recipe, names, parents),
         mark=mark,
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
@@ -148,34 +151,37 @@ def _read_recipe(request: Request) -> tuple[Path, dict[str, Any]]:
     return request.recipe, recipe
 
 
-def _licence(request: Request, parents: Sequence[Parent], api: HfApi | None, say: Say) -> tuple[list[Licence], str]:
+def _licence(request: Request, parents: Sequence[Parent], api: HfApi | None, say: Say) -> tuple[list[Licence], Terms]:
     """The parents' licences and the merge's. Raises `BadInput` where it cannot be told and was not named."""
     licences = [licence_of(parent, api) for parent in parents]
     known = list(zip([parent.shown for parent in parents], licences, strict=True))
-    listed = ", ".join(f"{name} {licence.id or 'unknown'}" for name, licence in known)
-    if request.licence is not None and not is_licence_id(request.licence):
-        raise BadInput(f"--license {request.licence}: expected an id of the Hub's list, such as apache-2.0 or llama2.")
+    listed = ", ".join(f"{name} {licence.text or 'unknown'}" for name, licence in known)
     decision = decide(known)
-    licence = request.licence or decision.id
-    if licence is None and api is None and _only_unasked(licences):
+    if request.licence is not None:
+        terms = chosen(request.licence, request.licence_name, request.licence_link, licences)
+    elif request.licence_name or request.licence_link:
+        raise BadInput("--license-name and --license-link go with --license other; add it, or leave them out.")
+    elif decision.id is not None:
+        terms = Terms(decision.id)
+    elif api is None and _only_unasked(licences):
         say(f"licences: {listed}; those unknown are looked up on the Hub when the merge is pushed.")
-        return licences, "other"
-    if licence is None:
+        return licences, Terms(OTHER)
+    else:
         raise BadInput(
             f"the licence of the merge cannot be told: {decision.trouble}; if you may publish it, say under which "
             "licence with --license ID."
         )
-    say(f"licences of the parents: {listed}; of the merge: {licence}" + (" (--license)" if request.licence else ""))
-    if request.licence is not None and decision.id != request.licence:
-        say(f"you answer for --license {licence}: {decision.trouble or f'wp-push would have said {decision.id}'}")
-    if trouble := name_trouble(licence, request.repo_id.partition("/")[2]):
+    say(f"licences of the parents: {listed}; of the merge: {terms.id}" + (" (--license)" if request.licence else ""))
+    if request.licence is not None and decision.id != terms.id:
+        say(f"you answer for --license {terms.id}: {decision.trouble or f'wp-push would have said {decision.id}'}")
+    if trouble := name_trouble(terms.id, request.repo_id.partition("/")[2]):
         say(f"note: {trouble}.")
-    return licences, licence
+    return licences, terms
 
 
 def _only_unasked(licences: Sequence[Licence]) -> bool:
     """Whether nothing is wrong but that a dry run did not ask the Hub."""
-    asked = [("", licence) for licence in licences if not licence.where.startswith("not looked up")]
+    asked = [("", licence) for licence in licences if licence.where != UNASKED]
     return len(asked) < len(licences) and (not asked or not decide(asked).trouble)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, write_text
+from mergekit_wp.foreign import file_part, one_line
 from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
 from mergekit_wp.merge.plan import OURS, WP
 from mergekit_wp.push.gate import is_licence_text, is_model_file
@@ -89,9 +90,10 @@ def place(files: dict[str, Path]) -> dict[str, str]:
     """The path in the repository of every score or activations file."""
     placed: dict[str, str] = {}
     for name, path in files.items():
-        target, number = f"wp/scores/{path.name}", 2
-        while target in placed.values():
-            target, number = f"wp/scores/{path.stem}-{number}{path.suffix}", number + 1
+        stem = file_part(path.name.removesuffix(".safetensors"))
+        target, number = f"wp/scores/{stem}.safetensors", 2
+        while target.lower() in map(str.lower, placed.values()):
+            target, number = f"wp/scores/{stem}-{number}.safetensors", number + 1
         placed[name] = target
     return placed
 
@@ -127,7 +129,7 @@ def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Seq
     local = [parent.shown for parent in parents if parent.hub is None]
     head = "# Score files are beside this recipe, in wp/scores.\n" if recipe.get("merge_method") == "wp" else ""
     if local:
-        head += f"# Not on the Hub, shown by the names of their folders: {', '.join(local)}.\n"
+        head += f"# Not on the Hub, shown by the names of their folders: {one_line(', '.join(local))}.\n"
     text = head + yaml.safe_dump(names.recipe(recipe), sort_keys=False, allow_unicode=True, width=100)
     text = without_home(text)
     write_text(stage / RECIPE, text)
@@ -143,7 +145,7 @@ def stage_mark(stage: Path, mark: Mark) -> None:
 
 def stage_results(stage: Path, number: int, content: dict[str, Any], names: Names) -> str:
     """One results.json, its paths replaced; its path in the repository."""
-    suite = str((content.get("suite_content") or {}).get("name") or "results")
+    suite = file_part(str((content.get("suite_content") or {}).get("name") or "results"))
     target = f"wp/results/{number}-{suite}.json" if number > 1 else f"wp/results/{suite}.json"
     write_text(stage / target, json.dumps(names.content(content), indent=2) + "\n")
     return target
@@ -155,7 +157,7 @@ def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
     for parent in parents:
         for path in sorted(parent.folder.iterdir()) if parent.folder is not None else []:
             if path.is_file() and is_licence_text(path):
-                target = f"licences/{parent.shown.replace('/', '--')}/{path.name}"
+                target = f"licences/{file_part(parent.shown.replace('/', '--'))}/{file_part(path.name)}"
                 shutil.copyfile(path, check_writable_parent(stage / target))
                 copied.append(target)
     return copied

@@ -19,6 +19,7 @@ from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent
+from mergekit_wp.foreign import echo, echo_lines
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def main(source: str, task: str | None, out: str, format: str | None, allow_code
         found = _from_scores(source, task)
     (write_pt if kind == "pt" else write_safetensors)(found, target)
     if not quiet:
-        click.echo(f"Task {found.task}, {found.hookpoint}, alpha {found.alpha:.4g}; written: {out}", err=True)
+        echo(f"Task {found.task}, {found.hookpoint}, alpha {found.alpha:.4g}; written: {out}", err=True)
 
 
 def write_safetensors(anchor: Anchor, path: Path) -> None:
@@ -167,7 +168,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     except torch.OutOfMemoryError as error:
         raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
     if curve is not None and not quiet:
-        click.echo(curve.summary(), err=True)
+        echo_lines(curve.summary(), err=True)
     found = directions[[each.task for each in tasks].index(name)]
     return Anchor(name, layer, float(found.alpha_L[layer]), found.v_LD[layer].cpu(), job.base, job.expert)
 

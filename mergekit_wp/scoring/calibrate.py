@@ -32,6 +32,7 @@ from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
+from mergekit_wp.foreign import echo
 from mergekit_wp.scoring.job import CHOICES
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     )
     write_activations(Activations(about, means), target)
     if not quiet:
-        click.echo(f"{used} documents, {len(blocks)} blocks of {length} tokens; written: {out}", err=True)
+        echo(f"{used} documents, {len(blocks)} blocks of {length} tokens; written: {out}", err=True)
 
 
 def read_texts(path: str) -> Iterator[str]:

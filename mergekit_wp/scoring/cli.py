@@ -17,6 +17,7 @@ from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
+from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.scoring.job import CHOICES, load_job
 
 if TYPE_CHECKING:
@@ -120,17 +121,17 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
     from mergekit_wp.scoring.resume import folder_for, forget
 
     if shown:
-        click.echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
+        echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
     if shown and team.size > 1:
-        click.echo(f"Shared by {team.size} processes.", err=True)
+        echo(f"Shared by {team.size} processes.", err=True)
     with Progress(shown) as progress:
         scores = score(job, progress, team, target)
     if team.first:
         write_scores(scores, target)
         forget(folder_for(target))
     if shown:
-        click.echo(summary(scores), err=True)
-        click.echo(f"Written: {out}", err=True)
+        echo_lines(summary(scores), err=True)
+        echo(f"Written: {out}", err=True)
 
 
 def summary(scores: Scores) -> str:
@@ -205,7 +206,7 @@ class _Echo(logging.Handler):
     """What the run has to say, as lines of the terminal's error stream."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(record.getMessage(), err=True)
+        echo(record.getMessage(), err=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ import torch
 from mergekit_wp import __version__
 from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
 from mergekit_wp.scoring.batches import TaskTokens, batches, tokenize_tasks
 from mergekit_wp.scoring.curve import RecoveryCurve
@@ -42,7 +42,7 @@ from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import PATCHING, Item, PatchPlan, Wave, first_order, patch_layer
 from mergekit_wp.scoring.wording import wording_of
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
 Tick = Callable[[float], object]
 Progress = Callable[[int, str, str], Tick]

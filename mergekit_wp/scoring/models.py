@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
 from mergekit_wp.scoring.rotary import Lengths
@@ -22,7 +22,7 @@ from mergekit_wp.scoring.stack import ResidentStack, Stack
 from mergekit_wp.scoring.streamed import open_streamed
 from mergekit_wp.scoring.team import Team
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 
 
 @dataclass(frozen=True)

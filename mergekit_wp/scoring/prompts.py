@@ -21,6 +21,7 @@ from dataclasses import asdict
 import click
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import echo
 from mergekit_wp.scoring import requests as words
 from mergekit_wp.scoring.pairs import Pair
 
@@ -78,7 +79,7 @@ def _draw(choices: list[tuple[str, ...]], samples: int, seed: int, task: str) ->
 def main(name: str, samples: int, seed: int) -> None:
     """Print a built-in prompt set as JSONL, ready for wp-score --pairs."""
     for pair in BUILTIN[name](samples, seed):
-        click.echo(json.dumps({key: value for key, value in asdict(pair).items() if value is not None}))
+        echo(json.dumps({key: value for key, value in asdict(pair).items() if value is not None}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_wp.documents import parse_json
 from mergekit_wp.files import atomic_path, write_text
+from mergekit_wp.foreign import logger
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 
 
 class Resume:

@@ -18,6 +18,7 @@ import click
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent, write_text
+from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.table3.formats import search_text, to_csv, to_markdown, to_text
 from mergekit_wp.table3.plan import SECONDS, SeedResult, Setup, expected, seed_plan
 from mergekit_wp.table3.schedule import Progress, pool, run
@@ -73,7 +74,7 @@ def main(
     left = expected(setup, numbers)
     minutes = sum(SECONDS[kind] * count for kind, count in left.items()) / workers / 60
     todo = ", ".join(f"{count} {kind}" for kind, count in left.items() if count) or "nothing"
-    click.echo(f"To do: {todo}; about {minutes:.0f} minutes on {workers} quiet cores", err=True)
+    echo(f"To do: {todo}; about {minutes:.0f} minutes on {workers} quiet cores", err=True)
     if plan_only:
         return
     if not allow_code and any("code" in COMBINATIONS[c] for c in combinations):
@@ -91,7 +92,7 @@ def main(
             runner.shutdown(cancel_futures=True)
             raise
     _write(results, setup, numbers)
-    click.echo(f"({time.monotonic() - started:.0f} s)", err=True)
+    echo(f"({time.monotonic() - started:.0f} s)", err=True)
 
 
 def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> None:
@@ -110,7 +111,7 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
     write_text(setup.out / "validation.txt", search_text(searched))
     write_text(setup.out / "validation.csv", to_csv(searched))
     if setup.validation_only:
-        click.echo(search_text(searched))
+        echo_lines(search_text(searched))
         return
     from mergekit_wp.table3.page import to_html
 
@@ -120,8 +121,8 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
     write_text(setup.out / "table3.md", to_markdown(table, notes))
     write_text(setup.out / "table3.csv", to_csv(table))
     write_text(setup.out / "table3.html", to_html(table, notes))
-    click.echo(to_text(table, notes))
-    click.echo(f"Written: {', '.join(str(setup.out / f'table3.{kind}') for kind in ('md', 'csv', 'html'))}", err=True)
+    echo_lines(to_text(table, notes))
+    echo(f"Written: {', '.join(str(setup.out / f'table3.{kind}') for kind in ('md', 'csv', 'html'))}", err=True)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from matplotlib.figure import Figure
 
 from mergekit_wp.demo.pictures import INK, to_svg
+from mergekit_wp.foreign import html
 from mergekit_wp.page import frame, grid, section
 from mergekit_wp.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
 from mergekit_wp.table3.table import MEAN, Table
@@ -22,8 +22,8 @@ _LEAD = (
 
 def to_html(table: Table, notes: Sequence[str] = ()) -> str:
     """The whole page."""
-    words = "".join(f"<p>{escape(line)}</p>" for line in [*caption(table), *notes])
-    verdicts = "".join(f"<p>{escape(line)}</p>" for line in verdict(table))
+    words = "".join(f"<p>{html(line)}</p>" for line in [*caption(table), *notes])
+    verdicts = "".join(f"<p>{html(line)}</p>" for line in verdict(table))
     sections = [
         *(section(title, grid(summary(table, column))) for column, title in SUMMARIES.items()),
         section("What this says, and what it cannot", verdicts + words),
@@ -32,7 +32,7 @@ def to_html(table: Table, notes: Sequence[str] = ()) -> str:
     ]
     for combination in table.combinations:
         blocks = "".join(
-            f"<article><h3>{escape(title)}</h3>{grid(grid_of(table, combination, group))}</article>"
+            f"<article><h3>{html(title)}</h3>{grid(grid_of(table, combination, group))}</article>"
             for group, title in GROUPS.items()
             if table.of(combination, group)
         )

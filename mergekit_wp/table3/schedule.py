@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import click
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import one_line
 
 _HEARTBEAT_S = 30
 
@@ -160,4 +161,7 @@ class Progress:
             return
         self.shown = now
         line = f"[{self.done}/{max(self.total, self.done)}] {text}; about {self.left_s() / 60:.0f} min left"
-        click.echo(f"\r\033[K{line[:150]}" if self.terminal else line, err=True, nl=not self.terminal)
+        line = one_line(line)
+        click.echo(  # noqa: TID251  (a line that is written over)
+            f"\r\033[K{line[:150]}" if self.terminal else line, err=True, nl=not self.terminal
+        )
