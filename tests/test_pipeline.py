@@ -187,7 +187,7 @@ def _without(name: str) -> dict:
         ({**MINIMAL, "experts": {"base": {"model": "u/a"}}}, "two models are named 'base'"),
         *(
             ({**MINIMAL, "experts": {name: {"model": "u/a"}}}, "will be a file's name; choose one")
-            for name in ("a/b", "..", ".a", "-a", "a b", "a\nb", "a\x1b[2J", "CON", "a.", "n" * 300, "e\u0301")
+            for name in ("a/b", "..", ".a", "-a", "a b", "CON", "a.", "n" * 300, "e\u0301")
         ),
         ({**MINIMAL, "merges": {"wp": {}}}, "`merges.wp` is by wp, and `experts.b` has no scores"),
         ({**MINIMAL, "merges": {"m": {"experts": ["c"]}}}, "`merges.m.experts`: there is no 'c' here"),
