@@ -3,7 +3,7 @@
 Only safetensors are opened: a checkpoint in pickled `.bin` files is refused, since unpickling runs code.
 
 A fingerprint answers "are these scores of this very model?". It has two halves, each a SHA-256: `config` over
-the config fields that change what the model computes, and `tensors` over every tensor's name, dtype and
+what transformers builds from config.json (`modelconfig`), and `tensors` over every tensor's name, dtype and
 shape plus three 4 KiB windows of its data. The headers alone would not do: two fine-tunes of one base have
 equal headers. Sharding and tensor order do not enter, so a re-sharded copy keeps its fingerprint. The windows
 of a 13B model are about 4 MB of I/O.
@@ -15,29 +15,16 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp import modelconfig
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 
 _WINDOW_BYTES = 4096
-# Beside the shapes, the config fields that change what a forward pass computes, with the value that an absent
-# field means. Base and expert should agree on them; where they do not, the expert likely has another base.
-_FUNCTIONAL: dict[str, Any] = {
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "hidden_activation": None,
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-    "query_pre_attn_scalar": None,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-}
 
 
 @dataclass(frozen=True)
@@ -53,10 +40,18 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Hex SHA-256 of the config and of the tensors (names, dtypes, shapes, sampled bytes)."""
+    """Hex SHA-256 of the config and of the tensors (names, dtypes, shapes, sampled bytes).
+
+    `spelled` is the config's hash as files made before 2026-11-25 have it; a fingerprint from a file has none.
+    """
 
     config: str
     tensors: str
+    spelled: str = field(default="", compare=False)
+
+    def has_config(self, hashed: str) -> bool:
+        """Whether this is the hash, new or old, of the model's config."""
+        return hashed in (self.config, self.spelled)
 
     def __str__(self) -> str:
         return _digest([self.config, self.tensors])
@@ -97,32 +92,21 @@ class Checkpoint:
         return sum(header.end - header.start for header in self.tensors.values())
 
     @cached_property
-    def functional_config(self) -> dict[str, Any]:
-        """Fields beside the shapes that change a forward pass, in one spelling whoever wrote config.json.
-
-        transformers 5 moved `rope_theta` and `rope_scaling` into `rope_parameters`; both spellings count.
-        """
-        config = dict(self.config)
-        rope = dict(config.get("rope_parameters") or {})
-        if "rope_theta" in rope:
-            config["rope_theta"] = rope.pop("rope_theta")
-        if rope.pop("rope_type", "default") != "default":
-            config["rope_scaling"] = config.get("rope_scaling") or self.config["rope_parameters"]
-        return {k: default if config.get(k) is None else config[k] for k, default in _FUNCTIONAL.items()}
+    def resolved_config(self) -> dict[str, Any]:
+        """The fields that change a forward pass, as transformers understands them (see `modelconfig.resolved`)."""
+        return modelconfig.resolved(self.config, str(self.folder / "config.json"))
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        computed = {**asdict(self.geometry), **self.functional_config}
-        return Fingerprint(_digest([json.dumps(computed, sort_keys=True)]), fingerprint_tensors(self.tensors))
+        return Fingerprint(
+            modelconfig.digest(self.resolved_config),
+            fingerprint_tensors(self.tensors),
+            modelconfig.spelled_digest(self.config, self.geometry),
+        )
 
     def lineage_differences(self, base: Checkpoint) -> list[str]:
-        """Functional config fields that differ from the base's, readable; [] when none do."""
-        theirs = base.functional_config
-        return [
-            f"{key} {value!r} against the base's {theirs[key]!r}"
-            for key, value in self.functional_config.items()
-            if value != theirs[key]
-        ]
+        """What transformers computes otherwise than for the base, shapes aside, readable; [] when nothing."""
+        return modelconfig.differences(self.resolved_config, base.resolved_config)
 
 
 def fingerprint_of(name: str) -> Fingerprint:
@@ -140,7 +124,7 @@ def fingerprint_of(name: str) -> Fingerprint:
     tensors = {k: v for file in _weight_files(folder) for k, v in read_header(file).items()}
     keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     parts = [base.tensors, json.dumps([settings.get(key) for key in keys]), fingerprint_tensors(tensors)]
-    return Fingerprint(base.config, _digest(parts))
+    return Fingerprint(base.config, _digest(parts), base.spelled)
 
 
 def content_digest(tensors: Mapping[str, TensorHeader]) -> str:

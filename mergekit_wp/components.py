@@ -113,7 +113,10 @@ class Geometry:
         Raises `BadInput` for an architecture outside `SUPPORTED` (so also for fused QKV and mixtures of
         experts) and for missing or impossible fields.
         """
-        architecture = (config.get("architectures") or ["none"])[0]
+        named = config.get("architectures") or ["none"]
+        if not isinstance(named, list):
+            raise BadInput(f"{where}: found architectures {named!r}, expected a list of one name; mend the file.")
+        architecture = named[0]
         if architecture not in SUPPORTED:
             raise BadInput(f"{where}: {_unsupported(architecture)}")
         if config.get("num_experts") or config.get("num_local_experts"):

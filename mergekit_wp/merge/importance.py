@@ -41,7 +41,7 @@ def check_activations(plan: MergePlan, tensor: PlannedTensor) -> None:
         )
     activations, base = load_activations(path), plan.checkpoints[tensor.base]
     found, made = plan.fingerprint(tensor.base), activations.meta.base
-    if (found.config, found.tensors) != (made.config, made.tensors):
+    if not found.has_config(made.config) or found.tensors != made.tensors:
         raise BadInput(
             f"{path}: these activations are of the base {made.name}, which is not {tensor.base}; run wp-aim with the "
             "base of this recipe."
