@@ -19,13 +19,14 @@ import click
 import torch
 from common import SIZES, fine_print, layer_flops, matmul_rate, random_batch, random_pair, synchronize
 
+from mergekit_wp.components import Kind
 from mergekit_wp.scoring.batches import Batch, batches, tokenize_tasks
 from mergekit_wp.scoring.engine import MOST_TOKENS, anchor_layer, patch_plan
 from mergekit_wp.scoring.gauges import CosineGauge
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import ModelPair, check_pair, load_pair, load_tokenizer
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-from mergekit_wp.scoring.subset import KINDS, Subset
+from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import ascend
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
@@ -35,7 +36,7 @@ from mergekit_wp.scoring.wording import Wording
 
 
 def in_place(
-    pair: ModelPair, batch: Batch, anchor: int, direction_D: torch.Tensor, kind: str, components: list[tuple[int, int]]
+    pair: ModelPair, batch: Batch, anchor: int, direction_D: torch.Tensor, kind: Kind, components: list[tuple[int, int]]
 ) -> torch.Tensor:
     """F(patched) [C, B] by the definition: the whole base runs, nothing is shared between components."""
     base, expert = dict(pair.base.model.named_parameters()), dict(pair.expert.model.named_parameters())
@@ -44,7 +45,7 @@ def in_place(
     rows = []
     with torch.no_grad():
         for layer, index in components:
-            owned = [(t, at) for t, at in pair.geometry.owned_slices(kind.rstrip("s"), layer, index) if t in base]  # type: ignore[arg-type]
+            owned = [(t, at) for t, at in pair.geometry.owned_slices(kind, layer, index) if t in base]
             saved = [base[name][at].clone() for name, at in owned]
             for name, at in owned:
                 base[name][at] = expert[name][at]
@@ -60,12 +61,12 @@ def in_place(
 def sample(pair: ModelPair, anchor: int, heads: int, neurons: int) -> Subset:
     """That many heads and neurons of every layer up to the anchor, drawn with seed 0."""
     masks, generator = {}, torch.Generator().manual_seed(0)
-    for kind, count in (("heads", heads), ("neurons", neurons)):
+    for kind, count in ((Kind.HEADS, heads), (Kind.NEURONS, neurons)):
         mask = torch.zeros(pair.geometry.layers, getattr(pair.geometry, kind), dtype=torch.bool)
         for layer in range(anchor + 1):
             mask[layer, torch.randperm(mask.shape[1], generator=generator)[:count]] = True
         masks[kind] = mask
-    return Subset(masks["heads"], masks["neurons"])
+    return Subset(masks[Kind.HEADS], masks[Kind.NEURONS])
 
 
 def restarts(
@@ -141,10 +142,10 @@ def main(
     direction_D = batch.at_anchor(streams[0]).mean(0)
     masks = sample(pair, layer, heads, neurons)
     restarts(pair, batch, layer, direction_D, sample(pair, layer, 2, 2), width)  # warm up
-    seconds: dict[str, float] = {}
-    slow: dict[str, float] = {}
+    seconds: dict[Kind, float] = {}
+    slow: dict[Kind, float] = {}
     worst = 0.0
-    for kind in KINDS:
+    for kind in Kind:
         alone = Subset(*(mask if k == kind else torch.zeros_like(mask) for k, mask in masks.masks.items()))
         run, took = restarts(pair, batch, layer, direction_D, alone, width)
         seconds[kind] = took / alone.count
@@ -180,25 +181,25 @@ def unpatched(pair: ModelPair, batch: Batch, anchor: int, direction_D: torch.Ten
 
 
 def report(
-    pair: ModelPair, size: str | None, anchor: int, batch: Batch, seconds: dict[str, float], slow: dict[str, float],
+    pair: ModelPair, size: str | None, anchor: int, batch: Batch, seconds: dict[Kind, float], slow: dict[Kind, float],
     worst: float, width: int,
 ) -> None:  # fmt: skip
     prompts, tokens = batch.ids_BT.shape
-    counts = {kind: (anchor + 1) * getattr(pair.geometry, kind) for kind in KINDS}
+    counts = {kind: (anchor + 1) * getattr(pair.geometry, kind) for kind in Kind}
     click.echo("| | restarts, components/s | in place, components/s | ratio |\n|---|---|---|---|")
-    for kind in KINDS:
+    for kind in Kind:
         click.echo(f"| {kind} | {1 / seconds[kind]:.2f} | {1 / slow[kind]:.2f} | {slow[kind] / seconds[kind]:.1f} |")
-    whole, in_place_whole = (sum(counts[kind] * t[kind] for kind in KINDS) for t in (seconds, slow))
+    whole, in_place_whole = (sum(counts[kind] * t[kind] for kind in Kind) for t in (seconds, slow))
     click.echo(
-        f"\n{counts['heads']:,} heads and {counts['neurons']:,} neurons to layer {anchor}: {whole:,.0f} s against "
-        f"{in_place_whole:,.0f} s, {in_place_whole / whole:.1f} x. Largest disagreement with in-place replacement: "
-        f"{worst:.1e} of the largest effect."
+        f"\n{counts[Kind.HEADS]:,} heads and {counts[Kind.NEURONS]:,} neurons to layer {anchor}: {whole:,.0f} s "
+        f"against {in_place_whole:,.0f} s, {in_place_whole / whole:.1f} x. Largest disagreement with in-place "
+        f"replacement: {worst:.1e} of the largest effect."
     )
     if size is not None:
         shape = SIZES[size]
         rate = matmul_rate(pair.dtype, pair.device, width, shape[0], shape[1])
         needed = restart_flops(shape, size, anchor, prompts, tokens)
-        operations = sum(counts[kind] * needed[kind] for kind in KINDS)
+        operations = sum(counts[kind] * needed[kind] for kind in Kind)
         click.echo(f"{operations / whole / rate:.0%} of the matmul rate, {rate / 1e9:,.0f} GFLOP/s.")
     click.echo(f"{fine_print(pair)}; {prompts} prompts x {tokens} tokens, {width} tokens a step.")
 

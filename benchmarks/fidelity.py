@@ -147,7 +147,7 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     if job.directed:
         directions = [*extract_all(models.base, models.expert, tasks, anchor + 1, job.batch_size)]
     plan = replace(patch_plan(models, subset, Team(), lambda _done: None), fraction=fraction)
-    total = {kind: torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
+    total = {str(kind): torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
     for task, found in zip(tasks, directions, strict=True):
         run = task_run(job, models, task, anchor, found)
         items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, models.base, models.expert)]

@@ -1,12 +1,16 @@
 """Component geometry: which rows and columns of which tensor belong to which head and neuron.
 
-This is the one module that knows. Scoring, merging, analysis and tests all ask it (METHOD.md 1; Eq. 9 and
+This is the one module that knows, and where the decoder lies in a model of each architecture: in its checkpoint
+(`text_name`) and in memory (`text_tower`). Scoring, merging, analysis and tests all ask it (METHOD.md 1; Eq. 9 and
 App. A.1, A.4 of Sun et al., arXiv 2604.13694).
 
 Hugging Face stores a linear layer as W[out, in] with y = x W^T, so a component owns:
 
     head (l, h)    rows    h*d_h .. (h+1)*d_h of q_proj (and of its bias), the same columns of o_proj
     neuron (l, j)  row j of gate_proj and up_proj (and of their biases), column j of down_proj
+
+Some architectures keep several of these in one tensor, one after the other (`FUSED`): qkv_proj has the rows of q, then
+those of k, then of v; gate_up_proj those of gate, then of up. The rows there are owned as they are apart.
 
 Keys and values are shared by the query heads of a KV group and belong to no component, nor do norms,
 embeddings, the LM head and the biases of o_proj and down_proj.
@@ -20,47 +24,105 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
 import torch
 
 from mergekit_wp.errors import BadInput, shown
 
-Kind = Literal["head", "kv", "neuron"]
 
-# The head width when config.json leaves it unsaid; None means hidden_size / heads. (Which projections carry
-# a bias needs no table: the checkpoint's own tensor names decide.)
-_DEFAULT_HEAD_DIM: dict[str, int | None] = {
-    "LlamaForCausalLM": None,
-    "MistralForCausalLM": None,
-    "Qwen2ForCausalLM": None,
-    "Qwen3ForCausalLM": 128,
-    "Gemma2ForCausalLM": 256,
-}
-SUPPORTED = tuple(_DEFAULT_HEAD_DIM)
+class Kind(StrEnum):
+    """The two kinds of components, as scores, masks and score files name them."""
 
-_SLOT = re.compile(
-    r"^model\.layers\.(?P<layer>\d+)\.(?P<module>self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-    r"\.(?P<what>weight|bias)$"
-)
-_KIND_AND_AXIS: dict[str, tuple[Kind, int]] = {
-    "q_proj": ("head", 0),
-    "k_proj": ("kv", 0),
-    "v_proj": ("kv", 0),
-    "o_proj": ("head", 1),
-    "gate_proj": ("neuron", 0),
-    "up_proj": ("neuron", 0),
-    "down_proj": ("neuron", 1),
+    HEADS = "heads"
+    NEURONS = "neurons"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one architecture does otherwise than Llama.
+
+    head_dim   its head width where config.json leaves it unsaid; None is hidden_size / heads
+    heads_mix  a norm runs over the queries of all heads at once (OLMo), so a head's rows of q_proj also scale what the
+               other heads ask
+    """
+
+    head_dim: int | None = None
+    heads_mix: bool = False
+
+
+# Which projections carry a bias, are fused or are followed by a norm needs no table: tensor names and the
+# architecture's own code decide.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(),
+    "MinistralForCausalLM": Family(),
+    "Ministral3ForCausalLM": Family(head_dim=128),
+    "Qwen2ForCausalLM": Family(),
+    "Qwen3ForCausalLM": Family(head_dim=128),
+    "Gemma2ForCausalLM": Family(head_dim=256),
+    "Gemma3ForCausalLM": Family(head_dim=256),
+    "Olmo2ForCausalLM": Family(heads_mix=True),
+    "Olmo3ForCausalLM": Family(heads_mix=True),
+    "SmolLM3ForCausalLM": Family(),
+    "GraniteForCausalLM": Family(),
+    "Phi3ForCausalLM": Family(),
 }
-VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+SUPPORTED = tuple(FAMILIES)
+
+PROJECTIONS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""The modules of a decoder layer that components are cut from."""
+
+FUSED = {
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "mlp.gate_up_proj": ("gate", "up"),
+}
+"""Modules that hold several of `PROJECTIONS`, in this order along their rows."""
+
+Share = Literal["head", "kv", "neuron"]
+_SHARE_AND_AXIS: dict[str, tuple[Share, int]] = {
+    "q": ("head", 0),
+    "k": ("kv", 0),
+    "v": ("kv", 0),
+    "o": ("head", 1),
+    "gate": ("neuron", 0),
+    "up": ("neuron", 0),
+    "down": ("neuron", 1),
+}
+_PARTS = {path: (key,) for key, path in PROJECTIONS.items()} | FUSED
+_SLOT = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<module>\w+\.\w+)\.(?P<what>weight|bias)")
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VOCABULARY_TENSORS = (EMBEDDINGS, HEAD)
+
+
+def text_name(name: str) -> str | None:
+    """What a checkpoint's tensor would be called in a plain causal LM; None for what is not of its decoder."""
+    return name if name.startswith(("model.", "lm_head.")) else None
+
+
+def text_tower(model: Any) -> Any:
+    """The module of a loaded causal LM that has `embed_tokens`, the decoder's `layers` and the final `norm`."""
+    return model.model
 
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """How one tensor is cut into components: axis 0 cuts rows, axis 1 columns."""
+    """How one tensor is cut into components: axis 0 cuts rows, axis 1 columns.
+
+    shares  whose they are, for each of the projections that lie along the axis one after the other (one, unless fused)
+    """
 
     layer: int
-    kind: Kind
+    shares: tuple[Share, ...]
     axis: int
 
 
@@ -69,13 +131,14 @@ def slot_of(name: str) -> TensorSlot | None:
 
     The biases of o_proj and down_proj add to the whole residual stream, so they are nobody's.
     """
-    match = _SLOT.match(name)
-    if match is None:
+    match = _SLOT.fullmatch(text_name(name) or "")
+    parts = _PARTS.get(match["module"]) if match else None
+    if match is None or parts is None:
         return None
-    kind, axis = _KIND_AND_AXIS[match["module"].split(".")[1]]
+    shares, (axis, *_) = zip(*(_SHARE_AND_AXIS[part] for part in parts), strict=True)
     if match["what"] == "bias" and axis == 1:
         return None
-    return TensorSlot(int(match["layer"]), kind, axis)
+    return TensorSlot(int(match["layer"]), shares, axis)
 
 
 @dataclass(frozen=True)
@@ -110,8 +173,8 @@ class Geometry:
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> Geometry:
         """Read the geometry from a config.json mapping; `where` names the file in errors.
 
-        Raises `BadInput` for an architecture outside `SUPPORTED` (so also for fused QKV and mixtures of
-        experts) and for missing or impossible fields.
+        Raises `BadInput` for an architecture outside `SUPPORTED` (so also for mixtures of experts and hybrids) and for
+        missing or impossible fields.
         """
         named = config.get("architectures") or ["none"]
         if not isinstance(named, list):
@@ -119,12 +182,14 @@ class Geometry:
         architecture = named[0]
         if architecture not in SUPPORTED:
             raise BadInput(f"{where}: {_unsupported(architecture)}")
-        if config.get("num_experts") or config.get("num_local_experts"):
-            raise BadInput(f"{where}: mixtures of experts are not supported; use a dense model.")
+        family = FAMILIES[architecture]
+        for field, trouble in _REFUSED.items():
+            if config.get(field):
+                raise BadInput(f"{where}: `{field}` is {config[field]!r}; {trouble}.")
         try:
             heads = config["num_attention_heads"]
             hidden = config["hidden_size"]
-            default = _DEFAULT_HEAD_DIM[architecture] or hidden // heads
+            default = family.head_dim or hidden // heads
             return cls(
                 architecture=architecture,
                 layers=config["num_hidden_layers"],
@@ -151,51 +216,83 @@ class Geometry:
             if name != "vocabulary" and mine[name] != theirs[name]
         ]
 
-    def head_slice(self, head: int) -> slice:
-        """The rows of q_proj (columns of o_proj) that head `head` owns."""
-        return slice(head * self.head_dim, (head + 1) * self.head_dim)
+    @property
+    def heads_mix(self) -> bool:
+        """A head's rows of q_proj change what other heads ask, too (see `Family`)."""
+        return FAMILIES[self.architecture].heads_mix
 
-    def columns(self, kind: str, components_C: torch.Tensor) -> torch.Tensor:
+    def columns(self, kind: Kind, components_C: torch.Tensor) -> torch.Tensor:
         """Which columns of o_proj (heads) or down_proj (neurons) each component owns: [C] -> [C, d_h] or [C, 1]."""
-        width = self.head_dim if kind == "heads" else 1
-        return components_C[:, None] * width + torch.arange(width)
+        width = self.width(kind)
+        return components_C[:, None] * width + torch.arange(width, device=components_C.device)
 
-    def owned_slices(self, kind: Literal["head", "neuron"], layer: int, index: int) -> list[tuple[str, Any]]:
-        """(tensor name, index expression) of every slice that one component owns, biases included.
+    def width(self, kind: Kind) -> int:
+        """How many rows of each of its projections a component owns. Raises `ValueError` for another kind."""
+        return {Kind.HEADS: self.head_dim, Kind.NEURONS: 1}[Kind(kind)]
 
-        A tensor that the checkpoint does not have (a bias) is listed all the same: skip what is absent.
-        """
-        where = self.head_slice(index) if kind == "head" else slice(index, index + 1)
-        prefix = f"model.layers.{layer}."
-        rows, column = {
-            "head": (("self_attn.q_proj",), "self_attn.o_proj"),
-            "neuron": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-        }[kind]
-        owned: list[tuple[str, Any]] = []
-        for module in rows:
-            owned += [(f"{prefix}{module}.weight", (where, slice(None))), (f"{prefix}{module}.bias", where)]
-        return [*owned, (f"{prefix}{column}.weight", (slice(None), where))]
+    def count(self, kind: Kind) -> int:
+        """Components of a kind in a layer. Raises `ValueError` for another kind."""
+        return {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons}[Kind(kind)]
+
+    def lengths(self, slot: TensorSlot) -> list[int]:
+        """How many rows (or columns) each of the slot's projections takes along its axis."""
+        rows = {"head": self.heads * self.head_dim, "kv": self.kv_heads * self.head_dim, "neuron": self.neurons}
+        return [rows[share] for share in slot.shares]
 
     def expand(self, slot: TensorSlot, heads_H: torch.Tensor, neurons_F: torch.Tensor) -> torch.Tensor:
         """Spread per-component weights of one layer along the slot's axis of its tensor.
 
         heads_H: [..., H]; neurons_F: [..., F]. Returns [..., H*d_h] for q_proj and o_proj, [..., K*d_h] for
-        k_proj and v_proj (the mean over the query heads of the group, METHOD.md 4), [..., F] for the MLP.
+        k_proj and v_proj (the mean over the query heads of the group, METHOD.md 4), [..., F] for the MLP; for a fused
+        tensor these one after the other.
         """
-        if slot.kind == "neuron":
+        return torch.cat([self._expand(share, heads_H, neurons_F) for share in slot.shares], -1)
+
+    def _expand(self, share: Share, heads_H: torch.Tensor, neurons_F: torch.Tensor) -> torch.Tensor:
+        if share == "neuron":
             return neurons_F
-        if slot.kind == "kv":
-            grouped = heads_H.unflatten(-1, (self.kv_heads, self.group_size))
-            return grouped.mean(-1).repeat_interleave(self.head_dim, dim=-1)
+        if share == "kv":
+            heads_H = heads_H.unflatten(-1, (self.kv_heads, self.group_size)).mean(-1)
         return heads_H.repeat_interleave(self.head_dim, dim=-1)
+
+    def owned_slices(self, kind: Kind, layer: int, index: int) -> list[tuple[str, Any]]:
+        """(tensor name, index expression) of every slice that one component owns, biases included.
+
+        Names are those of a plain causal LM (see `text_name`). A tensor that the checkpoint does not have (a bias, a
+        fused one) is listed all the same: skip what is absent. Raises `ValueError` for another kind.
+        """
+        width, prefix = self.width(kind), f"model.layers.{layer}."
+        share, first = ("head", index * width) if kind == Kind.HEADS else ("neuron", index)
+        owned: list[tuple[str, Any]] = []
+        for path in _PARTS:
+            slot = slot_of(f"{prefix}{path}.weight")
+            assert slot is not None  # these are the names that have one
+            begin = 0
+            for own, length in zip(slot.shares, self.lengths(slot), strict=True):
+                where = slice(begin + first, begin + first + width)
+                begin += length
+                if own != share:
+                    continue
+                if slot.axis:
+                    owned.append((f"{prefix}{path}.weight", (slice(None), where)))
+                else:
+                    owned += [(f"{prefix}{path}.weight", (where, slice(None))), (f"{prefix}{path}.bias", where)]
+        return owned
 
     def sum_per_head(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H*d_h] -> [..., H]: add up what the rows (or columns) of each head contribute."""
         return x.unflatten(-1, (self.heads, self.head_dim)).sum(-1)
 
 
+_REFUSED = {
+    "num_experts": "mixtures of experts are not supported, so use a dense model",
+    "num_local_experts": "mixtures of experts are not supported, so use a dense model",
+    "use_bidirectional_attention": "prompts are read from left to right alone, so use a causal LM",
+}
+
+
 def _unsupported(architecture: str) -> str:
     return (
-        f"architecture {architecture} is not supported (expected one of {', '.join(SUPPORTED)}); fused QKV "
-        "projections and mixtures of experts are not handled."
+        f"architecture {architecture} is not supported (expected one of {', '.join(SUPPORTED)}); mixtures of experts, "
+        "hybrids of attention with something else and encoder-decoders are not handled."
     )

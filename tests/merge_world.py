@@ -50,6 +50,16 @@ def _identity(name: str) -> ModelId:
     return ModelId(name, None, print_.config, print_.tensors)
 
 
+# Phi-3's tensors, and how many projections lie above this one there.
+FUSED = {
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+
+
 @dataclass
 class World:
     """root/base, root/e0..., root/e0.safetensors...; `recipe` writes a YAML about them."""
@@ -122,6 +132,7 @@ def reference(
     scales = [1.0] * len(experts) if scales is None else scales
     config = Checkpoint.open(str(world.base)).config
     H, KV, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    F = config["intermediate_size"]
     base = {k: v.double() for k, v in tensors_of(world.base).items()}
     tuned = [{k: v.double() for k, v in tensors_of(world.expert(k)).items()} for k in experts]
     scores = [load_file(world.score(k)) for k in experts]
@@ -148,6 +159,10 @@ def reference(
         prefix = f"model.layers.{layer}."
 
         def put(short: str, where: Any, weights: list[float], prefix: str = prefix) -> None:
+            fused, below = FUSED.get(short.rpartition(".")[2], ("", 0))
+            if fused and f"{prefix}{short.partition('.')[0]}.{fused}.weight" in base:
+                start = below * F if fused == "gate_up_proj" else (0, H, H + KV)[below] * d
+                short, where = f"{short.partition('.')[0]}.{fused}", slice(start + where.start, start + where.stop)
             for kind in ("weight", "bias"):
                 name = f"{prefix}{short}.{kind}"
                 if name in base and not (kind == "bias" and isinstance(where, tuple)):
@@ -163,7 +178,7 @@ def reference(
             mean = [sum(column) / len(members) for column in zip(*members, strict=True)]
             for short in ("self_attn.k_proj", "self_attn.v_proj"):
                 put(short, slice(g * d, (g + 1) * d), mean)
-        for j in range(config["intermediate_size"]):
+        for j in range(F):
             weights = share("neurons", layer, j)
             put("mlp.gate_proj", slice(j, j + 1), weights)
             put("mlp.up_proj", slice(j, j + 1), weights)

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from mergekit_wp.checkpoint import Checkpoint, fingerprint_of
-from mergekit_wp.components import SUPPORTED, Geometry, TensorSlot, slot_of
+from mergekit_wp.components import SUPPORTED, Geometry, Kind, TensorSlot, slot_of
 from mergekit_wp.errors import BadInput
 
 
@@ -17,25 +17,29 @@ def geometry_of(model):
     return Geometry.from_config(model.config.to_dict())
 
 
-@pytest.mark.parametrize("kind", tiny.VARIANTS)
+@pytest.mark.parametrize("kind", [*tiny.VARIANTS, *tiny.FAMILIES])
 def test_slices_cover_q_o_and_mlp_exactly_once(kind):
     """Marking the slices of all components touches each element of the owned tensors once, nothing else."""
     model = tiny.random_model(kind)
     geometry = geometry_of(model)
     count = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     for layer in range(geometry.layers):
-        for component, total in (("head", geometry.heads), ("neuron", geometry.neurons)):
-            for index in range(total):
+        for component in Kind:
+            for index in range(geometry.count(component)):
                 for name, where in geometry.owned_slices(component, layer, index):
                     if name in count:
                         count[name][where] += 1
     for name, marks in count.items():
         slot = slot_of(name)
-        owned = slot is not None and slot.kind in ("head", "neuron")
-        assert bool((marks == int(owned)).all()), name
+        if slot is None:
+            assert not marks.any(), name
+            continue
+        parts = marks.split(geometry.lengths(slot), slot.axis)
+        for share, part in zip(slot.shares, parts, strict=True):
+            assert bool((part == int(share != "kv")).all()), name
 
 
-@pytest.mark.parametrize("kind", tiny.VARIANTS)
+@pytest.mark.parametrize("kind", [*tiny.VARIANTS, *tiny.FAMILIES])
 def test_expand_has_the_length_of_the_axis(kind):
     model = tiny.random_model(kind)
     geometry = geometry_of(model)
@@ -49,8 +53,36 @@ def test_expand_has_the_length_of_the_axis(kind):
 def test_kv_weight_is_the_mean_over_the_group():
     geometry = geometry_of(tiny.random_model("llama"))
     heads_H = torch.tensor([1.0, 3.0, 10.0, 20.0])
-    got = geometry.expand(TensorSlot(0, "kv", 0), heads_H, torch.zeros(geometry.neurons))
+    got = geometry.expand(TensorSlot(0, ("kv",), 0), heads_H, torch.zeros(geometry.neurons))
     assert got.tolist() == [2.0] * geometry.head_dim + [15.0] * geometry.head_dim
+
+
+def test_fused_rows_are_those_of_the_projections_one_after_the_other():
+    geometry = geometry_of(tiny.random_model("phi3"))
+    heads_H, neurons_F = torch.tensor([1.0, 3.0, 10.0, 20.0]), torch.arange(float(geometry.neurons))
+    d = geometry.head_dim
+    qkv, gate_up = (slot_of(f"model.layers.1.{m}.weight") for m in ("self_attn.qkv_proj", "mlp.gate_up_proj"))
+    keys = [2.0] * d + [15.0] * d
+    got = geometry.expand(qkv, heads_H, neurons_F)
+    assert got.tolist() == [1.0] * d + [3.0] * d + [10.0] * d + [20.0] * d + keys + keys
+    assert torch.equal(geometry.expand(gate_up, heads_H, neurons_F), neurons_F.repeat(2))
+    assert (qkv.axis, gate_up.axis, qkv.layer) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["head", "neuron", "kv", "", "Heads"])
+def test_a_kind_that_is_none_is_refused(name):
+    geometry = geometry_of(tiny.random_model("llama"))
+    for ask in (geometry.width, geometry.count, lambda kind: geometry.columns(kind, torch.zeros(1, dtype=torch.long))):
+        with pytest.raises(ValueError, match="not a valid Kind"):
+            ask(name)
+    with pytest.raises(ValueError, match="not a valid Kind"):
+        geometry.owned_slices(name, 0, 0)
+
+
+def test_columns_of_each_kind():
+    geometry = geometry_of(tiny.random_model("llama"))
+    assert geometry.columns(Kind.HEADS, torch.tensor([1])).tolist() == [list(range(8, 16))]
+    assert geometry.columns(Kind.NEURONS, torch.tensor([3, 1])).tolist() == [[3], [1]]
 
 
 def test_outside_of_components():
@@ -58,14 +90,15 @@ def test_outside_of_components():
     outside += [f"model.layers.3.{m}" for m in ("input_layernorm.weight", "self_attn.q_norm.weight")]
     outside += ["model.layers.3.self_attn.o_proj.bias", "model.layers.3.mlp.down_proj.bias"]
     assert [slot_of(name) for name in outside] == [None] * len(outside)
-    assert slot_of("model.layers.12.self_attn.q_proj.bias") == TensorSlot(12, "head", 0)
+    assert slot_of("model.layers.12.self_attn.q_proj.bias") == TensorSlot(12, ("head",), 0)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, SUPPORTED[0]),
-        ({"architectures": ["Phi3ForCausalLM"]}, "fused QKV"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "hybrids"),
+        ({"use_bidirectional_attention": True}, "left to right"),
         ({"architectures": None}, "none"),
         ({"num_local_experts": 8}, "mixtures of experts"),
         ({"hidden_size": None}, "positive whole number"),

@@ -35,10 +35,10 @@ def write_pairs(path, contrast=True, tasks=("first", "second"), rows=3):
 
 
 def job_for(tmp_path, kind, **options):
-    base, expert = tiny.save_pair(tmp_path, kind, extra_rows=options.pop("extra_rows", 0))
+    base, expert = options.pop("pair", None) or tiny.save_pair(tmp_path, kind, extra_rows=options.pop("extra_rows", 0))
     contrast = options.pop("contrast", True)
     defaults = {"layer": LAYER, "batch_size": 2, "device": "cpu", "dtype": "float32", "gap_floor": 0.03}
-    pairs = write_pairs(tmp_path / "pairs.jsonl", contrast)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", contrast, options.pop("tasks", ("first", "second")))
     return ScoringJob(base=str(base), expert=str(expert), pairs=pairs, **{**defaults, **options})
 
 
@@ -89,15 +89,18 @@ class Reference:
 
     def components(self, layer):
         """Every component of a layer as (kind, index, [(tensor name, rows or columns)])."""
-        width = self.base.model.layers[layer].self_attn.head_dim
+        width, neurons = self.base.model.layers[layer].self_attn.head_dim, self.config.intermediate_size
         prefix = f"model.layers.{layer}"
         for head in range(self.config.num_attention_heads):
             rows = list(range(head * width, (head + 1) * width))
             q, o = f"{prefix}.self_attn.q_proj", f"{prefix}.self_attn.o_proj.weight"
-            yield "heads", head, [(f"{q}.weight", 0, rows), (f"{q}.bias", 0, rows), (o, 1, rows)]
-        for j in range(self.config.intermediate_size):
-            mlp = [f"{prefix}.mlp.{m}_proj.{w}" for m in ("gate", "up") for w in ("weight", "bias")]
-            yield "neurons", j, [*((name, 0, [j]) for name in mlp), (f"{prefix}.mlp.down_proj.weight", 1, [j])]
+            # Phi-3 has the queries on top of keys and values.
+            names = [f"{q}.weight", f"{q}.bias", f"{prefix}.self_attn.qkv_proj.weight"]
+            yield "heads", head, [*((name, 0, rows) for name in names), (o, 1, rows)]
+        for j in range(neurons):
+            mlp = [(f"{prefix}.mlp.{m}_proj.{w}", 0, [j]) for m in ("gate", "up") for w in ("weight", "bias")]
+            mlp += [(f"{prefix}.mlp.gate_up_proj.weight", 0, [j, neurons + j])]  # gates on top of ups
+            yield "neurons", j, [*mlp, (f"{prefix}.mlp.down_proj.weight", 1, [j])]
 
     def scores(self, score_prompt):
         """Mean over tasks of mean over prompts of what `score_prompt(text, direction, utility)` gives / G."""

@@ -2,7 +2,9 @@
 
 Every architecture comes with what makes it special: GQA everywhere, head_dim != d_model / heads, q/k/v biases
 (Qwen2), all attention and MLP biases (a Llama variant), q/k norms (Qwen3), post-norms, soft-capping, sliding
-windows and tied embeddings (Gemma 2). Norm weights and biases are random too, so that nothing cancels.
+windows and tied embeddings (Gemma 2), two rotary tables (Gemma 3), norms over all queries (OLMo), layers without
+rotary (SmolLM3), multipliers (Granite), fused projections and partial rotary (Phi-3), queries scaled by position
+(Ministral 3). Norm weights and biases are random too, so that nothing cancels.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# The families beyond the first five: their tests replace every component in turn.
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
+SMALL = {"num_hidden_layers": 3, "intermediate_size": 8, "hidden_size": 16}
 _CONFIGS = {
     "llama": (transformers.LlamaConfig, {}),
     "llama-biased": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -38,23 +43,55 @@ _CONFIGS = {
         {"sliding_window": 5, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0,
          "final_logit_softcapping": 4.0},
     ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {"sliding_window": 4, "query_pre_attn_scalar": 8, "layer_types": _SLIDING_AND_FULL,
+         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}},
+    ),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "olmo3": (
+        transformers.Olmo3Config,
+        {"sliding_window": 4, "layer_types": _SLIDING_AND_FULL},
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {"no_rope_layers": [1, 0, 1], "sliding_window": 4, "use_sliding_window": True, "tie_word_embeddings": True,
+         "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5,
+         "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "phi3": (transformers.Phi3Config, {"partial_rotary_factor": 0.5, "sliding_window": 4}),
+    "ministral": (
+        transformers.MinistralConfig,
+        {"sliding_window": 4, "layer_types": _SLIDING_AND_FULL},
+    ),
+    "ministral3": (
+        transformers.Ministral3Config,
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "llama_4_scaling_beta": 0.5,
+                             "original_max_position_embeddings": 3, "beta_fast": 32.0, "beta_slow": 1.0}},
+    ),
 }  # fmt: skip
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
-VARIANTS = tuple(_CONFIGS)
+FAMILIES = ("gemma3", "olmo2", "olmo3", "smollm3", "granite", "phi3", "ministral", "ministral3")
+VARIANTS = tuple(kind for kind in _CONFIGS if kind not in FAMILIES)
 WORDS = [f"w{i}" for i in range(SHAPE["vocab_size"] - 4)]
 
 
 def random_model(kind: str, seed: int = 0, **overrides: object) -> transformers.PreTrainedModel:
     """A float32 causal LM of the given kind with every parameter random (biases and norms included)."""
     config_class, special = _CONFIGS[kind]
-    config = config_class(**{**SHAPE, **special, **overrides})
+    config = config_class(**{**SHAPE, **(SMALL if kind in FAMILIES else {}), **special, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
         model.config.architectures = [type(model).__name__]
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
-            offset = 1.0 if "norm" in name and kind != "gemma2" else 0.0
+            offset = 1.0 if "norm" in name and not kind.startswith("gemma") else 0.0
             parameter.data = torch.randn_like(parameter) * scale + offset
     return model.eval()
 

@@ -79,15 +79,16 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
         return _Sample(tensor, (slice(start, start + _ROWS),), _scaled(tensor, _alpha([0.0] * len(prior), prior)))
     files = [load_scores(path) for path in tensor.scores]
     geometry = files[0].meta.geometry
-    width = geometry.head_dim
-    if slot.kind == "neuron":
+    width, part = geometry.head_dim, draw.randrange(len(slot.shares))
+    share, begin = slot.shares[part], sum(geometry.lengths(slot)[:part])
+    if share == "neuron":
         index = draw.randrange(geometry.neurons)
-        span = slice(index, index + 1)
+        span = slice(begin + index, begin + index + 1)
         alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files], prior)
     else:
-        members = 1 if slot.kind == "head" else geometry.heads // geometry.kv_heads
+        members = 1 if share == "head" else geometry.heads // geometry.kv_heads
         index = draw.randrange(geometry.heads // members)
-        span = slice(index * width, (index + 1) * width)
+        span = slice(begin + index * width, begin + (index + 1) * width)
         per_head = [
             _alpha([float(file.heads[slot.layer, head]) for file in files], prior)
             for head in range(index * members, (index + 1) * members)

@@ -161,7 +161,7 @@ def shares_table(plan: MergePlan) -> str:
         slot, to = slot_of(tensor.source), layer_of(tensor.output)
         if slot is not None and to is not None:
             # Filters may weigh tensors of a layer differently: the first of a kind (q_proj, gate_proj) stands for it.
-            rows.setdefault((to, slot.layer), {}).setdefault(slot.kind, tensor)
+            rows.setdefault((to, slot.layer), {}).setdefault(slot.shares[0], tensor)
     lines: list[str] = []
     shown: object = None
     for (to, source), kinds in sorted(rows.items()):

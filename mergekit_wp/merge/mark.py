@@ -94,10 +94,10 @@ def mean_shares(plan: MergePlan) -> dict[str, Any] | None:
     shares: dict[str, dict[int, list[float]]] = {"head": {}, "neuron": {}}
     for tensor in plan.tensors:
         slot, layer = slot_of(tensor.source), layer_of(tensor.output)
-        if slot is None or layer is None or layer in shares.get(slot.kind, {layer: []}):
+        if slot is None or layer is None or layer in shares.get(slot.shares[0], {layer: []}):
             continue
-        alpha_Kn = layer_shares(tensor.scores, slot.layer, tensor.weights)[0 if slot.kind == "head" else 1]
-        shares[slot.kind][layer] = [round(x, 4) for x in alpha_Kn.mean(-1).tolist()]
+        alpha_Kn = layer_shares(tensor.scores, slot.layer, tensor.weights)[0 if slot.shares[0] == "head" else 1]
+        shares[slot.shares[0]][layer] = [round(x, 4) for x in alpha_Kn.mean(-1).tolist()]
     named: dict[str, Any] = {"experts": [Path(str(expert)).name for expert in experts.pop()]}
     for kind, by_layer in shares.items():
         named[f"{kind}s"] = [list(column) for column in zip(*(by_layer[n] for n in sorted(by_layer)), strict=True)]

@@ -43,12 +43,12 @@ def kl_levels(
     if not sets:
         return []
     parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, base, expert)]
-    targets = _expert_logits(expert, parts, base.model.config.vocab_size)
+    targets = _expert_logits(expert, parts, base.tower.config.vocab_size)
     totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
     branched = _branches(base, parts, directions, layers, positions)
     for (i, batch), branches, target_BV in zip(parts, branched, targets, strict=True):
         for column, stream_BTD in enumerate(branches):
-            logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), base.model.config.vocab_size)
+            logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), base.tower.config.vocab_size)
             totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
         tick(len(batch.last_B))
     means = [(total / len(prompts)).tolist() for total, prompts in zip(totals, sets, strict=True)]

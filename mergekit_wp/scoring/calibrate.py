@@ -203,7 +203,7 @@ def mean_inputs(stack: Stack, prompts: Sequence[Batch], tick: Callable[[float], 
             for final_BTD in finals:
                 tally.add("model.norm.weight", final_BTD)
                 if not tied:
-                    tally.add("lm_head.weight", stack.model.model.norm(final_BTD))
+                    tally.add("lm_head.weight", stack.tower.norm(final_BTD))
     return tally.means()
 
 
@@ -226,7 +226,7 @@ class _Tally:
         """Inside the block, every module of a layer that has a weight adds its input when it is called."""
         handles = [
             module.register_forward_pre_hook(partial(self._hear, f"model.layers.{index}.{path}.weight"))
-            for index, layer in enumerate(stack.model.model.layers)
+            for index, layer in enumerate(stack.tower.layers)
             for path, module in layer.named_modules()
             if module._parameters.get("weight") is not None
         ]

@@ -23,17 +23,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from mergekit_wp.components import PROJECTIONS
 from mergekit_wp.scoring.stack import Call, Stack
+from mergekit_wp.scoring.stand_ins import Constant, substituted
 
-PROJECTIONS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 _GRADIENTS = ("q", "o", "gate", "up", "down")  # keys and values belong to no component
 _INPUT_GRADIENTS = ("o", "down")
 # Not held while a graph is kept: what was written, and the product that `mlp_activation` computes again.
@@ -131,19 +124,6 @@ def _on_projection(record: LayerRecord, key: str, _module: nn.Module, args: Any,
 
 
 @contextmanager
-def substituted(parent: Any, **stubs: nn.Module) -> Iterator[None]:
-    """Put `stubs` in the place of submodules of `parent` inside the block."""
-    originals = {name: getattr(parent, name) for name in stubs}
-    try:
-        for name, stub in stubs.items():
-            setattr(parent, name, stub)
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(parent, name, original)
-
-
-@contextmanager
 def at_anchors(layer: Any, anchors_B: torch.Tensor | None) -> Iterator[None]:
     """Inside the block, `layer` computes o_proj and the MLP at the positions `anchors_B` alone (None: everywhere).
 
@@ -178,17 +158,6 @@ class _AtAnchors(nn.Module):
         return all_BTD.index_put((rows_B, self.anchors_B), some_B1D.squeeze(1))
 
 
-class Constant(nn.Module):
-    """Stands in for a module whose output is known already."""
-
-    def __init__(self, output: Any):
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.output
-
-
 class _Catch(nn.Module):
     """Stands in for o_proj: keeps its input [B, T, Q] and multiplies nothing."""
 
@@ -197,24 +166,30 @@ class _Catch(nn.Module):
         return x_BTQ
 
 
-def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor) -> torch.Tensor:
+def rerun_attention(
+    stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor, *, in_float32: bool = False
+) -> torch.Tensor:
     """The input of o_proj [B, T, Q] if q_proj had put out `q_BTQ` while keys and values stay the record's.
 
     Runs the architecture's own code (q/k norms, rotary, soft-capping, masks), so it is exact for each; only the
     four projections are replaced by constants, so it costs the attention kernel alone. Where the record has
-    anchors only, so has the result (T = 1).
+    anchors only, so has the result (T = 1). `q_BTQ` may hold the queries of the B prompts several times over.
+    in_float32: whatever the stack computes in; for small differences between two runs.
     """
-    catch = _Catch()
+    catch, times = _Catch(), len(q_BTQ) // len(record.stream_BTD)
+    k_BTK, v_BTK = (record.outputs[key].repeat(times, 1, 1) for key in ("k", "v"))
+    if in_float32:
+        q_BTQ, k_BTK, v_BTK = q_BTQ.float(), k_BTK.float(), v_BTK.float()
     args, kwargs = record.attention_call
+    if times > 1:  # the attention reads off its input how many prompts there are, and nothing else
+        shape_only = record.stream_BTD.new_empty(1).expand(len(q_BTQ), *record.stream_BTD.shape[1:])
+        args, kwargs = (
+            (shape_only, *args[1:]) if args else args,
+            kwargs | ({} if args else {"hidden_states": shape_only}),
+        )
     with (
-        stack.autocast(),
-        substituted(
-            attention,
-            q_proj=Constant(q_BTQ),
-            k_proj=Constant(record.outputs["k"]),
-            v_proj=Constant(record.outputs["v"]),
-            o_proj=catch,
-        ),
+        torch.autocast(stack.device.type, enabled=False) if in_float32 else stack.autocast(),
+        substituted(attention, q_proj=Constant(q_BTQ), k_proj=Constant(k_BTK), v_proj=Constant(v_BTK), o_proj=catch),
     ):
         attention.forward(*args, **kwargs)
-    return record.kept(catch.seen)
+    return catch.seen if record.anchors_B is None else _pick(catch.seen, record.anchors_B.repeat(times))

@@ -107,7 +107,9 @@ def score(
     metas = dict(zip(names, [m for m, _s in finished], strict=True))
     meta = replace(_meta(job, checked, pair, layer, metas, resume.date), recovery=curve, prompts=wording.style)
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
-    return Scores.from_tasks(meta, tables, None if subset.whole else dict(subset.masks))
+    return Scores.from_tasks(
+        meta, tables, None if subset.whole else {str(kind): mask for kind, mask in subset.masks.items()}
+    )
 
 
 def anchor_layer(asked: int | str | None, layers: int) -> int:

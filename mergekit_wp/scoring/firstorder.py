@@ -23,7 +23,7 @@ import torch
 
 from mergekit_wp.components import Geometry
 from mergekit_wp.scoring.capture import LayerRecord
-from mergekit_wp.scoring.patches import Patch, response_difference, weight_difference
+from mergekit_wp.scoring.patches import dot, response_difference, weight_difference
 
 Parts = dict[str, torch.Tensor]
 
@@ -40,25 +40,10 @@ def attr_neurons(base: Any, expert: Any, record: LayerRecord, _geometry: Geometr
     return rows | {"down": _columns("down", base, expert, record, record.mlp_activation(base.mlp))}
 
 
-def write_scores(key: str, patch: Patch, record: LayerRecord) -> Parts:
-    """delta . (change of the write), a part a number a column of `key` (o or down): {part: [W]} float32."""
-    parts = {name: _sum_products(change, record.grad_in[key]) for name, change in patch.changes.items()}
-    if patch.moved_DW is not None:
-        moved_BTW = torch.matmul(record.grad_out[key], patch.moved_DW)
-        parts[key] = _sum_products(patch.patched_BTW, moved_BTW)
-    return parts
-
-
 def _rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
-    return _sum_products(record.grad_out[key], response_difference(key, base, expert, record))
+    return dot(record.grad_out[key], response_difference(key, base, expert, record))
 
 
 def _columns(key: str, base: Any, expert: Any, record: LayerRecord, read_BTW: torch.Tensor) -> torch.Tensor:
     moved_BTW = torch.matmul(record.grad_out[key], weight_difference(key, base, expert))
-    return _sum_products(read_BTW, moved_BTW)
-
-
-def _sum_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum over prompts and tokens of a*b in float32: [B, T, width] twice -> [width]."""
-    # Not einsum: it becomes one tiny dot product a column, at three times the cost.
-    return (a.float() * b.float()).sum((0, 1))
+    return dot(read_BTW, moved_BTW)

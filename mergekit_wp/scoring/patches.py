@@ -1,8 +1,8 @@
 """What a component writes to the residual stream before and after it is patched, for one layer and batch.
 
 Heads do not mix before o_proj, nor neurons before down_proj. So the activations of *all* patched components come
-from one run of the layer's own code (METHOD.md 3), and the write of component c, with a the input of o_proj or
-down_proj at its columns and W those columns, changes by
+from one run of the layer's own code (METHOD.md 3), `Patch`, and the write of component c, with a the input of o_proj
+or down_proj at its columns and W those columns, changes by
 
     weights       a'_c W'_c - a_c W_c    a' with the expert's own rows on the base's residual (exact, writeback)
     activations   (a'_c - a_c) W_c       a' from the expert's own run on the same prompt       (ap, atp)
@@ -10,20 +10,29 @@ down_proj at its columns and W those columns, changes by
 Everything is kept as differences, a' - a and W' - W, so that rounding is relative to the update and not to the
 weights: a'W' - aW = (a' - a) W + a' (W' - W).
 
-Legend: B prompts, T tokens, D residual width, Q = H*d_h, F neurons, W either of Q and F.
+Where a norm runs over the queries of all heads (OLMo), they do mix: with c's own rows of q_proj, the other heads ask
+the same but louder or softer. There, `MixedPatch`, the attention runs once for every head c, and what o_proj writes
+changes by (a' - a) W over the columns of all heads, and by a'_c (W'_c - W_c).
+
+Legend: C components, B prompts, T tokens, D residual width, Q = H*d_h, d = d_h, F neurons, W either of Q and F,
+w columns of a component.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from mergekit_wp.scoring.capture import PROJECTIONS, LayerRecord, rerun_attention
+from mergekit_wp.components import PROJECTIONS, Geometry
+from mergekit_wp.scoring.capture import LayerRecord, rerun_attention
 from mergekit_wp.scoring.stack import Stack
+
+Kept = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,16 +52,87 @@ class Patch:
     def change_BTW(self) -> torch.Tensor:
         return sum(list(self.changes.values())[1:], start=next(iter(self.changes.values())))
 
+    def writes(self, weight_DW: torch.Tensor, columns_Cw: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """What the components with these columns write beyond the base's, each alone: [C, B, T, D] float32.
 
-def patch_heads(stack: Stack, base: Any, expert: Any, record: LayerRecord) -> Patch:
+        weight_DW: the base's W. kept: cuts activations to the positions that are wanted.
+        """
+        changes_CBTD = _write(kept(self.change_BTW), weight_DW, columns_Cw)
+        if self.moved_DW is not None:
+            changes_CBTD = changes_CBTD + _write(kept(self.patched_BTW), self.moved_DW, columns_Cw)
+        return changes_CBTD
+
+    def scores(self, key: str, record: LayerRecord, width: int) -> dict[str, torch.Tensor]:
+        """delta . (change of the write) of every component, in parts, `key` (o or down) that of W: {part: [C]} float32.
+
+        record: of the base, with gradients; width: columns of a component.
+        """
+        parts = {name: dot(change, record.grad_in[key]) for name, change in self.changes.items()}
+        if self.moved_DW is not None:
+            parts[key] = dot(self.patched_BTW, torch.matmul(record.grad_out[key], self.moved_DW))
+        return {name: values_W.unflatten(0, (-1, width)).sum(1) for name, values_W in parts.items()}
+
+
+@dataclass(frozen=True)
+class MixedPatch:
+    """All heads of one layer, patched each on its own, where a head's queries change what other heads ask.
+
+    rerun        the input of o_proj, float32, for queries of the B prompts, repeated any number of times
+    q_BTQ        the base's queries before the norm, float32; change_BTQ: the expert's beyond those
+    moved_DQ     W' - W of o_proj
+    most_tokens  of patched prompts in a step
+    """
+
+    rerun: Callable[[torch.Tensor], torch.Tensor]
+    q_BTQ: torch.Tensor
+    change_BTQ: torch.Tensor
+    moved_DQ: torch.Tensor
+    most_tokens: int = 1 << 13
+
+    @cached_property
+    def base_BTQ(self) -> torch.Tensor:
+        return self.rerun(self.q_BTQ)
+
+    def activations(self, columns_Cd: torch.Tensor) -> torch.Tensor:
+        """a' of all heads when the head with these columns is patched: [C, B, T, Q] float32."""
+        own_CQ = torch.zeros(len(columns_Cd), self.q_BTQ.shape[-1], device=self.q_BTQ.device)
+        own_CQ.scatter_(1, columns_Cd, 1.0)
+        queries_CBTQ = self.q_BTQ + own_CQ[:, None, None] * self.change_BTQ
+        return self.rerun(queries_CBTQ.flatten(0, 1)).unflatten(0, queries_CBTQ.shape[:2])
+
+    def writes(self, weight_DW: torch.Tensor, columns_Cw: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """As `Patch.writes`."""
+        changes = []
+        for columns_1d, patched_BTQ in zip(columns_Cw.split(1), self.activations(columns_Cw), strict=True):
+            shared_BTD = functional.linear(kept(patched_BTQ - self.base_BTQ), weight_DW.float())
+            changes.append(shared_BTD + _write(kept(patched_BTQ), self.moved_DQ, columns_1d)[0])
+        return torch.stack(changes)
+
+    def scores(self, key: str, record: LayerRecord, width: int) -> dict[str, torch.Tensor]:
+        """As `Patch.scores`."""
+        Q, tokens = self.q_BTQ.shape[-1], self.q_BTQ.shape[0] * self.q_BTQ.shape[1]
+        moved_BTQ = torch.matmul(record.grad_out[key], self.moved_DQ).float()
+        delta_BTQ = record.grad_in[key].float()
+        parts: dict[str, list[torch.Tensor]] = {"q": [], key: []}
+        columns_Hd = torch.arange(Q, device=self.q_BTQ.device).unflatten(0, (-1, width))
+        for columns_Cd in columns_Hd.split(max(1, self.most_tokens // tokens)):
+            for columns_d, patched_BTQ in zip(columns_Cd, self.activations(columns_Cd), strict=True):
+                parts["q"].append(dot(patched_BTQ - self.base_BTQ, delta_BTQ).sum())
+                parts[key].append(dot(patched_BTQ[..., columns_d], moved_BTQ[..., columns_d]).sum())
+        return {name: torch.stack(values) for name, values in parts.items()}
+
+
+def patch_heads(stack: Stack, base: Any, expert: Any, record: LayerRecord, geometry: Geometry) -> Patch | MixedPatch:
     """Every head with the expert's slices of q_proj and o_proj."""
-    q_BTQ = record.outputs["q"] + response_difference("q", base, expert, record)
-    patched_BTQ = rerun_attention(stack, base.self_attn, record, q_BTQ)
-    change_BTQ = patched_BTQ.float() - record.inputs["o"].float()
-    return Patch({"q": change_BTQ}, patched_BTQ, weight_difference("o", base, expert))
+    change_BTQ, moved_DQ = response_difference("q", base, expert, record), weight_difference("o", base, expert)
+    if geometry.heads_mix:
+        rerun = partial(rerun_attention, stack, base.self_attn, record, in_float32=True)
+        return MixedPatch(rerun, record.outputs["q"].float(), change_BTQ.float(), moved_DQ)
+    patched_BTQ = rerun_attention(stack, base.self_attn, record, record.outputs["q"] + change_BTQ)
+    return Patch({"q": patched_BTQ.float() - record.inputs["o"].float()}, patched_BTQ, moved_DQ)
 
 
-def patch_neurons(_stack: Stack, base: Any, expert: Any, record: LayerRecord) -> Patch:
+def patch_neurons(_stack: Stack, base: Any, expert: Any, record: LayerRecord, _geometry: Geometry) -> Patch:
     """Every neuron with the expert's slices of gate_proj, up_proj and down_proj.
 
     The change of the activation is told apart as gate first, then up: (f(g') - f(g)) u and f(g') (u' - u).
@@ -91,3 +171,17 @@ def weight_difference(key: str, base: Any, expert: Any) -> torch.Tensor:
     weight, expert_weight = (layer.get_submodule(PROJECTIONS[key]).weight for layer in (base, expert))
     difference: torch.Tensor = expert_weight - weight
     return difference.detach()
+
+
+def _write(activation_BTW: torch.Tensor, weight_DW: torch.Tensor, columns_Cw: torch.Tensor) -> torch.Tensor:
+    """Each component's own activation through its own columns: [C, B, T, D] float32."""
+    prompts, tokens = activation_BTW.shape[:2]
+    own_CNw = activation_BTW[..., columns_Cw].float().flatten(0, 1).transpose(0, 1)
+    own_CwD = weight_DW[:, columns_Cw].float().permute(1, 2, 0)
+    return torch.bmm(own_CNw, own_CwD).unflatten(1, (prompts, tokens))
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum over prompts and tokens of a*b in float32: [B, T, width] twice -> [width]."""
+    # Not einsum: it becomes one tiny dot product a column, at three times the cost.
+    return (a.float() * b.float()).sum((0, 1))

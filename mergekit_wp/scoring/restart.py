@@ -12,19 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from mergekit_wp.components import Geometry
+from mergekit_wp.components import PROJECTIONS, Geometry, Kind
 from mergekit_wp.scoring.batches import Batch
-from mergekit_wp.scoring.capture import PROJECTIONS, Constant, LayerRecord, substituted
+from mergekit_wp.scoring.capture import LayerRecord
 from mergekit_wp.scoring.gauges import Gauge
-from mergekit_wp.scoring.patches import Patch
+from mergekit_wp.scoring.patches import MixedPatch, Patch
 from mergekit_wp.scoring.stack import Call, Stack, Start
+from mergekit_wp.scoring.stand_ins import Constant, substituted
 from mergekit_wp.scoring.sweep import ascend
 
-KEY = {"heads": "o", "neurons": "down"}
+KEY = {Kind.HEADS: "o", Kind.NEURONS: "down"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Restart:
     gauge: Gauge
     target: torch.Tensor
 
-    def utilities(self, kind: str, patch: Patch, components_C: torch.Tensor, fraction: float = 1.0) -> torch.Tensor:
+    def utilities(
+        self, kind: Kind, patch: Patch | MixedPatch, components_C: torch.Tensor, fraction: float = 1.0
+    ) -> torch.Tensor:
         """F of the base with each component patched alone, or that `fraction` of its write: float64 [C, B]."""
         last = self.index == self.gauge.layer  # nothing above: the anchors are all that is read
         changes_CBTD = fraction * self._changes(kind, patch, components_C, last)
@@ -58,21 +62,18 @@ class Restart:
             z = above[torch.arange(len(above), device=above.device), anchors]
         return self.gauge.read(self.stack, z.unflatten(0, (len(components_C), -1)), self.target)
 
-    def _changes(self, kind: str, patch: Patch, components_C: torch.Tensor, last: bool) -> torch.Tensor:
+    def _changes(self, kind: Kind, patch: Patch | MixedPatch, components_C: torch.Tensor, last: bool) -> torch.Tensor:
         """What each component writes beyond the base's, float32 [C, B, T, D]."""
         columns_Cw = self.geometry.columns(kind, components_C).to(self.stack.device)
         weight_DW = self.layer.get_submodule(PROJECTIONS[KEY[kind]]).weight
-        changes = _write(self._kept(patch.change_BTW, last), weight_DW, columns_Cw)
-        if patch.moved_DW is not None:
-            changes = changes + _write(self._kept(patch.patched_BTW, last), patch.moved_DW, columns_Cw)
-        return changes
+        return patch.writes(weight_DW, columns_Cw, partial(self._kept, last=last))
 
-    def _rest_of_layer(self, kind: str, changes_CBTD: torch.Tensor, last: bool) -> torch.Tensor:
+    def _rest_of_layer(self, kind: Kind, changes_CBTD: torch.Tensor, last: bool) -> torch.Tensor:
         """The stream above the layer [C*B, T, D] with the changes added where the components write."""
         count = len(changes_CBTD)
         attention_BTD = self._kept(self.record.outputs["o"], last)
         stream = self._kept(self.record.stream_BTD, last).repeat(count, 1, 1)
-        if kind == "heads":
+        if kind == Kind.HEADS:
             patched = (attention_BTD.float() + changes_CBTD).flatten(0, 1)
             with substituted(self.layer, self_attn=Constant((patched, None))):
                 return self.stack.call(self.layer, stream, self.calls[self.index])
@@ -86,14 +87,6 @@ class Restart:
         if last and x_BTD.shape[1] > 1:
             return self.batch.at_anchor(x_BTD).unsqueeze(1)
         return x_BTD
-
-
-def _write(activation_BTW: torch.Tensor, weight_DW: torch.Tensor, columns_Cw: torch.Tensor) -> torch.Tensor:
-    """Each component's own activation through its own columns: [C, B, T, D] float32."""
-    prompts, tokens = activation_BTW.shape[:2]
-    own_CNw = activation_BTW[..., columns_Cw].float().flatten(0, 1).transpose(0, 1)
-    own_CwD = weight_DW[:, columns_Cw].float().permute(1, 2, 0)
-    return torch.bmm(own_CNw, own_CwD).unflatten(1, (prompts, tokens))
 
 
 def chunks(components: torch.Tensor, width: int) -> Iterator[torch.Tensor]:

@@ -20,9 +20,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mergekit_wp.components import FUSED, Geometry, text_tower
 from mergekit_wp.scoring.batches import Batch
 from mergekit_wp.scoring.rotary import Lengths, forget_lengths
+from mergekit_wp.scoring.stand_ins import Constant, InFloat32, separate, substituted
 
 Call = dict[str, Any]
 
@@ -46,9 +49,15 @@ class Stack(ABC):
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
-        self.depth: int = model.config.num_hidden_layers
-        self.width: int = model.config.hidden_size
-        self.lengths = Lengths(model.config.to_dict())
+        self.tower: Any = text_tower(model)
+        self.depth: int = self.tower.config.num_hidden_layers
+        self.width: int = self.tower.config.hidden_size
+        self.lengths = Lengths(self.tower.config.to_dict())
+        present = {name for name, _module in self.tower.layers[0].named_modules()}
+        if not present.isdisjoint(FUSED):
+            geometry = Geometry.from_config(model.config.to_dict(), where=type(model).__name__)
+            for layer in self.tower.layers:
+                separate(layer, geometry)
 
     @abstractmethod
     def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
@@ -58,16 +67,18 @@ class Stack(ABC):
     def start(self, batch: Batch) -> Start:
         """Embed the prompts and find out what the architecture's own forward pass hands to each layer."""
         forget_lengths(self.model)
-        inner = self.model.model
-        stream_BTD = inner.embed_tokens(batch.ids_BT).float()
-        whole, probes = inner.layers, [_Probe() for _ in range(self.depth)]
-        inner.layers = nn.ModuleList(probes)
-        try:
-            # Batches are padded on the right and carry no mask, so one row's arguments are every row's.
-            inner(inputs_embeds=stream_BTD[:1], use_cache=False)
-        finally:
-            inner.layers = whole
-        return Start(stream_BTD, [probe.seen for probe in probes])
+        embedded_BTD = self.tower.embed_tokens(batch.ids_BT).float()
+        # Batches are padded on the right and carry no mask, so one row's arguments are every row's.
+        calls = [probe.call for probe in self._probe(embedded_BTD[:1])]
+        # What enters layer 0 need not be the embedding: Granite multiplies it.
+        return Start(self._probe(embedded_BTD)[0].stream_BTD, calls)
+
+    def _probe(self, embedded_BTD: torch.Tensor) -> list[_Probe]:
+        """The model's own forward pass without its layers."""
+        probes = [_Probe() for _ in range(self.depth)]
+        with substituted(self.tower, layers=nn.ModuleList(probes)):
+            self.tower(inputs_embeds=embedded_BTD, use_cache=False)
+        return probes
 
     def call(self, layer: nn.Module, stream_BTD: torch.Tensor, call: Call) -> torch.Tensor:
         """The residual stream above `layer`, float32 [B, T, D]."""
@@ -76,12 +87,15 @@ class Stack(ABC):
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
-        """Next-token logits [B, V], float32, from the stream above the last layer; rows past `vocabulary` are cut."""
+        """Next-token logits [..., V], float32, from streams [..., D] above the last layer; rows past `vocabulary` cut.
+
+        The architecture's own code after the final norm (soft-capping, scaling) runs in float32.
+        """
         with self.autocast():
-            logits_BV = self.model.lm_head(self.model.model.norm(final_BD)).float()
-        if cap := getattr(self.model.config, "final_logit_softcapping", None):
-            logits_BV = cap * torch.tanh(logits_BV / cap)
-        return logits_BV[:, :vocabulary]
+            output = BaseModelOutputWithPast(last_hidden_state=self.tower.norm(final_BD).flatten(0, -2).unsqueeze(1))
+            with substituted(self.model, model=Constant(output), lm_head=InFloat32(self.model.lm_head)):
+                logits_N1V = self.model(use_cache=False).logits
+        return logits_N1V[:, 0, :vocabulary].unflatten(0, final_BD.shape[:-1])
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Products in `dtype`, everything else in float32."""
@@ -95,12 +109,15 @@ class ResidentStack(Stack):
 
     def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
         for index in order:
-            yield self.model.model.layers[index]
+            yield self.tower.layers[index]
 
 
 class _Probe(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with and passes the stream on."""
 
+    stream_BTD: torch.Tensor
+    call: Call
+
     def forward(self, stream_BTD: torch.Tensor, **call: Any) -> torch.Tensor:
-        self.seen = call
+        self.stream_BTD, self.call = stream_BTD, call
         return stream_BTD

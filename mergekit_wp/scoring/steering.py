@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from mergekit_wp.components import text_tower
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batches import together
 from mergekit_wp.scoring.graders import cut
@@ -77,7 +78,7 @@ def steered(model: Any, steering: Steering) -> Iterator[None]:
         changed = steering.at(z_BTD, last_B)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = model.model.layers[steering.layer].register_forward_hook(on_output)
+    handle = text_tower(model).layers[steering.layer].register_forward_hook(on_output)
     try:
         yield
     finally:
@@ -108,13 +109,13 @@ class Greedy:
         """The same rules for all `models`, so that a steered base ends its answers where the expert does."""
         eos = {tokenizer.eos_token_id}
         for model in models:
-            for config in (model.generation_config, model.config):
+            for config in (model.generation_config, model.config, text_tower(model).config):
                 ids = getattr(config, "eos_token_id", None)
                 eos |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
         # Rows of the embedding that only pad it, or that an expert has added, stand for no text.
         named = max(tokenizer.get_vocab().values()) + 1
-        vocabulary = min(named, *(model.config.vocab_size for model in models))
-        context = min(Lengths(model.config.to_dict()).limit for model in models)
+        vocabulary = min(named, *(text_tower(model).config.vocab_size for model in models))
+        context = min(Lengths(text_tower(model).config.to_dict()).limit for model in models)
         return cls(tokenizer, frozenset(eos - {None}), vocabulary, context, max_tokens, batch_size)
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ class StreamedStack(Stack):
         shards.check({source: shapes[name] for name, source in self._source.items()})
         if lora is not None:
             _check_targets(lora, model)
-        self._empty: list[Weights] = [dict(layer.state_dict()) for layer in model.model.layers]
+        self._empty: list[Weights] = [dict(layer.state_dict()) for layer in self.tower.layers]
         _move_buffers(model, self.device)
         model.load_state_dict(
             self._read(name for name in shapes if not name.startswith((_LAYERS, _HEAD))), strict=False, assign=True
@@ -82,7 +82,7 @@ class StreamedStack(Stack):
                 index, weights = reading.index, reading.result()
                 reading = self._read_ahead(upcoming)
                 with self._holding(index, weights):
-                    yield self.model.model.layers[index]
+                    yield self.tower.layers[index]
         finally:
             if reading is not None:
                 reading.cancel()
@@ -129,7 +129,7 @@ class StreamedStack(Stack):
     @contextmanager
     def _holding(self, index: int, weights: Weights) -> Iterator[None]:
         """The layer has `weights` inside the block, and none after it unless an outer sweep is at the same layer."""
-        layer = self.model.model.layers[index]
+        layer = self.tower.layers[index]
         if not self._users[index]:
             layer.load_state_dict(weights, assign=True)
         weights.clear()  # the caller's frame still holds the dict

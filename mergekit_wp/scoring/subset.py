@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.components import Geometry
+from mergekit_wp.components import Geometry, Kind
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.scorefile import Scores
-
-KINDS = ("heads", "neurons")
 
 
 @dataclass(frozen=True)
@@ -42,18 +40,18 @@ class Subset:
         """
         rows_L = torch.zeros(geometry.layers, dtype=torch.bool)
         rows_L[parse_layers(layers, geometry.layers)] = True
-        masks: dict[str, torch.Tensor] = {}
-        for kind, width in zip(KINDS, (geometry.heads, geometry.neurons), strict=True):
+        masks: dict[Kind, torch.Tensor] = {}
+        for kind in Kind:
             wanted = components in ("all", kind)
-            mask = rows_L[:, None].expand(-1, width) & wanted
+            mask = rows_L[:, None].expand(-1, geometry.count(kind)) & wanted
             masks[kind] = mask & _top(getattr(ranked[1], kind), ranked[0], mask) if ranked else mask.clone()
         if not any(mask.any() for mask in masks.values()):
             raise BadInput(f"components, layers: {components} of layers {layers} leave nothing to score.")
-        return cls(masks["heads"], masks["neurons"])
+        return cls(masks[Kind.HEADS], masks[Kind.NEURONS])
 
     @property
-    def masks(self) -> Mapping[str, torch.Tensor]:
-        return {"heads": self.heads, "neurons": self.neurons}
+    def masks(self) -> Mapping[Kind, torch.Tensor]:
+        return {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons}
 
     @property
     def whole(self) -> bool:
@@ -68,7 +66,7 @@ class Subset:
         """The lowest layer with a component in it: no gradient is needed below."""
         return min(int(mask.any(1).nonzero()[0]) for mask in self.masks.values() if mask.any())
 
-    def of(self, kind: str, layer: int) -> torch.Tensor:
+    def of(self, kind: Kind, layer: int) -> torch.Tensor:
         """The indices of the components of a kind in a layer, ascending."""
         return self.masks[kind][layer].nonzero()[:, 0]
 

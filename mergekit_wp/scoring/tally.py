@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mergekit_wp.components import Geometry
+from mergekit_wp.components import Geometry, Kind
 from mergekit_wp.scoring.firstorder import Parts
 from mergekit_wp.scoring.gauges import Gauge, gauge_of
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.utilities import GapLedger
 
-_Parts = dict[str, tuple[str, ...]]
-_WEIGHT_PARTS: _Parts = {"heads": ("q", "o"), "neurons": ("gate", "up", "down")}
-_WHOLE: _Parts = {"heads": ("whole",), "neurons": ("whole",)}
+_Parts = dict[Kind, tuple[str, ...]]
+_WEIGHT_PARTS: _Parts = {Kind.HEADS: ("q", "o"), Kind.NEURONS: ("gate", "up", "down")}
+_WHOLE: _Parts = dict.fromkeys(Kind, ("whole",))
 # The parts that a method's scores come in, which add up to the score.
 PARTS: dict[str, _Parts] = {
     "attr": _WEIGHT_PARTS,
@@ -40,14 +40,16 @@ class TaskRun:
     gap_floor: float
     device: torch.device
     ledgers: dict[str, GapLedger] = field(init=False)
-    sums: dict[str, dict[str, torch.Tensor]] = field(init=False)
+    sums: dict[Kind, dict[str, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.ledgers = {gauge.name: GapLedger(gauge.name, self.gap, self.gap_floor) for gauge in self.gauges}
-        shapes = {"heads": (self.geometry.layers, self.geometry.heads)}
-        shapes["neurons"] = (self.geometry.layers, self.geometry.neurons)
+        depth = self.geometry.layers
         self.sums = {
-            kind: {part: torch.zeros(shapes[kind], dtype=torch.float64, device=self.device) for part in parts}
+            kind: {
+                part: torch.zeros(depth, self.geometry.count(kind), dtype=torch.float64, device=self.device)
+                for part in parts
+            }
             for kind, parts in PARTS[self.method].items()
         }
 
@@ -55,12 +57,12 @@ class TaskRun:
         """The gauges that are read above `layer`."""
         return [gauge for gauge in self.gauges if gauge.layer == layer]
 
-    def add(self, kind: str, layer: int, parts: Parts) -> None:
+    def add(self, kind: Kind, layer: int, parts: Parts) -> None:
         """Add the scores of every component of a layer."""
         for part, values in parts.items():
             self.sums[kind][part][layer] += values
 
-    def add_some(self, kind: str, layer: int, components_C: torch.Tensor, values_C: torch.Tensor) -> None:
+    def add_some(self, kind: Kind, layer: int, components_C: torch.Tensor, values_C: torch.Tensor) -> None:
         """Add the scores of some components of a layer."""
         self.sums[kind]["whole"][layer, components_C.to(self.device)] += values_C
 
@@ -72,7 +74,7 @@ class TaskRun:
             for part in parts:
                 parts[part] = team.add_up(parts[part])
 
-    def finish(self) -> dict[str, dict[str, torch.Tensor]]:
+    def finish(self) -> dict[Kind, dict[str, torch.Tensor]]:
         """{heads: {part: [L, H]}, neurons: {part: [L, F]}} float64 on the CPU, divided by the gaps.
 
         Layers that no gauge sees are 0. Raises `BadInput` when a utility has no gap to divide by.

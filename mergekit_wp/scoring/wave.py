@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from mergekit_wp.components import Kind
 from mergekit_wp.scoring.batches import Batch
 from mergekit_wp.scoring.capture import LayerRecord
-from mergekit_wp.scoring.firstorder import Parts, attr_heads, attr_neurons, write_scores
+from mergekit_wp.scoring.firstorder import Parts, attr_heads, attr_neurons
 from mergekit_wp.scoring.gauges import gauge_of
 from mergekit_wp.scoring.models import ModelPair
 from mergekit_wp.scoring.patches import (
+    MixedPatch,
     Patch,
     patch_head_activations,
     patch_heads,
@@ -31,16 +33,19 @@ from mergekit_wp.scoring.patches import (
     patch_neurons,
 )
 from mergekit_wp.scoring.restart import KEY, Restart, chunks
-from mergekit_wp.scoring.subset import KINDS, Subset
+from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import Trail, ascend, descend
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
 
 ACTIVATION_SIDE = ("ap", "atp")
 PATCHING = ("exact", "ap")
-_PATCHES: dict[str, Callable[..., Patch]] = {"heads": patch_heads, "neurons": patch_neurons}
-_ACTIVATIONS: dict[str, Callable[..., Patch]] = {"heads": patch_head_activations, "neurons": patch_neuron_activations}
-_ATTR: dict[str, Callable[..., Parts]] = {"heads": attr_heads, "neurons": attr_neurons}
+_PATCHES: dict[Kind, Callable[..., Patch | MixedPatch]] = {Kind.HEADS: patch_heads, Kind.NEURONS: patch_neurons}
+_ACTIVATIONS: dict[Kind, Callable[..., Patch]] = {
+    Kind.HEADS: patch_head_activations,
+    Kind.NEURONS: patch_neuron_activations,
+}
+_ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEADS: attr_heads, Kind.NEURONS: attr_neurons}
 
 
 @dataclass
@@ -136,9 +141,9 @@ def first_order(wave: Wave, subset: Subset) -> None:
 
     def consume(index: int, i: int, base: Any, expert: Any, record: LayerRecord) -> None:
         expert_record = None
-        if wave.method == "atp" and any(len(subset.of(kind, index)) for kind in KINDS):
+        if wave.method == "atp" and any(len(subset.of(kind, index)) for kind in Kind):
             expert_record = wave.expert_record(expert, index, i)
-        for kind in KINDS:
+        for kind in Kind:
             if len(subset.of(kind, index)):
                 parts = _parts(wave.method, kind, pair, base, expert, record, expert_record)
                 wave.items[i].run.add(kind, index, parts)
@@ -148,21 +153,20 @@ def first_order(wave: Wave, subset: Subset) -> None:
 
 
 def _parts(
-    method: str, kind: str, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
+    method: str, kind: Kind, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
 ) -> Parts:
     if method == "attr":
         return _ATTR[kind](base, expert, record, pair.geometry)
     patch = _patch(method, kind, pair, base, expert, record, other)
-    parts = write_scores(KEY[kind], patch, record)
-    return {part: pair.geometry.sum_per_head(x) for part, x in parts.items()} if kind == "heads" else parts
+    return patch.scores(KEY[kind], record, pair.geometry.width(kind))
 
 
 def _patch(
-    method: str, kind: str, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
-) -> Patch:
+    method: str, kind: Kind, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
+) -> Patch | MixedPatch:
     if method in ACTIVATION_SIDE:
         return _ACTIVATIONS[kind](base, record, other)
-    return _PATCHES[kind](pair.base, base, expert, record)
+    return _PATCHES[kind](pair.base, base, expert, record, pair.geometry)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class PatchPlan:
         """Components to stack on this batch: as many as the room and the most useful tokens allow, at least one."""
         shape, (prompts, tokens) = pair.geometry, batch.ids_BT.shape
         attention = 4 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
-        if pair.base.model.config._attn_implementation == "eager":
+        if pair.base.tower.config._attn_implementation == "eager":
             attention += 3 * shape.heads * tokens
         # Float32 numbers that live at once: of a token in a layer, of a prompt at the output head.
         floats = tokens * (8 * shape.d_model + max(attention, 3 * shape.neurons)) + 4 * shape.vocabulary
@@ -207,7 +211,7 @@ def patch_layer(wave: Wave, plan: PatchPlan, index: int, base: Any, expert: Any)
             item.targets[gauge.name],
         )  # fmt: skip
         width = plan.width(pair, item.batch)
-        for kind in KINDS:
+        for kind in Kind:
             components = plan.team.share(list(chunks(plan.subset.of(kind, index), width)))
             if not components:
                 continue

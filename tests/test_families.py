@@ -1,0 +1,47 @@
+"""Families beyond the first five: scores against the definitions, streamed stacks against resident ones."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from streamed_world import assert_same, resident, streamed
+from test_scoring import Reference, assert_close, job_for
+
+from mergekit_wp.scoring.engine import score
+from mergekit_wp.scoring.job import METHODS
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def family(request, tmp_path_factory):
+    """A kind and the folders of a base and its fine-tune."""
+    return request.param, tiny.save_pair(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_against_the_definition(tmp_path, family, method):
+    """Every head and every neuron, by anchor in the lower layers and kl in the upper; the odd prompt out is padded."""
+    kind, pair = family
+    job = job_for(tmp_path, kind, pair=pair, tasks=("first",), layer=1, method=method, utility="staged", split="shared")
+    reference = Reference(job)
+    heads, neurons = reference.scores(getattr(reference, method))
+    got = score(job)
+    assert_close(got.heads, heads)
+    assert_close(got.neurons, neurons)
+
+
+def test_streamed_equals_resident(family):
+    """Weights, streams, logits and tables; under autocast too, where what surrounds the layers runs in float32."""
+    _kind, (folder, _expert) = family
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same(streamed(folder, dtype), resident(folder, dtype))
+
+
+def test_streamed_scores_equal_resident_scores(tmp_path, family):
+    kind, pair = family
+    options = {"pair": pair, "tasks": ("first",), "layer": 1, "utility": "staged", "split": "shared"}
+    streamed_scores, scores = (
+        score(job_for(tmp_path, kind, **options, method="writeback", offload=offload)) for offload in ("stream", "none")
+    )
+    torch.testing.assert_close(streamed_scores.heads, scores.heads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(streamed_scores.neurons, scores.neurons, rtol=1e-4, atol=1e-6)
