@@ -22,6 +22,7 @@ from mergekit_wp.eval.settings import Settings
 from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.eval.words import check_word_lists
 from mergekit_wp.scoring.offload import free_memory, parameter_bytes
+from mergekit_wp.vocabulary import head_against_config, head_equals_embeddings
 
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
 # vllm/v1/attention/backends/cpu_attn.py of vLLM 0.32, which finds out only at the first prompt (`make test-vllm`
@@ -72,8 +73,17 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
                 f"{model.reference}: its tokenizer has no chat template, which task {task.spec.task} applies; put a "
                 "chat_template.jinja into the folder, or set `apply_chat_template: false` in the suite."
             )
+    _check_head(model, settings.backend)
     _check_context(model, tasks, settings.backend, context_length(config, tokenizer), _stretch(config))
     _check_heads(model, getattr(config, "text_config", None) or config, settings)
+
+
+def _check_head(model: EvalModel, backend: Backend) -> None:
+    """The output head is there (transformers would make one up), and the backend uses it."""
+    checkpoint = Checkpoint(model.reference, model.folder)
+    head_equals_embeddings(checkpoint)
+    if backend.name == "vllm" and (trouble := head_against_config(checkpoint)):
+        raise BadInput(trouble)
 
 
 def _check_heads(model: EvalModel, config: Any, settings: Settings) -> None:

@@ -29,6 +29,7 @@ from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, c
 from mergekit_wp.merge.audit_widen import check_widen
 from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
+from mergekit_wp.vocabulary import head_against_config
 
 _SLICES_A_KIND = 4
 _ROWS = 16
@@ -58,6 +59,8 @@ def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[st
     say(f"audit: {tensors} tensors read; no NaN and no infinity.")
     if load:
         say(f"audit: {check_loads(out, merged.nbytes)}.")
+    if trouble := head_against_config(merged):
+        raise AuditFailed(f"{trouble} Do not use this merge.")
 
 
 def check_wp(plan: MergePlan, merged: Checkpoint, draw: random.Random) -> list[float]:

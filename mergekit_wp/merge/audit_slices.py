@@ -29,7 +29,7 @@ def by_kind(plan: MergePlan) -> list[list[PlannedTensor]]:
     kinds: dict[str, list[PlannedTensor]] = defaultdict(list)
     for tensor in plan.tensors:
         # Rows that a tokenizer config has moved are not those of the inputs any more.
-        if tensor.in_base and not tensor.realigned:
+        if tensor.written and not tensor.realigned:
             kinds[kind_of(tensor.output)].append(tensor)
     return list(kinds.values())
 

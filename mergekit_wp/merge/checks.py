@@ -25,6 +25,7 @@ from mergekit_wp.merge.importance import check_activations
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
+from mergekit_wp.vocabulary import embeddings_of, head_against_config, head_equals_embeddings, head_of
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -81,6 +82,7 @@ def check_scores_given(tensors: Iterable[PlannedTensor]) -> None:
 def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
     """Shapes of base and experts, and where they come from."""
     base = plan.checkpoints[tensor.base]
+    _check_ends(plan, tensor)
     for expert in tensor.experts:
         checkpoint = plan.checkpoints[expert]
         if different := checkpoint.geometry.differences(base.geometry):
@@ -97,6 +99,20 @@ def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
                 expert,
                 "; ".join(lineage),
             )
+
+
+def _check_ends(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """Embeddings and head of every model are there, and what the base's config says of them will hold of the merge."""
+    for model in tensor.models:
+        checkpoint = plan.checkpoints[model]
+        head_equals_embeddings(checkpoint)  # refuses a model that lacks one of the two
+        if embeddings_of(checkpoint) is None and head_of(checkpoint):
+            raise BadInput(
+                f"{model}: stores its embeddings under the name {head_of(checkpoint)} alone, where mergekit does not "
+                "look for them; load it with transformers, save it, and merge that."
+            )
+    if trouble := head_against_config(plan.checkpoints[tensor.base]):
+        raise BadInput(f"{trouble[:-1]}; the merge would inherit this.")
 
 
 def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:
@@ -161,7 +177,7 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     shapes = {model: header.shape for model, header in headers.items() if header}
     for model, shape in shapes.items():
         _check_shape(tensor, model, shape, shapes[tensor.base])
-    if not tensor.in_base:
+    if not tensor.written:
         _check_tied(plan, tensor)
     plan.out_dtype(tensor)
 
@@ -185,11 +201,11 @@ def _check_shape(
 def _check_tied(plan: MergePlan, tensor: PlannedTensor) -> None:
     """The base has no such tensor (a tied LM head), so none is written: the experts may not have another one."""
     for expert in tensor.experts:
-        checkpoint = plan.checkpoints[expert]
-        if tensor.output in checkpoint.tensors and not checkpoint.config.get("tie_word_embeddings", False):
+        if not head_equals_embeddings(plan.checkpoints[expert]):
             raise BadInput(
                 f"{expert}: has its own {tensor.output}, while the base {tensor.base} ties it to its embeddings; "
-                "the merge would lose it, so use an expert tuned from this base."
+                "the merge would lose it, so use an expert tuned from this base, or as the base a copy of it that "
+                f"stores {tensor.output} and has `tie_word_embeddings: false` in its config.json."
             )
 
 

@@ -19,6 +19,7 @@ from mergekit_wp.autoload import METHODS
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, TensorHeader, fingerprint_of, local_folder, read_header
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.shares import scores_beside
+from mergekit_wp.vocabulary import head_is_tied, head_of
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -81,8 +82,8 @@ class PlannedTensor:
     """--unsafe-truncate-embeddings cuts all inputs to the shortest."""
     optional: bool
     """mergekit leaves it out of the output where no input has it."""
-    in_base: bool
-    """The base's checkpoint has this tensor itself, so the merged one shall have it too."""
+    written: bool
+    """The base's checkpoint has this tensor itself, not as a copy of its embeddings: the merged one shall have it."""
 
     @property
     def allow_mismatch(self) -> bool:
@@ -137,7 +138,7 @@ class MergePlan:
         total = 0
         for tensor in self.tensors:
             header = self.header(tensor.base, tensor.source)
-            if header and tensor.in_base:
+            if header and tensor.written:
                 elements = 1
                 for length in header.shape:
                     elements *= length
@@ -226,8 +227,14 @@ def _planned(
         realigned=isinstance(inputs, PermutedVocabulary),
         truncated=isinstance(inputs, TruncatedVocabulary),
         optional=bool(task.output_weight.optional),
-        in_base=not task.output_weight.optional or sources[base] in own_names,
+        written=not task.output_weight.optional
+        or (sources[base] in own_names and not _is_copy_of_embeddings(task, checkpoints[base])),
     )
+
+
+def _is_copy_of_embeddings(task: ExecuteMergeMethodTask, base: Checkpoint) -> bool:
+    """Merged on its own, a tied head that is stored all the same could come out other than the embeddings."""
+    return task.method_name in OURS and task.output_weight.name == head_of(base) and head_is_tied(base)
 
 
 def _input_names(task: ExecuteMergeMethodTask) -> tuple[dict[ModelReference, list[str]], str | None]:

@@ -103,7 +103,7 @@ def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
         source=tensor.source,
         out_dtype=plan.out_dtype(tensor),
         rows=header.shape[0] if cut and header else None,
-        written=tensor.in_base,
+        written=tensor.written,
         scores=dict(zip(tensor.experts, tensor.scores, strict=False)),
     )
 

@@ -194,7 +194,7 @@ def mean_inputs(stack: Stack, prompts: Sequence[Batch], tick: Callable[[float], 
     from mergekit_wp.scoring.sweep import ascend, waves
 
     tally = _Tally()
-    tied = getattr(stack.model.config, "tie_word_embeddings", False)
+    tied = "lm_head.weight" in stack.model.all_tied_weights_keys
     with torch.no_grad(), tally.listening(stack):
         for group in waves(stack, prompts, lambda batch: batch.ids_BT.numel()):
             finals: list[torch.Tensor] = []

@@ -21,6 +21,7 @@ from mergekit_wp.scoring.rotary import Lengths
 from mergekit_wp.scoring.stack import ResidentStack, Stack
 from mergekit_wp.scoring.streamed import open_streamed
 from mergekit_wp.scoring.team import Team
+from mergekit_wp.vocabulary import head_against_config, head_equals_embeddings
 
 LOG = logger(__name__)
 
@@ -82,6 +83,9 @@ def check_pair(job: ScoringJob) -> CheckedPair:
         raise BadInput(f"{job.expert}: the weights equal those of the base {job.base}; there is no gap to explain.")
     for difference in expert.lineage_differences(base):
         LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
+    for checkpoint in (base, expert):
+        if trouble := head_against_config(checkpoint):
+            LOG.warning(trouble)
     return checked
 
 
@@ -110,6 +114,7 @@ def load_one(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, offload: str, remote_code: bool
 ) -> Stack:
     """One model alone, in memory or ready to be read layer by layer; `offload` as for a pair. Raises as `load_pair`."""
+    head_equals_embeddings(checkpoint)  # refuses a model that lacks one of the two
     fits = parameter_bytes(checkpoint, dtype) <= (1 - RESERVE) * free_memory(device)
     if offload == "stream" or (offload == "auto" and not fits):
         return open_streamed(checkpoint.name, checkpoint, dtype, device, remote_code)

@@ -20,6 +20,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.lora import Adapter
 from mergekit_wp.scoring.shards import Shards
 from mergekit_wp.scoring.stack import Stack
+from mergekit_wp.vocabulary import head_equals_embeddings
 
 Weights = dict[str, torch.Tensor]
 _LAYERS, _HEAD = "model.layers.", "lm_head."
@@ -43,6 +44,8 @@ def open_streamed(
         raise BadInput(f"{name}: a quantised checkpoint cannot be streamed; use --offload none.")
     shards = Shards(name, checkpoint.tensors, device)
     skeleton = _skeleton(name, checkpoint, dtype, trust_remote_code)
+    if not head_equals_embeddings(checkpoint):
+        skeleton.all_tied_weights_keys.clear()  # as transformers does, whatever the config says
     lora = None
     if adapter is not None:
         lora = Adapter(name, adapter, _skeleton(name, checkpoint, dtype, trust_remote_code), device)
@@ -220,9 +223,7 @@ def _sources(model: Any, names: Iterable[str], shards: Shards) -> dict[str, str]
     """The checkpoint's tensor for every tensor of the model: its namesake, or of a tied pair the one that is stored."""
     sources = {name: name for name in names}
     for one, other in model.all_tied_weights_keys.items():
-        # With both stored, both are read: transformers does not tie weights that a checkpoint keeps apart.
-        if (one in shards) != (other in shards):
-            sources[one] = sources[other] = one if one in shards else other
+        sources[one] = sources[other] = one if one in shards else other
     return sources
 
 

@@ -1,0 +1,102 @@
+"""The two ends of a model that its vocabulary rules: embeddings and output head, and whether these are one tensor.
+
+What config.json says of the two (`tie_word_embeddings`) and what a checkpoint stores may contradict each other. What
+counts is what transformers 5 computes with (`modeling_utils.tie_weights`):
+
+    config says    stored                     the head is
+    tied           one of the two             the embeddings
+    tied           two of equal values        the embeddings
+    tied           two that differ            a tensor of its own (vLLM and transformers 4 leave it out)
+    apart          both                       a tensor of its own
+    apart          one of the two             random numbers: refused here
+"""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.components import SUPPORTED
+from mergekit_wp.errors import BadInput
+
+_ROWS = 1024  # compared at a time
+
+
+def says_tied(checkpoint: Checkpoint) -> bool:
+    """What the config says; where it leaves the field out, its class decides (Gemma's heads are tied)."""
+    said = checkpoint.config.get("tie_word_embeddings")
+    if said is None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
+        said = getattr(config, "tie_word_embeddings", False)
+    return bool(said)
+
+
+def head_equals_embeddings(checkpoint: Checkpoint) -> bool:
+    """Whether the head computes with the values of the embeddings, be they stored once or twice.
+
+    Raises `BadInput` when one of the two is missing and the config does not say that they are one.
+    """
+    embeddings, head = embeddings_of(checkpoint), head_of(checkpoint)
+    if embeddings and head:
+        return _equal(checkpoint, embeddings, head)
+    if (embeddings or head) and _known(checkpoint) and not says_tied(checkpoint):
+        raise BadInput(
+            f"{checkpoint.name}: stores {embeddings or head} without {'an lm_head' if embeddings else 'embed_tokens'}"
+            ".weight, and its config does not say that head and embeddings are one tensor; if they are, set "
+            "`tie_word_embeddings: true` in its config.json, else download it again."
+        )
+    return True
+
+
+def head_is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether head and embeddings are one tensor in the loaded model. Raises as `head_equals_embeddings`."""
+    return says_tied(checkpoint) and head_equals_embeddings(checkpoint)
+
+
+def head_against_config(checkpoint: Checkpoint) -> str | None:
+    """One sentence about a head of its own in a model whose config says that it has none; None where all agrees."""
+    if not _known(checkpoint) or not says_tied(checkpoint) or head_equals_embeddings(checkpoint):
+        return None
+    return (
+        f"{checkpoint.name}: its config says that head and embeddings are one tensor (tie_word_embeddings), and it "
+        f"stores a {head_of(checkpoint)} that differs from {embeddings_of(checkpoint)}, which transformers uses and "
+        "vLLM leaves out; set `tie_word_embeddings: false` in its config.json, or remove that tensor."
+    )
+
+
+def _known(checkpoint: Checkpoint) -> bool:
+    """How other architectures name and tie theirs is not known here; wp-eval and foreign merges see those too."""
+    return (checkpoint.config.get("architectures") or [None])[0] in SUPPORTED
+
+
+def embeddings_of(checkpoint: Checkpoint) -> str | None:
+    """The name of the stored embeddings; None where there are none."""
+    return _find(checkpoint, "embed_tokens.weight")
+
+
+def head_of(checkpoint: Checkpoint) -> str | None:
+    """The name of the stored output head; None where there is none."""
+    return _find(checkpoint, "lm_head.weight")
+
+
+def _find(checkpoint: Checkpoint, last: str) -> str | None:
+    return next((name for name in checkpoint.tensors if f".{name}".endswith(f".{last}")), None)
+
+
+def _equal(checkpoint: Checkpoint, embeddings: str, head: str) -> bool:
+    """Whether two stored matrices hold equal numbers, whatever their dtypes."""
+    one, other = checkpoint.tensors[embeddings], checkpoint.tensors[head]
+    if one.shape != other.shape:
+        return False
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        embeddings_VD, head_VD = first.get_slice(embeddings), second.get_slice(head)
+        parts = (slice(start, start + _ROWS) for start in range(0, one.shape[0], _ROWS))
+        return all(_equal_values(embeddings_VD[rows], head_VD[rows]) for rows in parts)
+
+
+def _equal_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    same = one.dtype == other.dtype
+    return torch.equal(one, other) if same else torch.equal(one.double(), other.double())
