@@ -9,6 +9,10 @@ counts is what transformers 5 computes with (`modeling_utils.tie_weights`):
     tied           two that differ            a tensor of its own (vLLM and transformers 4 leave it out)
     apart          both                       a tensor of its own
     apart          one of the two             random numbers: refused here
+
+Rows: an expert may have more than its base (added tokens, padding to a multiple of 64) or fewer (padding cut off).
+Scores are read off the rows that both have; a merge has the base's rows, and an expert has changed nothing in those
+that it does not have (`align_rows`).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import SUPPORTED
 from mergekit_wp.errors import BadInput
 
+EMBEDDINGS, HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end in
 _ROWS = 1024  # compared at a time
 
 
@@ -44,8 +49,8 @@ def head_equals_embeddings(checkpoint: Checkpoint) -> bool:
         return _equal(checkpoint, embeddings, head)
     if (embeddings or head) and _known(checkpoint) and not says_tied(checkpoint):
         raise BadInput(
-            f"{checkpoint.name}: stores {embeddings or head} without {'an lm_head' if embeddings else 'embed_tokens'}"
-            ".weight, and its config does not say that head and embeddings are one tensor; if they are, set "
+            f"{checkpoint.name}: stores {embeddings or head} without {HEAD if embeddings else EMBEDDINGS}, "
+            "and its config does not say that head and embeddings are one tensor; if they are, set "
             "`tie_word_embeddings: true` in its config.json, else download it again."
         )
     return True
@@ -67,6 +72,12 @@ def head_against_config(checkpoint: Checkpoint) -> str | None:
     )
 
 
+def align_rows(tensor_V: torch.Tensor, base_V: torch.Tensor) -> torch.Tensor:
+    """An expert's embeddings or head [V', ...] with the rows of the base's [V, ...]: cut, or completed from them."""
+    missing = len(base_V) - len(tensor_V)
+    return torch.cat([tensor_V, base_V[len(tensor_V) :]]) if missing > 0 else tensor_V[: len(base_V)]
+
+
 def _known(checkpoint: Checkpoint) -> bool:
     """How other architectures name and tie theirs is not known here; wp-eval and foreign merges see those too."""
     return (checkpoint.config.get("architectures") or [None])[0] in SUPPORTED
@@ -74,12 +85,12 @@ def _known(checkpoint: Checkpoint) -> bool:
 
 def embeddings_of(checkpoint: Checkpoint) -> str | None:
     """The name of the stored embeddings; None where there are none."""
-    return _find(checkpoint, "embed_tokens.weight")
+    return _find(checkpoint, EMBEDDINGS)
 
 
 def head_of(checkpoint: Checkpoint) -> str | None:
     """The name of the stored output head; None where there is none."""
-    return _find(checkpoint, "lm_head.weight")
+    return _find(checkpoint, HEAD)
 
 
 def _find(checkpoint: Checkpoint, last: str) -> str | None:

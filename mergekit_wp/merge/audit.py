@@ -25,7 +25,7 @@ from safetensors import safe_open
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import slot_of
 from mergekit_wp.merge.audit_aim import check_aim
-from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_slice
+from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.audit_widen import check_widen
 from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
@@ -114,10 +114,9 @@ def _scaled(tensor: PlannedTensor, alpha_K: list[float]) -> list[float]:
 def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float:
     tensor = sample.tensor
     base = read_slice(plan.checkpoints[tensor.base], tensor.source, sample.where)
-    rows = base.shape[0]
     want, size = base.clone(), torch.zeros_like(base)
     for alpha, expert in zip(sample.alpha_K, tensor.experts, strict=True):
-        theta = read_slice(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where)[:rows]
+        theta = read_aligned(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where, base)
         want += alpha * (theta - base)
         size += abs(alpha) * (theta.abs() + base.abs())
     # K + 1 steps of the float32 accumulation, and half a step of the dtype that the recipe makes mergekit read in.

@@ -8,7 +8,7 @@ import torch
 
 from mergekit_wp.activations import read_activations
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.merge.audit_slices import FLOAT32_STEP, by_kind, compare, read_slice
+from mergekit_wp.merge.audit_slices import FLOAT32_STEP, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.plan import MergePlan
 
 _TENSORS_A_KIND, _ROWS = 4, 16
@@ -23,11 +23,10 @@ def check_aim(plan: MergePlan, merged: Checkpoint, draw: random.Random) -> list[
             header = plan.header(tensor.base, tensor.source)
             assert header is not None  # the checks of the plan say so
             start = draw.randrange(header.shape[0])
-            # An expert may have more rows than the base: the base's are merged.
             rows = slice(start, min(header.shape[0], start + _ROWS))
             model = tensor.experts[0]
             base = read_slice(plan.checkpoints[tensor.base], tensor.source, (rows,), tensor.read_dtype)
-            tuned = read_slice(plan.checkpoints[model], tensor.sources[model] or "", (rows,), tensor.read_dtype)
+            tuned = read_aligned(plan.checkpoints[model], tensor.sources[model] or "", (rows,), base, tensor.read_dtype)
             share = torch.ones(())
             if tensor.source in means:
                 a_C = means[tensor.source].double() / means[tensor.source].max().clamp(min=1e-45)

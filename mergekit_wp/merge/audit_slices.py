@@ -11,6 +11,7 @@ from safetensors import safe_open
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import OneSentence
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
+from mergekit_wp.vocabulary import align_rows
 
 FLOAT32_STEP = 2.0**-23
 
@@ -40,6 +41,20 @@ def read_slice(checkpoint: Checkpoint, name: str, where: tuple[slice, ...], dtyp
         view = file.get_slice(name)
         part: torch.Tensor = view[where[0]] if len(where) == 1 else view[where[0], where[1]]
     return (part if dtype is None else part.to(getattr(torch, dtype.removeprefix("torch.")))).to(torch.float64)
+
+
+def read_aligned(
+    checkpoint: Checkpoint, name: str, where: tuple[slice, ...], base: torch.Tensor, dtype: str | None = None
+) -> torch.Tensor:
+    """The part of an expert's tensor that matches `base`, the same part of the base's.
+
+    Embeddings and head have the base's rows: an expert's others are left out, and those it lacks are the base's.
+    """
+    have, start = checkpoint.tensors[name].shape[0], where[0].start or 0
+    rows = slice(min(start, have), min(start + len(base), have))
+    if rows.start == rows.stop:
+        return base
+    return align_rows(read_slice(checkpoint, name, (rows, *where[1:]), dtype), base)
 
 
 def compare(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.merge.audit_slices import FLOAT32_STEP, by_kind, compare, read_slice
+from mergekit_wp.merge.audit_slices import FLOAT32_STEP, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
 from mergekit_wp.merge.widen import TOKEN_ROWS
 
@@ -47,16 +47,16 @@ class _Columns:
         return self.shape[0 if self.by_row or len(self.shape) == 1 else 1]
 
     def where(self, start: int, stop: int) -> tuple[slice, ...]:
-        # An expert may have more rows than the base: of embeddings and LM head, the base's are merged.
         columns = slice(start, stop)
         return (columns,) if self.by_row or len(self.shape) == 1 else (slice(0, self.shape[0]), columns)
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """base_OC and experts_KOC (a vector has O = 1)."""
-        where, tensor = self.where(start, stop), self.tensor
-        parts = [
-            read_slice(self.plan.checkpoints[model], tensor.sources[model] or "", where, tensor.read_dtype)
-            for model in tensor.models
+        where, tensor, opened = self.where(start, stop), self.tensor, self.plan.checkpoints
+        base = read_slice(opened[tensor.base], tensor.source, where, tensor.read_dtype)
+        parts = [base] + [
+            read_aligned(opened[model], tensor.sources[model] or "", where, base, tensor.read_dtype)
+            for model in tensor.experts
         ]
         parts = [part[None] if part.ndim == 1 else part.T if self.by_row else part for part in parts]
         return parts[0], torch.stack(parts[1:])

@@ -25,7 +25,8 @@ from mergekit_wp.merge.importance import check_activations
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
-from mergekit_wp.vocabulary import embeddings_of, head_against_config, head_equals_embeddings, head_of
+from mergekit_wp.token_ids import differences, listed
+from mergekit_wp.vocabulary import EMBEDDINGS, embeddings_of, head_against_config, head_equals_embeddings, head_of
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -82,7 +83,6 @@ def check_scores_given(tensors: Iterable[PlannedTensor]) -> None:
 def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
     """Shapes of base and experts, and where they come from."""
     base = plan.checkpoints[tensor.base]
-    _check_ends(plan, tensor)
     for expert in tensor.experts:
         checkpoint = plan.checkpoints[expert]
         if different := checkpoint.geometry.differences(base.geometry):
@@ -113,6 +113,33 @@ def _check_ends(plan: MergePlan, tensor: PlannedTensor) -> None:
             )
     if trouble := head_against_config(plan.checkpoints[tensor.base]):
         raise BadInput(f"{trouble[:-1]}; the merge would inherit this.")
+
+
+def _check_token_ids(plan: MergePlan, tensor: PlannedTensor, expert: ModelReference) -> None:
+    """Row i means one token in base and expert (a `tokenizer:` in the recipe sees to that itself)."""
+    base = plan.checkpoints[tensor.base]
+    rows = min(base.geometry.vocabulary, plan.checkpoints[expert].geometry.vocabulary)
+    if (found := differences(base.folder, plan.published(expert), rows)) is None:
+        return
+    if found.moved:
+        token, (ours, theirs) = next(iter(found.moved.items()))
+        raise BadInput(
+            f"{expert}: its tokenizer gives {len(found.moved)} tokens other ids than that of the base {tensor.base} "
+            f"({token!r}: {theirs} against {ours}), so the merge would mix embeddings of different tokens; add "
+            "`tokenizer: {source: base}` to the recipe, or put the right tokenizer into that folder."
+        )
+    if found.renamed:
+        index, (our_name, their_name) = next(iter(found.renamed.items()))
+        LOG.warning(
+            "%s: %d ids stand for other tokens in its tokenizer than in that of %s (%d: %r against %r); the merge "
+            "mixes their embeddings.",
+            *(expert, len(found.renamed), tensor.base, index, their_name, our_name),
+        )
+    if found.own:
+        LOG.warning(
+            "%s: %d tokens of its own (%s) are left out; the merged model has the vocabulary of %s.",
+            *(expert, len(found.own), listed(found.own), tensor.base),
+        )
 
 
 def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:
@@ -154,6 +181,10 @@ def _check_fingerprint(
 
 def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     """One output tensor: its inputs exist, are of one layer, of one shape, and of a dtype that can be merged."""
+    if tensor.output.endswith(EMBEDDINGS):
+        _check_ends(plan, tensor)
+        for expert in () if tensor.realigned else tensor.experts:
+            _check_token_ids(plan, tensor, expert)
     headers = {model: plan.header(model, tensor.sources[model]) for model in tensor.models}
     for model, header in headers.items():
         if header is None:
@@ -186,10 +217,11 @@ def _check_shape(
     tensor: PlannedTensor, model: ModelReference, shape: tuple[int, ...], base_shape: tuple[int, ...]
 ) -> None:
     if tensor.output in VOCABULARY_TENSORS and shape[1:] == base_shape[1:]:
-        if shape[0] < base_shape[0] and not tensor.realigned:
+        if shape[0] < base_shape[0] and tensor.truncated:
             raise BadInput(
                 f"{model}: {tensor.sources[model]} has {shape[0]} rows, fewer than the {base_shape[0]} of the base "
-                f"{tensor.base}; add `tokenizer: {{source: base}}` to the recipe to fill the missing tokens."
+                f"{tensor.base}, to which --unsafe-truncate-embeddings would cut the base's as well; leave that out, "
+                "since rows are brought in line without it."
             )
         return
     if shape != base_shape:

@@ -116,6 +116,10 @@ class MergePlan:
         """The method is one of this package."""
         return self.method in OURS
 
+    def published(self, model: ModelReference) -> Path:
+        """Where a model as published lies: of `base+lora` the LoRA, not what mergekit merges the two into."""
+        return _own_folder(model, self.checkpoints[model])
+
     def header(self, model: ModelReference, name: str | None) -> TensorHeader | None:
         return self.checkpoints[model].tensors.get(name or "")
 

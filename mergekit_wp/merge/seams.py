@@ -6,7 +6,7 @@ task that sees the whole merge: every output tensor, the output folder and the o
 run.
 
 `ExecuteMergeMethodTask.execute` adapts one tensor: mergekit validates shapes before the method runs, tells
-a method the name of the output only, and promotes mixed dtypes. There expert embeddings are cut to the
+a method the name of the output only, and promotes mixed dtypes. There expert embeddings get the
 base's rows, the source's name, the output dtype and the score files that were found in experts' folders are handed
 on, and a tied LM head is not written.
 
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_wp.components import VOCABULARY_TENSORS
 from mergekit_wp.merge.checks import check_inputs, check_plan
 from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
+from mergekit_wp.vocabulary import align_rows
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,11 @@ _installed = False
 
 @dataclass(frozen=True)
 class _Seat:
-    """What one task must know at its execution. `rows`: to cut a vocabulary tensor to, None for as they are."""
+    """What one task must know at its execution. `aligned`: the experts' rows are to be those of the base."""
 
     source: str
     out_dtype: str
-    rows: int | None
+    aligned: bool
     written: bool
     scores: Mapping[Any, str]
 
@@ -83,8 +84,8 @@ def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
         seat = _seats.get(self) or _seat_in_memory(self)
         if not seat.written:
             return None
-        if seat.rows is not None:
-            tensors = {model: tensor[: seat.rows] for model, tensor in tensors.items()}
+        if seat.aligned:
+            tensors = {model: align_rows(tensor, tensors[self.base_model]) for model, tensor in tensors.items()}
         parameters = {**dict(self.parameters.items()), "source_name": seat.source}
         changed: dict[str, Any] = {"out_dtype": seat.out_dtype, "parameters": parameters}
         if seat.scores:
@@ -97,12 +98,10 @@ def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
-    cut = tensor.output in VOCABULARY_TENSORS and not tensor.realigned
-    header = plan.header(tensor.base, tensor.source)
     return _Seat(
         source=tensor.source,
         out_dtype=plan.out_dtype(tensor),
-        rows=header.shape[0] if cut and header else None,
+        aligned=tensor.output in VOCABULARY_TENSORS and not tensor.realigned,
         written=tensor.written,
         scores=dict(zip(tensor.experts, tensor.scores, strict=False)),
     )

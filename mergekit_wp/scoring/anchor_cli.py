@@ -135,7 +135,7 @@ def _from_scores(path: str, task: str | None) -> Anchor:
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:
     import torch
 
-    from mergekit_wp.scoring.batches import tokenize_tasks
+    from mergekit_wp.scoring.batches import check_rows, tokenize_tasks
     from mergekit_wp.scoring.cli import Progress
     from mergekit_wp.scoring.engine import anchor_layer, search_of
     from mergekit_wp.scoring.job import load_job
@@ -157,6 +157,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(wording, pairs, checked.context_limit)
+    check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
     search = search_of(job, depth)
     if auto:
         check_graders(tasks, search)

@@ -10,7 +10,7 @@ Legend: B prompts in a batch, T padded length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,11 @@ class TaskTokens:
     scoring: Tokens
     checks: list[Mapping[str, Any] | None] = field(default_factory=list)
 
+    @property
+    def prompts(self) -> Tokens:
+        """All of them, contrasts too."""
+        return [*self.extraction, *(self.contrasts or ()), *self.scoring]
+
 
 def tokenize_tasks(wording: Wording, tasks: Sequence[TaskPairs], limit: int) -> list[TaskTokens]:
     """Tokenise every prompt as `wording` puts it.
@@ -80,6 +85,16 @@ def _ids(wording: Wording, text: str, chat: bool, limit: int) -> list[int]:
     if len(tokens) > limit:
         raise BadInput(f"the prompt {text[:60]!r} has {len(tokens)} tokens, the models take {limit}; shorten it.")
     return tokens
+
+
+def check_rows(prompts: Iterable[Sequence[int]], tokenizer: Any, rows: int) -> None:
+    """Refuse a prompt with a token that a model has no embedding for: an id of at least `rows`."""
+    for tokens in prompts:
+        if (top := max(tokens)) >= rows:
+            raise BadInput(
+                f"a prompt holds the token {tokenizer.decode([top])!r} (id {top}), for which a model of {rows} "
+                "vocabulary rows has none; take that prompt out, or give the model its own tokenizer."
+            )
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iterator[Batch]:

@@ -43,12 +43,13 @@ def kl_levels(
     if not sets:
         return []
     parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, base, expert)]
-    targets = _expert_logits(expert, parts, base.tower.config.vocab_size)
+    vocabulary = min(base.vocabulary, expert.vocabulary)
+    targets = _expert_logits(expert, parts, vocabulary)
     totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
     branched = _branches(base, parts, directions, layers, positions)
     for (i, batch), branches, target_BV in zip(parts, branched, targets, strict=True):
         for column, stream_BTD in enumerate(branches):
-            logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), base.tower.config.vocab_size)
+            logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), vocabulary)
             totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
         tick(len(batch.last_B))
     means = [(total / len(prompts)).tolist() for total, prompts in zip(totals, sets, strict=True)]
@@ -56,7 +57,7 @@ def kl_levels(
 
 
 def _expert_logits(expert: Stack, parts: Sequence[Part], vocabulary: int) -> list[torch.Tensor]:
-    """Of every batch [B, V]; rows that the base does not have are cut."""
+    """Of every batch [B, V]; rows past `vocabulary` are cut."""
     starts = [expert.start(batch) for _i, batch in parts]
     tops = [start.stream_BTD for start in starts]
     for _layer, tops in ascend(expert, starts, expert.depth, at=[batch.last_B for _i, batch in parts]):  # noqa: B007

@@ -89,7 +89,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.activations import Activations, Calibration, write_activations
     from mergekit_wp.checkpoint import Checkpoint
     from mergekit_wp.scorefile import ModelId
-    from mergekit_wp.scoring.batches import batches
+    from mergekit_wp.scoring.batches import batches, check_rows
     from mergekit_wp.scoring.cli import Progress, _quieten
     from mergekit_wp.scoring.models import load_one, load_tokenizer, pick_device, pick_dtype
     from mergekit_wp.scoring.wording import alone
@@ -100,6 +100,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     tokenizer = load_tokenizer(checkpoint, how["trust_remote_code"])
     wording = alone(base, tokenizer, how["chat_template"], how["system"])
     used, blocks = cut(wording, read_texts(texts), documents, length, texts)
+    check_rows(blocks, tokenizer, checkpoint.geometry.vocabulary)
     device = pick_device(how["device"])
     dtype = pick_dtype(how["dtype"], device)
     stack = load_one(checkpoint, dtype, device, how["offload"], how["trust_remote_code"])

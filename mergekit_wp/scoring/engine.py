@@ -25,12 +25,12 @@ from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
-from mergekit_wp.scoring.batches import TaskTokens, batches, tokenize_tasks
+from mergekit_wp.scoring.batches import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.directions import Directions
 from mergekit_wp.scoring.gauges import gauge_of, make_gauges
 from mergekit_wp.scoring.job import ScoringJob
-from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer, warn_of_other_ids
 from mergekit_wp.scoring.offload import free_memory
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.recovery import Search, check_graders, locate, usual_layer
@@ -70,6 +70,8 @@ def score(
     tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
     wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(wording, pairs, checked.context_limit)
+    check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
+    warn_of_other_ids(checked, [wording.text(pair.prompt, pair.chat) for each in pairs for pair in each.scoring])
     if search and job.directed:
         check_graders(tasks, search)
     pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
@@ -160,7 +162,7 @@ def task_run(
 ) -> TaskRun:
     """Empty sums of a task whose gauges read the anchor at `layer`; of a utility with a direction, that is."""
     shape = pair.geometry
-    gauges = make_gauges(job.utility, shape.layers, shape.vocabulary, layer, found.v_LD if found else None)
+    gauges = make_gauges(job.utility, shape.layers, pair.vocabulary, layer, found.v_LD if found else None)
     return TaskRun(task.task, job.method, shape, gauges, job.gap, job.gap_floor, pair.device)
 
 

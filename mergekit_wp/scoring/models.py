@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of
+from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
@@ -21,6 +22,8 @@ from mergekit_wp.scoring.rotary import Lengths
 from mergekit_wp.scoring.stack import ResidentStack, Stack
 from mergekit_wp.scoring.streamed import open_streamed
 from mergekit_wp.scoring.team import Team
+from mergekit_wp.scoring.wording import prompt_ids
+from mergekit_wp.token_ids import load_other
 from mergekit_wp.vocabulary import head_against_config, head_equals_embeddings
 
 LOG = logger(__name__)
@@ -34,6 +37,13 @@ class CheckedPair:
     expert: Checkpoint
     base_print: Fingerprint
     expert_print: Fingerprint
+    published: Path
+    """The expert's own folder; of `base+lora` the LoRA's, while `expert` is the base under it."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V: vocabulary rows that both models have."""
+        return min(self.base.geometry.vocabulary, self.expert.geometry.vocabulary)
 
     @property
     def context_limit(self) -> int:
@@ -56,13 +66,18 @@ class ModelPair:
     offload: str = "none"
     reason: str = ""
 
+    @property
+    def vocabulary(self) -> int:
+        """V: vocabulary rows that both models have."""
+        return min(self.base.vocabulary, self.expert.vocabulary)
+
 
 def check_pair(job: ScoringJob) -> CheckedPair:
     """Open both models and compare them by their configs and tensor headers.
 
-    Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, an expert
-    with fewer vocabulary rows than the base, and equal weights (no gap to explain). Other signs of a wrong
-    lineage (another rope_theta, say) are logged as warnings.
+    Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, and equal weights
+    (no gap to explain). Other signs of a wrong lineage (another rope_theta, say) are logged as warnings. The number of
+    vocabulary rows may differ.
     """
     base, expert = Checkpoint.open(job.base), Checkpoint.open(job.expert.partition("+")[0])
     if differences := expert.geometry.differences(base.geometry):
@@ -70,13 +85,10 @@ def check_pair(job: ScoringJob) -> CheckedPair:
             f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
             "be a fine-tune of the base."
         )
-    if expert.geometry.vocabulary < base.geometry.vocabulary:
-        raise BadInput(
-            f"{expert.name}: has {expert.geometry.vocabulary} vocabulary rows, fewer than the base's "
-            f"{base.geometry.vocabulary}; it is not a fine-tune of {base.name}."
-        )
     expert_print = fingerprint_of(job.expert) if "+" in job.expert else expert.fingerprint
-    checked = CheckedPair(base, expert, base.fingerprint, expert_print)
+    adapter = job.expert.partition("+")[2]
+    published = local_folder(adapter) if adapter else expert.folder
+    checked = CheckedPair(base, expert, base.fingerprint, expert_print, published)
     # Equal fingerprints only sample the weights: an expert that differs in one head alone is a fair question.
     same = checked.base_print.tensors == checked.expert_print.tensors
     if same and content_digest(base.tensors) == content_digest(expert.tensors):
@@ -194,6 +206,21 @@ def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device
         if not torch.isfinite(low + high):
             raise BadInput(f"{name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
     return model
+
+
+def warn_of_other_ids(checked: CheckedPair, texts: Sequence[str]) -> None:
+    """Prompts go to the expert as the base's tokenizer cuts them; say so where its own would cut them otherwise."""
+    ours, theirs = load_other(checked.base.folder, checked.published)
+    other = [text for text in texts if ours and prompt_ids(ours, text) != prompt_ids(theirs, text)]
+    if other:
+        LOG.warning(
+            "%s: its own tokenizer gives other ids than the base's to %d of %d prompts, such as %r; it is scored on "
+            "those of the base's.",
+            checked.published,
+            len(other),
+            len(texts),
+            other[0][:60],
+        )
 
 
 def load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:

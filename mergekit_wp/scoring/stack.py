@@ -59,6 +59,11 @@ class Stack(ABC):
             for layer in self.tower.layers:
                 separate(layer, geometry)
 
+    @property
+    def vocabulary(self) -> int:
+        """V: rows of the embeddings, also while these are not read yet."""
+        return len(self.model.get_input_embeddings().weight)
+
     @abstractmethod
     def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
         """The decoder layers of `order`, one after the other; each holds its weights until the next is taken."""

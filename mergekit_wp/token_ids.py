@@ -1,0 +1,82 @@
+"""The tokenizers of two models side by side, from their files.
+
+A merge mixes row i of one model's embeddings with row i of another's, and scores come from prompts that the base's
+tokenizer has cut: both take it that an id means the same token in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What an expert's tokenizer has otherwise than the base's.
+
+    moved    tokens of both under other ids: token -> (id in the base, id in the expert)
+    renamed  ids that stand for a token which the other model does not have: id -> (in the base, in the expert)
+    own      tokens of the expert at ids that the base's tokenizer does not use
+    """
+
+    moved: dict[str, tuple[int, int]]
+    renamed: dict[int, tuple[str, str]]
+    own: list[str]
+
+
+def differences(base: Path, expert: Path, rows: int) -> Differences | None:
+    """Of the ids below `rows`, and of the expert's own above them; None where there is nothing to compare.
+
+    Folders without a tokenizer, and tokenizers that transformers does not load without remote code, say nothing.
+    """
+    ours, theirs = load_other(base, expert)
+    if ours is None or theirs is None:
+        return None
+    ids, other_ids = ours.get_vocab(), theirs.get_vocab()
+    at, other_at = ({index: token for token, index in vocabulary.items()} for vocabulary in (ids, other_ids))
+    moved = {
+        token: (index, other_ids[token])
+        for token, index in ids.items()
+        if other_ids.get(token, index) != index and max(index, other_ids[token]) < rows
+    }
+    renamed = {
+        index: (token, other_at[index])
+        for index, token in at.items()
+        if index < rows and other_at.get(index, token) != token and not {token, other_at[index]} & moved.keys()
+    }
+    own = [token for index, token in sorted(other_at.items()) if index not in at and token not in ids]
+    return Differences(moved, renamed, own)
+
+
+def load_other(base: Path, expert: Path) -> tuple[Any, Any]:
+    """Both tokenizers; (None, None) where the files are the same, or one does not load."""
+    if all(_content(base / name) == _content(expert / name) for name in _FILES):
+        return None, None
+    loaded = _load(base), _load(expert)
+    return loaded if all(loaded) else (None, None)
+
+
+def listed(tokens: Iterable[str]) -> str:
+    """The first few of some tokens, quoted."""
+    tokens = list(tokens)
+    return ", ".join(map(repr, tokens[:_SHOWN])) + (", ..." if len(tokens) > _SHOWN else "")
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception:  # whoever needs this tokenizer says what is wrong with it
+        return None
