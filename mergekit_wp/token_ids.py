@@ -39,14 +39,15 @@ def differences(base: Path, expert: Path, rows: int) -> Differences | None:
         return None
     ids, other_ids = ours.get_vocab(), theirs.get_vocab()
     at, other_at = ({index: token for token, index in vocabulary.items()} for vocabulary in (ids, other_ids))
+    in_order = sorted(at.items())
     moved = {
         token: (index, other_ids[token])
-        for token, index in ids.items()
+        for index, token in in_order
         if other_ids.get(token, index) != index and max(index, other_ids[token]) < rows
     }
     renamed = {
         index: (token, other_at[index])
-        for index, token in at.items()
+        for index, token in in_order
         if index < rows and other_at.get(index, token) != token and not {token, other_at[index]} & moved.keys()
     }
     own = [token for index, token in sorted(other_at.items()) if index not in at and token not in ids]

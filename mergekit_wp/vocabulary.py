@@ -62,8 +62,11 @@ def head_is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def head_against_config(checkpoint: Checkpoint) -> str | None:
-    """One sentence about a head of its own in a model whose config says that it has none; None where all agrees."""
-    if not _known(checkpoint) or not says_tied(checkpoint) or head_equals_embeddings(checkpoint):
+    """One sentence about a head of its own in a model whose config says that it has none; None where all agrees.
+
+    Raises as `head_equals_embeddings`.
+    """
+    if head_equals_embeddings(checkpoint) or not _known(checkpoint) or not says_tied(checkpoint):
         return None
     return (
         f"{checkpoint.name}: its config says that head and embeddings are one tensor (tie_word_embeddings), and it "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 
@@ -48,11 +47,12 @@ def drop_field(folder, name):
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_as_transformers_loads_it(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "says"), [("llama", True), ("llama", False), ("llama", None), ("gemma2", None)])
+def test_as_transformers_loads_it(tmp_path, kind, says):
     """What transformers makes of every combination is what is told here, and what is streamed."""
-    folder = tiny.save(tiny.random_model(kind, tie_word_embeddings=True), tmp_path / "m")
-    for says, what in itertools.product((True, False, None), STORED):
+    model = tiny.random_model(kind, tie_word_embeddings=True, num_hidden_layers=1)
+    folder = tiny.save(model, tmp_path / "m")
+    for what in STORED:
         store(folder, what)
         edit_config(folder, tie_word_embeddings=says)
         if says is None:

@@ -36,7 +36,7 @@ def test_align_rows():
 
 @pytest.fixture
 def world(tmp_path):
-    """One expert of which padding rows were cut, and one with added tokens; the tokenizer's own ids are below 60."""
+    """One expert whose last rows were cut off, and one with added rows."""
     world = World(tmp_path / "w", "qwen3", experts=2, extra_rows=[-30, 2]).build()
     write_random_activations(world)
     return world
@@ -54,11 +54,9 @@ def complete(world, k):
 
 
 @pytest.mark.parametrize("method", ["wp", "widen", "aim"])
-def test_rows_that_an_expert_lacks_are_the_bases(world, method, caplog):
+def test_rows_that_an_expert_lacks_are_the_bases(world, method):
     """Through wp-merge, whose audit recomputes slices on its own."""
-    config = {"wp": world.config(parameters={"allow_mismatch": True}), "widen": world.widen(), "aim": aim(world)}[
-        method
-    ]
+    config = {"wp": world.config(), "widen": world.widen(), "aim": aim(world)}[method]
     out = world.root / "out"
     assert "generates a token" in run(world.recipe(config), out)
     assert written_config(out)["vocab_size"] == V
@@ -70,7 +68,7 @@ def test_rows_that_an_expert_lacks_are_the_bases(world, method, caplog):
 
 
 def test_mergekits_truncation_is_refused_where_it_would_cut_the_base(world):
-    message = refused(world, world.config(parameters={"allow_mismatch": True}), unsafe_truncate_embeddings=True)
+    message = refused(world, world.config(), unsafe_truncate_embeddings=True)
     assert "67 rows, fewer than the 97" in message
 
 
@@ -85,7 +83,6 @@ def test_scores_are_read_off_the_rows_that_both_have(tmp_path, rows):
     """The gap is transformers' own KL over those rows."""
     base = tiny.random_model("llama", seed=1)
     expert = tiny.add_rows(tiny.fine_tuned(base, seed=2, size=0.3), rows)
-    base = tiny.random_model("llama", seed=1)  # shares no config with the expert
     tiny.save(base, tmp_path / "base")
     tiny.save(expert, tmp_path / "e0")
     job = write_job(tmp_path, split="shared")
@@ -105,7 +102,7 @@ def test_a_prompt_with_a_token_that_a_model_has_no_row_for(tmp_path):
     """A tokenizer whose added token was never given a row, or an expert cut too far."""
     base = tiny.random_model("llama", seed=1)
     tiny.save(tiny.add_rows(tiny.fine_tuned(base, seed=2), -89), tmp_path / "e0")
-    tiny.save(tiny.random_model("llama", seed=1), tmp_path / "base")
+    tiny.save(base, tmp_path / "base")
     with pytest.raises(BadInput, match=r"holds the token 'w\d' \(id \d+\).* 8 vocabulary rows"):
         score(write_job(tmp_path))
 

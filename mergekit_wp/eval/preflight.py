@@ -22,7 +22,7 @@ from mergekit_wp.eval.settings import Settings
 from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.eval.words import check_word_lists
 from mergekit_wp.scoring.offload import free_memory, parameter_bytes
-from mergekit_wp.vocabulary import head_against_config, head_equals_embeddings
+from mergekit_wp.vocabulary import head_against_config
 
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
 # vllm/v1/attention/backends/cpu_attn.py of vLLM 0.32, which finds out only at the first prompt (`make test-vllm`
@@ -80,9 +80,8 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
 
 def _check_head(model: EvalModel, backend: Backend) -> None:
     """The output head is there (transformers would make one up), and the backend uses it."""
-    checkpoint = Checkpoint(model.reference, model.folder)
-    head_equals_embeddings(checkpoint)
-    if backend.name == "vllm" and (trouble := head_against_config(checkpoint)):
+    trouble = head_against_config(Checkpoint(model.reference, model.folder))
+    if trouble and backend.name == "vllm":
         raise BadInput(trouble)
 
 
