@@ -167,5 +167,5 @@ def test_activations_have_a_head_where_it_is_a_tensor_of_its_own(tmp_path, what)
     folder = tiny.save(tiny.random_model("qwen2"), tmp_path / "m")
     store(folder, what)
     for stack in (resident(folder), streamed(folder)):
-        means = mean_inputs(stack, list(batches([[3, 4, 5]], 1, stack.device)), lambda _done: None)
+        means = mean_inputs(stack, list(batches([[3, 4, 5]], 1, stack)), lambda _done: None)
         assert (HEAD in means) == (what == "apart")

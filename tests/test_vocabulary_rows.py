@@ -156,7 +156,7 @@ class TestIds:
             assert "other ids" not in caplog.text
             retokenize(world.expert(0), swapped)
             score(job)
-        assert "gives other ids than the base's to 3 of 3 prompts" in caplog.text
+        assert "gives other ids than the base's to 6 of 6 prompts" in caplog.text
 
     def test_nothing_to_compare(self, world):
         assert differences(world.base, world.expert(0), V) is None
