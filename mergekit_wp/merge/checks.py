@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_wp.adapters import adds_to_an_end
+from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import VOCABULARY_TENSORS
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
@@ -26,7 +28,14 @@ from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTenso
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.token_ids import differences, listed
-from mergekit_wp.vocabulary import EMBEDDINGS, embeddings_of, head_against_config, head_equals_embeddings, head_of
+from mergekit_wp.vocabulary import (
+    EMBEDDINGS,
+    embeddings_of,
+    head_against_config,
+    head_equals_embeddings,
+    head_is_tied,
+    head_of,
+)
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -105,6 +114,7 @@ def _check_ends(plan: MergePlan, tensor: PlannedTensor) -> None:
     """Embeddings and head of every model are there, and what the base's config says of them will hold of the merge."""
     for model in tensor.models:
         checkpoint = plan.checkpoints[model]
+        _check_adapter(plan, model)
         head_equals_embeddings(checkpoint)  # refuses a model that lacks one of the two
         if embeddings_of(checkpoint) is None and head_of(checkpoint):
             raise BadInput(
@@ -113,6 +123,18 @@ def _check_ends(plan: MergePlan, tensor: PlannedTensor) -> None:
             )
     if trouble := head_against_config(plan.checkpoints[tensor.base]):
         raise BadInput(f"{trouble[:-1]}; the merge would inherit this.")
+
+
+def _check_adapter(plan: MergePlan, model: ModelReference) -> None:
+    """A LoRA's factors on one end of a model that has one tensor for both: mergekit would merge them into both."""
+    if not model.lora or not adds_to_an_end(Checkpoint(str(model), plan.published(model)).tensors):
+        return
+    if head_is_tied(Checkpoint.open(str(model.model))):
+        raise BadInput(
+            f"{model}: this LoRA adds to the embeddings or the output head of its base, where these are one tensor, "
+            "and would change both; score and merge it over a copy of the base that stores lm_head.weight as well and "
+            "has `tie_word_embeddings: false` in its config.json."
+        )
 
 
 def _check_token_ids(plan: MergePlan, tensor: PlannedTensor, expert: ModelReference) -> None:

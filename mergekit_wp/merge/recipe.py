@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
@@ -64,6 +65,7 @@ class Recipe:
             checkpoint = Checkpoint(str(model), Path(folder))
             checkpoint.config, checkpoint.tensors  # noqa: B018  (reading them refuses what cannot be merged)
             if model.lora and merge_loras:
+                merged_folder(model, Path(cache.lora_cache_dir or ""), cache.trust_remote_code, cache.lora_merge_dtype)
                 self._by_mergekit(lambda model=model: cache.get(model))  # type: ignore[misc]
             elif model.lora:
                 cache.loaders[model] = bare.lazy_loader(cache_dir=options.transformers_cache)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mergekit_wp.adapters import vocabulary_rows
+from mergekit_wp.checkpoint import Checkpoint, local_folder
 from mergekit_wp.errors import BadInput
 
 _RESIDENT = "use --offload none, which merges it whole"
@@ -77,6 +79,7 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
     try:
         config = PeftConfig.from_pretrained(path, **at)
         _check_plain(name, config)
+        _check_rows(name, adapter, skeleton)
         model: Any = PeftModel.from_pretrained(
             skeleton, path, config=config, low_cpu_mem_usage=True, torch_device=str(device), **at
         )
@@ -103,6 +106,15 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
             raise BadInput(f"{name}: the LoRA's tensors for {module} hold a NaN or an infinity; download it again.")
         found[module] = layer
     return found
+
+
+def _check_rows(name: str, adapter: str, skeleton: Any) -> None:
+    rows, own = vocabulary_rows(Checkpoint(name, local_folder(adapter)).tensors), skeleton.config.vocab_size
+    if rows not in (None, own):
+        raise BadInput(
+            f"{name}: the LoRA was made for {rows} vocabulary rows, its base has {own}, so it cannot be streamed; "
+            f"{_RESIDENT}."
+        )
 
 
 def _check_plain(name: str, config: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.components import Geometry
 from mergekit_wp.errors import BadInput
@@ -166,12 +167,7 @@ def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
     from mergekit.common import ModelReference
 
     with tempfile.TemporaryDirectory(prefix="wp-lora-") as cache:
-        try:
-            merged = ModelReference.parse(job.expert).merged(cache, trust_remote_code=job.trust_remote_code)
-        except Exception as error:  # peft raises many types for an adapter that does not fit
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{job.expert}: the LoRA could not be merged into its base ({reason}).") from error
-        yield merged.local_path()
+        yield str(merged_folder(ModelReference.parse(job.expert), Path(cache), job.trust_remote_code))
 
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
