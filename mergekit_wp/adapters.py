@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +81,12 @@ def _merge(base: Path, adapter: Path, rows: int | None, remote_code: bool, dtype
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    adapted: Any = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
-    if tied:
-        _part_ends(adapted.get_base_model())
-    merged = adapted.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft's, of complications with tied ends: they are met here
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        if tied:
+            _part_ends(adapted.get_base_model())
+        merged = adapted.merge_and_unload()
     if tied:
         _join_equal_ends(merged)
     return merged
