@@ -20,7 +20,7 @@ from mergekit_wp.scorefile import ModelId
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 1
-_METADATA_KEY = "wp_aim"
+METADATA_KEY = "wp_aim"
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Activations:
 
 def write_activations(activations: Activations, path: str | Path) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
-    write_tensors(path, activations.means, _METADATA_KEY, json.dumps(asdict(activations.meta), sort_keys=True))
+    write_tensors(path, activations.means, METADATA_KEY, json.dumps(asdict(activations.meta), sort_keys=True))
 
 
 def read_activations(path: str | Path) -> Activations:
     """Read and validate a file. Raises `BadInput`, naming it, for anything that `write_activations` does not write."""
-    text, means = read_tensors(path, _METADATA_KEY, "activations", "wp-aim")
+    text, means = read_tensors(path, METADATA_KEY, "activations", "wp-aim")
     try:
         return Activations(Calibration.from_json(text), means)
     except (KeyError, ValueError, TypeError, AttributeError) as error:

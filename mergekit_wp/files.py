@@ -6,7 +6,9 @@ under a name that a later stage would trust.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ def check_writable_parent(path: str | os.PathLike[str]) -> Path:
     target = Path(path).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".wp-probe-"):
+        with tempfile.TemporaryFile(dir=target.parent):  # without a name, so that a kill cannot leave it
             pass
     except OSError as error:
         raise BadInput(
@@ -39,22 +41,54 @@ def check_writable_parent(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error."""
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error.
+
+    Raises `BadInput` when the folder cannot be written, or its disk is full.
+    """
     target = check_writable_parent(path)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with explained(target):
+        try:
+            yield partial
+            if partial.is_file():
+                # Some writers make private files; outputs get the permissions that the user's umask gives.
+                umask = os.umask(0)
+                os.umask(umask)
+                partial.chmod(0o666 & ~umask)
+            os.replace(partial, target)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """In words, if it is that no more can be written: a full disk, a quota, a limit on a file's size. Else None.
+
+    Looks through what the error came from, and into safetensors' own, which quotes the system's number.
+    """
+    full = {getattr(errno, name, None) for name in ("ENOSPC", "EFBIG", "EDQUOT")}  # Windows has no quota
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number is None and (quoted := re.search(r"\(os error (\d+)\)", str(seen))):
+            number = int(quoted[1])
+        if number is not None and number in full:
+            return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Inside the block, writing onto a full disk is a `BadInput` that names `target`."""
     try:
-        yield partial
-        if partial.is_file():
-            # Some writers make private files; outputs get the permissions that the user's umask gives.
-            umask = os.umask(0)
-            os.umask(umask)
-            partial.chmod(0o666 & ~umask)
-        os.replace(partial, target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        if isinstance(error, BadInput) or (trouble := disk_trouble(error)) is None:
+            raise
+        raise BadInput(f"{target}: cannot be written ({trouble}); free some room, or write to another disk.") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

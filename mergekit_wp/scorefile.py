@@ -32,7 +32,7 @@ from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor
-_METADATA_KEY = "wp"
+METADATA_KEY = "wp"
 PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
 
@@ -222,7 +222,7 @@ class Scores:
 
 def write_scores(scores: Scores, path: str | Path) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
-    write_tensors(path, scores.tensors(), _METADATA_KEY, scores.meta.to_json())
+    write_tensors(path, scores.tensors(), METADATA_KEY, scores.meta.to_json())
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -232,7 +232,7 @@ def read_scores(path: str | Path) -> Scores:
     unknown format version, misses a tensor or has one too many, or holds a wrong shape, a wrong dtype, a NaN
     or an infinity.
     """
-    text, tensors = read_tensors(path, _METADATA_KEY, "score", "wp-score")
+    text, tensors = read_tensors(path, METADATA_KEY, "score", "wp-score")
     try:
         meta = ScoreMeta.from_json(text)
         tasks = {task: _take_task(tensors, f"tasks/{task}/", meta.anchor_layer is not None) for task in meta.tasks}

@@ -22,6 +22,7 @@ from mergekit_wp.eval.quiet import quieten as _quieten
 from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
 from mergekit_wp.files import check_writable_parent, write_text
 from mergekit_wp.foreign import echo, echo_lines
+from mergekit_wp.outputs import claim, refuse_inputs
 
 if TYPE_CHECKING:
     from mergekit_wp.eval.backends import Backend
@@ -105,6 +106,9 @@ def main(
     .html; `wp-compare` puts several of them together.
     """
     suite = read_suite(suite_file)
+    from mergekit_wp.eval.models import name_models
+
+    refuse_inputs(out, [suite_file, *name_models(models).values()], holds=False)
     bars = not quiet and sys.stderr.isatty()  # only where somebody watches; lines of ours say what runs
     _quieten(bars)
     if allow_code:
@@ -126,6 +130,7 @@ def main(
     )
     if not quiet:
         echo(why, err=True)
+    claim(out)
     table = _evaluate(suite, models, settings, baseline, include_path or suite.include_path, out, quiet)
     _write(table, suite_file, settings, out)
 

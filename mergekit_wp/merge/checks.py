@@ -347,7 +347,7 @@ def check_room(nbytes: int, out: Path, *, touch: bool = True) -> None:
         if not os.access(anchor, os.W_OK | os.X_OK):
             raise PermissionError(0, f"no permission to write in {anchor}")
         if touch:
-            with tempfile.NamedTemporaryFile(dir=anchor, prefix=".wp-probe-"):
+            with tempfile.TemporaryFile(dir=anchor):
                 pass
         free = shutil.disk_usage(anchor).free
     except OSError as error:

@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_wp.components import slot_of
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
+from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
@@ -27,6 +27,7 @@ from mergekit_wp.merge.mark import write_mark
 from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor, layer_of
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import layer_shares
+from mergekit_wp.outputs import claim, refuse_inputs
 
 _EPILOG = """\b
 Examples:
@@ -69,12 +70,13 @@ def main(
             raise click.UsageError("Missing argument 'OUT_PATH' (only --dry-run goes without).")
         out_path = "merged"
     out = Path(out_path).absolute()
+    refuse_inputs(out, [recipe, *loaded.reads()])
     if dry_run:
         _dry_run(loaded, out, merge_options)
         return
     _refuse_existing(out, overwrite)
-    check_writable_parent(out)
-    with _workplace(out) as work:
+    claim(out)
+    with explained(out), _workplace(out) as work:
         _merge(loaded, out, work, merge_options, audited)
         if out.exists():
             os.replace(out, work / ".replaced")

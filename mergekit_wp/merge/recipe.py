@@ -49,6 +49,13 @@ class Recipe:
 
         return self._by_mergekit(lambda: MergeConfiguration.model_validate(copy.deepcopy(self.content)))
 
+    def reads(self) -> list[str]:
+        """Every file and folder that the recipe names, LoRAs on their own, and Hub names as they are."""
+        models = [str(model) for model in self.config().referenced_models()]
+        files = [parameters.get(name) for parameters in _parameters(self.content) for name in _FILES]
+        lone = [part for model in models for part in model.split("+")]
+        return [*models, *lone, *(file for file in files if isinstance(file, str))]
+
     def prepare(self, options: MergeOptions, *, merge_loras: bool) -> None:
         """Open every model the way mergekit will, so that a missing or pickled one is refused at once.
 

@@ -12,6 +12,7 @@ from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo, echo_lines
+from mergekit_wp.outputs import claim, refuse_inputs
 
 _EPILOG = """\b
 Examples:
@@ -80,8 +81,11 @@ def main(
     if dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
     from mergekit_wp.push.publish import Request, prepare, publish
+    from mergekit_wp.push.stage import stage_of
 
     _check_name(repo_id)
+    refuse_inputs(stage_of(folder), [*results, *([recipe] if recipe else [])])
+    claim(stage_of(folder))
     request = Request(folder, repo_id, results, recipe, parents, licence, licence_name, licence_link)
     if dry_run:
         publication = prepare(request, None, echo)

@@ -33,9 +33,14 @@ RECIPE = "mergekit_config.yml"
 PICTURE = "wp/shares.png"
 
 
+def stage_of(folder: Path) -> Path:
+    """`FOLDER.push`."""
+    return folder.absolute().with_name(folder.absolute().name + ".push")
+
+
 def open_stage(folder: Path) -> Path:
     """`FOLDER.push`, empty but for what is remembered between pushes. Raises `BadInput` if it is somebody else's."""
-    stage = folder.absolute().with_name(folder.absolute().name + ".push")
+    stage = stage_of(folder)
     check_writable_parent(stage / DIGESTS)
     if any(stage.iterdir()) and not (stage / DIGESTS).exists():
         raise BadInput(f"{stage}: wp-push writes its card there, and the folder holds something else; move it away.")

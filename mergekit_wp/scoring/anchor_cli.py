@@ -18,8 +18,9 @@ import click
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import atomic_path, check_writable_parent
+from mergekit_wp.files import atomic_path
 from mergekit_wp.foreign import echo, echo_lines
+from mergekit_wp.outputs import check_file, claim
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ _GROUPS = {
     "Output Settings": ("out", "format"),
     "Dangerous Options": ("allow_code_execution",),
 }
+METADATA_KEY = "wp_anchor"
 _SUFFIXES = {".safetensors": "safetensors", ".pt": "pt", ".pth": "pt"}
 _EPILOG = """\b
 Examples:
@@ -77,9 +79,8 @@ def main(source: str, task: str | None, out: str, format: str | None, allow_code
     kind = format or _SUFFIXES.get(Path(out).suffix)
     if kind is None:
         raise BadInput(f"--out {out}: expected a name that ends in .safetensors or .pt; rename it, or give --format.")
-    target = check_writable_parent(out)
-    if target.is_dir():
-        raise BadInput(f"--out {out}: this is a folder; name a file, such as {out}/direction.safetensors.")
+    target = check_file(out, METADATA_KEY if kind == "safetensors" else None, "direction", [source])
+    claim(target)
     if Path(source).suffix in (".yaml", ".yml"):
         found = _from_job(source, task, allow_code_execution, quiet)
     else:
@@ -98,7 +99,7 @@ def write_safetensors(anchor: Anchor, path: Path) -> None:
     about["hookpoint"] = anchor.hookpoint
     tensors = {"direction": anchor.direction_D.float().contiguous(), "alpha": torch.tensor(anchor.alpha)}
     with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata={"wp_anchor": json.dumps(about, sort_keys=True)})
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(about, sort_keys=True)})
 
 
 def write_pt(anchor: Anchor, path: Path) -> None:

@@ -31,8 +31,8 @@ from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
 from mergekit_wp.foreign import echo
+from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scoring.job import CHOICES
 
 if TYPE_CHECKING:
@@ -83,10 +83,7 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
 @click.version_option(__version__)
 def main(base: str, texts: str, documents: int, tokens: int | None, out: str, quiet: bool, **how: Any) -> None:
     """Measure the inputs of every module of BASE on plain text, and write the file that `merge_method: aim` reads."""
-    target = check_writable_parent(out)
-    if target.is_dir():
-        raise BadInput(f"--out {out}: this is a folder; name a file, such as {out}/activations.safetensors.")
-    from mergekit_wp.activations import Activations, Calibration, write_activations
+    from mergekit_wp.activations import METADATA_KEY, Activations, Calibration, write_activations
     from mergekit_wp.checkpoint import Checkpoint
     from mergekit_wp.scorefile import ModelId
     from mergekit_wp.scoring.batches import batches, check_rows
@@ -94,7 +91,9 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.scoring.models import load_one, load_tokenizer, pick_device, pick_dtype
     from mergekit_wp.scoring.wording import alone
 
+    target = check_file(out, METADATA_KEY, "activations", [base, texts])
     _quieten(sys.stderr.isatty() and not quiet, not quiet)
+    claim(target)
     checkpoint = Checkpoint.open(base)
     length = block_length(checkpoint, tokens)
     tokenizer = load_tokenizer(checkpoint, how["trust_remote_code"])

@@ -15,9 +15,8 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
-from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
 from mergekit_wp.foreign import echo, echo_lines
+from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scoring.job import CHOICES, load_job
 
 if TYPE_CHECKING:
@@ -108,14 +107,16 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     job = load_job(job_file, given)
-    target = check_writable_parent(out)
-    if target.is_dir():
-        raise BadInput(f"--out {out}: this is a folder; name a file, such as {out}/scores.safetensors.")
+    from mergekit_wp.scorefile import METADATA_KEY
     from mergekit_wp.scoring.team import Team
+
+    target = check_file(out, METADATA_KEY, "score", [*([job_file] if job_file else []), *job.reads()])
 
     team = Team.join(job.device)
     shown = not quiet and team.first
     _quieten(sys.stderr.isatty() and shown, shown)
+    if team.first:
+        claim(target)
     from mergekit_wp.scorefile import write_scores
     from mergekit_wp.scoring.engine import score
     from mergekit_wp.scoring.resume import folder_for, forget

@@ -115,6 +115,11 @@ class ScoringJob:
         """Whether the utility reads along a direction, so that there is one to extract and an anchor to place."""
         return self.utility != "kl"
 
+    def reads(self) -> list[str]:
+        """Everything that the job reads, models too, as it names them: paths, and names that are no paths here."""
+        ranking = [str(self.top[1])] if self.top else []
+        return [self.base, self.expert, *self.expert.split("+"), self.pairs, *ranking]
+
     def _check_subset(self) -> None:
         if self.top is not None:
             fits = isinstance(self.top, (list, tuple)) and len(self.top) == 2

@@ -1,0 +1,27 @@
+"""Killed with -9 at any moment, no stage leaves a wrong output under its final name; the next run clears up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("kill_at_moments.py")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills forks")
+
+
+@pytest.mark.parametrize("stage", ["score", "aim", "merge", "push", "evaluate", "run"])
+def test_twenty_kills(stage: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, PROGRAM, stage, tmp_path], capture_output=True, text=True, cwd=PROGRAM.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == 0
+    assert found["same"], "the run after the kills wrote something else than an undisturbed one"
+    expected = {"run": ["one.txt", "two.txt", ".steps"], "evaluate": ["cache"]}.get(stage, [])
+    assert sorted(found["left"]) == sorted(expected), "killed runs left something that the next did not clear"
+    assert found["kills"] >= 10  # a run that goes on from finished parts has fewer moments
