@@ -16,6 +16,9 @@ from test_merge_method import assert_merged
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.backends import Backend
+from mergekit_wp.eval.models import EvalModel
+from mergekit_wp.eval.preflight import _check_head
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.scoring.batches import batches
 from mergekit_wp.scoring.calibrate import mean_inputs
@@ -169,3 +172,17 @@ def test_activations_have_a_head_where_it_is_a_tensor_of_its_own(tmp_path, what)
     for stack in (resident(folder), streamed(folder)):
         means = mean_inputs(stack, list(batches([[3, 4, 5]], 1, stack)), lambda _done: None)
         assert (HEAD in means) == (what == "apart")
+
+
+def test_evaluation_uses_the_head_that_is_stored(tmp_path):
+    """transformers would make up a missing head, and vLLM leave out one that the config denies."""
+    folder = tiny.save(tiny.random_model("qwen2"), tmp_path / "m")
+    model = EvalModel("m", str(folder), folder, "")
+    store(folder, "apart")
+    _check_head(model, Backend("hf"))
+    with pytest.raises(BadInput, match="which transformers uses and vLLM leaves out"):
+        _check_head(model, Backend("vllm"))
+    store(folder, "embeddings")
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(BadInput, match="without lm_head"):
+        _check_head(model, Backend("hf"))
