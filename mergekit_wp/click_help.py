@@ -1,4 +1,4 @@
-"""Help with options under headings, the way mergekit's commands group theirs."""
+"""Help with options under headings, the way mergekit's commands group theirs; and a command as it was typed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 
 class GroupedCommand(click.Command):
@@ -26,3 +27,18 @@ class GroupedCommand(click.Command):
             if records := [record for p in chosen if (record := p.get_help_record(ctx))]:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+def typed(context: click.Context, name: str) -> list[str]:
+    """The words of a command line that asks for the same: name, arguments, then every option that was given."""
+    words, options = [name], []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        values = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
+        if isinstance(parameter, click.Argument):
+            words += values
+        elif context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE:
+            flag = max(parameter.opts, key=len)
+            is_flag = isinstance(parameter, click.Option) and parameter.is_flag
+            options += [flag] if is_flag else [word for one in values for word in (flag, one)]
+    return words + options

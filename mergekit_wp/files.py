@@ -136,6 +136,19 @@ def read_text(path: str | os.PathLike[str], most: int) -> str:
         raise ValueError(f"byte {error.start} is not UTF-8 text ({error.reason})") from error
 
 
+def inside(folder: Path, file: Path) -> Path:
+    """`file`, once it is known to lie in the folder. Raises `BadInput` when it is a link to somewhere else.
+
+    A snapshot in the Hub's cache is links into the `blobs` beside it: .../models--USER--NAME/{snapshots/COMMIT,blobs}.
+    """
+    home, real = folder.resolve(), file.resolve()
+    if home in real.parents or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent):
+        return file
+    raise BadInput(
+        f"{file}: a link to {real}, outside of its folder; put the file itself there, or take the link away."
+    )
+
+
 Stamp = tuple[str, int, int]
 """A path with what tells a rewritten file apart: nanoseconds of modification, bytes."""
 

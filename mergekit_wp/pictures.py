@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mergekit_wp.foreign import one_line
+
 INK = "#1f2933"
 QUIET = "#8592a0"
 # One colour an expert, the same in every picture; told apart by people with any colour vision (Okabe-Ito).
@@ -45,7 +47,7 @@ def draw_shares(axes: Axes, share_KL: np.ndarray, names: Sequence[str], componen
     layers = np.arange(share_KL.shape[1])
     bottom = np.zeros(len(layers))
     for index, (name, share_L) in enumerate(zip(names, share_KL, strict=True)):
-        axes.bar(layers, share_L, 0.82, bottom=bottom, color=expert_colour(index), label=name)
+        axes.bar(layers, share_L, 0.82, bottom=bottom, color=expert_colour(index), label=label_of(name))
         bottom += share_L
     for boundary in range(1, len(names)):  # where the bars of a plain average would meet
         axes.axhline(boundary / len(names), color="white", linewidth=1.2, linestyle=(0, (3, 3)))
@@ -53,6 +55,12 @@ def draw_shares(axes: Axes, share_KL: np.ndarray, names: Sequence[str], componen
     axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     axes.set_xlim(-0.6, len(layers) - 0.4)
     integer_ticks(axes, "x", len(layers))
+
+
+def label_of(name: str) -> str:
+    """A name in a legend as it reads: matplotlib takes `$...$` for mathematics and leaves out what begins with `_`."""
+    text = one_line(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def integer_ticks(axes: Axes, axis: str, count: int) -> None:

@@ -151,6 +151,21 @@ def test_plain_names_stay(name):
     assert file_part(name) == name
 
 
+@pytest.mark.parametrize("name", ["$\\frac{$", "a $ b $", "_x", NASTY, "100 %"])
+def test_a_name_in_a_picture_reads_as_it_is(name):
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from mergekit_wp.pictures import draw_shares, shares_png
+
+    share_KL = np.full((2, 3), 0.5)
+    assert shares_png({"heads": share_KL}, [name, "plain"]).startswith(b"\x89PNG")
+    axes = Figure().add_subplot()
+    draw_shares(axes, share_KL, [name, "plain"], "heads")
+    labels = axes.get_legend_handles_labels()[1]
+    assert [label.strip().replace(r"\$", "$") for label in labels] == [one_line(name), "plain"]
+
+
 # ---------------------------------------------------------------------- tables
 
 

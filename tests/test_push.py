@@ -15,6 +15,7 @@ from merge_world import merge as stock_merge
 from push_world import REPO, TOKEN, build, front_matter, licence, merge, wp_push, write_results
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.suite import read_suite
 from mergekit_wp.merge.mark import MARK, read_mark
 from mergekit_wp.push.publish import Request, prepare
 
@@ -171,6 +172,14 @@ def test_the_card(world):
     publication = dry(world, results=[results], parents=given)
     card = publication.card.read_text()
     data = front_matter(card)
+    (index,) = data.pop("model-index")
+    assert index["name"] == "merge"
+    assert [(r["dataset"]["name"], r["dataset"]["type"], r["metrics"][0]["value"]) for r in index["results"]] == [
+        ("Maths", "maths", 0.75),
+        ("Code", "code", 0.75),
+    ]
+    assert {r["metrics"][0]["type"] for r in index["results"]} == {"acc"}
+    assert index["results"][0]["source"]["url"] == f"https://huggingface.co/{REPO}/blob/main/wp/results/mine.json"
     assert data == {
         "base_model": ["meta/base-1b", "bob/maths"],
         "base_model_relation": "merge",
@@ -194,7 +203,10 @@ def test_the_card(world):
     assert (
         "This model is the row `wp`. How it was done: lm-eval 0.4.13; torch 2.13.0; dtype float32; device cpu" in card
     )
-    assert f"$ wp-eval mine.yaml base=meta/base-1b wp={REPO} --baseline base --out runs/eval" in card
+    command = f"wp-eval wp/eval/mine.yaml base=meta/base-1b wp={REPO} --baseline base --out runs/eval"
+    assert f"$ {command}\n" in card
+    assert json.loads((stage(world) / "wp/results/mine.json").read_text())["command"] == command.split()
+    assert [task.column for task in read_suite(stage(world) / "wp/eval/mine.yaml").tasks] == ["Maths", "Code"]
     assert f'from_pretrained("{REPO}"' in card
     assert "licences/meta--base-1b/NOTICE.txt" in card
     paths = {item.path for item in publication.items}
@@ -209,6 +221,103 @@ def test_nothing_published_names_a_folder_of_this_machine(made, world, monkeypat
         for folder in (world.root, made.root):  # the score files know the parents where they were made
             assert str(folder).encode() not in content, item.path
         assert b"/home/bob" not in content, item.path
+
+
+LOCAL = {
+    "name_or_path": "/srv/clients/acme/llama",
+    "_name_or_path": "../acme/llama",
+    "tokenizer_file": "C:\\Users\\bob\\acme\\tokenizer.json",
+    "cache": "/srv/clients/acme/cache dir/x",
+    "auto_map": {"AutoConfig": "/srv/clients/acme/llama--configuration_x.XConfig", "AutoModel": "u/m--x.X"},
+    "processor": ["file:///home/bob/acme/p.json"],
+}
+
+
+def test_no_json_of_the_model_names_a_folder_of_a_machine(world):
+    """Fields of older transformers (PR #21483 took name_or_path out) and of whoever saved the parents."""
+    base = world.base / "tokenizer_config.json"
+    kept = {
+        "bos_token": "/s/x",
+        "chat_template": "/a/b/{{ messages }}",
+        "x_content": "/usr/lib",
+        "url": "https://a.b/c/d",
+    }
+    base.write_text(json.dumps({**json.loads(base.read_text()), **LOCAL, **kept}))
+    out = merge(world, world.recipe(), "local")
+    file = out / "tokenizer_config.json"
+    content = {**json.loads(file.read_text()), **LOCAL, **kept}
+    file.write_text(json.dumps(content))  # whatever mergekit makes of it
+    tokenizer, before = out / "tokenizer.json", tree(out)
+    said: list[str] = []
+    publication = prepare(Request(out, REPO, licence="mit"), None, said.append)
+    assert tree(out) == before
+    source = {item.path: item.source for item in publication.items}
+    published = json.loads(source["tokenizer_config.json"].read_text())
+    for word in ("acme", "clients", "bob", "srv"):
+        assert word not in json.dumps(published)
+    assert {name: published[name] for name in kept} == kept
+    assert published["auto_map"] == {"AutoConfig": "configuration_x.XConfig", "AutoModel": "u/m--x.X"}
+    assert published["name_or_path"] == "llama"
+    assert set(published) == set(content)
+    assert source["tokenizer.json"] == tokenizer
+    assert any("published without the folders" in line and "tokenizer_config.json" in line for line in said)
+    assert read_mark(source[MARK]).files["tokenizer_config.json"] == sha(source["tokenizer_config.json"])
+    assert "`tokenizer_config.json` as published" in publication.card.read_text()
+
+
+def test_a_path_within_a_text_is_pointed_out(world):
+    file = world.root / "out" / "generation_config.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, "note": "made from /srv/clients/acme/llama, see https://a.b/c/d"}))
+    said: list[str] = []
+    dry(world, said.append)
+    (note,) = [line for line in said if "generation_config.json names" in line]
+    assert "the folder /srv/clients/acme/llama of a machine" in note
+
+
+@pytest.mark.parametrize("whose", ["model", "parent"])
+def test_a_link_that_leaves_its_folder_is_not_published(world, tmp_path, whose):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("diary")
+    folder = world.root / "out" if whose == "model" else world.expert(0)
+    (folder / "LICENSE.txt").symlink_to(secret)
+    with pytest.raises(BadInput, match=r"LICENSE\.txt: a link to .*secret\.txt, outside of its folder"):
+        dry(world)
+    assert not any("diary" in path.read_text(errors="replace") for path in stage(world).rglob("*") if path.is_file())
+    (folder / "LICENSE.txt").unlink()
+    (folder / "LICENSE.txt").hardlink_to(secret)  # a file like any other
+    dry(world)
+    (folder / "LICENSE.txt").unlink()
+    (folder / "terms").mkdir()
+    (folder / "terms" / "text").write_text("terms")
+    (folder / "LICENSE.txt").symlink_to(folder / "terms" / "text")
+    dry(world)
+
+
+def test_links_of_a_snapshot_in_the_hubs_cache_are_its_own(tmp_path):
+    from mergekit_wp.files import inside
+
+    cache = tmp_path / "models--meta--one"
+    snapshot, blob = cache / "snapshots" / ("a" * 40), cache / "blobs" / ("b" * 64)
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("terms")
+    (snapshot / "LICENSE").symlink_to(f"../../blobs/{blob.name}")
+    assert inside(snapshot, snapshot / "LICENSE").read_text() == "terms"
+    (snapshot / "NOTICE").symlink_to("../../../other")
+    with pytest.raises(BadInput, match="outside of its folder"):
+        inside(snapshot, snapshot / "NOTICE")
+
+
+def test_what_is_sent_is_what_was_checked(world):
+    from mergekit_wp.push.upload import _content
+
+    (world.root / "out" / "LICENSE").write_text("as checked")
+    (item,) = [item for item in dry(world).items if item.path == "LICENSE"]
+    assert _content(item) == b"as checked"
+    item.source.write_text("another one")
+    with pytest.raises(BadInput, match="LICENSE: changed after it was checked"):
+        _content(item)
 
 
 def test_published_recipe_makes_the_same_merge_again(world, monkeypatch):

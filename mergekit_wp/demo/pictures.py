@@ -17,7 +17,7 @@ import torch
 from matplotlib.colors import CenteredNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from mergekit_wp.pictures import INK, QUIET, STYLE, draw_shares, expert_colour, integer_ticks
+from mergekit_wp.pictures import INK, QUIET, STYLE, draw_shares, expert_colour, integer_ticks, label_of
 from mergekit_wp.scoring.curve import RecoveryCurve
 
 __all__ = ["INK", "expert_colour", "head_map", "neuron_map", "rank_edges", "recovery_lines", "share_bars", "to_svg"]
@@ -75,7 +75,7 @@ def recovery_lines(curve: RecoveryCurve, colour: str) -> str:
         for (name, task), marker in zip(graded.items(), itertools.cycle("osD^vPX*"), strict=False):
             line = ":" if task.grading == "kl" else "-"
             values = np.clip(task.recovery, -1, None)
-            axes.plot(curve.layers, values, line, marker=marker, ms=4, lw=0.9, color=QUIET, label=name)
+            axes.plot(curve.layers, values, line, marker=marker, ms=4, lw=0.9, color=QUIET, label=label_of(name))
         if len(graded) > 1:
             axes.plot(curve.layers, curve.mean, marker="o", ms=5, lw=2.4, color=colour, label="mean")
         else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.click_help import GroupedCommand, typed
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.options import BACKENDS
 from mergekit_wp.eval.quiet import quieten as _quieten
@@ -221,6 +221,7 @@ def _write(table: Table, suite_file: str, settings: Settings, out: Path) -> None
         "suite": suite_file,
         "suite_hash": table.suite.hash,
         "suite_content": asdict(table.suite),
+        "command": typed(click.get_current_context(), "wp-eval"),
         "versions": {"mergekit-wp": __version__, **versions(settings.backend)},
     }
     write_text(out / "results.json", to_json(table, about))

@@ -26,7 +26,7 @@ def check_data(task: str, config: dict[str, Any]) -> None:
     """A task's data set must be here or reachable; lm-eval would retry for half a minute and then fail."""
     source = config.get("dataset_path")
     if source in _FILE_FORMATS:
-        for name in _data_files(config):
+        for name in data_files(config):
             if "://" not in name and not glob.glob(name):
                 raise BadInput(
                     f"task {task}: its data file {name} does not exist "
@@ -36,7 +36,7 @@ def check_data(task: str, config: dict[str, Any]) -> None:
         _check_hub(task, source)
 
 
-def _data_files(config: dict[str, Any]) -> list[str]:
+def data_files(config: dict[str, Any]) -> list[str]:
     """Every path in `dataset_kwargs.data_files`, which may be a string, a list or a mapping of either."""
     pending = [(config.get("dataset_kwargs") or {}).get("data_files") or []]
     names: list[str] = []
@@ -90,7 +90,7 @@ def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str,
     asked = {**asdict(spec), "gen_kwargs": gen_kwargs}
     del asked["column"], asked["metric"]
     digest = hashlib.sha256(json.dumps([asked, leaves], sort_keys=True, default=str).encode())
-    files = {path for leaf in leaves for path in _files_read(leaf)} | {path for t in tasks for path in _code_of(t)}
+    files = {path for leaf in leaves for path in files_read(leaf)} | {path for t in tasks for path in _code_of(t)}
     if any(leaf.get("unsafe_code") for leaf in leaves):
         files |= {Path(code_eval.__file__), *Path(sandbox.__file__).parent.glob("*.py")}
     for path in sorted(files):
@@ -99,12 +99,12 @@ def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str,
     return digest.hexdigest()
 
 
-def _files_read(config: dict[str, Any]) -> Iterator[Path]:
+def files_read(config: dict[str, Any]) -> Iterator[Path]:
     """Data files, a local data folder, and the folders of the Python functions that the YAML names.
 
     Such a function may read anything beside it, so all files below its folder count.
     """
-    for name in _data_files(config):
+    for name in data_files(config):
         yield from (Path(match) for match in glob.glob(name) if os.path.isfile(match))
     folders = [Path(str(config.get("dataset_path") or ""))] if config.get("dataset_path") else []
     folders += [module.parent for module in function_modules(config)]

@@ -57,7 +57,7 @@ def _missing(manager: TaskManager, name: str) -> str | None:
     entry = manager.task_index.get(name)
     if entry is None:
         return name
-    for member in _members(entry.cfg or {}):
+    for member in members(entry.cfg or {}):
         inline = isinstance(member, dict) and ("group" in member or "dataset_path" in member)
         child = member if isinstance(member, str) else member.get("task")
         if isinstance(child, str) and not inline and (missing := _missing(manager, child)):
@@ -65,7 +65,8 @@ def _missing(manager: TaskManager, name: str) -> str | None:
     return None
 
 
-def _members(config: dict[str, Any]) -> list[Any]:
+def members(config: dict[str, Any]) -> list[Any]:
+    """What a group lists: names, or configurations with a `task` or more members."""
     return config["task"] if isinstance(config.get("task"), list) else []
 
 
@@ -77,17 +78,17 @@ def leaves(manager: TaskManager, name: str) -> Iterator[dict[str, Any]]:
     if entry.cfg is None:  # a tag
         for tagged in sorted(entry.tags):
             yield from leaves(manager, tagged)
-    elif members := _members(entry.cfg):
-        yield from _group_leaves(manager, entry.cfg, members)
+    elif listed := members(entry.cfg):
+        yield from _group_leaves(manager, entry.cfg, listed)
     else:
         yield entry.cfg
 
 
-def _group_leaves(manager: TaskManager, group: dict[str, Any], members: list[Any]) -> Iterator[dict[str, Any]]:
+def _group_leaves(manager: TaskManager, group: dict[str, Any], listed: list[Any]) -> Iterator[dict[str, Any]]:
     shared = {key: value for key, value in group.items() if key in ("dataset_path", "unsafe_code")}
-    for member in members:
+    for member in listed:
         own = member if isinstance(member, dict) else {"task": member}
-        if nested := _members(own):
+        if nested := members(own):
             yield from _group_leaves(manager, {**shared, **own}, nested)
             continue
         child = own.get("task") or own.get("group")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.eval.options import BACKENDS, check_options
@@ -107,18 +109,43 @@ def read_suite(path: str | os.PathLike[str]) -> Suite:
     """
     content = read_yaml_mapping(path, "suite")
     try:
-        _refuse_unknown(content, Suite, "a suite")
-        raw_tasks = content.get("tasks")
-        if not isinstance(raw_tasks, list):
-            raise BadInput("`tasks` must be a list of tasks, each with `task`, `column` and `metric`.")
-        tasks = tuple(_read_task(raw, number) for number, raw in enumerate(raw_tasks, start=1))
-        include = content.get("include_path")
-        if include is not None and not isinstance(include, str):
-            raise BadInput(f"`include_path` must be a folder, found {shown(include)}.")
-        include_path = Path(path).parent / Path(include).expanduser() if include else None
-        return Suite(**{**content, "tasks": tasks, "include_path": include_path})
+        return parse_suite(content, Path(path).parent)
     except BadInput as error:
         raise BadInput(f"{path}: {error.message}") from error
+
+
+def parse_suite(content: dict[str, Any], folder: Path) -> Suite:
+    """The suite of a mapping that lies in `folder`. Raises `BadInput`, naming the field."""
+    _refuse_unknown(content, Suite, "a suite")
+    raw_tasks = content.get("tasks")
+    if not isinstance(raw_tasks, list):
+        raise BadInput("`tasks` must be a list of tasks, each with `task`, `column` and `metric`.")
+    tasks = tuple(_read_task(raw, number) for number, raw in enumerate(raw_tasks, start=1))
+    include = content.get("include_path")
+    if include is not None and not isinstance(include, str):
+        raise BadInput(f"`include_path` must be a folder, found {shown(include)}.")
+    include_path = folder / Path(include).expanduser() if include else None
+    return Suite(**{**content, "tasks": tasks, "include_path": include_path})
+
+
+def suite_text(suite: Suite) -> str:
+    """The YAML of a suite, as `read_suite` takes it; what a field is without being named is left out."""
+    content = _named(suite)
+    if suite.include_path is not None:
+        content["include_path"] = str(suite.include_path)
+    content["tasks"] = [_named(task) for task in suite.tasks]
+    return yaml.safe_dump(content, sort_keys=False, width=110)
+
+
+def _named(part: Suite | SuiteTask) -> dict[str, Any]:
+    """The fields of a suite or a task that are not as they are by default."""
+    named = {}
+    for item in fields(part):
+        value = getattr(part, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if value != default:
+            named[item.name] = value
+    return named
 
 
 def _read_task(raw: Any, number: int) -> SuiteTask:

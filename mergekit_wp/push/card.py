@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergekit_wp.foreign import code, fenced, markdown
+from mergekit_wp.foreign import code, fenced, markdown, one_line
 from mergekit_wp.merge.mark import MARK, Mark
 from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
 from mergekit_wp.push.parents import Parent
+from mergekit_wp.push.results import Figure
 from mergekit_wp.push.stage import PICTURE, RECIPE
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from mergekit_wp.scorefile import ScoreMeta
 
 _METHODS = {
@@ -27,13 +31,16 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class CardResults:
-    """One table of results: Markdown, the row of this model, how it was measured, command, file in the repository."""
+    """One table of results: Markdown, the row of this model, how it was measured, command, file in the repository,
+    and the figures of that row.
+    """
 
     markdown: str
     row: str
     measured: str
     command: str
     path: str
+    figures: Sequence[Figure] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Card:
     dtype: str
     scores: Sequence[tuple[str, ScoreMeta]] = ()
     results: Sequence[CardResults] = ()
-    licence_texts: Sequence[str] = field(default_factory=tuple)
+    licence_texts: Sequence[str] = ()
+    cleaned: Sequence[str] = ()
 
     def text(self) -> str:
         """The whole README.md."""
@@ -61,6 +69,8 @@ class Card:
             more |= {"license_name": self.terms.name}
         if self.terms.link:
             more |= {"license_link": self.terms.link}
+        if found := self._index():
+            more |= {"model_name": self.repo_id.partition("/")[2], "eval_results": found}
         data = ModelCardData(
             base_model=on_hub or None,
             library_name="transformers",
@@ -81,6 +91,30 @@ class Card:
         ]
         body = "\n\n".join(section for section in sections if section)
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+    def _index(self) -> list[EvalResult]:
+        """The figures of this model in the form of the Hub's `model-index`.
+
+        https://github.com/huggingface/hub-docs/blob/main/modelcard.md: a data set has an id there, for which lm-eval's
+        name of the task stands, in the characters that an id may have.
+        """
+        from huggingface_hub import EvalResult
+
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=re.sub(r"[^\w.-]", "_", figure.task, flags=re.ASCII),
+                dataset_name=one_line(figure.column),
+                metric_type=one_line(figure.metric.partition(",")[0]),
+                metric_name=one_line(figure.metric),
+                metric_value=round(figure.value, 6),
+                dataset_args=None if figure.shots is None else {"num_few_shot": figure.shots},
+                source_name="wp-eval",
+                source_url=f"https://huggingface.co/{self.repo_id}/blob/main/{results.path}",
+            )
+            for results in self.results
+            for figure in results.figures
+        ]
 
     def _about(self) -> str:
         experts = [_link(parent) for parent in self.parents if parent.role != "base"]
@@ -108,13 +142,16 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_spe
 Prompt it in the format that the experts were trained with."""
 
     def _recipe(self) -> str:
-        local = [parent.shown for parent in self.parents if parent.hub is None]
-        note = f", with the folder {_listed([code(name) for name in local])} in it" if local else ""
         tool = "wp-merge" if self.mark.method in _METHODS else "mergekit-yaml"
         return (
             f"## Recipe\n\n{fenced(self.recipe.strip(), 'yaml')}\n\n"
-            f"`{tool} {RECIPE} merged`, in a copy of this repository{note}, makes it again."
+            f"`{tool} {RECIPE} merged`, in a copy of this repository{self._local()}, makes it again."
         )
+
+    def _local(self) -> str:
+        """What else a copy of the repository needs: parents that are not on the Hub."""
+        local = [parent.shown for parent in self.parents if parent.hub is None]
+        return f", with the folder {_listed([code(name) for name in local])} in it" if local else ""
 
     def _scores(self) -> str:
         if not self.scores:
@@ -156,6 +193,7 @@ Prompt it in the format that the experts were trained with."""
                 results.markdown.strip(),
                 f"This model is the row {code(results.row)}.{measured} All of it is in "
                 f"[{results.path}]({results.path}).",
+                f"The command that measures it again, in a copy of this repository{self._local()}:",
                 fenced(f"$ {results.command}", "console"),
             ]
         return "\n\n".join(parts)
@@ -163,10 +201,12 @@ Prompt it in the format that the experts were trained with."""
     def _checks(self) -> str:
         lines = "\n".join(f"- {markdown(line)}" for line in self.mark.checked)
         versions = ", ".join(f"{name} {number}" for name, number in self.mark.versions.items())
+        cleaned = _listed([code(name) for name in self.cleaned])
+        but = f", of {cleaned} as published, without folders of the machine it was made on" if cleaned else ""
         return (
             f"## Checks\n\nBefore it was published, on {markdown(self.mark.date[:10])}, with {markdown(versions)}:"
             f"\n\n{lines}\n\n"
-            f"[{MARK}]({MARK}) has the SHA-256 of every file of the model as it was then."
+            f"[{MARK}]({MARK}) has the SHA-256 of every file of the model as it was then{but}."
         )
 
     def _licences(self) -> str:

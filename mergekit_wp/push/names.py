@@ -10,6 +10,14 @@ from typing import Any
 
 from mergekit_wp.push.parents import Parent, is_hub_name
 
+# An absolute path of some machine, POSIX or Windows, as a whole text or within one; addresses are none.
+_ROOT = r"(?:file:/+|~?/|[A-Za-z]:[\\/]|\\\\)"
+_PATH = re.compile(rf"{_ROOT}[^\n]*")
+_DEEP = re.compile(rf"{_ROOT}[^\n]*[^\n\\/][\\/][^\n]*")
+_PATHS = re.compile(rf"(?<![\w./:~<}}\])-]){_ROOT}(?:[\w.@+-]+[\\/])+[\w.@+-]*")
+# In a model's JSON: fields whose text is a token or a template rather than a name.
+_TOKENS = re.compile(r"(token|tokens|content|template|pattern|regex)$", re.IGNORECASE)
+_FIELDS = re.compile(r"(name_or_path|path|file|dir|folder)$", re.IGNORECASE)
 MODEL_KEYS = ("model", "base_model", "lora", "path")
 FILE_KEYS = ("scores", "activations")
 
@@ -42,14 +50,14 @@ class Names:
         path = reference.partition("@")[0]
         if is_hub_name(path) or not _is_path(reference):
             return reference
-        return self._by_last.get(Path(path).name, Path(path).name)
+        return self._by_last.get(_last(path), _last(path))
 
     def recipe(self, node: Any) -> Any:
         """A recipe with every model and score file under its published name."""
         if isinstance(node, list):
             return [self.recipe(item) for item in node]
         if not isinstance(node, dict):
-            known = isinstance(node, str) and (node.startswith(("/", "~")) or ("/" in node and node in self._published))
+            known = isinstance(node, str) and (_PATH.fullmatch(node) or ("/" in node and node in self._published))
             return self.of(node) if known else node
         return {
             key: self.of(value) if key in (*MODEL_KEYS, *FILE_KEYS) and isinstance(value, str) else self.recipe(value)
@@ -64,7 +72,38 @@ class Names:
             return {key: self.content(value) for key, value in node.items()}
         if not isinstance(node, str):
             return node
-        return self.of(node) if node in self._published or node.startswith(("/", "~")) else without_home(node)
+        place = _DEEP.fullmatch(node) or (_PATH.fullmatch(node) and os.path.exists(node))
+        return self.of(node) if node in self._published or place else without_home(node)
+
+    def model_file(self, node: Any, key: str = "") -> Any:
+        """A JSON file of the model (its config, say) without folders of any machine; tokens and templates stay.
+
+        A field such as `name_or_path` that holds a path gets the model's published name. Of `auto_map`'s
+        FOLDER--MODULE.CLASS the module stays.
+        """
+        if isinstance(node, list):
+            return [self.model_file(item, key) for item in node]
+        if isinstance(node, dict):
+            return {name: self.model_file(value, name) for name, value in node.items()}
+        if not isinstance(node, str) or _TOKENS.search(key):
+            return node
+        place, dashes, rest = node.rpartition("--")
+        if key.startswith("Auto") and dashes and _PATH.fullmatch(place):
+            return rest
+        whole = _PATH.fullmatch(node) and (_FIELDS.search(key) or _DEEP.fullmatch(node))
+        if whole or (_FIELDS.search(key) and _is_path(node)):
+            return self.of(node)
+        return without_home(node)
+
+
+def paths_in(text: str) -> list[str]:
+    """The absolute paths of two parts and more in a text, each once."""
+    return list(dict.fromkeys(match[0] for match in _PATHS.finditer(text)))
+
+
+def _last(path: str) -> str:
+    """The last part of a path, of POSIX or Windows."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or "model"
 
 
 def without_home(text: str) -> str:
@@ -74,4 +113,6 @@ def without_home(text: str) -> str:
 
 
 def _is_path(text: str) -> bool:
-    return text.startswith(("/", "~", ".")) or text.count("/") != 1 or os.path.exists(text)
+    return (
+        _PATH.fullmatch(text) is not None or text.startswith((".", "~")) or text.count("/") != 1 or os.path.exists(text)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.foreign import file_part
 from mergekit_wp.merge.mark import Mark, marked_files
 from mergekit_wp.merge.plan import TORCH_DTYPE, WP
 from mergekit_wp.push import results as evaluations
 from mergekit_wp.push import stage as staging
+from mergekit_wp.push.bundle import bundle
 from mergekit_wp.push.card import Card, CardResults
 from mergekit_wp.push.check import check_secrets
 from mergekit_wp.push.gate import passed_audit
@@ -25,7 +28,7 @@ from mergekit_wp.push.licences import Licence, Terms, chosen, decide, name_troub
 from mergekit_wp.push.names import Names
 from mergekit_wp.push.parents import UNASKED, Parent, find_parents, licence_of
 from mergekit_wp.push.stage import RECIPE
-from mergekit_wp.push.steady import clean_logs, explain, first
+from mergekit_wp.push.steady import clean_logs, explain
 from mergekit_wp.push.upload import Item
 
 if TYPE_CHECKING:
@@ -115,6 +118,9 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
     placed = staging.place(files)
     names = Names(folder, request.repo_id, parents, placed)
     staging.stage_files(stage, files, placed, names)
+    cleaned = staging.stage_model_files(stage, folder, names)
+    if cleaned:
+        say(f"published without the folders of this machine that they name: {', '.join(cleaned)}.")
     card = Card(
         repo_id=request.repo_id,
         parents=parents,
@@ -124,13 +130,14 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         mark=mark,
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
         scores=[(target, _score_meta(stage / target)) for target in placed.values() if mark.method == WP],
-        results=[_card_results(stage, n, results, names, request.repo_id) for n, results in enumerate(found, start=1)],
+        results=[_card_results(stage, n, one, names, request.repo_id, say) for n, one in enumerate(found, start=1)],
+        cleaned=tuple(cleaned),
         licence_texts=staging.stage_licences(stage, parents),
     )
     _draw(mark, stage)
-    staging.stage_mark(stage, mark)
+    staging.stage_mark(stage, mark, cleaned)
     write_text(stage / "README.md", card.text())
-    items, left_out = staging.collect(folder, stage, digests)
+    items, left_out = staging.collect(folder, stage, digests, mark, cleaned)
     _check_secrets(items, say)
     return Publication(items, left_out, stage / "README.md")
 
@@ -193,14 +200,27 @@ def _read_results(results: Path, folder: Path, digests: Digests) -> evaluations.
     return evaluations.read_folder(results, folder, fingerprint)
 
 
-def _card_results(stage: Path, number: int, results: evaluations.Results, names: Names, repo_id: str) -> CardResults:
-    names.learn(results.reference, repo_id)
+def _card_results(
+    stage: Path, number: int, results: evaluations.Results, names: Names, repo_id: str, say: Say
+) -> CardResults:
+    from mergekit_wp.eval.table import to_markdown
+
+    names.learn(results.row.model.reference, repo_id)
+    name = file_part(results.suite.name)
+    name = f"{number}-{name}" if number > 1 else name
+    include = evaluations.include_path(results.content, results.suite)
+    made = bundle(name, results.suite, include)
+    staging.stage_suite(stage, made)
+    if include is not None and not include.is_dir():
+        say(f"note: {include} is not here, so the tasks of the suite {results.suite.name} are not published with it.")
+    command = evaluations.command(results.content, names, made.suite)
     return CardResults(
-        markdown=results.markdown,
-        row=results.row,
+        markdown=to_markdown(results.table),
+        row=results.row.model.name,
         measured=evaluations.how_measured(results.content),
-        command=evaluations.command(results.content, names),
-        path=staging.stage_results(stage, number, results.content, names),
+        command=shlex.join(command),
+        path=staging.stage_results(stage, name, results.content, command, names),
+        figures=evaluations.figures(results.table, results.row),
     )
 
 
@@ -231,5 +251,5 @@ def _draw(mark: Mark, stage: Path) -> None:
 def _check_secrets(items: Sequence[Item], say: Say) -> None:
     from huggingface_hub import get_token
 
-    if homes := check_secrets(items, get_token()):
-        say(f"note: {first(homes)} names your home directory, and will be public as it is.")
+    for path, named in check_secrets(items, get_token()).items():
+        say(f"note: {path} names {named} of a machine, and will be public as it is.")

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_json_mapping
+from mergekit_wp.foreign import one_line
 from mergekit_wp.push.names import Names
+
+if TYPE_CHECKING:
+    from mergekit_wp.eval.run import Row
+    from mergekit_wp.eval.suite import Suite
+    from mergekit_wp.eval.table import Table
+
+# Of wp-eval's flags, those without a value, and those that name folders; --quiet and logs decide no number.
+_SWITCHES = ("--log-samples", "--allow-code-execution", "--trust-remote-code", "--quiet")
+_PLACES = ("--out", "--include-path", "--quiet", "--log-samples")
 
 
 @dataclass(frozen=True)
 class Results:
-    """One results.json: its content as read, the Markdown table, and which row is the model that is published.
+    """One results.json: its content as read, its table and suite, and the row of the model that is published.
 
-    reference: how that row refers to the model; it may have been measured in another folder.
+    That row's reference may be another folder than the one which is published.
     """
 
     content: dict[str, Any]
-    markdown: str
-    row: str
-    reference: str
+    table: Table
+    suite: Suite
+    row: Row
 
 
 def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Results:
@@ -31,7 +40,8 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
 
     Raises `BadInput` when they are not wp-eval's, and when no row of them was measured on this model.
     """
-    from mergekit_wp.eval.table import read_results, to_markdown
+    from mergekit_wp.eval.suite import parse_suite
+    from mergekit_wp.eval.table import read_results
 
     path = folder / "results.json" if folder.is_dir() else folder
     table = read_results(path)
@@ -44,7 +54,11 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
             "wp-eval, or leave these results out."
         )
     content = read_json_mapping(path, "results.json of wp-eval")
-    return Results(content, to_markdown(table), row.model.name, row.model.reference)
+    try:
+        suite = parse_suite(content.get("suite_content") or {}, Path())
+    except BadInput as error:
+        raise BadInput(f"{path}: its `suite_content` is no suite: {error.message}") from error
+    return Results(content, table, suite, row)
 
 
 def model_fingerprint(model: Path) -> str:
@@ -77,24 +91,62 @@ def how_measured(content: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def command(content: dict[str, Any], names: Names) -> str:
-    """The command that measures the same again: the one that wp-eval wrote down, else one made of what it did."""
-    words = content.get("command")
-    if isinstance(words, str) and words:
-        words = shlex.split(words)
-    if isinstance(words, list) and words:
-        return shlex.join([_public(str(word), names) for word in words])
+def include_path(content: dict[str, Any], suite: Suite) -> Path | None:
+    """The folder of tasks that was used: the command's, else the suite's."""
+    words = _command(content)
+    if "--include-path" in words[:-1]:
+        return Path(words[words.index("--include-path") + 1])
+    return suite.include_path
+
+
+def command(content: dict[str, Any], names: Names, suite: str) -> list[str]:
+    """The words of the command that measures the same again in a copy of the repository; `suite` is its path there.
+
+    Rows are those of the table, under their published names; other flags are those that wp-eval wrote down.
+    """
     rows = [f"{row['name']}={names.of(str(row['model']))}" for row in content.get("rows", [])]
-    words = ["wp-eval", names.content(str(content.get("suite", "SUITE.yaml"))), *rows]
-    if content.get("baseline"):
-        words += ["--baseline", str(content["baseline"])]
-    if content.get("limit"):
-        words += ["--limit", str(content["limit"])]
-    return shlex.join([*words, "--out", "runs/eval"])
+    words = ["wp-eval", suite, *rows, *_flags(content, names), "--out", "runs/eval"]
+    return [one_line(word) for word in words]
 
 
-def _public(word: str, names: Names) -> str:
-    name, equals, model = word.partition("=")
-    if equals and not word.startswith("-"):
-        return f"{name}={names.of(model)}"
-    return str(names.content(word))
+def _flags(content: dict[str, Any], names: Names) -> list[str]:
+    """The flags of the command that was run, but those that say where things are on that machine."""
+    words = _command(content)
+    if not words:  # written by a wp-eval that did not write it down
+        flags = ["--baseline", str(content["baseline"])] if content.get("baseline") else []
+        return flags + (["--limit", str(content["limit"])] if content.get("limit") else [])
+    flags, rest = [], iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            value = [] if word in _SWITCHES else [str(names.content(next(rest, "")))]
+            flags += [] if word in _PLACES else [word, *value]
+    return flags
+
+
+def _command(content: dict[str, Any]) -> list[str]:
+    words = content.get("command")
+    return words if isinstance(words, list) and all(isinstance(word, str) for word in words) else []
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One value of a row for a card's `model-index`: a fraction, as lm-eval gives it."""
+
+    column: str
+    task: str
+    metric: str
+    value: float
+    shots: int | None
+
+
+def figures(table: Table, row: Row) -> list[Figure]:
+    """The values of one row; none where only part of the items was asked, since a `model-index` cannot say so."""
+    if table.limit_of(row):
+        return []
+    found = []
+    for task in table.suite.tasks:
+        if task.column in row.cells:
+            shots = row.measured.get(task.column, {}).get("num_fewshot")
+            shots = shots if isinstance(shots, int) else None
+            found.append(Figure(task.column, task.task, task.metric, row.cells[task.column].value, shots))
+    return found

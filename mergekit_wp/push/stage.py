@@ -17,17 +17,20 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.digests import Digests
+from mergekit_wp.digests import Digests, sha256_of
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import atomic_path, check_writable_parent, write_text
+from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_text, write_text
 from mergekit_wp.foreign import file_part, one_line
 from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
 from mergekit_wp.merge.plan import OURS, WP
+from mergekit_wp.push.bundle import Bundle
 from mergekit_wp.push.gate import is_licence_text, is_model_file
 from mergekit_wp.push.names import FILE_KEYS, Names, without_home
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.upload import Item
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 DIGESTS = ".digests.json"
 RECIPE = "mergekit_config.yml"
 PICTURE = "wp/shares.png"
@@ -141,19 +144,49 @@ def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Seq
     return text
 
 
-def stage_mark(stage: Path, mark: Mark) -> None:
-    """The mark as it is published: for the files that are, as they are. The recipe is not, its paths are rewritten."""
+def stage_mark(stage: Path, mark: Mark, cleaned: dict[str, Path]) -> None:
+    """The mark as it is published: for the files that are, as they are; `cleaned` are those that differ by a path.
+
+    The recipe is not among them, its paths are rewritten.
+    """
     files = {name: digest for name, digest in mark.files.items() if name != RECIPE and is_model_file(Path(name))}
+    files |= dict(zip(cleaned, sha256_of(list(cleaned.values())), strict=True))
     scores = tuple(MarkedScores(scores.name, scores.content) for scores in mark.scores)
     write_text(stage / "published" / MARK, replace(mark, files=files, scores=scores).text())
 
 
-def stage_results(stage: Path, number: int, content: dict[str, Any], names: Names) -> str:
-    """One results.json, its paths replaced; its path in the repository."""
-    suite = file_part(str((content.get("suite_content") or {}).get("name") or "results"))
-    target = f"wp/results/{number}-{suite}.json" if number > 1 else f"wp/results/{suite}.json"
-    write_text(stage / target, json.dumps(names.content(content), indent=2) + "\n")
+def stage_results(stage: Path, name: str, content: dict[str, Any], command: Sequence[str], names: Names) -> str:
+    """One results.json, its paths replaced, with the command as it is published; its path in the repository."""
+    target = f"wp/results/{name}.json"
+    write_text(stage / target, json.dumps({**names.content(content), "command": list(command)}, indent=2) + "\n")
     return target
+
+
+def stage_suite(stage: Path, made: Bundle) -> None:
+    """The suite and the task files of a table."""
+    for target, source in made.copies.items():
+        shutil.copyfile(source, check_writable_parent(stage / target))
+    for target, text in made.texts.items():
+        write_text(stage / target, text)
+
+
+def stage_model_files(stage: Path, folder: Path, names: Names) -> dict[str, Path]:
+    """The JSON files of the model that name folders of a machine, written anew without them: name -> where it lies.
+
+    Vocabularies are left alone: `/usr` is a token there.
+    """
+    cleaned: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name in VOCABULARIES or path.name.endswith(".index.json"):
+            continue
+        try:
+            found = parse_json(read_text(inside(folder, path), MOST_JSON_BYTES))
+        except ValueError:
+            continue  # not for us to judge; the audit has passed it
+        if (public := names.model_file(found)) != found:
+            cleaned[path.name] = stage / "model" / path.name
+            write_text(cleaned[path.name], json.dumps(public, indent=2, ensure_ascii=False) + "\n")
+    return cleaned
 
 
 def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
@@ -161,17 +194,20 @@ def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
     copied: list[str] = []
     for parent in parents:
         for path in sorted(parent.folder.iterdir()) if parent.folder is not None else []:
-            if path.is_file() and is_licence_text(path):
+            if path.is_file() and is_licence_text(path) and inside(parent.folder or path.parent, path):
                 target = f"licences/{file_part(parent.shown.replace('/', '--'))}/{file_part(path.name)}"
                 shutil.copyfile(path, check_writable_parent(stage / target))
                 copied.append(target)
     return copied
 
 
-def collect(folder: Path, stage: Path, digests: Digests) -> tuple[list[Item], list[str]]:
+def collect(
+    folder: Path, stage: Path, digests: Digests, mark: Mark, cleaned: dict[str, Path]
+) -> tuple[list[Item], list[str]]:
     """Every file that is published, by path, and the names in `folder` that are not.
 
-    Raises `BadInput` for a file that the Hub would not take.
+    Raises `BadInput` for a file that the Hub would not take, for a link that leaves `folder`, and for a file that is
+    no longer as the mark's audit found it.
     """
     published: dict[str, Path] = {}
     left_out: list[str] = []
@@ -179,7 +215,7 @@ def collect(folder: Path, stage: Path, digests: Digests) -> tuple[list[Item], li
         if path.name in ("README.md", MARK, RECIPE) or path.name.startswith("."):
             continue
         if path.is_file() and (is_model_file(path) or is_licence_text(path)):
-            published[path.name] = path
+            published[path.name] = cleaned.get(path.name, inside(folder, path))
         else:
             left_out.append(path.name)
     published |= {RECIPE: stage / RECIPE, "README.md": stage / "README.md", MARK: stage / "published" / MARK}
@@ -190,6 +226,10 @@ def collect(folder: Path, stage: Path, digests: Digests) -> tuple[list[Item], li
     found = digests(list(published.values()))
     items = [Item(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]
     for item in items:
+        if item.source.parent == folder and is_model_file(item.source) and mark.files.get(item.path) != item.sha256:
+            raise BadInput(
+                f"{item.source}: changed while this push was prepared; run it again when nothing writes there."
+            )
         # https://huggingface.co/docs/hub/storage-limits: no single file above 500 GB, and under 200 GB at best.
         if item.size > 500e9:
             raise BadInput(

@@ -147,7 +147,7 @@ def _send_large(
 
     for item in items:
         if item.path not in additions:
-            additions[item.path] = CommitOperationAdd(item.path, str(item.source))
+            additions[item.path] = CommitOperationAdd(item.path, _content(item))
             additions[item.path].upload_info.sha256 = bytes.fromhex(item.sha256)  # known: not read once more
     small = [item for item in items if item.size < _LARGE]
     api.preupload_lfs_files(repo_id, [additions[item.path] for item in small], free_memory=False)
@@ -155,6 +155,19 @@ def _send_large(
     for number, item in enumerate(large, start=1):
         say(f"[{number}/{len(large)}] {item.path} ({item.size / 1e6:,.0f} MB)")
         api.preupload_lfs_files(repo_id, [additions[item.path]], free_memory=False)
+
+
+def _content(item: Item) -> str | bytes:
+    """What is sent: of a large file its path (its storage refuses bytes of another SHA-256), of a small one the bytes.
+
+    Raises `BadInput` when they are not those that were checked.
+    """
+    if item.size >= _LARGE:
+        return str(item.source)
+    content = item.source.read_bytes()
+    if hashlib.sha256(content).hexdigest() != item.sha256:
+        raise BadInput(f"{item.source}: changed after it was checked; run the same command again.")
+    return content
 
 
 def _commit(api: HfApi, repo_id: str, head: str, additions: list[CommitOperationAdd], obsolete: list[str]) -> Any:

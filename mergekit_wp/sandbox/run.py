@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import selectors
@@ -23,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
 from mergekit_wp.sandbox.confine import NOBODY
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 _CHILD = Path(__file__).with_name("child.py")
 _LARGEST_ANSWER_BYTES = 64 * 1024
 _STARTS_WITHIN_S = 30.0

@@ -11,7 +11,6 @@ read at the prompt's own last token.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 from mergekit_wp.checkpoint import Checkpoint, local_folder
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
 from mergekit_wp.scorefile import PromptStyle
 from mergekit_wp.scoring.job import PLAIN, ScoringJob
 from mergekit_wp.scoring.pairs import Pair, TaskPairs
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 _NO_CHAT = "system: a system prompt is part of a chat; use it with --chat-template on."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

@@ -1,0 +1,134 @@
+"""The suite and the task files behind a results table, published so that its command runs in a copy of the repository.
+
+A suite NAME becomes `wp/eval/NAME.yaml`, its tasks `wp/eval/NAME/`: of the suite's `include_path` those files that
+define or grade one of its tasks, in their folders. Files that these name elsewhere (data, an `include:`) go to
+`wp/eval/NAME/outside/N/`, and the YAML that names them is rewritten: a path in it is one of this machine.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_wp.eval.datafiles import data_files, files_read
+from mergekit_wp.eval.index import members
+from mergekit_wp.eval.suite import Suite, suite_text
+from mergekit_wp.files import inside
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+@dataclass
+class Bundle:
+    """What goes to the repository: `copies` as they are, `texts` as written here, by path; `suite` is one of them."""
+
+    suite: str
+    copies: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def bundle(name: str, suite: Suite, include_path: Path | None) -> Bundle:
+    """The suite under a name that is part of a path and, where `include_path` is a folder here, its task files.
+
+    Raises `BadInput` for a file of that folder that is a link out of it. Tasks that come with lm-eval or with this
+    package need no files.
+    """
+    made = Bundle(f"wp/eval/{name}.yaml")
+    if include_path is not None and include_path.is_dir():
+        _Gatherer(made, include_path.resolve(), f"wp/eval/{name}").add_tasks([task.task for task in suite.tasks])
+    include = Path(name) if made.copies or made.texts else None
+    made.texts[made.suite] = suite_text(replace(suite, include_path=include))
+    return made
+
+
+class _Gatherer:
+    """Collects the files of tasks below one folder into a bundle."""
+
+    def __init__(self, made: Bundle, folder: Path, place: str) -> None:
+        self._made, self._folder, self._place = made, folder, place
+        self._outside: dict[Path, str] = {}
+
+    def add_tasks(self, names: Sequence[str]) -> None:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=[str(self._folder)], include_defaults=False)
+        for name in dict.fromkeys(names):
+            for entry in _entries(manager, name):
+                if entry.yaml_path is not None:
+                    self._add_yaml(Path(entry.yaml_path))
+                for path in files_read(entry.cfg or {}):
+                    self._copy(path)
+
+    def _add_yaml(self, path: Path) -> None:
+        """A task's YAML and those that it includes, the paths in them as they are in the repository."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        target = self._target(path)
+        if target in self._made.texts:
+            return
+        if self._folder in path.resolve().parents:
+            inside(self._folder, path)
+        content = load_yaml(path, resolve_func=False, recursive=False)
+        included = content.get("include") or []
+        renamed: dict[str, str] = {}
+        for name in included if isinstance(included, list) else [included]:
+            source = path.parent / str(name)
+            renamed[str(name)] = _relative(self._target(source), target)
+            self._made.texts.setdefault(target, "")  # before what it includes: a circle ends here
+            self._add_yaml(source)
+            for module in source.parent.glob("*.py"):  # what `!function` in it refers to
+                self._copy(module)
+        named = data_files(content)
+        if isinstance(folder := content.get("dataset_path"), str) and Path(folder).is_dir():
+            named = [*named, folder]
+        for name in named:
+            if "://" not in name and (found := Path(name)).parent.is_dir():
+                renamed[name] = self._target(found)
+        text = path.read_text(encoding="utf-8")
+        for name in sorted(renamed, key=len, reverse=True):  # one may begin with another
+            text = text.replace(name, renamed[name])
+        self._made.texts[target] = text
+
+    def _copy(self, path: Path) -> None:
+        if not path.name.startswith(".") and path.is_file():
+            source = inside(self._folder, path) if self._folder in Path(path).absolute().parents else path
+            self._made.copies[self._target(path)] = source
+
+    def _target(self, path: Path) -> str:
+        """Where a file goes; a file of another folder keeps its neighbours."""
+        absolute = path.absolute()
+        parent = absolute.parent.resolve()
+        if self._folder == parent or self._folder in parent.parents:
+            parts = [*parent.relative_to(self._folder).parts, absolute.name]
+            return "/".join([self._place, *parts])
+        place = self._outside.setdefault(parent, f"{self._place}/outside/{len(self._outside) + 1}")
+        return f"{place}/{absolute.name}"
+
+
+def _entries(manager: TaskManager, name: str) -> Iterator[Any]:
+    """lm-eval's entries behind a task, a group or a tag that the folder defines."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    yield entry
+    for tagged in sorted(entry.tags) if entry.cfg is None else []:
+        yield from _entries(manager, tagged)
+    for member in _names(members(entry.cfg or {})):
+        yield from _entries(manager, member)
+
+
+def _names(nested: Sequence[Any]) -> Iterator[str]:
+    for member in nested:
+        if isinstance(member, dict):
+            yield from _names(members(member))
+            member = member.get("task")
+        if isinstance(member, str):
+            yield member
+
+
+def _relative(target: str, start: str) -> str:
+    return posixpath.relpath(target, posixpath.dirname(start))
