@@ -80,7 +80,7 @@ def test_files_of_groups_tags_includes_and_modules(tmp_path: Path) -> None:
     write(tasks / "deep" / "m.py", "import json\ndef f(doc): return 'x'\n")
     write(tasks / "deep" / "data" / "words.txt", "w")
     write(tasks / "base.yaml", "dataset_path: json\n")
-    write(tasks / "two.yaml", "include: base.yaml\ntask: two\n")
+    write(tasks / "two.yaml", "include: base.yaml\ntask: two\ndoc_to_text: see base.yaml and d*.jsonl\n")
     write(tasks / "group.yaml", "group: both\ntask: [one, {task: two}]\n")
     write(tasks / "other.yaml", "task: other\n")
     write(tasks / ".hidden.yaml", "task: hidden\n")
@@ -104,6 +104,32 @@ def test_files_of_groups_tags_includes_and_modules(tmp_path: Path) -> None:
     assert index["one"].cfg["dataset_path"] == "json"
     assert {"one", "two", "both"} <= set(index)
     assert "other" not in index
+
+
+def test_a_local_data_set_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data" / "x" / "test.csv", "q,a")
+    write(
+        tmp_path / "tasks" / "one.yaml",
+        "task: one\ndataset_path: data\ndataset_name: x\ndoc_to_text: the data of data\n",
+    )
+    made = made_by(tmp_path / "tasks", "one")
+    (copied,) = made.copies
+    (path,) = [target for target in made.texts if target.endswith("one.yaml")]
+    content = yaml.safe_load(made.texts[path])
+    assert copied == f"{content['dataset_path']}/x/test.csv"
+    assert (content["doc_to_text"], content["dataset_name"]) == ("the data of data", "x")
+
+
+@pytest.mark.parametrize("text", ["include: gone.yaml\ntask: one\n", "task: [one\n", "include: one.yaml\ntask: one\n"])
+def test_task_files_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "tasks" / "one.yaml", text)
+    try:
+        made = made_by(tmp_path / "tasks", "one")
+    except BadInput as error:
+        assert "they cannot be read now" in error.message
+    else:  # lm-eval's index leaves out what it cannot read
+        assert set(made.texts) <= {"wp/eval/s.yaml", "wp/eval/s/one.yaml"}
 
 
 def test_a_task_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ define or grade one of its tasks, in their folders. Files that these name elsewh
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_wp.eval.datafiles import data_files, files_read
+import yaml
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.datafiles import data_files, files_read, first_line
 from mergekit_wp.eval.index import members
 from mergekit_wp.eval.suite import Suite, suite_text
 from mergekit_wp.files import inside
@@ -39,7 +43,13 @@ def bundle(name: str, suite: Suite, include_path: Path | None) -> Bundle:
     """
     made = Bundle(f"wp/eval/{name}.yaml")
     if include_path is not None and include_path.is_dir():
-        _Gatherer(made, include_path.resolve(), f"wp/eval/{name}").add_tasks([task.task for task in suite.tasks])
+        try:
+            _Gatherer(made, include_path.resolve(), f"wp/eval/{name}").add_tasks([task.task for task in suite.tasks])
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise BadInput(
+                f"{include_path}: the suite {suite.name} was measured with the tasks in this folder, and they cannot be "
+                f"read now ({first_line(error)}); bring them back, or leave these results out."
+            ) from error
     include = Path(name) if made.copies or made.texts else None
     made.texts[made.suite] = suite_text(replace(suite, include_path=include))
     return made
@@ -82,15 +92,14 @@ class _Gatherer:
             self._add_yaml(source)
             for module in source.parent.glob("*.py"):  # what `!function` in it refers to
                 self._copy(module)
-        named = data_files(content)
-        if isinstance(folder := content.get("dataset_path"), str) and Path(folder).is_dir():
-            named = [*named, folder]
-        for name in named:
+        for name in data_files(content):
             if "://" not in name and (found := Path(name)).parent.is_dir():
                 renamed[name] = self._target(found)
         text = path.read_text(encoding="utf-8")
-        for name in sorted(renamed, key=len, reverse=True):  # one may begin with another
-            text = text.replace(name, renamed[name])
+        for name, published in renamed.items():
+            text = _replaced(text, r"(?<![\w./~-])", name, published)
+        if isinstance(folder := content.get("dataset_path"), str) and Path(folder).is_dir():
+            text = _replaced(text, r"(?<=dataset_path:)\s*[\"']?", folder, self._target(Path(folder)))
         self._made.texts[target] = text
 
     def _copy(self, path: Path) -> None:
@@ -128,6 +137,11 @@ def _names(nested: Sequence[Any]) -> Iterator[str]:
             member = member.get("task")
         if isinstance(member, str):
             yield member
+
+
+def _replaced(text: str, before: str, name: str, published: str) -> str:
+    """The text with a path under its published name, where it stands as a whole and after what `before` matches."""
+    return re.sub(rf"({before}){re.escape(name)}(?![\w./-])", lambda found: found[1] + published, text)
 
 
 def _relative(target: str, start: str) -> str:

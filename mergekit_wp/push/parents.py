@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import one_line
 from mergekit_wp.push.licences import Licence
 
 # huggingface_hub's cache: .../models--USER--NAME/snapshots/<commit>
@@ -187,7 +188,7 @@ def _stated(data: dict[str, Any], where: str, parent: Parent) -> Licence:
 
 def _line(value: Any) -> str | None:
     """A field of a card that should be one short text; None for anything else."""
-    return value.strip() if isinstance(value, str) and value.strip() and len(value) < 500 else None
+    return one_line(value.strip()) if isinstance(value, str) and value.strip() and len(value) < 500 else None
 
 
 def _link(link: str | None, parent: Parent) -> str | None:

@@ -177,7 +177,7 @@ def stage_model_files(stage: Path, folder: Path, names: Names) -> dict[str, Path
     """
     cleaned: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name in VOCABULARIES or path.name.endswith(".index.json"):
+        if path.name in VOCABULARIES or path.name.endswith(".index.json") or not path.is_file():
             continue
         try:
             found = parse_json(read_text(inside(folder, path), MOST_JSON_BYTES))
