@@ -121,17 +121,6 @@ def test_a_local_data_set_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (content["doc_to_text"], content["dataset_name"]) == ("the data of data", "x")
 
 
-@pytest.mark.parametrize("text", ["include: gone.yaml\ntask: one\n", "task: [one\n", "include: one.yaml\ntask: one\n"])
-def test_task_files_that_cannot_be_read(tmp_path: Path, text: str) -> None:
-    write(tmp_path / "tasks" / "one.yaml", text)
-    try:
-        made = made_by(tmp_path / "tasks", "one")
-    except BadInput as error:
-        assert "they cannot be read now" in error.message
-    else:  # lm-eval's index leaves out what it cannot read
-        assert set(made.texts) <= {"wp/eval/s.yaml", "wp/eval/s/one.yaml"}
-
-
 def test_a_task_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     secret = write(tmp_path / "secret.txt", "diary")
     write(tmp_path / "tasks" / "one.yaml", "task: one\ndoc_to_text: !function m.f\n")

@@ -47,8 +47,8 @@ def bundle(name: str, suite: Suite, include_path: Path | None) -> Bundle:
             _Gatherer(made, include_path.resolve(), f"wp/eval/{name}").add_tasks([task.task for task in suite.tasks])
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise BadInput(
-                f"{include_path}: the suite {suite.name} was measured with the tasks in this folder, and they cannot be "
-                f"read now ({first_line(error)}); bring them back, or leave these results out."
+                f"{include_path}: the suite {suite.name} was measured with the tasks in this folder, and they cannot "
+                f"be read now ({first_line(error)}); bring them back, or leave these results out."
             ) from error
     include = Path(name) if made.copies or made.texts else None
     made.texts[made.suite] = suite_text(replace(suite, include_path=include))
