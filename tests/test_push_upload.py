@@ -276,15 +276,24 @@ def test_sentences(hub, api, items, monkeypatch):
 def test_licences_of_parents_on_the_hub(hub, api):
     from mergekit_wp.push.parents import find_parents, licence_of
 
-    hub.cards |= {"meta/base": {"license": "llama2"}, "bob/maths": {"license": ["mit"]}, "eve/code": {}}
-    names = ["bob/maths", "eve/code", "eve/gone"]
+    other = {"license": "other", "license_name": "acme-research", "license_link": "LICENSE"}
+    hub.cards |= {
+        "meta/base": {"license": "llama2"},
+        "bob/maths": {"license": ["mit"]},
+        "eve/code": {},
+        "acme/x": other,
+    }
+    names = ["bob/maths", "eve/code", "eve/gone", "acme/x"]
     recipe = {"base_model": "meta/base", "models": [{"model": name} for name in names]}
     base, *experts = find_parents(recipe, [])
     assert base.role == "base"
-    assert [licence_of(parent, api).id for parent in (base, *experts[:2])] == ["llama2", "mit", None]
+    assert [licence_of(parent, api).ids for parent in (base, *experts[:2])] == [("llama2",), ("mit",), ()]
+    found = licence_of(experts[3], api)
+    assert (found.ids, found.name) == (("other",), "acme-research")
+    assert found.link == "https://huggingface.co/acme/x/blob/main/LICENSE"
     with pytest.raises(BadInput, match="the Hub has no model eve/gone"):
         licence_of(experts[2], api)
-    assert licence_of(base, None).id is None
+    assert licence_of(base, None).ids == ()
 
 
 SCRIPT = """
