@@ -109,13 +109,13 @@ class _Gatherer:
 
     def _target(self, path: Path) -> str:
         """Where a file goes; a file of another folder keeps its neighbours."""
-        absolute = path.absolute()
-        parent = absolute.parent.resolve()
-        if self._folder == parent or self._folder in parent.parents:
-            parts = [*parent.relative_to(self._folder).parts, absolute.name]
-            return "/".join([self._place, *parts])
-        place = self._outside.setdefault(parent, f"{self._place}/outside/{len(self._outside) + 1}")
-        return f"{place}/{absolute.name}"
+        parent = path.absolute().parent.resolve()
+        roots = {self._folder: self._place, **self._outside}
+        root = next((folder for folder in (parent, *parent.parents) if folder in roots), None)
+        if root is None:  # stays the nearest: a folder below it gets no place of its own afterwards
+            root = parent
+            roots[root] = self._outside[root] = f"{self._place}/outside/{len(self._outside) + 1}"
+        return "/".join([roots[root], *parent.relative_to(root).parts, path.name])
 
 
 def _entries(manager: TaskManager, name: str) -> Iterator[Any]:
