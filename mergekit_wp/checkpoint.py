@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp import modelconfig
-from mergekit_wp.components import Geometry
+from mergekit_wp.components import Geometry, text_config
 from mergekit_wp.errors import BadInput
 
 _WINDOW_BYTES = 4096
@@ -77,6 +77,11 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         return _read_json(self.folder / "config.json", "the model's config")
+
+    @cached_property
+    def text_config(self) -> Mapping[str, Any]:
+        """The fields of `config` that describe the decoder (see `components.text_config`)."""
+        return text_config(self.config, where=str(self.folder / "config.json"))
 
     @cached_property
     def geometry(self) -> Geometry:

@@ -46,10 +46,12 @@ class Family:
     head_dim   its head width where config.json leaves it unsaid; None is hidden_size / heads
     heads_mix  a norm runs over the queries of all heads at once (OLMo), so a head's rows of q_proj also scale what the
                other heads ask
+    wrapper    its decoder is the text tower among others (vision), and a causal LM of another family by itself
     """
 
     head_dim: int | None = None
     heads_mix: bool = False
+    wrapper: bool = False
 
 
 # Which projections carry a bias, are fused or are followed by a norm needs no table: tensor names and the
@@ -68,6 +70,9 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": Family(),
     "GraniteForCausalLM": Family(),
     "Phi3ForCausalLM": Family(),
+    "Gemma3ForConditionalGeneration": Family(wrapper=True),
+    "Mistral3ForConditionalGeneration": Family(wrapper=True),
+    "LlavaForConditionalGeneration": Family(wrapper=True),
 }
 SUPPORTED = tuple(FAMILIES)
 
@@ -100,18 +105,74 @@ _SHARE_AND_AXIS: dict[str, tuple[Share, int]] = {
 }
 _PARTS = {path: (key,) for key, path in PROJECTIONS.items()} | FUSED
 _SLOT = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<module>\w+\.\w+)\.(?P<what>weight|bias)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-VOCABULARY_TENSORS = (EMBEDDINGS, HEAD)
+
+
+# Wrappers are stored as they were first published, language_model.model.* and language_model.lm_head, or as
+# transformers has them in memory since 4.52, model.language_model.* and lm_head.
+_TEXT_NAME = re.compile(
+    r"(?:model\.language_model|language_model\.model|model)\.(?P<model>(?:embed_tokens|layers|norm)\..*)"
+    r"|(?:language_model\.)?(?P<head>lm_head\..*)"
+)
 
 
 def text_name(name: str) -> str | None:
-    """What a checkpoint's tensor would be called in a plain causal LM; None for what is not of its decoder."""
-    return name if name.startswith(("model.", "lm_head.")) else None
+    """What a tensor, on disk or in memory, is called in a plain causal LM; None for what is not of its decoder."""
+    match = _TEXT_NAME.fullmatch(name)
+    if match is None:
+        return None
+    return match["head"] or f"model.{match['model']}"
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor's name speaks of; None for embeddings, final norm, LM head and other towers."""
+    match = _LAYER.match(text_name(name) or "")
+    return int(match[1]) if match else None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor's rows are tokens: the embeddings, the LM head."""
+    return text_name(name) in (EMBEDDINGS, HEAD)
 
 
 def text_tower(model: Any) -> Any:
     """The module of a loaded causal LM that has `embed_tokens`, the decoder's `layers` and the final `norm`."""
-    return model.model
+    return getattr(model.model, "language_model", model.model)
+
+
+def text_config(config: Mapping[str, Any], where: str = "config.json") -> Mapping[str, Any]:
+    """What describes the decoder: `config` itself, or of a wrapper its text_config with the defaults filled in.
+
+    Raises `BadInput` for a text tower that is no supported causal LM.
+    """
+    if not FAMILIES.get(_architecture(config, where), Family()).wrapper:
+        return config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from mergekit_wp.modelconfig import decoder  # it knows this module
+
+    text = decoder(config, where)
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text["model_type"], text["model_type"])
+    family = FAMILIES.get(own)
+    if family is None or family.wrapper or family.heads_mix:
+        raise BadInput(f"{where}: in text_config, {_unsupported(own)}")
+    return text
+
+
+def auto_class(config: Mapping[str, Any], where: str = "config.json") -> Any:
+    """The class of transformers that loads a model of this config with its output head."""
+    import transformers
+
+    wrapper = FAMILIES.get(_architecture(config, where), Family()).wrapper
+    return transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
+
+
+def _architecture(config: Mapping[str, Any], where: str) -> str:
+    named = config.get("architectures") or ["none"]
+    if not isinstance(named, list):
+        raise BadInput(f"{where}: found architectures {named!r}, expected a list of one name; mend the file.")
+    return str(named[0])
 
 
 @dataclass(frozen=True)
@@ -176,13 +237,10 @@ class Geometry:
         Raises `BadInput` for an architecture outside `SUPPORTED` (so also for mixtures of experts and hybrids) and for
         missing or impossible fields.
         """
-        named = config.get("architectures") or ["none"]
-        if not isinstance(named, list):
-            raise BadInput(f"{where}: found architectures {named!r}, expected a list of one name; mend the file.")
-        architecture = named[0]
+        architecture = _architecture(config, where)
         if architecture not in SUPPORTED:
             raise BadInput(f"{where}: {_unsupported(architecture)}")
-        family = FAMILIES[architecture]
+        family, config = FAMILIES[architecture], text_config(config, where)
         for field, trouble in _REFUSED.items():
             if config.get(field):
                 raise BadInput(f"{where}: `{field}` is {config[field]!r}; {trouble}.")

@@ -94,6 +94,12 @@ def resolved(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if value is not None and value is not False}
 
 
+def decoder(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of a wrapper's language model, defaults filled in, as config.json would have it alone."""
+    fields: dict[str, Any] = _build(config, where).get_text_config(decoder=True).to_dict()
+    return fields
+
+
 def digest(fields: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what `resolved` gives."""
     return hashlib.sha256(json.dumps(_canonical(dict(fields)), sort_keys=True).encode()).hexdigest()

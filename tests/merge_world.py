@@ -130,7 +130,8 @@ def reference(
     experts = list(range(world.experts)) if experts is None else experts
     prior = [1.0] * len(experts) if prior is None else prior
     scales = [1.0] * len(experts) if scales is None else scales
-    config = Checkpoint.open(str(world.base)).config
+    whole = Checkpoint.open(str(world.base)).config
+    config, root = whole.get("text_config", whole), "language_model.model" if "text_config" in whole else "model"
     H, KV, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     F = config["intermediate_size"]
     base = {k: v.double() for k, v in tensors_of(world.base).items()}
@@ -156,7 +157,7 @@ def reference(
         rows = slice(0, tensor.shape[0])
         out[name][rows] = mixed(name, rows, uniform)
     for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
+        prefix = f"{root}.layers.{layer}."
 
         def put(short: str, where: Any, weights: list[float], prefix: str = prefix) -> None:
             fused, below = FUSED.get(short.rpartition(".")[2], ("", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.components import layer_of, text_name
 from mergekit_wp.scoring.batches import batches
 from mergekit_wp.scoring.models import _load_model
 from mergekit_wp.scoring.stack import ResidentStack
@@ -34,7 +35,7 @@ def swept(stack) -> list[torch.Tensor]:
 
 def assert_same(stack, whole) -> None:
     """Weights bit for bit; streams and logits to rounding, since products also depend on where memory begins."""
-    layers = whole.model.model.layers
+    layers = whole.tower.layers
     for index, layer in zip(range(stack.depth), stack.layers(range(stack.depth)), strict=True):
         for key, wanted in layers[index].state_dict().items():
             assert torch.equal(layer.state_dict()[key], wanted), key
@@ -42,8 +43,8 @@ def assert_same(stack, whole) -> None:
     for got, wanted in zip(swept(stack), swept(whole), strict=True):
         torch.testing.assert_close(got, wanted, rtol=close, atol=close)
     for name, wanted in whole.model.named_parameters():
-        if not name.startswith("model.layers."):
+        if text_name(name) and layer_of(name) is None:
             assert torch.equal(stack.model.get_parameter(name), wanted), name
-    buffers = dict(stack.model.named_buffers())
-    for name, wanted in whole.model.named_buffers():
+    buffers = dict(stack.tower.named_buffers())
+    for name, wanted in whole.tower.named_buffers():
         assert torch.equal(buffers[name], wanted), name

@@ -12,7 +12,7 @@ from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import METHODS
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES, *tiny.WRAPPERS])
 def family(request, tmp_path_factory):
     """A kind and the folders of a base and its fine-tune."""
     return request.param, tiny.save_pair(tmp_path_factory.mktemp(request.param), request.param)

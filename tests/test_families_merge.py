@@ -16,6 +16,21 @@ def test_every_family(kind, tmp_path):
     out = merge(world)
     assert_merged(tensors_of(out), reference(world))
     assert written_config(out)["vocab_size"] == tiny.SHAPE["vocab_size"]
-    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert_loads(transformers.AutoModelForCausalLM, out)
+
+
+@pytest.mark.parametrize("kind", ["gemma3-wrapper", "mistral3-wrapper"])
+def test_wrappers(kind, tmp_path):
+    """The text tower by component; the vision tower and what connects the two by the plain average."""
+    world = World(tmp_path, kind).build()
+    out = merge(world)
+    want = reference(world)
+    assert any(name.startswith("vision_tower.") for name in want)
+    assert_merged(tensors_of(out), want)
+    assert_loads(transformers.AutoModelForImageTextToText, out)
+
+
+def assert_loads(auto, out):
+    _, info = auto.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

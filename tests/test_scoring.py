@@ -46,21 +46,26 @@ class Reference:
     """Base, expert and everything that one prompt needs, computed in the plainest way."""
 
     def __init__(self, job):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         def load(folder):
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            auto = tiny.auto_class(AutoConfig.from_pretrained(folder))
+            return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
         self.base, self.expert = load(job.base), load(job.expert)
-        self.job, self.config = job, self.base.config
+        self.job, self.config = job, self.base.config.get_text_config()
+        self.inside = "model.language_model" if hasattr(self.base.config, "vision_config") else "model"
         self.anchor = self.config.num_hidden_layers - 1 if job.utility == "projection" else job.layer
         self.tokenizer = AutoTokenizer.from_pretrained(job.base)
+
+    def layers(self, model):
+        return model.get_submodule(f"{self.inside}.layers")
 
     def run(self, model, text):
         """(z at the anchor layer and position, next-token log-probabilities over the base's rows)."""
         ids = torch.tensor([self.tokenizer(text)["input_ids"]])
         kept = []
-        handle = model.model.layers[self.anchor].register_forward_hook(
+        handle = self.layers(model)[self.anchor].register_forward_hook(
             lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
         )
         logits = model(input_ids=ids, use_cache=False).logits[0, -1, : self.config.vocab_size]
@@ -89,8 +94,8 @@ class Reference:
 
     def components(self, layer):
         """Every component of a layer as (kind, index, [(tensor name, rows or columns)])."""
-        width, neurons = self.base.model.layers[layer].self_attn.head_dim, self.config.intermediate_size
-        prefix = f"model.layers.{layer}"
+        width, neurons = self.layers(self.base)[layer].self_attn.head_dim, self.config.intermediate_size
+        prefix = f"{self.inside}.layers.{layer}"
         for head in range(self.config.num_attention_heads):
             rows = list(range(head * width, (head + 1) * width))
             q, o = f"{prefix}.self_attn.q_proj", f"{prefix}.self_attn.o_proj.weight"
@@ -199,13 +204,13 @@ class Reference:
 
             return hook
 
-        for index, layer in enumerate(model.model.layers):
+        for index, layer in enumerate(self.layers(model)):
             for kind, module in (("heads", layer.self_attn.o_proj), ("neurons", layer.mlp.down_proj)):
                 handles.append(module.register_forward_pre_hook(watch((index, kind))))
         return kept, handles
 
     def columns(self, layer, kind, index):
-        width = self.base.model.layers[layer].self_attn.head_dim if kind == "heads" else 1
+        width = self.layers(self.base)[layer].self_attn.head_dim if kind == "heads" else 1
         return slice(index * width, (index + 1) * width)
 
     @torch.no_grad()
@@ -263,7 +268,7 @@ class Reference:
             return hook
 
         handles = []
-        for index, layer in enumerate(self.base.model.layers):
+        for index, layer in enumerate(self.layers(self.base)):
             handles.append(layer.self_attn.o_proj.register_forward_hook(watch((index, "heads"))))
             handles.append(layer.mlp.down_proj.register_forward_hook(watch((index, "neurons"))))
         return handles

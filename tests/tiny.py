@@ -10,10 +10,13 @@ rotary (SmolLM3), multipliers (Granite), fused projections and partial rotary (P
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 SHAPE = {
@@ -76,18 +79,46 @@ _CONFIGS = {
     ),
 }  # fmt: skip
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+WRAPPERS = ("gemma3-wrapper", "mistral3-wrapper", "llava-wrapper")
 FAMILIES = ("gemma3", "olmo2", "olmo3", "smollm3", "granite", "phi3", "ministral", "ministral3")
 VARIANTS = tuple(kind for kind in _CONFIGS if kind not in FAMILIES)
+_VISION = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 8, "patch_size": 4}  # fmt: skip
+_WRAPPERS = {
+    # The wrapper, its vision tower, its text tower, what is special.
+    "gemma3-wrapper": (
+        transformers.Gemma3Config, {"model_type": "siglip_vision_model", "vision_use_head": False}, "gemma3",
+        {"mm_tokens_per_image": 4}),
+    "mistral3-wrapper": (transformers.Mistral3Config, {"model_type": "pixtral", "head_dim": 8}, "ministral3", {}),
+    "llava-wrapper": (transformers.LlavaConfig, {"model_type": "clip_vision_model", "projection_dim": 16}, "llama", {}),
+}  # fmt: skip
 WORDS = [f"w{i}" for i in range(SHAPE["vocab_size"] - 4)]
+
+
+def _config(kind: str, overrides: dict[str, object]) -> transformers.PretrainedConfig:
+    if kind in _WRAPPERS:
+        wrapper, vision, text, special = _WRAPPERS[kind]
+        own = {key: overrides.pop(key) for key in ("tie_word_embeddings",) if key in overrides}
+        described = _config(text, {**SMALL, **overrides, **own}).to_dict()
+        return wrapper(
+            text_config=described, vision_config={**_VISION, **vision}, image_token_index=90, **special, **own
+        )
+    config_class, special = _CONFIGS[kind]
+    return config_class(**{**SHAPE, **(SMALL if kind in FAMILIES else {}), **special, **overrides})
+
+
+def auto_class(config: transformers.PretrainedConfig) -> Any:
+    """What a user would load a model of this config with."""
+    wrapped = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
 
 
 def random_model(kind: str, seed: int = 0, **overrides: object) -> transformers.PreTrainedModel:
     """A float32 causal LM of the given kind with every parameter random (biases and norms included)."""
-    config_class, special = _CONFIGS[kind]
-    config = config_class(**{**SHAPE, **(SMALL if kind in FAMILIES else {}), **special, **overrides})
+    config = _config(kind, overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
         model.config.architectures = [type(model).__name__]
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
@@ -98,7 +129,7 @@ def random_model(kind: str, seed: int = 0, **overrides: object) -> transformers.
 
 def fine_tuned(base: transformers.PreTrainedModel, seed: int, size: float = 0.1) -> transformers.PreTrainedModel:
     """A copy of `base` whose every parameter moved by `size` of its own scale."""
-    expert = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
+    expert = auto_class(base.config).from_config(copy.deepcopy(base.config))
     expert.load_state_dict(base.state_dict())
     generator = torch.Generator().manual_seed(seed)
     for parameter in expert.parameters():
@@ -143,7 +174,23 @@ def save(
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     model.to(before)
     tokenizer(model.config.model_type).save_pretrained(folder)
+    if model.config.model_type == "gemma3":
+        rename(folder, "vision_tower.", "vision_tower.vision_model.")  # as published; transformers 5 reads and keeps it
     return folder
+
+
+def rename(folder: Path, start: str, instead: str) -> None:
+    """Give every tensor whose name begins with `start` another beginning, in shards and index."""
+
+    def named(name: str) -> str:
+        return instead + name.removeprefix(start) if name.startswith(start) else name
+
+    for file in folder.glob("*.safetensors"):
+        save_file({named(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text())
+        index["weight_map"] = {named(name): shard for name, shard in index["weight_map"].items()}
+        path.write_text(json.dumps(index))
 
 
 def save_pair(root: Path, kind: str, *, dtype: torch.dtype = torch.float32, extra_rows: int = 0) -> tuple[Path, Path]:

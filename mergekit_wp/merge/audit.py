@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import slot_of
+from mergekit_wp.components import auto_class, slot_of
 from mergekit_wp.merge.audit_aim import check_aim
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.audit_widen import check_widen
@@ -147,18 +147,17 @@ def check_loads(out: Path, nbytes: int) -> str:
     With less free memory than the model takes, only names and shapes are compared. Raises `AuditFailed`.
     """
     import psutil
-    import transformers
 
     device = "cpu" if psutil.virtual_memory().available > 1.2 * nbytes else "meta"
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(Checkpoint.open(str(out)).config).from_pretrained(
             out, dtype="auto", device_map=device, output_loading_info=True
         )
         model, info = loaded
         _check_loading_info(out, info)
         if device == "meta":
             return "transformers finds every weight; too little free memory to load it and generate a token"
-        ids = torch.tensor([[model.config.bos_token_id or 0]])
+        ids = torch.tensor([[getattr(model.config.get_text_config(), "bos_token_id", None) or 0]])
         with torch.no_grad():
             logits = model(ids).logits[0, -1].float()
         if not bool(torch.isfinite(logits).all()):

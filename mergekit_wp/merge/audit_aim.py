@@ -8,6 +8,7 @@ import torch
 
 from mergekit_wp.activations import read_activations
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.components import text_name
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.plan import MergePlan
 
@@ -28,8 +29,8 @@ def check_aim(plan: MergePlan, merged: Checkpoint, draw: random.Random) -> list[
             base = read_slice(plan.checkpoints[tensor.base], tensor.source, (rows,), tensor.read_dtype)
             tuned = read_aligned(plan.checkpoints[model], tensor.sources[model] or "", (rows,), base, tensor.read_dtype)
             share = torch.ones(())
-            if tensor.source in means:
-                a_C = means[tensor.source].double() / means[tensor.source].max().clamp(min=1e-45)
+            if (mean_C := means.get(text_name(tensor.source) or "")) is not None:
+                a_C = mean_C.double() / mean_C.max().clamp(min=1e-45)
                 share = 1 - (1 - float(tensor.parameters["omega"])) * (a_C[rows] if len(header.shape) == 1 else a_C)
             want = base + (tuned - base) * share
             slack = 3 * FLOAT32_STEP * (base.abs() + tuned.abs())

@@ -17,7 +17,7 @@ import torch
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
-from mergekit_wp.merge.widen import TOKEN_ROWS
+from mergekit_wp.merge.widen import by_token
 
 _COLUMNS = 16
 _BLOCK_ELEMENTS = 2**22
@@ -34,7 +34,7 @@ class _Columns:
 
     @property
     def by_row(self) -> bool:
-        return self.tensor.source == TOKEN_ROWS
+        return by_token(self.tensor.source)
 
     @property
     def shape(self) -> tuple[int, ...]:

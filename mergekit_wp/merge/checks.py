@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.adapters import adds_to_an_end
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import VOCABULARY_TENSORS
+from mergekit_wp.components import is_vocabulary, layer_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
-from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor, layer_of
+from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.token_ids import differences, listed
@@ -238,7 +238,7 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
 def _check_shape(
     tensor: PlannedTensor, model: ModelReference, shape: tuple[int, ...], base_shape: tuple[int, ...]
 ) -> None:
-    if tensor.output in VOCABULARY_TENSORS and shape[1:] == base_shape[1:]:
+    if is_vocabulary(tensor.output) and shape[1:] == base_shape[1:]:
         if shape[0] < base_shape[0] and tensor.truncated:
             raise BadInput(
                 f"{model}: {tensor.sources[model]} has {shape[0]} rows, fewer than the {base_shape[0]} of the base "
@@ -272,7 +272,7 @@ def check_any_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
             raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
         if header is None or first is None or header.shape == first.shape or tensor.realigned or tensor.truncated:
             continue
-        if tensor.output in VOCABULARY_TENSORS and header.shape[1:] == first.shape[1:]:
+        if is_vocabulary(tensor.output) and header.shape[1:] == first.shape[1:]:
             raise BadInput(
                 f"{model}: {tensor.sources[model]} has {header.shape[0]} rows, another model {first.shape[0]}; "
                 f"merge_method {tensor.method} needs `tokenizer: {{source: base}}` in the recipe."
@@ -317,7 +317,8 @@ def check_layer_types(plan: MergePlan) -> None:
         return
     from transformers import AutoConfig
 
-    types = getattr(AutoConfig.from_pretrained(str(plan.checkpoints[base].folder)), "layer_types", None)
+    config = AutoConfig.from_pretrained(str(plan.checkpoints[base].folder)).get_text_config()
+    types = getattr(config, "layer_types", None)
     if not types:
         return
     if len(moves) != layers:

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_wp.components import slot_of
+from mergekit_wp.components import layer_of, slot_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
@@ -24,7 +24,7 @@ from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
 from mergekit_wp.merge.mark import write_mark
-from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor, layer_of
+from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import layer_shares
 from mergekit_wp.outputs import claim, refuse_inputs

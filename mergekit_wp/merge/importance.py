@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from mergekit_wp.activations import Activations, read_activations
+from mergekit_wp.components import text_name
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import Stamp, stamp
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
@@ -23,9 +24,9 @@ def load_activations(path: str) -> Activations:
 def kept_share(path: str, name: str, omega: float) -> torch.Tensor | None:
     """1 - (1 - omega) a_C, float32 [C]: what each column of the weight `name` keeps of its change; None for all of it.
 
-    a_C are the activations over the module's largest.
+    a_C are the activations over the module's largest. The file has names of a plain causal LM (`text_name`).
     """
-    mean_C = load_activations(path).means.get(name)
+    mean_C = load_activations(path).means.get(text_name(name) or "")
     if mean_C is None or omega == 1 or not mean_C.any():
         return None
     return (1 - (1 - omega) * mean_C.double() / mean_C.max().double()).float()
@@ -46,8 +47,9 @@ def check_activations(plan: MergePlan, tensor: PlannedTensor) -> None:
             f"{path}: these activations are of the base {made.name}, which is not {tensor.base}; run wp-aim with the "
             "base of this recipe."
         )
+    headers = {text_name(name): header for name, header in base.tensors.items()}
     for name, mean_C in activations.means.items():
-        header = base.tensors.get(name)
+        header = headers.get(name)
         if header is None or header.shape[-1:] != (len(mean_C),):
             raise BadInput(f"{path}: {name} is not of the base's shape; make the file again with wp-aim.")
 

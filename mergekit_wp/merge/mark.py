@@ -83,8 +83,7 @@ def write_mark(folder: Path, plan: MergePlan, checked: Iterable[str]) -> None:
 
 def mean_shares(plan: MergePlan) -> dict[str, Any] | None:
     """`Mark.shares` of a merge, from its score files."""
-    from mergekit_wp.components import slot_of
-    from mergekit_wp.merge.plan import layer_of
+    from mergekit_wp.components import layer_of, slot_of
     from mergekit_wp.merge.shares import layer_shares
 
     experts = {tensor.experts for tensor in plan.tensors}

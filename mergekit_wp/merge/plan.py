@@ -8,7 +8,6 @@ one of mergekit's own methods is planned in the same way, so that wp-merge can l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,14 +32,6 @@ OURS = tuple(METHODS)
 # safetensors' names of the dtypes that a merge can read, and torch's names of the same.
 TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor name speaks of; None for embeddings, final norm and LM head."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
 
 
 class WeightFile(Checkpoint):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from mergekit_wp.components import VOCABULARY_TENSORS
+from mergekit_wp.components import is_vocabulary
 from mergekit_wp.merge.checks import check_inputs, check_plan
 from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
 from mergekit_wp.vocabulary import align_rows
@@ -101,7 +101,7 @@ def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
     return _Seat(
         source=tensor.source,
         out_dtype=plan.out_dtype(tensor),
-        aligned=tensor.output in VOCABULARY_TENSORS and not tensor.realigned,
+        aligned=is_vocabulary(tensor.output) and not tensor.realigned,
         written=tensor.written,
         scores=dict(zip(tensor.experts, tensor.scores, strict=False)),
     )

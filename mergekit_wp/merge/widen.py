@@ -27,13 +27,16 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_wp.components import EMBEDDINGS, text_name
 from mergekit_wp.merge.checked import CheckedMethod, not_finite, number, register_method
 from mergekit_wp.merge.fusion import NotFiniteError, fuse
 from mergekit_wp.merge.plan import WIDEN
 from mergekit_wp.merge.widen_math import column_weights
 
-# The one matrix that is taken apart by row: its rows are tokens, and tokens are what its columns shall be.
-TOKEN_ROWS = "model.embed_tokens.weight"
+
+def by_token(name: str) -> bool:
+    """The one matrix that is taken apart by row: its rows are tokens, and tokens are what its columns shall be."""
+    return text_name(name) == EMBEDDINGS
 
 
 class WidenMerge(CheckedMethod):
@@ -83,7 +86,7 @@ class WidenMerge(CheckedMethod):
         """
         assert group.base is not None  # the contract says so
         base, experts = group.base.tensor, [entry.tensor for entry in group.non_base]
-        by_row = (source_name or group.metadata.name) == TOKEN_ROWS
+        by_row = by_token(source_name or group.metadata.name or "")
         weights_Kn = column_weights(base, experts, by_row=by_row, t=t, s=s)
         try:
             return fuse(experts, weights_Kn, 0 if by_row or base.ndim == 1 else 1, out_dtype or base.dtype, base)

@@ -155,7 +155,7 @@ def block_length(base: Checkpoint, asked: int | None) -> int:
     """Tokens of a block: as asked, else 512 or as many as the model takes. Raises `BadInput` for more than it takes."""
     from mergekit_wp.scoring.rotary import Lengths
 
-    limit = Lengths(base.config).limit
+    limit = Lengths(base.text_config).limit
     if asked is not None and asked > limit:
         raise BadInput(f"--tokens {asked}: {base.name} takes {limit}; ask for no more.")
     return min(asked or TOKENS, limit)

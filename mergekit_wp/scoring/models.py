@@ -14,7 +14,7 @@ from torch import nn
 
 from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
-from mergekit_wp.components import Geometry
+from mergekit_wp.components import Geometry, auto_class
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
 from mergekit_wp.scoring.job import ScoringJob
@@ -49,7 +49,7 @@ class CheckedPair:
     @property
     def context_limit(self) -> int:
         """Positions that both models take."""
-        return min(Lengths(model.config).limit for model in (self.base, self.expert))
+        return min(Lengths(model.text_config).limit for model in (self.base, self.expert))
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,13 @@ def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
 
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
         # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-        model, report = load(
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        model, report = auto_class(config.to_dict()).from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": str(device)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -38,6 +38,10 @@ class Shards:
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
+
+    def keys(self) -> Collection[str]:
+        """The names of all tensors."""
+        return self._tensors.keys()
 
     def check(self, wanted: Mapping[str, torch.Size]) -> None:
         """Raise `BadInput` unless every wanted tensor is there, of this shape and a float dtype; reads no weights."""

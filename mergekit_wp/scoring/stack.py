@@ -50,6 +50,9 @@ class Stack(ABC):
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
         self.tower: Any = text_tower(model)
+        path = next(name for name, module in model.named_modules() if module is self.tower)
+        parent, _, self._tower_name = path.rpartition(".")
+        self._tower_parent: Any = model.get_submodule(parent)
         self.depth: int = self.tower.config.num_hidden_layers
         self.width: int = self.tower.config.hidden_size
         self.lengths = Lengths(self.tower.config.to_dict())
@@ -97,9 +100,11 @@ class Stack(ABC):
         The architecture's own code after the final norm (soft-capping, scaling) runs in float32.
         """
         with self.autocast():
-            output = BaseModelOutputWithPast(last_hidden_state=self.tower.norm(final_BD).flatten(0, -2).unsqueeze(1))
-            with substituted(self.model, model=Constant(output), lm_head=InFloat32(self.model.lm_head)):
-                logits_N1V = self.model(use_cache=False).logits
+            normed_N1D = self.tower.norm(final_BD).flatten(0, -2).unsqueeze(1)
+            known = {self._tower_name: Constant(BaseModelOutputWithPast(last_hidden_state=normed_N1D))}
+            head = InFloat32(self.model.lm_head)
+            with substituted(self._tower_parent, **known), substituted(self.model, lm_head=head):
+                logits_N1V = self.model(inputs_embeds=normed_N1D, use_cache=False).logits
         return logits_N1V[:, 0, :vocabulary].unflatten(0, final_BD.shape[:-1])
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.components import EMBEDDINGS, auto_class, text_name, text_tower
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.lora import Adapter
 from mergekit_wp.scoring.shards import Shards
@@ -23,7 +24,7 @@ from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.vocabulary import head_equals_embeddings
 
 Weights = dict[str, torch.Tensor]
-_LAYERS, _HEAD = "model.layers.", "lm_head."
+_HELD = ("model.embed_tokens.", "model.norm.")  # read once; the output head when it is asked for
 
 
 def open_streamed(
@@ -61,15 +62,17 @@ class StreamedStack(Stack):
         super().__init__(model, shards.device, dtype)
         self._shards, self._lora = shards, lora
         self._users: Counter[int] = Counter()  # of a layer's weights: sweeps that are at this layer
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        # The text tower alone, by the model's names; a wrapper's other towers are never read.
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if text_name(name)}
         self._source = _sources(model, shapes, shards)
         shards.check({source: shapes[name] for name, source in self._source.items()})
         if lora is not None:
             _check_targets(lora, model)
+        self._layers = next(name for name, module in model.named_modules() if module is self.tower.layers)
         self._empty: list[Weights] = [dict(layer.state_dict()) for layer in self.tower.layers]
         _move_buffers(model, self.device)
         model.load_state_dict(
-            self._read(name for name in shapes if not name.startswith((_LAYERS, _HEAD))), strict=False, assign=True
+            self._read(name for name in shapes if (text_name(name) or "").startswith(_HELD)), strict=False, assign=True
         )
 
     def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
@@ -92,9 +95,9 @@ class StreamedStack(Stack):
 
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """As `Stack.logits`; the first call reads the output head, which then stays."""
-        names = [name for name in self._source if name.startswith(_HEAD)]
+        names = [name for name in self._source if name.startswith("lm_head.")]
         if any(parameter.is_meta for parameter in self.model.lm_head.parameters()):
-            embedding = "model.embed_tokens.weight"
+            embedding = next(name for name in self._source if text_name(name) == EMBEDDINGS)
             tied = [name for name in names if self._source[name] == self._source[embedding]]
             weights = self._read(name for name in names if name not in tied)
             weights |= {name: self.model.get_parameter(embedding) for name in tied}
@@ -107,7 +110,7 @@ class StreamedStack(Stack):
         return None if index is None else _Reading(index, self._read_layer)
 
     def _read_layer(self, index: int, cancelled: Callable[[], bool]) -> Weights:
-        prefix = f"{_LAYERS}{index}."
+        prefix = f"{self._layers}.{index}."
         read = self._read((prefix + key for key in self._empty[index]), cancelled)
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
@@ -180,14 +183,14 @@ class _Reading(threading.Thread):
 
 def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
     """The frozen model of the checkpoint's config: parameters on the meta device, tables real, on the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=remote_code)
         # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(checkpoint.config).from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
             )
     except Exception as error:
@@ -201,16 +204,18 @@ def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code
 def _compute_tables(name: str, model: Any) -> None:
     """Fill the buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale), as transformers does.
 
-    They start as NaNs, so one that the model's own code does not fill is found.
+    They start as NaNs, so one that the model's own code does not fill is found. A wrapper's other towers have no use
+    for theirs here.
     """
-    for prefix, module in model.named_modules():
+    tower = text_tower(model)
+    for prefix, module in tower.named_modules(prefix="model"):
         keys = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
         for key in keys:
             buffer = module._buffers[key]
             if buffer.is_floating_point():
                 module._buffers[key] = torch.full_like(buffer, torch.nan, device="cpu")
         if keys:
-            model._init_weights(module)
+            tower._init_weights(module)
         for key in keys:
             if module._buffers[key].is_meta or module._buffers[key].isnan().any():
                 raise BadInput(
@@ -221,9 +226,10 @@ def _compute_tables(name: str, model: Any) -> None:
 
 def _sources(model: Any, names: Iterable[str], shards: Shards) -> dict[str, str]:
     """The checkpoint's tensor for every tensor of the model: its namesake, or of a tied pair the one that is stored."""
-    sources = {name: name for name in names}
+    stored = {text_name(key): key for key in shards.keys()}  # noqa: SIM118  (not a dict)
+    sources = {name: stored.get(text_name(name), name) for name in names}
     for one, other in model.all_tied_weights_keys.items():
-        sources[one] = sources[other] = one if one in shards else other
+        sources[one] = sources[other] = sources[one] if sources[one] in shards else sources[other]
     return sources
 
 
