@@ -11,6 +11,8 @@ from test_scoring import Reference, assert_close, job_for
 from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import METHODS
 
+FEW = {"tasks": ("first",), "rows": 2}  # prompts, the shorter of which is padded
+
 
 @pytest.fixture(scope="module", params=[*tiny.FAMILIES, *tiny.WRAPPERS])
 def family(request, tmp_path_factory):
@@ -20,9 +22,11 @@ def family(request, tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_against_the_definition(tmp_path, family, method):
-    """Every head and every neuron, by anchor in the lower layers and kl in the upper; the odd prompt out is padded."""
+    """Every head and every neuron, by anchor in the lower layers and kl in the upper."""
     kind, pair = family
-    job = job_for(tmp_path, kind, pair=pair, tasks=("first",), layer=1, method=method, utility="staged", split="shared")
+    if kind in tiny.WRAPPERS and method not in ("exact", "writeback"):
+        pytest.skip("its text tower is a family above")
+    job = job_for(tmp_path, kind, pair=pair, **FEW, layer=1, method=method, utility="staged", split="shared")
     reference = Reference(job)
     heads, neurons = reference.scores(getattr(reference, method))
     got = score(job)
@@ -39,7 +43,7 @@ def test_streamed_equals_resident(family):
 
 def test_streamed_scores_equal_resident_scores(tmp_path, family):
     kind, pair = family
-    options = {"pair": pair, "tasks": ("first",), "layer": 1, "utility": "staged", "split": "shared"}
+    options = {"pair": pair, **FEW, "layer": 1, "utility": "staged", "split": "shared"}
     streamed_scores, scores = (
         score(job_for(tmp_path, kind, **options, method="writeback", offload=offload)) for offload in ("stream", "none")
     )

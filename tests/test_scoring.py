@@ -38,7 +38,9 @@ def job_for(tmp_path, kind, **options):
     base, expert = options.pop("pair", None) or tiny.save_pair(tmp_path, kind, extra_rows=options.pop("extra_rows", 0))
     contrast = options.pop("contrast", True)
     defaults = {"layer": LAYER, "batch_size": 2, "device": "cpu", "dtype": "float32", "gap_floor": 0.03}
-    pairs = write_pairs(tmp_path / "pairs.jsonl", contrast, options.pop("tasks", ("first", "second")))
+    pairs = write_pairs(
+        tmp_path / "pairs.jsonl", contrast, options.pop("tasks", ("first", "second")), options.pop("rows", 3)
+    )
     return ScoringJob(base=str(base), expert=str(expert), pairs=pairs, **{**defaults, **options})
 
 

@@ -34,7 +34,7 @@ SHAPE = {
 }
 # The families beyond the first five: their tests replace every component in turn.
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
-SMALL = {"num_hidden_layers": 3, "intermediate_size": 8, "hidden_size": 16}
+SMALL = {"num_hidden_layers": 3, "intermediate_size": 5, "hidden_size": 16}
 _CONFIGS = {
     "llama": (transformers.LlamaConfig, {}),
     "llama-biased": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
