@@ -9,7 +9,16 @@ import tiny
 import torch
 
 from mergekit_wp.checkpoint import Checkpoint, fingerprint_of
-from mergekit_wp.components import SUPPORTED, Geometry, Kind, TensorSlot, slot_of
+from mergekit_wp.components import (
+    SUPPORTED,
+    Geometry,
+    Kind,
+    TensorSlot,
+    is_vocabulary,
+    layer_of,
+    slot_of,
+    text_name,
+)
 from mergekit_wp.errors import BadInput
 
 
@@ -128,6 +137,46 @@ def test_default_head_dim(architecture, head_dim):
               "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 9}  # fmt: skip
     geometry = Geometry.from_config(config)
     assert (geometry.head_dim, geometry.kv_heads) == (head_dim, 16)
+
+
+def wrapped(**text):
+    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text,
+            "vision_config": {"model_type": "clip_vision_model"}}  # fmt: skip
+
+
+def test_text_config_of_a_wrapper_takes_the_defaults_of_its_class():
+    """llava-1.5-7b-hf says no more than this of its Vicuna."""
+    geometry = Geometry.from_config(wrapped(model_type="llama", vocab_size=32064, max_position_embeddings=4096))
+    assert geometry == Geometry("LlavaForConditionalGeneration", 32, 32, 32, 128, 11008, 4096, 32064)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("olmo2", "Olmo2ForCausalLM"), ("mixtral", "MixtralForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM")],
+)
+def test_text_towers_that_are_refused(kind, said):
+    with pytest.raises(BadInput, match=f"in text_config, architecture {said} is not supported"):
+        Geometry.from_config(wrapped(model_type=kind))
+
+
+@pytest.mark.parametrize("layers", ["model.layers", "model.language_model.layers", "language_model.model.layers"])
+def test_one_name_in_every_layout(layers):
+    name = f"{layers}.3.self_attn.q_proj.weight"
+    assert text_name(name) == "model.layers.3.self_attn.q_proj.weight"
+    assert slot_of(name) == TensorSlot(3, ("head",), 0)
+    assert layer_of(name) == 3
+
+
+@pytest.mark.parametrize("tower", ["vision_tower.vision_model.encoder", "model.vision_tower.encoder"])
+def test_other_towers_have_no_components(tower):
+    name = f"{tower}.layers.3.self_attn.q_proj.weight"
+    assert (text_name(name), slot_of(name), layer_of(name)) == (None, None, None)
+
+
+def test_vocabulary_in_every_layout():
+    names = ["lm_head.weight", "language_model.lm_head.weight", "model.language_model.embed_tokens.weight"]
+    assert all(map(is_vocabulary, [*names, "language_model.model.embed_tokens.weight", "model.embed_tokens.weight"]))
+    assert not any(map(is_vocabulary, ["model.norm.weight", "vision_tower.embeddings.position_embedding.weight"]))
 
 
 class TestFingerprint:

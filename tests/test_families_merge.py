@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import transformers
-from merge_world import World, merge, reference, tensors_of
+from merge_world import World, merge, reference, tensors_of, write_random_scores
 from test_merge_method import assert_merged, written_config
+
+from mergekit_wp.errors import BadInput
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
@@ -28,6 +30,34 @@ def test_wrappers(kind, tmp_path):
     assert any(name.startswith("vision_tower.") for name in want)
     assert_merged(tensors_of(out), want)
     assert_loads(transformers.AutoModelForImageTextToText, out)
+
+
+@pytest.mark.parametrize(
+    ("start", "instead"),
+    [("language_model.model.", "model.language_model."), ("vision_tower.vision_model.", "vision_tower.")],
+    ids=["text", "vision"],
+)
+def test_a_wrapper_in_names_that_mergekit_does_not_know(start, instead, tmp_path):
+    """transformers 5 reads these, and writes the second for a model made from a config."""
+    world = World(tmp_path, "gemma3-wrapper", experts=1).build()
+    tiny.rename(world.expert(0), start, instead)
+    write_random_scores(world.score(0), str(world.base), str(world.expert(0)), seed=0)
+    with pytest.raises(BadInput, match="calls its tensors otherwise") as caught:
+        merge(world)
+    assert f"({instead}" in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrapper_without_a_definition_in_mergekit(tmp_path):
+    world = World(tmp_path, "llava-wrapper", experts=1).build()
+    with pytest.raises(BadInput, match=r"mergekit 0\.1\.5 has no definition of LlavaForConditionalGeneration"):
+        merge(world)
+
+
+def test_widen_and_a_convolution(tmp_path):
+    world = World(tmp_path, "mistral3-wrapper", experts=1).build()
+    with pytest.raises(BadInput, match=r"vision_tower\.patch_conv\.weight has 4 axes"):
+        merge(world, world.widen())
 
 
 def assert_loads(auto, out):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.components import auto_class
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.datafiles import first_line
 from mergekit_wp.eval.options import OPTIONS, split_options
@@ -142,10 +143,13 @@ def _hf(backend: Backend, folder: Path, device: str, dtype: str, batch_size: int
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
 
+    class TextLM(HFLM):
+        AUTO_MODEL_CLASS = auto_class(Checkpoint.open(str(folder)).config)  # lm-eval takes any model for a plain LM
+
     options = dict(backend.options)
     if length := options.pop("max_model_len", None):
         options["max_length"] = length
-    lm: Any = HFLM(
+    lm: Any = TextLM(
         pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size, trust_remote_code=trust, **options
     )
     # Of a model's generation_config.json, what vLLM goes by: where an answer ends. A repetition penalty (Qwen2.5's)

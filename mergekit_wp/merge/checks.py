@@ -11,6 +11,7 @@ tensor, shapes that differ, a full disk.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.adapters import adds_to_an_end
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import is_vocabulary, layer_of
+from mergekit_wp.components import FAMILIES, SUPPORTED, is_vocabulary, layer_of, text_name
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
-from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WP, MergePlan, PlannedTensor
+from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.token_ids import differences, listed
@@ -51,7 +52,9 @@ _SLACK_BYTES = 64 * 2**20
 def check_plan(plan: MergePlan) -> None:
     """All checks of a whole merge. Raises `BadInput` at the first trouble; logs a warning for the rest."""
     if plan.ours:
+        check_known(plan)
         check_inputs(plan)
+        check_axes(plan)
         check_nothing_dropped(plan)
         check_layer_types(plan)
     else:
@@ -210,7 +213,7 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     headers = {model: plan.header(model, tensor.sources[model]) for model in tensor.models}
     for model, header in headers.items():
         if header is None:
-            raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
+            raise _missing(plan, model, tensor)
         if header.dtype not in TORCH_DTYPE:
             raise BadInput(
                 f"{model}: {tensor.sources[model]} has dtype {header.dtype}, expected one of "
@@ -263,13 +266,53 @@ def _check_tied(plan: MergePlan, tensor: PlannedTensor) -> None:
             )
 
 
+def _missing(plan: MergePlan, model: ModelReference, tensor: PlannedTensor) -> BadInput:
+    """What to say of a tensor that mergekit asks for and a model does not have."""
+    stored = plan.checkpoints[model].tensors
+    same = next((name for name in stored if text_name(name) and text_name(name) == text_name(tensor.output)), None)
+    towers = next((name for name in stored if "vision_tower." in name), None)
+    if same or (towers and "vision_tower." in tensor.output):
+        return BadInput(
+            f"{model}: mergekit asks for {tensor.output}, and this checkpoint calls its tensors otherwise "
+            f"({same or towers}); load the published model with transformers, put these weights into it and save "
+            "it, which keeps the published names."
+        )
+    return BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
+
+
+def check_known(plan: MergePlan) -> None:
+    """Refuse wrappers that mergekit has no definition of: it infers one for a single tower, not for several."""
+    from mergekit.architecture.json_definitions import NAME_TO_ARCH
+
+    base = plan.checkpoints[plan.tensors[0].base]
+    architecture = base.geometry.architecture
+    if FAMILIES[architecture].wrapper and architecture not in NAME_TO_ARCH:
+        raise BadInput(
+            f"{base.name}: mergekit {importlib.metadata.version('mergekit')} has no definition of {architecture}, and "
+            "would give its tensors other names; it can be scored, and of models with several towers "
+            f"{' and '.join(sorted(name for name in SUPPORTED if FAMILIES[name].wrapper and name in NAME_TO_ARCH))} "
+            "can be merged."
+        )
+
+
+def check_axes(plan: MergePlan) -> None:
+    """WIDEN takes matrices apart by column: a vision tower's convolution has none."""
+    for tensor in plan.tensors:
+        header = plan.header(tensor.base, tensor.source)
+        if tensor.method == WIDEN and header and len(header.shape) > 2:
+            raise BadInput(
+                f"{tensor.base}: {tensor.source} has {len(header.shape)} axes, and merge_method widen knows vectors "
+                "and matrices alone; merge this model by wp, or by a method of mergekit."
+            )
+
+
 def check_any_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     """For any method: the models have this tensor, in one shape (mergekit finds out when it comes to it)."""
     headers = {model: plan.header(model, tensor.sources[model]) for model in tensor.models}
     first = next((header for header in headers.values() if header), None)
     for model, header in headers.items():
         if header is None and not tensor.optional:
-            raise BadInput(f"{model}: the tensor {tensor.output} is missing, and the merge needs it of every model.")
+            raise _missing(plan, model, tensor)
         if header is None or first is None or header.shape == first.shape or tensor.realigned or tensor.truncated:
             continue
         if is_vocabulary(tensor.output) and header.shape[1:] == first.shape[1:]:
