@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -344,13 +346,48 @@ def test_where_nothing_recovers_the_usual_layer_is_taken_and_said():
     assert "default" in curve.note
 
 
-@pytest.mark.parametrize(
-    ("depth", "wanted"),
-    [(1, (0,)), (2, (0,)), (6, tuple(range(5))), (28, tuple(range(8, 27, 2))), (40, tuple(range(10, 39, 2)))],
-)
-def test_candidates(depth, wanted):
-    assert candidate_layers(depth) == wanted
-    assert len(candidate_layers(126)) <= 13
+@pytest.mark.parametrize(("depth", "most"), [(1, 1), (2, 1), (6, 5), (16, 15), (28, 13), (32, 14), (40, 16), (80, 24)])
+def test_every_layer_can_be_chosen_and_few_are_tried(monkeypatch, depth, most):
+    """All but the last, in two scans; wherever the peak of the recovery is, it is found."""
+    base = SimpleNamespace(depth=depth, streamed=False)
+    tasks, directions = [SimpleNamespace(task="t", scoring=[[1]] * 4, checks=[])], [None]
+    for peak in candidate_layers(depth):
+        tried = []
+
+        def levels(_base, _expert, _sets, _directions, layers, *_rest, peak=peak, tried=tried):
+            tried.extend(layers)
+            return [(-1.0, tuple(-0.1 - 0.005 * abs(layer - peak) for layer in layers))]
+
+        monkeypatch.setattr(recovery, "kl_levels", levels)
+        curve = find_anchor(base, base, None, tasks, directions, Search())
+        assert curve.chosen == peak
+        assert sorted(tried) == list(curve.layers)
+        assert len(tried) == len(set(tried)) <= most
+        assert curve.tasks["t"].recovery == pytest.approx([0.9 - 0.005 * abs(at - peak) for at in curve.layers])
+    assert set(candidate_layers(depth)) == set(range(max(depth - 1, 1)))
+
+
+def test_the_second_scan_takes_up_what_the_first_found_by_behaviour(monkeypatch):
+    """Levels of base and expert are not generated again, and a task without a gap in behaviour is not tried again."""
+    model = tiny.random_model("llama", seed=1, num_hidden_layers=18)
+    base, expert = stack(model), stack(tiny.fine_tuned(model, seed=2, size=0.3))
+    tasks = random_tasks(base)
+    runs = Counter()
+
+    def answers(self, model, prompts, until=(), steering=None, tick=lambda _n: None):
+        who = steering.layer if steering else ("base" if model is base.model else "expert")
+        runs[who] += 1
+        right = {"base": 0, "expert": 4, 7: 2, 10: 2, 8: 3}.get(who, 1)
+        tick(len(prompts))
+        return ["The answer is: 1" if i < right else "no" for i in range(len(prompts))]
+
+    monkeypatch.setattr(recovery.Greedy, "answers", answers)
+    directions = extract_all(base, expert, tasks, 18, 4)
+    curve = find_anchor(base, expert, tiny.tokenizer(), tasks, directions, Search())
+    assert curve.chosen == 8
+    assert (runs["base"], runs["expert"]) == (2, 2)
+    assert all(runs[layer] == 2 for layer in curve.layers)
+    assert len(curve.layers) < 17
 
 
 @pytest.mark.parametrize("layers", [(), (4,), (-1, 2)])

@@ -8,7 +8,7 @@ A plain record that goes into the score file; `recovery` makes it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 GRADINGS = ("behaviour", "kl", "none")
@@ -36,6 +36,16 @@ class TaskRecovery:
     def __post_init__(self) -> None:
         if self.grading not in GRADINGS:
             raise ValueError(f"grading {self.grading!r} of a recovery, expected one of {', '.join(GRADINGS)}")
+
+    def joined(self, layers: tuple[int, ...], other: TaskRecovery, more: tuple[int, ...]) -> TaskRecovery:
+        """This, of `layers`, and `other`, the same of `more` layers: in order of the layers."""
+        if self.grading == "none":
+            return self
+        rows = zip(
+            layers + more, self.steered + other.steered, self.recovery + other.recovery, strict=True
+        )  # fmt: skip
+        _layers, steered, recovery = zip(*sorted(rows), strict=True)
+        return replace(self, steered=steered, recovery=recovery)
 
 
 @dataclass(frozen=True)

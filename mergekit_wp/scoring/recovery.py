@@ -10,7 +10,8 @@ Legend: L layers, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,13 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batches import TaskTokens
 from mergekit_wp.scoring.branches import kl_levels
 from mergekit_wp.scoring.curve import RecoveryCurve, TaskRecovery
-from mergekit_wp.scoring.directions import Directions, extract_all
+from mergekit_wp.scoring.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.stack import Stack
-from mergekit_wp.scoring.steering import Greedy, Steering
+from mergekit_wp.scoring.steering import Greedy, Steering, check_positions
 from mergekit_wp.scoring.team import Team
 
+LOG = logging.getLogger(__name__)
 Tick = Callable[[float], object]
 Start = Callable[[int, str, str], Tick]
 SILENT: Start = lambda _total, _what, _unit: lambda _done: None  # noqa: E731
@@ -42,7 +44,7 @@ _NO_CONSENT = (
 class Search:
     """How the anchor layer is looked for.
 
-    layers      candidates, ascending; None: `candidate_layers`
+    layers      candidates, all of which are tried; None: `candidate_layers`, coarsely first
     prompts     scoring prompts a task, at most
     max_tokens  longest answer; one that is cut there is graded as it is
     batch_size  prompts a forward pass
@@ -61,6 +63,9 @@ class Search:
     least_gap: float = 0.1
     least_kl: float = 1e-3
 
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
+
     def layers_of(self, depth: int) -> tuple[int, ...]:
         """The candidates in a model of `depth` layers. Raises `BadInput` for one that is not there."""
         chosen = tuple(sorted(set(candidate_layers(depth) if self.layers is None else self.layers)))
@@ -68,17 +73,35 @@ class Search:
             raise BadInput(f"layers: candidates {chosen} are not all in this model, which has layers 0 to {depth - 1}.")
         return chosen
 
+    def first_of(self, depth: int) -> tuple[int, ...]:
+        """The candidates to begin with: all that were asked for, else `coarse_layers`."""
+        return coarse_layers(self.layers_of(depth)) if self.layers is None else self.layers_of(depth)
+
+    def next_to(self, curve: RecoveryCurve, depth: int) -> tuple[int, ...]:
+        """The candidates not yet tried around the best of `curve`, up to the next ones that were; maybe none."""
+        if self.layers is not None or max(curve.mean) <= 0:
+            return ()
+        best = curve.chosen
+        low = max((layer for layer in curve.layers if layer < best), default=-1)
+        high = min((layer for layer in curve.layers if layer > best), default=depth)
+        return tuple(layer for layer in self.layers_of(depth) if low < layer < high and layer != best)
+
 
 def candidate_layers(depth: int) -> tuple[int, ...]:
-    """All layers but the last up to 16; deeper, from a quarter of the depth up, about 12 of them evenly spaced.
+    """All layers but the last, above which nothing is left that could read the direction."""
+    return tuple(range(max(depth - 1, 1)))
 
-    Nothing is left above the last layer that could read the direction. In deep models every layer costs minutes, the
-    paper's anchors are at 0.61 to 0.68 of the depth, and neighbours differ little: so every 2nd of 28, 32 or 40, every
-    5th of 80.
+
+def coarse_layers(candidates: tuple[int, ...]) -> tuple[int, ...]:
+    """All up to 16; of more, evenly spaced ones, to be followed by those around the best.
+
+    In deep models every layer costs minutes, and neighbours differ little. A step of the root of half the depth makes
+    the two scans together cheapest: 13 layers of 28, 14 of 32, 16 of 40, 24 of 80.
     """
-    if depth <= 16:
-        return tuple(range(max(depth - 1, 1)))
-    return tuple(range(depth - 2, depth // 4 - 1, -max(2, round(depth / 16))))[::-1]
+    if len(candidates) <= 16:
+        return candidates
+    step = round((len(candidates) / 2) ** 0.5)
+    return candidates[step // 2 :: step]
 
 
 def usual_layer(depth: int) -> int:
@@ -104,20 +127,24 @@ def locate(
     search: Search,
     team: Team | None = None,
     start: Start = SILENT,
+    also: Sequence[int] = (),
 ) -> tuple[int, list[Directions], RecoveryCurve | None]:
     """The anchor layer, every task's directions up to it at least, and the curve if it was looked for.
 
     layer   the anchor layer; None: the best by recovery
+    also    other layers whose directions are needed
     start   called as (total, what, unit) at the start of each part; returns a function that is told what is done
-    Raises `BadInput` as `extract_all` and `find_anchor` do.
+    Raises `BadInput` as `extract_all`, `find_anchor` and `check_present` do.
     """
-    top = layer if layer is not None else max(*search.layers_of(base.depth), usual_layer(base.depth))
+    top = max(layer if layer is not None else max(*search.layers_of(base.depth), usual_layer(base.depth)), *also, 0)
     tick = start(sum(2 * len(task.extraction) for task in tasks), "Directions", "prompt")
     directions = extract_all(base, expert, tasks, top + 1, search.batch_size, tick, team)
-    if layer is not None:
-        return layer, directions, None
-    curve = find_anchor(base, expert, tokenizer, tasks, directions, search, team, start)
-    return curve.chosen, directions, curve
+    curve = None
+    if layer is None:
+        curve = find_anchor(base, expert, tokenizer, tasks, directions, search, team, start)
+        layer = curve.chosen
+    check_present(tasks, directions, [layer, *also])
+    return layer, directions, curve
 
 
 def find_anchor(
@@ -130,25 +157,42 @@ def find_anchor(
     team: Team | None = None,
     start: Start = SILENT,
 ) -> RecoveryCurve:
-    """Steer the base at every candidate layer and choose the best; `directions` reach at least up to the highest.
+    """Steer the base at the candidate layers and choose the best; `directions` reach at least up to the highest.
 
-    A team deals the layers out. The checks are taken to be sound (`check_graders`). Raises `BadInput` when no task
-    tells the expert from the base.
+    Of many candidates some are tried, and then those around the best of them. A team deals the layers out. The checks
+    are taken to be sound (`check_graders`). Raises `BadInput` when no task tells the expert from the base.
     """
-    team, layers = team or Team(), search.layers_of(base.depth)
+    team, layers = team or Team(), search.first_of(base.depth)
+    run = _Behaviour(base, expert, tokenizer, search, team)
+    found = _try(run, tasks, directions, layers, {}, start)
+    curve: RecoveryCurve = team.tell(choose(layers, found, base.depth, search))
+    if more := search.next_to(curve, base.depth):
+        again = _try(run, tasks, directions, more, found, start)
+        found = {name: found[name].joined(layers, again[name], more) for name in found}
+        curve = team.tell(choose(tuple(sorted(layers + more)), found, base.depth, search))
+    return curve
+
+
+def _try(
+    run: _Behaviour, tasks: Sequence[TaskTokens], directions: Sequence[Directions], layers: tuple[int, ...],
+    known: Mapping[str, TaskRecovery], start: Start,
+) -> dict[str, TaskRecovery]:  # fmt: skip
+    """Recovery of every task, in order, at `layers`; `known`: what other layers gave, whose way of grading is kept."""
+    search, base, expert = run.search, run.base, run.expert
     found: dict[str, TaskRecovery] = {}
     notes: dict[str, str] = {}
     graded: dict[str, Graded] = {}
     for task in tasks:
         checked, notes[task.task] = _graded(task, search, base.streamed or expert.streamed)
-        if checked:
+        if task.task in known and known[task.task].grading != "behaviour":
+            notes[task.task] = known[task.task].note
+        elif checked:
             graded[task.task] = checked
-    answers = sum(map(len, graded.values())) * (len(layers) + 2)
+    answers = sum(map(len, graded.values())) * (len(layers) + (0 if known else 2))
     tick = start(answers, f"Steering at {len(layers)} layers", "answer") if answers else lambda _n: None
-    run = _Behaviour(base, expert, tokenizer, search, team, tick)
     for task, along in zip(tasks, directions, strict=True):
         if task.task in graded:
-            got = run.task(graded[task.task], along, layers)
+            got = run.task(task.task, graded[task.task], along, layers, known.get(task.task), tick)
             notes[task.task] = got.note
             if got.grading == "behaviour":
                 found[task.task] = got
@@ -160,9 +204,7 @@ def find_anchor(
     for i, level in zip(left, levels, strict=True):
         name = tasks[i].task
         found[name] = _kl_recovery(level, min(search.prompts, len(tasks[i].scoring)), search, notes[name])
-    ordered = {task.task: found[task.task] for task in tasks}
-    curve: RecoveryCurve = team.tell(choose(layers, ordered, base.depth, search))
-    return curve
+    return {task.task: found[task.task] for task in tasks}
 
 
 def choose(layers: tuple[int, ...], tasks: dict[str, TaskRecovery], depth: int, search: Search) -> RecoveryCurve:
@@ -208,12 +250,22 @@ class _Behaviour:
     tokenizer: Any
     search: Search
     team: Team
-    tick: Tick
 
-    def task(self, rows: Graded, along: Directions, layers: tuple[int, ...]) -> TaskRecovery:
-        """`behaviour`, or `none` where the expert answers no better than the base."""
-        base, expert = self.levels(rows, [(self.base, None), (self.expert, None)])
+    def task(
+        self, name: str, rows: Graded, along: Directions, layers: tuple[int, ...], known: TaskRecovery | None,
+        tick: Tick,
+    ) -> TaskRecovery:  # fmt: skip
+        """`behaviour`, or `none` where the expert answers no better than the base; `known` has the levels of both."""
+        if known is None:
+            base, expert = self.levels(rows, [(self.base, None), (self.expert, None)], tick)
+        else:
+            base, expert = known.base, known.expert
         prompts = len(rows)
+        if known is None and base - expert >= self.search.least_gap:
+            LOG.warning(
+                "task %s: the base passes %.0f %% of %d checks, the expert %.0f %%; are base and expert swapped?",
+                name, 100 * base, prompts, 100 * expert,
+            )  # fmt: skip
         if expert - base < self.search.least_gap:
             note = (
                 f"judged by the next token: the expert passes {expert:.0%} of {prompts} checks, the base {base:.0%}, "
@@ -222,23 +274,23 @@ class _Behaviour:
             return TaskRecovery("none", prompts, base, expert, note=note)
         alpha_L, positions = along.alpha_L, self.search.positions
         ways = [Steering(layer, along.v_LD[layer], float(alpha_L[layer]), positions) for layer in layers]
-        steered = self.levels(rows, [(self.base, way) for way in ways])
+        steered = self.levels(rows, [(self.base, way) for way in ways], tick)
         recovery = tuple((level - base) / (expert - base) for level in steered)
         return TaskRecovery("behaviour", prompts, base, expert, tuple(steered), recovery)
 
-    def levels(self, rows: Graded, runs: Sequence[tuple[Stack, Steering | None]]) -> list[float]:
+    def levels(self, rows: Graded, runs: Sequence[tuple[Stack, Steering | None]], tick: Tick) -> list[float]:
         """The share of right answers in each run; the team deals the runs out."""
         passed = torch.zeros(len(runs), dtype=torch.float64, device=self.base.device)
         for i in self.team.share(range(len(runs))):
-            passed[i] = self.share(rows, *runs[i])
+            passed[i] = self.share(rows, *runs[i], tick)
         return [float(value) for value in self.team.add_up(passed)]
 
-    def share(self, rows: Graded, stack: Stack, steering: Steering | None) -> float:
+    def share(self, rows: Graded, stack: Stack, steering: Steering | None, tick: Tick) -> float:
         search, until = self.search, dict.fromkeys(end for _ids, check in rows for end in check.until)
         models = (self.base.model, self.expert.model)
         greedy = Greedy.of(models, self.tokenizer, search.max_tokens, search.batch_size)
         prompts = [ids for ids, _check in rows]
-        answers = greedy.answers(stack.model, prompts, list(until), steering, lambda n: self.tick(n * self.team.size))
+        answers = greedy.answers(stack.model, prompts, list(until), steering, lambda n: tick(n * self.team.size))
         right = [check.passes(answer) for (_ids, check), answer in zip(rows, answers, strict=True)]
         return sum(right) / len(right)
 
