@@ -1,4 +1,4 @@
-"""Help with options under headings, the way mergekit's commands group theirs; and a command as it was typed."""
+"""What our commands share: help with options under headings, a command as it was typed, a check of names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+
+from mergekit_wp.errors import BadInput
 
 
 class GroupedCommand(click.Command):
@@ -42,3 +44,10 @@ def typed(context: click.Context, name: str) -> list[str]:
             is_flag = isinstance(parameter, click.Option) and parameter.is_flag
             options += [flag] if is_flag else [word for one in values for word in (flag, one)]
     return words + options
+
+
+def ends_in_safetensors(_context: click.Context, option: click.Parameter, path: str) -> str:
+    """Callback of an option that names a file to write. Raises `BadInput` for a name that says it is something else."""
+    if not path.endswith(".safetensors"):
+        raise BadInput(f"{option.opts[0]} {path}: the file is safetensors; give it a name that ends in .safetensors.")
+    return path

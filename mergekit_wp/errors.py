@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -49,3 +51,23 @@ def shown(value: Any) -> str:
     """A value of a file as a sentence quotes it: like `repr`, in at most some 80 characters, printable."""
     text = _Short().repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, of a GPU or of the machine; torch says so in several ways."""
+    # By name, since torch takes seconds to import and most commands of ours have not.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in ("out of memory", "can't allocate memory", "_alloc_failed"))
+
+
+@contextmanager
+def enough_memory(sentence: str) -> Iterator[None]:
+    """Inside the block, running out of memory is a `BadInput` of this sentence, which says of what and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(sentence) from error

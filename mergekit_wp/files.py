@@ -10,7 +10,9 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,10 +53,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield partial
             if partial.is_file():
-                # Some writers make private files; outputs get the permissions that the user's umask gives.
-                umask = os.umask(0)
-                os.umask(umask)
-                partial.chmod(0o666 & ~umask)
+                partial.chmod(_usual_mode(partial))  # some writers make private files
             os.replace(partial, target)
         finally:
             if partial.is_dir():
@@ -89,6 +88,19 @@ def explained(target: Path) -> Iterator[None]:
         if isinstance(error, BadInput) or (trouble := disk_trouble(error)) is None:
             raise
         raise BadInput(f"{target}: cannot be written ({trouble}); free some room, or write to another disk.") from error
+
+
+def _usual_mode(beside: Path) -> int:
+    """The permissions that the user's umask gives to a new file there.
+
+    Read off one: the umask can only be asked for by setting it, and files of other threads would be made without it.
+    """
+    probe = beside.with_name(f"{beside.name}-mode-{threading.get_ident()}")
+    try:
+        with open(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as stream:
+            return stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

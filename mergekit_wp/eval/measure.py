@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.eval import backends, stderr
 from mergekit_wp.eval.cache import Entry, plain
 from mergekit_wp.eval.context import count_cut
@@ -42,7 +42,7 @@ def measure(model: EvalModel, tasks: list[ReadyTask], settings: Settings, say: S
             try:
                 entry = _evaluate(lm, model, task, settings)
             except Exception as error:
-                if _out_of_memory(error):
+                if out_of_memory(error):
                     raise BadInput(
                         f"{model.reference}: out of memory on {settings.device} in {task.spec.task}; use a smaller "
                         "--batch-size (hf), --max-model-len or gpu_memory_utilization (vllm), or a larger device."
@@ -181,9 +181,3 @@ def _check_finite(model: EvalModel, weights: Any) -> None:
     for name, weight in weights:
         if not torch.isfinite(weight).all():
             raise BadInput(f"{model.reference}: the weight {name} holds a NaN or an infinity; make it again.")
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()

@@ -17,7 +17,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_wp.components import layer_of, slot_of
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.merge import register
@@ -106,7 +106,11 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
     plan = recipe.plan(work / out.name, options)
     check_plan(plan)
     # Under the name that it will have: the model card quotes it.
-    run_merge(recipe.config(), str(work / out.name), options, config_source=recipe.text)
+    too_much = f"the merge does not fit into the memory of {options.device}; " + (
+        "use a machine with more." if options.device == "cpu" else "leave --cuda and --device out."
+    )
+    with enough_memory(too_much):
+        run_merge(recipe.config(), str(work / out.name), options, config_source=recipe.text)
     if recipe.config().base_model is not None:
         _copy_generation_config(plan, work / out.name)
     if not audited:

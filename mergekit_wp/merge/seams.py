@@ -23,6 +23,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.components import is_vocabulary
+from mergekit_wp.errors import enough_memory
 from mergekit_wp.merge.checks import check_inputs, check_plan
 from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
 from mergekit_wp.vocabulary import align_rows
@@ -92,7 +93,8 @@ def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
             own = self.input_parameters
             changed["input_parameters"] = {m: {**dict(own[m].items()), "scores": s} for m, s in seat.scores.items()}
         task = self.model_copy(update=changed)
-        return original(task, tensors, **rest)
+        with enough_memory(f"{seat.source}: no memory left to merge it; merge on a device with more, such as the CPU."):
+            return original(task, tensors, **rest)
 
     return execute
 

@@ -17,7 +17,7 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import atomic_path
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
@@ -79,6 +79,8 @@ def main(source: str, task: str | None, out: str, format: str | None, allow_code
     kind = format or _SUFFIXES.get(Path(out).suffix)
     if kind is None:
         raise BadInput(f"--out {out}: expected a name that ends in .safetensors or .pt; rename it, or give --format.")
+    if _SUFFIXES.get(Path(out).suffix, kind) != kind:
+        raise BadInput(f"--out {out}: --format {kind} writes no such file; name one that ends in .{kind}.")
     target = check_file(out, METADATA_KEY if kind == "safetensors" else None, "direction", [source])
     claim(target)
     if Path(source).suffix in (".yaml", ".yml"):
@@ -134,8 +136,6 @@ def _from_scores(path: str, task: str | None) -> Anchor:
 
 
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:
-    import torch
-
     from mergekit_wp.scoring.batches import check_rows, tokenize_tasks
     from mergekit_wp.scoring.cli import Progress
     from mergekit_wp.scoring.engine import anchor_layer, search_of
@@ -163,12 +163,10 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     if auto:
         check_graders(tasks, search)
     pair = load_pair(job, checked)
-    try:
-        with Progress(not quiet) as progress:
-            start = progress or SILENT
-            layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, asked, search, start=start)
-    except torch.OutOfMemoryError as error:
-        raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
+    too_much = f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."
+    with enough_memory(too_much), Progress(not quiet) as progress:
+        start = progress or SILENT
+        layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, asked, search, start=start)
     if curve is not None and not quiet:
         echo_lines(curve.summary(), err=True)
     found = directions[[each.task for each in tasks].index(name)]

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.click_help import GroupedCommand, ends_in_safetensors
 from mergekit_wp.documents import parse_json
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scoring.job import CHOICES
@@ -72,7 +72,13 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
     help="Each document as a message in the tokenizer's own.",
 )
 @click.option("--system", metavar="TEXT", help="System prompt of every chat.")
-@click.option("--out", required=True, metavar="FILE", help="Activations file to write (.safetensors).")
+@click.option(
+    "--out",
+    required=True,
+    metavar="FILE",
+    callback=ends_in_safetensors,
+    help="Activations file to write (.safetensors).",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N.")
 @click.option("--dtype", type=click.Choice(CHOICES["dtype"]), default="auto", show_default=True, help="To run in.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Blocks a forward pass.")
@@ -103,7 +109,8 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     device = pick_device(how["device"])
     dtype = pick_dtype(how["dtype"], device)
     stack = load_one(checkpoint, dtype, device, how["offload"], how["trust_remote_code"])
-    with Progress(not quiet) as progress:
+    too_much = f"--batch-size: {how['batch_size']} blocks of {length} tokens do not fit on {device}; lower it."
+    with enough_memory(too_much), Progress(not quiet) as progress:
         tick = progress(len(blocks) * stack.depth, "measuring", "block layer") if progress else lambda _done: None
         means = mean_inputs(stack, list(batches(blocks, how["batch_size"], stack)), tick)
     fingerprint = checkpoint.fingerprint

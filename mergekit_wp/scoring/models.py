@@ -15,7 +15,7 @@ from torch import nn
 from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.components import Geometry, auto_class
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.foreign import logger
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
@@ -186,9 +186,9 @@ def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device
             trust_remote_code=remote_code,
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError as error:
-        raise BadInput(f"{name}: does not fit on {device} beside what is there; use another device.") from error
     except Exception as error:
+        if out_of_memory(error):
+            raise BadInput(f"{name}: does not fit on {device} beside what is there; use another device.") from error
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
     if missing := sorted(report["missing_keys"]):

@@ -25,13 +25,19 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mergekit_wp.components import text_tower
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.scoring.batches import together
 from mergekit_wp.scoring.graders import cut
 from mergekit_wp.scoring.rotary import Lengths, forget_lengths
 
 Tick = Callable[[float], object]
 POSITIONS = ("prompt", "all", "anchor", "answer")
+
+
+def check_positions(positions: str) -> None:
+    """Raises `BadInput` for a word that is none of `POSITIONS`."""
+    if positions not in POSITIONS:
+        raise BadInput(f"positions: found {shown(positions)}, expected one of {', '.join(POSITIONS)}.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Steering:
     v_D: torch.Tensor
     alpha: float
     positions: str = "prompt"
+
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
 
     def clamp(self, z_BTD: torch.Tensor) -> torch.Tensor:
         """Eq. 37 at every position given, in float32; same shape and dtype as `z_BTD`."""
@@ -156,7 +165,8 @@ class Greedy:
             do_sample=False, max_new_tokens=room, eos_token_id=sorted(self.eos) or None, pad_token_id=pad
         )
         ends = [_Until(self.tokenizer, length, until)] if until else []
-        try:
+        too_much = f"batch_size: {len(prompts)} answers of up to {room} tokens do not fit on {model.device}; lower it."
+        with enough_memory(too_much):
             output_BT = model.generate(
                 input_ids=ids_BT.to(model.device),
                 attention_mask=mask_BT.to(model.device),
@@ -164,10 +174,6 @@ class Greedy:
                 logits_processor=LogitsProcessorList([_KnownTokens(self.vocabulary)]),
                 stopping_criteria=StoppingCriteriaList(ends),
             )
-        except torch.OutOfMemoryError as error:
-            raise BadInput(
-                f"batch_size: {len(prompts)} answers of up to {room} tokens do not fit on {model.device}; lower it."
-            ) from error
         answers = output_BT[:, length:].tolist()
         return [cut(self._text(*both), until) for both in zip(prompts, answers, strict=True)]
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from mergekit_wp.errors import BadInput
+
 T = TypeVar("T")
 
 
@@ -25,12 +27,25 @@ class Team:
 
     @classmethod
     def join(cls, device: str = "auto") -> Team:
-        """The team that `accelerate launch` (or torchrun) started, or a team of one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        """The team that `accelerate launch` (or torchrun) started, or a team of one; `device` is the job's.
+
+        Raises `BadInput` for a device that is not there, and where the processes cannot talk to one another.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started < 2:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        from mergekit_wp.scoring.models import pick_device
+
+        # Unless it is told to use the CPU, accelerate makes a team of accelerators only: where there are none, every
+        # process would be a team of its own, do the whole job, and write the same file.
+        state = PartialState(cpu=pick_device(device).type == "cpu")
+        if state.num_processes != started:
+            raise BadInput(
+                f"accelerate started {started} processes, which cannot share work on {device} here; start one without "
+                "accelerate launch, or give --device cpu."
+            )
         return cls(state.process_index, state.num_processes)
 
     @property
