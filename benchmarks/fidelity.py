@@ -26,6 +26,7 @@ from mergekit_wp.scoring.engine import anchor_layer, patch_plan, score, task_run
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
+from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import Item, Wave, patch_layer
@@ -43,8 +44,10 @@ def scores_of(world: Path, pair: str, method: str, utility: str, out: Path) -> S
         return read_scores(file)
     out.mkdir(parents=True, exist_ok=True)
     click.echo(f"Scoring {pair} by {method} ({utility})", err=True)
-    found = score(job_of(world, pair, method, utility), out=file)
+    resume = Resume(file)
+    found = score(job_of(world, pair, method, utility), resume=resume)
     write_scores(found, file)
+    resume.forget()
     return found
 
 
@@ -145,7 +148,7 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     tasks = tokenize_tasks(Wording(load_tokenizer(checked.base, False)), texts, checked.context_limit)
     directions: list[Directions | None] = [None] * len(tasks)
     if job.directed:
-        directions = [*extract_all(models.base, models.expert, tasks, anchor + 1, job.batch_size)]
+        directions = [*extract_all(models.base, models.expert, tasks, models.geometry.layers, job.batch_size)]
     plan = replace(patch_plan(models, subset, Team(), lambda _done: None), fraction=fraction)
     total = {str(kind): torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
     for task, found in zip(tasks, directions, strict=True):

@@ -87,6 +87,8 @@ class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
 
     split, anchor_layer: None where the utility reads along no direction (kl).
+    object: what ap and atp put in a component's place; None by other methods, and in files before format 3, where it
+        was `activation`.
     subset: the components, layers and top that were asked for, where not all were scored.
     recovery: how the anchor layer was chosen, where it was looked for.
     prompts: how prompts were put, where not as they are.
@@ -110,6 +112,7 @@ class ScoreMeta:
     subset: dict[str, Any] | None = None
     recovery: RecoveryCurve | None = None
     prompts: PromptStyle | None = None
+    object: str | None = None
 
     @property
     def read_at(self) -> int | None:
@@ -181,6 +184,17 @@ class Scores:
     def complete(self) -> bool:
         """Whether every component was scored, as a merge needs it."""
         return not self.scored
+
+    def seen(self, kind: str) -> torch.Tensor:
+        """Which heads [L, H] or neurons [L, F] have a score, bool; elsewhere 0 means that nobody asked.
+
+        Nobody can ask for what lies above the anchor layer if the utility is `anchor`.
+        """
+        table: torch.Tensor = getattr(self, kind)
+        mask = self.scored[kind].bool() if kind in self.scored else torch.ones_like(table, dtype=torch.bool)
+        if self.meta.utility != "anchor" or self.meta.anchor_layer is None:
+            return mask
+        return mask & (torch.arange(len(table)) <= self.meta.anchor_layer)[:, None]
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) != set(self.meta.tasks):

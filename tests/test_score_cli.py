@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -66,6 +67,14 @@ def test_yaml_and_flags_over_it(world):
     assert (result.exit_code, result.output) == (0, "")
     scores = read_scores(path)
     assert (scores.meta.anchor_layer, scores.meta.tasks["t"].extraction) == (1, 3)
+
+
+def test_only_what_was_scored_can_lead(world):
+    result, _path = run(world, out="heads.safetensors", components="heads")
+    assert "Leading heads" in result.output
+    assert "Leading neurons" not in result.output
+    result, _path = run(world, out="anchor.safetensors", utility="anchor", layer=0)
+    assert re.findall(r"L(\d+)[HN]", result.output) == ["0"] * 9  # four heads, five neurons
 
 
 def test_same_seed_same_file_other_seed_other_scores(world):

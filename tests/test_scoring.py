@@ -7,6 +7,8 @@ indexed by hand.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -64,15 +66,17 @@ class Reference:
         return model.get_submodule(f"{self.inside}.layers")
 
     def run(self, model, text):
-        """(z at the anchor layer and position, next-token log-probabilities over the base's rows)."""
+        """(z after every layer [L, D] at the anchor position, next-token log-probabilities over the base's rows)."""
         ids = torch.tensor([self.tokenizer(text)["input_ids"]])
         kept = []
-        handle = self.layers(model)[self.anchor].register_forward_hook(
-            lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
-        )
+        handles = [
+            layer.register_forward_hook(lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out))
+            for layer in self.layers(model)
+        ]
         logits = model(input_ids=ids, use_cache=False).logits[0, -1, : self.config.vocab_size]
-        handle.remove()
-        return kept[0][0, -1], functional.log_softmax(logits, -1)
+        for handle in handles:
+            handle.remove()
+        return torch.stack([z[0, -1] for z in kept]), functional.log_softmax(logits, -1)
 
     def direction(self, task):
         with torch.no_grad():
@@ -83,8 +87,10 @@ class Reference:
         return torch.stack(differences).mean(0)
 
     def utility(self, name, model, text, direction):
-        z, log_p = self.run(model, text)
+        z_LD, log_p = self.run(model, text)
         if name in ("anchor", "projection"):
+            layer = self.anchor if name == "anchor" else -1
+            z, direction = z_LD[layer], direction[layer]
             return (z @ direction) / (z.norm() * direction.norm())
         with torch.no_grad():
             target = self.run(self.expert, text)[1]
@@ -136,6 +142,7 @@ class Reference:
             "kl": {"kl": every},
             "projection": {"projection": every},
             "staged": {"anchor": every[:cut], "kl": every[cut:]},
+            "staged-projection": {"anchor": every[:cut], "projection": every[cut:]},
         }[self.job.utility]
 
     def attr(self, text, direction, name):
@@ -215,9 +222,18 @@ class Reference:
         width = self.layers(self.base)[layer].self_attn.head_dim if kind == "heads" else 1
         return slice(index * width, (index + 1) * width)
 
+    def projection(self, model, layer, kind):
+        layer = self.layers(model)[layer]
+        return layer.self_attn.o_proj if kind == "heads" else layer.mlp.down_proj
+
+    def written(self, model, layer, kind, index, x):
+        """What one component writes where the input of its projection is `x`."""
+        where = self.columns(layer, kind, index)
+        return x[..., where] @ self.projection(model, layer, kind).weight[:, where].T
+
     @torch.no_grad()
     def ap(self, text, direction, name):
-        """Put the expert's activation of one component into the base run (Eq. 12)."""
+        """Put the expert's activation of one component into the base run (Eq. 12); by default its columns with it."""
         theirs, handles = self.activations(self.expert, text)
         self.run(self.expert, text)
         for handle in handles:
@@ -233,31 +249,39 @@ class Reference:
                         x[..., where] = theirs[key][..., where]
                     return x
 
+                weights = [self.projection(model, layer, kind).weight for model in (self.base, self.expert)]
+                saved = weights[0].clone()
+                if self.job.object != "activation":
+                    weights[0][:, where] = weights[1][:, where]
                 _, handles = self.activations(self.base, text, put)
                 # Through `run`, which reads the base with the hooks on; the target of kl is the expert's, without.
                 found[kind][layer, index] = self.utility(name, self.base, text, direction) - before
                 for handle in handles:
                     handle.remove()
+                weights[0].copy_(saved)
         return found
 
     def atp(self, text, direction, name):
-        """(expert's activation - base's) . gradient at the base (Eq. 58)."""
+        """(what the expert's component writes, or its activation would through the base - what the base's writes) .
+        gradient at what is written (Eq. 58)."""
         theirs, handles = self.activations(self.expert, text)
         with torch.no_grad():
             self.run(self.expert, text)
         for handle in handles:
             handle.remove()
+        writes, gradients = {}, {}
         ours, handles = self.activations(self.base, text)
-        value = self.utility(name, self.base, text, direction)
-        reached = {key: x for key, x in ours.items() if x.requires_grad}
-        gradients = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
+        handles += self.watch_writes(writes, gradients)
+        self.utility(name, self.base, text, direction).backward()
         for handle in handles:
             handle.remove()
-        found = self.empty()
-        for (layer, kind), x, gradient in zip(reached, reached.values(), gradients, strict=True):
-            if gradient is not None:
-                product = ((theirs[layer, kind] - x) * gradient).detach().sum((0, 1))
-                found[kind][layer] = product.unflatten(0, (found[kind].shape[1], -1)).sum(-1)
+        found, writer = self.empty(), self.base if self.job.object == "activation" else self.expert
+        with torch.no_grad():
+            for (layer, kind), gradient in gradients.items():
+                for index in range(found[kind].shape[1]):
+                    change = self.written(writer, layer, kind, index, theirs[layer, kind])
+                    change = change - self.written(self.base, layer, kind, index, ours[layer, kind])
+                    found[kind][layer, index] = (change * gradient).sum()
         return found
 
     def watch_writes(self, writes, gradients):
@@ -289,11 +313,11 @@ def assert_close(got, wanted):
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "object"), [*((method, None) for method in METHODS), ("atp", "activation")])
 @pytest.mark.parametrize("kind", tiny.VARIANTS)
-def test_against_the_definition(tmp_path, kind, method):
+def test_against_the_definition(tmp_path, kind, method, object):
     """Staged covers both utilities and the cut between them; ragged batches of 2 of 3 prompts."""
-    job = job_for(tmp_path, kind, method=method, utility="staged", split="shared")
+    job = job_for(tmp_path, kind, method=method, utility="staged", split="shared", object=object)
     reference = Reference(job)
     heads, neurons = reference.scores(getattr(reference, method))  # every head and every neuron
     got = score(job)
@@ -311,6 +335,9 @@ def test_against_the_definition(tmp_path, kind, method):
         {"utility": "projection", "layer": None, "method": "exact", "contrast": False, "gap_floor": 1e-2},
         {"utility": "anchor", "method": "exact", "gap": "mean", "contrast": False, "extra_rows": 1},
         {"utility": "kl", "method": "ap"},
+        {"utility": "kl", "method": "ap", "object": "activation"},
+        {"utility": "staged-projection", "contrast": False, "gap_floor": 1e-2},
+        {"utility": "staged-projection", "method": "exact", "gap": "mean"},
         {"utility": "anchor", "gap": "mean", "contrast": False},
         {"utility": "staged", "contrast": False, "split": "half", "extra_rows": 1, "gap_floor": 3e-3},
     ],
@@ -330,7 +357,42 @@ def test_direction_is_the_reference_mean(tmp_path):
     reference = Reference(job)
     got = score(job)
     for task in split_pairs(load_pairs(job.pairs, None, 0), "half", 0):
-        torch.testing.assert_close(got.tasks[task.task].anchor, reference.direction(task), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.tasks[task.task].anchor, reference.direction(task)[LAYER], rtol=1e-4, atol=1e-5)
+
+
+def test_the_object_of_ap_is_in_the_file_and_belongs_to_ap_and_atp_alone(tmp_path):
+    job = job_for(tmp_path, "llama", method="atp")
+    given = {each: score(replace(job, object=each)) for each in (None, "write", "activation")}
+    assert [scores.meta.object for scores in given.values()] == ["write", "write", "activation"]
+    assert torch.equal(given[None].heads, given["write"].heads)
+    assert not torch.allclose(given["write"].heads, given["activation"].heads, rtol=1e-2)
+    assert score(replace(job, method="attr")).meta.object is None
+    with pytest.raises(BadInput, match="object: writeback patches weights"):
+        replace(job, method="writeback", object="write")
+    with pytest.raises(BadInput, match="expected write or activation"):
+        replace(job, object="weights")
+
+
+@pytest.mark.parametrize("method", ["exact", "ap"])
+def test_patching_computes_no_gradient(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_a, **_k: pytest.fail("a gradient was computed"))
+    assert score(job_for(tmp_path, "llama", method=method, utility="staged", layers="2-3")).heads.any()
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_direction_that_vanishes_is_refused_where_it_is_read(tmp_path, layer):
+    """An expert that differs from layer 2 up: between the models, the direction after layer 1 is zero, after 2 not."""
+    base, expert = tiny.random_model("llama", seed=1), tiny.random_model("llama", seed=1)
+    for moved in expert.model.layers[2:]:
+        moved.mlp.down_proj.weight.data *= 1.5
+    job = job_for(tmp_path, "llama", utility="staged-projection", contrast=False, layer=layer, gap_floor=1e-6)
+    tiny.save(base, Path(job.base))
+    tiny.save(expert, Path(job.expert))
+    if layer == 2:
+        assert score(job).neurons[2:].all(1).all()
+        return
+    with pytest.raises(BadInput, match=r"same residual at layer 1, .* --utility kl"):
+        score(job)
 
 
 def test_batch_size_does_not_matter(tmp_path):

@@ -20,6 +20,8 @@ JUDGED = {  # by the utility of the scores
     "anchor": "A component is judged by its effect on the capability's direction at the anchor, the dashed line.",
     "staged": "Up to the anchor, the dashed line, a component is judged by its effect on the capability's direction in "
     "the residual stream, above it by its effect on the next token.",
+    "staged-projection": "Up to the anchor, the dashed line, a component is judged by its effect on the capability's "
+    "direction there, above it by its effect on that after the last layer.",
     "projection": "A component is judged by its effect on the capability's direction after the last layer.",
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.click_help import GroupedCommand, ends_in_safetensors
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scoring.job import CHOICES, load_job
@@ -30,12 +30,13 @@ _GROUPS = {
         "anchor_prompts",
         "anchor_tokens",
         "method",
+        "object",
         "utility",
         "split",
         "gap",
         "gap_floor",
     ),
-    "Components": ("components", "layers", "top", "parts"),
+    "Components": ("components", "layers", "top", "rank", "parts"),
     "Output Settings": ("out", "quiet"),
     "Performance": ("device", "dtype", "batch_size", "offload"),
     "Dangerous Options": ("trust_remote_code", "allow_code_execution"),
@@ -78,19 +79,23 @@ class _LayerOrAuto(click.ParamType):
 @click.option("--samples", type=int, help="Pairs a task, drawn by seed (default: all; 100 of a built-in set).")
 @click.option("--seed", type=int, help="Seed of the draw and of the split (default: 0).")
 @click.option("--layer", type=_LayerOrAuto(), help="Anchor layer, from 0, or auto (default: two thirds of the depth).")
-@click.option("--anchor-layers", metavar="10-38", help="Candidates of --layer auto (default: a spread).")
+@click.option("--anchor-layers", metavar="10-38", help="Candidates of --layer auto (default: all, coarsely first).")
 @click.option("--anchor-prompts", type=int, help="Prompts a task that --layer auto has answered (default: 32).")
 @click.option("--anchor-tokens", type=int, help="Longest of those answers (default: 256).")
 @click.option("--method", type=click.Choice(CHOICES["method"]), help="How to score (default: writeback).")
+@click.option("--object", type=click.Choice(["write", "activation"]), help="What ap and atp patch (default: write).")
 @click.option("--utility", type=click.Choice(CHOICES["utility"]), help="What recovery means (default: kl).")
 @click.option("--split", type=click.Choice(CHOICES["split"]), help="Disjoint or shared prompts (default: half).")
 @click.option("--gap", type=click.Choice(CHOICES["gap"]), help="Mean of ratios or ratio of means (default: sample).")
 @click.option("--gap-floor", type=float, help="Drop prompts with a smaller gap (default: 0.001).")
-@click.option("--components", type=click.Choice(CHOICES["components"]), help="What to score (default: all).")
+@click.option("--components", metavar="all|heads|neurons|FILE", help="What to score; FILE names it: L5H3 L5N97.")
 @click.option("--layers", metavar="0-5,7", help="Score the components of these layers alone.")
 @click.option("--top", type=(int, str), metavar="K FILE", help="Score the K best heads and neurons of a score file.")
+@click.option("--rank", type=click.Choice(CHOICES["rank"]), help="What --top ranks by (default: the mean over tasks).")
 @click.option("--parts", is_flag=True, default=None, help="Keep what q, o, gate, up and down add to each score.")
-@click.option("--out", required=True, metavar="FILE", help="Score file to write (.safetensors).")
+@click.option(
+    "--out", required=True, metavar="FILE", callback=ends_in_safetensors, help="Score file to write (.safetensors)."
+)
 @click.option("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one).")
 @click.option("--dtype", type=click.Choice(CHOICES["dtype"]), help="Dtype to run in (default: bfloat16 on a GPU).")
 @click.option("--batch-size", type=int, help="Prompts a forward pass (default: 16).")
@@ -119,17 +124,18 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
         claim(target)
     from mergekit_wp.scorefile import write_scores
     from mergekit_wp.scoring.engine import score
-    from mergekit_wp.scoring.resume import folder_for, forget
+    from mergekit_wp.scoring.resume import Resume
 
+    resume = Resume(target if team.first else None)
     if shown:
         echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
     if shown and team.size > 1:
         echo(f"Shared by {team.size} processes.", err=True)
     with Progress(shown) as progress:
-        scores = score(job, progress, team, target)
+        scores = score(job, progress, team, resume)
     if team.first:
         write_scores(scores, target)
-        forget(folder_for(target))
+        resume.forget()
     if shown:
         echo_lines(summary(scores), err=True)
         echo(f"Written: {out}", err=True)
@@ -151,12 +157,14 @@ def summary(scores: Scores) -> str:
         ]
         lines.append(f"  {task}: {'; '.join(parts)}")
     for name, letter, table in (("heads", "H", scores.heads), ("neurons", "N", scores.neurons)):
-        values, places = table.flatten().topk(min(5, table.numel()))
+        seen = scores.seen(name)
+        values, places = table.masked_fill(~seen, -float("inf")).flatten().topk(min(5, int(seen.sum())))
         width = table.shape[1]
         leaders = [
             f"L{int(p) // width}{letter}{int(p) % width} {float(v):.3f}" for v, p in zip(values, places, strict=True)
         ]
-        lines.append(f"Leading {name}: {', '.join(leaders)}")
+        if leaders:
+            lines.append(f"Leading {name}: {', '.join(leaders)}")
     return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ def extract_all(
 ) -> list[Directions]:
     """Directions of every task after layers 0 to depth-1, each model swept once.
 
-    Raises `BadInput` when the direction of the last layer vanishes or one is not finite.
+    Raises `BadInput` when one is not finite. Whether one vanishes matters at the layers used: see `check_present`.
     """
     wanted = [task.extraction for task in tasks]
     without = [task.contrasts or [] for task in tasks]
@@ -60,13 +60,21 @@ def extract_all(
     for i, task in enumerate(tasks):
         without_LD = with_LD[len(tasks) + i] if task.contrasts else bare_LD[i]
         v_LD = with_LD[i] - without_LD
-        if not torch.isfinite(v_LD).all() or not v_LD[-1].any():
-            raise BadInput(
-                f"task {task.task}: prompts and contrasts leave the same residual at layer {depth - 1}, so there is "
-                "no anchor direction; check the pairs and the expert."
-            )
+        if not torch.isfinite(v_LD).all():
+            raise BadInput(f"task {task.task}: its anchor direction is not finite; use --dtype float32 or bfloat16.")
         found.append(Directions(v_LD.float(), with_LD[i].float()))
     return found
+
+
+def check_present(tasks: Sequence[TaskTokens], directions: Sequence[Directions], layers: Sequence[int]) -> None:
+    """Raises `BadInput` when a task's direction after one of `layers` is zero."""
+    for task, found in zip(tasks, directions, strict=True):
+        for layer in layers:
+            if not found.v_LD[layer].any():
+                raise BadInput(
+                    f"task {task.task}: prompts and contrasts leave the same residual at layer {layer}, so there is no "
+                    "anchor direction; check the pairs and the expert, or score with --utility kl, which needs none."
+                )
 
 
 def mean_residuals(

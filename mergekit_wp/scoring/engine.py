@@ -16,26 +16,26 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from mergekit_wp import __version__
 from mergekit_wp.checkpoint import Fingerprint
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
 from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
 from mergekit_wp.scoring.batches import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.directions import Directions
 from mergekit_wp.scoring.gauges import gauge_of, make_gauges
-from mergekit_wp.scoring.job import ScoringJob
+from mergekit_wp.scoring.job import ACTIVATION_SIDE, ScoringJob
 from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer, warn_of_other_ids
 from mergekit_wp.scoring.offload import free_memory
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.recovery import Search, check_graders, locate, usual_layer
-from mergekit_wp.scoring.resume import Resume, folder_for
-from mergekit_wp.scoring.subset import Subset, parse_layers
+from mergekit_wp.scoring.resume import Resume
+from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
 from mergekit_wp.scoring.sweep import waves
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
@@ -49,16 +49,17 @@ Progress = Callable[[int, str, str], Tick]
 
 
 def score(
-    job: ScoringJob, progress: Progress | None = None, team: Team | None = None, out: Path | None = None
+    job: ScoringJob, progress: Progress | None = None, team: Team | None = None, resume: Resume | None = None
 ) -> Scores:
     """Run a whole scoring job.
 
     progress  called as (total, what, unit) at the start of each part; returns a function that is told what is done
     team      the processes that share the work; alone by default
-    out       the file to be written: `exact` and `ap` keep their finished layers beside it and go on from them
+    resume    where `exact` and `ap` keep their finished layers and go on from them (the first of the team); nowhere by
+              default. The caller calls its `forget` once the file is written
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
-    team = team or Team()
+    team, resume = team or Team(), resume or Resume()
     checked = check_pair(job)
     shape = checked.base.geometry
     search = search_of(job, shape.layers) if job.layer == "auto" else None
@@ -77,41 +78,56 @@ def score(
     pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
     LOG.info(pair.reason)
     start = progress or (lambda _total, _what, _unit: lambda _done: None)
-    try:
-        layer: int | None = None
-        directions: Sequence[Directions | None] = [None] * len(tasks)
-        curve: RecoveryCurve | None = None
-        if job.directed:
-            layer, directions, curve = locate(
-                pair.base,
-                pair.expert,
-                tokenizer,
-                tasks,
-                asked,
-                search or Search(batch_size=job.batch_size),
-                team,
-                start,
-            )
-        elif search:
-            LOG.info("layer: auto is left aside: kl is read off the output and needs no anchor.")
-        inputs = _inputs(job, checked) | {"tokens": [asdict(task) for task in tasks]}
-        inputs["anchor layer"] = layer  # which rounding may decide
-        resume = Resume(folder_for(out) if out and team.first else None, inputs, _now())
+    with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."):
+        layer, directions, curve = _anchors(job, pair, tokenizer, tasks, asked, search, team, start)
+        date = _now()
+        if job.method in PATCHING:
+            date = resume.begin(_inputs(job, checked, pair, tasks, subset, layer), date)
+        resume.spare_others()
         runs = [task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
+        if not any(gauge_of(runs[0].gauges, each) for each in subset.layers):
+            raise BadInput(
+                f"components, layers: all that was chosen lies above the anchor layer {layer}, where {job.utility} "
+                "sees nothing; choose others, or another utility."
+            )
         if job.method in PATCHING:
             _patch(job, pair, tasks, runs, subset, team, resume, start)
         else:
             _sweep(job, pair, tasks, runs, subset, team, start)
-    except torch.OutOfMemoryError as error:
-        raise BadInput(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it.") from error
+    for run in runs:
+        _doubt(run)
     finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
     names = [task.task for task in tasks]
     metas = dict(zip(names, [m for m, _s in finished], strict=True))
-    meta = replace(_meta(job, checked, pair, layer, metas, resume.date), recovery=curve, prompts=wording.style)
+    meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=wording.style)
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     return Scores.from_tasks(
         meta, tables, None if subset.whole else {str(kind): mask for kind, mask in subset.masks.items()}
     )
+
+
+def _anchors(
+    job: ScoringJob, pair: ModelPair, tokenizer: Any, tasks: Sequence[TaskTokens], asked: int | None,
+    search: Search | None, team: Team, start: Progress,
+) -> tuple[int | None, Sequence[Directions | None], RecoveryCurve | None]:  # fmt: skip
+    """As `locate`; of a utility that reads along no direction, nothing."""
+    if not job.directed:
+        if search:
+            LOG.info("layer: auto is left aside: kl is read off the output and needs no anchor.")
+        return None, [None] * len(tasks), None
+    also = [pair.geometry.layers - 1] if job.utility == "staged-projection" else []
+    search = search or Search(batch_size=job.batch_size)
+    return locate(pair.base, pair.expert, tokenizer, tasks, asked, search, team, start, also)
+
+
+def _doubt(run: TaskRun) -> None:
+    """Warn where the base has more of the capability than the expert; by kl, the expert is right by definition."""
+    for ledger in run.ledgers.values():
+        if 2 * ledger.negative > ledger.used:
+            LOG.warning(
+                "task %s: on %d of %d prompts the base lies nearer to the expert's own direction than the expert does "
+                "(%s); are base and expert swapped?", run.task, ledger.negative, ledger.used, ledger.utility,
+            )  # fmt: skip
 
 
 def anchor_layer(asked: int | str | None, layers: int) -> int:
@@ -142,7 +158,7 @@ def search_of(job: ScoringJob, layers: int) -> Search:
 
 def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
     """The components that the job asks for. Raises `BadInput` for a ranking of other models or an empty choice."""
-    ranked = None
+    ranking = None
     if job.top is not None:
         count, path = job.top
         scores = read_scores(path)
@@ -152,9 +168,9 @@ def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
                 raise BadInput(
                     f"top: {path} ranks components of another {role} ({theirs.name}); score this pair first."
                 )
-        ranked = (count, scores)
+        ranking = Ranking(count, scores, job.rank)
     layers = None if job.layers is None else str(job.layers)
-    return Subset.choose(checked.base.geometry, job.components, layers, ranked)
+    return Subset.choose(checked.base.geometry, job.components, layers, ranking)
 
 
 def task_run(
@@ -178,7 +194,8 @@ def _sweep(
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     for group in waves(pair.base, team.share(items), lambda item: item.batch.ids_BT.numel()):
-        wave = Wave(pair, job.method, group, pair.offload == "none", lambda done: tick(team.size * done))
+        told = lambda done: tick(team.size * done)  # noqa: E731
+        wave = Wave(pair, job.method, group, pair.offload == "none", told, job.object != "activation")
         first_order(wave, subset)
     for run in runs:
         run.gather(team)
@@ -197,7 +214,7 @@ def _patch(
     plan = patch_plan(pair, subset, team, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
         items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
-        wave = Wave(pair, job.method, items, keep_graphs=False)
+        wave = Wave(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
         done = team.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]
         for layer in order:
@@ -245,19 +262,30 @@ def _versions() -> dict[str, str]:
     return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def _inputs(job: ScoringJob, checked: CheckedPair) -> dict[str, object]:
-    """All that the numbers depend on, for `Resume`."""
-    prints = [asdict(checked.base_print), asdict(checked.expert_print)]
-    # The pairs may change under their name; a built-in set changes with the version.
-    pairs = Path(job.pairs).read_text(encoding="utf-8") if Path(job.pairs).is_file() else job.pairs
-    return {"job": asdict(job), "pairs": pairs, "prints": prints, "versions": _versions()}
+def _inputs(
+    job: ScoringJob, checked: CheckedPair, pair: ModelPair, tasks: Sequence[TaskTokens], subset: Subset,
+    layer: int | None,
+) -> dict[str, object]:  # fmt: skip
+    """All that the numbers depend on, for `Resume`: what files hold, and not how they are called."""
+    asked = asdict(job)
+    for name in ("pairs", "template", "samples", "components", "layers", "top", "rank"):
+        del asked[name]  # `prompts` and `subset` are what became of them
+    return {
+        "job": asked,
+        "prompts": [(task.task, task.extraction, task.contrasts, task.scoring) for task in tasks],
+        "subset": {kind: mask.nonzero().tolist() for kind, mask in subset.masks.items()},
+        "anchor layer": layer,  # with `auto`, rounding may decide it
+        "prints": [asdict(checked.base_print), asdict(checked.expert_print)],
+        "ran": [str(pair.device.type), str(pair.dtype), pair.offload],
+        "versions": _versions(),
+    }
 
 
 def _meta(
     job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int | None, tasks: dict[str, TaskMeta], date: str
 ) -> ScoreMeta:
     device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
-    asked = {name: getattr(job, name) for name in ("components", "layers", "top")}
+    asked = {name: getattr(job, name) for name in ("components", "layers", "top", "rank")}
     partial = job.components != "all" or job.layers is not None or job.top is not None
     return ScoreMeta(
         base=_model_id(job.base, checked.base_print),
@@ -275,6 +303,7 @@ def _meta(
         versions=_versions(),
         date=date,
         subset=asked if partial else None,
+        object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
     )
 
 

@@ -5,7 +5,7 @@
     kl           -KL(p_sft || p_M) of the next token, at the last layer, nats    Eq. 72
 
 A scoring utility is one gauge, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for
-those above it, which the anchor cannot see (METHOD.md 2).
+those above it, which the anchor cannot see (METHOD.md 2); `staged-projection` reads `projection` there.
 
 Legend: B prompts, D residual width, V vocabulary rows; ... any leading dimensions.
 """
@@ -83,12 +83,13 @@ def make_gauges(
     assert anchor_layer is not None
     assert v_LD is not None
     anchor = CosineGauge("anchor", anchor_layer, v_LD[anchor_layer])
-    return {
-        "anchor": (anchor,),
-        "projection": (CosineGauge("projection", anchor_layer, v_LD[anchor_layer]),),
-        # An anchor at the last layer leaves nothing above it for kl.
-        "staged": (anchor, kl) if anchor_layer < layers - 1 else (anchor,),
-    }[utility]
+    if utility == "anchor":
+        return (anchor,)
+    above = kl if utility == "staged" else CosineGauge("projection", layers - 1, v_LD[layers - 1])
+    if utility == "projection":
+        return (above,)
+    # An anchor at the last layer leaves nothing above it.
+    return (anchor, above) if anchor_layer < layers - 1 else (anchor,)
 
 
 def gauge_of(gauges: tuple[Gauge, ...], layer: int) -> Gauge | None:

@@ -11,13 +11,15 @@ from mergekit_wp.files import read_yaml_mapping
 
 PLAIN = "{prompt}"
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
-UTILITIES = ("kl", "staged", "anchor", "projection")
+UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
+ACTIVATION_SIDE = ("ap", "atp")
+COMPONENTS = ("all", "heads", "neurons")  # or a file
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "utility": UTILITIES,
     "split": ("half", "shared"),
     "gap": ("sample", "mean"),
-    "components": ("all", "heads", "neurons"),
+    "rank": ("mean", "task", "mean-abs", "task-abs"),
     "offload": ("auto", "none", "stream"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -37,11 +39,15 @@ class ScoringJob:
                   recovers most of what the expert does; without meaning for kl, which has no anchor
     method        first order: writeback (ours, default), attr (the paper's, Eq. 11), atp (activation side, Eq. 58);
                   one component at a time: exact (Eq. 10), ap (activation side, Eq. 12)
+    object        what ap and atp take from the expert's run. write (default): what the component writes, its activation
+                  through the expert's o_proj or down_proj (App. A.5.0.4 says so of heads; we do the same with neurons,
+                  so that both kinds are judged alike); activation: that activation through the base's
     utility       kl (Eq. 72, default: made the best merges), anchor (Eq. 5, the paper's scores), projection (Eq. 74),
-                  or staged: anchor up to l_a, kl above
-    components    heads, neurons or all
+                  or staged: anchor up to l_a, kl above; staged-projection: anchor up to l_a, projection above
+    components    heads, neurons, all, or a file that names them: L5H3 is head 3 of layer 5, L5N97 its neuron 97
     layers        score the components of these layers alone, such as "0-5,7"; None: all
     top           [K, FILE]: score only the K highest heads and K highest neurons of an earlier score file
+    rank          by what: mean over its tasks, or task: the K of each task together; -abs: by absolute value
     parts         keep what q and o, gate, up and down add to a score (attr and writeback)
     split         half: extraction and scoring prompts are disjoint (App. B.3); shared: the same. Without meaning for
                   kl, which has no direction to extract and scores on all prompts
@@ -49,8 +55,8 @@ class ScoringJob:
     gap_floor     prompts whose |gap| is below it are dropped (cosine for anchor, nats for kl)
     samples       pairs a task, drawn with `seed`; None: all of a file, 100 of a built-in set
     batch_size    prompts a forward pass
-    anchor_layers, anchor_prompts, anchor_tokens   with `layer: auto`, the candidates ("10-38"; None: a spread, see
-                  `recovery.candidate_layers`), how many prompts a task are answered, and the longest answer
+    anchor_layers, anchor_prompts, anchor_tokens   with `layer: auto`, the candidates ("10-38"; None: a spread, then
+                  those around its best, see `recovery`), how many prompts a task are answered, and the longest answer
     allow_code_execution   with `layer: auto`, grade code by running it, in a limited process
     offload       none: both models on the device; stream: read layer by layer; auto: by free memory
     """
@@ -63,6 +69,7 @@ class ScoringJob:
     system: str | None = None
     layer: int | str | None = None
     method: str = "writeback"
+    object: str | None = None
     utility: str = "kl"
     split: str = "half"
     gap: str = "sample"
@@ -70,6 +77,7 @@ class ScoringJob:
     components: str = "all"
     layers: str | int | None = None
     top: Sequence[Any] | None = None
+    rank: str = "mean"
     parts: bool = False
     samples: int | None = None
     seed: int = 0
@@ -118,7 +126,8 @@ class ScoringJob:
     def reads(self) -> list[str]:
         """Everything that the job reads, models too, as it names them: paths, and names that are no paths here."""
         ranking = [str(self.top[1])] if self.top else []
-        return [self.base, self.expert, *self.expert.split("+"), self.pairs, *ranking]
+        listed = [] if self.components in COMPONENTS else [self.components]
+        return [self.base, self.expert, *self.expert.split("+"), self.pairs, *ranking, *listed]
 
     def _check_subset(self) -> None:
         if self.top is not None:
@@ -127,6 +136,19 @@ class ScoringJob:
                 raise BadInput(
                     f"top: found {shown(self.top)}, expected a number of at least 1 and a score file: [20, FILE]."
                 )
+        if not isinstance(self.components, str) or not self.components:
+            raise BadInput(
+                f"components: found {shown(self.components)}, expected all, heads, neurons or a file that names some."
+            )
+        if self.rank != "mean" and self.top is None:
+            raise BadInput(f"rank: {self.rank} says how --top ranks, and there is no top; give one, or leave rank out.")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.object not in (None, "write", "activation"):
+            raise BadInput(f"object: found {shown(self.object)}, expected write or activation.")
+        if self.object is not None and self.method not in ACTIVATION_SIDE:
+            raise BadInput(f"object: {self.method} patches weights; only ap and atp have an object, leave it out.")
         if self.parts and self.method not in ("attr", "writeback"):
             raise BadInput(f"parts: a score by {self.method} has no parts; use attr or writeback.")
         if self.utility == "projection" and self.layer is not None:

@@ -5,7 +5,8 @@ from one run of the layer's own code (METHOD.md 3), `Patch`, and the write of co
 or down_proj at its columns and W those columns, changes by
 
     weights       a'_c W'_c - a_c W_c    a' with the expert's own rows on the base's residual (exact, writeback)
-    activations   (a'_c - a_c) W_c       a' from the expert's own run on the same prompt       (ap, atp)
+    write         a'_c W'_c - a_c W_c    a' from the expert's own run on the same prompt       (ap, atp)
+    activation    (a'_c - a_c) W_c       the same a', written by the base                      (ap, atp; `object`)
 
 Everything is kept as differences, a' - a and W' - W, so that rounding is relative to the update and not to the
 weights: a'W' - aW = (a' - a) W + a' (W' - W).
@@ -147,16 +148,22 @@ def patch_neurons(_stack: Stack, base: Any, expert: Any, record: LayerRecord, _g
     return Patch(changes, patched_BTF, weight_difference("down", base, expert))
 
 
-def patch_head_activations(_base: Any, record: LayerRecord, expert_record: LayerRecord) -> Patch:
-    """Every head's output before o_proj from the expert's own run."""
+def patch_head_activations(
+    base: Any, expert: Any, record: LayerRecord, expert_record: LayerRecord, write: bool
+) -> Patch:
+    """Every head's output before o_proj from the expert's own run; with `write`, through the expert's o_proj too."""
     patched_BTQ = expert_record.inputs["o"]
-    return Patch({"whole": patched_BTQ.float() - record.inputs["o"].float()}, patched_BTQ, None)
+    change_BTQ = patched_BTQ.float() - record.inputs["o"].float()
+    return Patch({"whole": change_BTQ}, patched_BTQ, weight_difference("o", base, expert) if write else None)
 
 
-def patch_neuron_activations(base: Any, record: LayerRecord, expert_record: LayerRecord) -> Patch:
-    """Every neuron's activation from the expert's own run."""
+def patch_neuron_activations(
+    base: Any, expert: Any, record: LayerRecord, expert_record: LayerRecord, write: bool
+) -> Patch:
+    """Every neuron's activation from the expert's own run; with `write`, through the expert's down_proj too."""
     patched_BTF = expert_record.inputs["down"]
-    return Patch({"whole": patched_BTF.float() - record.mlp_activation(base.mlp).float()}, patched_BTF, None)
+    change_BTF = patched_BTF.float() - record.mlp_activation(base.mlp).float()
+    return Patch({"whole": change_BTF}, patched_BTF, weight_difference("down", base, expert) if write else None)
 
 
 def response_difference(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:

@@ -10,7 +10,6 @@ Legend: L layers, D residual width.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
 from mergekit_wp.scoring.batches import TaskTokens
 from mergekit_wp.scoring.branches import kl_levels
 from mergekit_wp.scoring.curve import RecoveryCurve, TaskRecovery
@@ -27,7 +27,7 @@ from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.scoring.steering import Greedy, Steering, check_positions
 from mergekit_wp.scoring.team import Team
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 Tick = Callable[[float], object]
 Start = Callable[[int, str, str], Tick]
 SILENT: Start = lambda _total, _what, _unit: lambda _done: None  # noqa: E731

@@ -1,8 +1,9 @@
 """Finished layers of a long run, kept beside its output until that is written.
 
-The folder `.NAME.resume` holds one safetensors file for each task and layer that is done, and a JSON with the
-digest of everything the numbers depend on. A later run with the same digest goes on from there, and its output is
-the one that an undisturbed run would have written, to the byte; with another digest it starts afresh.
+The folder `.NAME.resume` holds a folder a run, named by the digest of everything the numbers depend on. In it is one
+safetensors file for each task and layer that is done, and a JSON with the whole digest. A later run with the same
+digest goes on from there, and its output is the one that an undisturbed run would have written, to the byte; one with
+another digest starts afresh beside it, and leaves the newest of the others alone.
 """
 
 from __future__ import annotations
@@ -23,25 +24,56 @@ from mergekit_wp.files import atomic_path, write_text
 from mergekit_wp.foreign import logger
 
 LOG = logger(__name__)
+KEPT = 3  # runs with other settings whose finished layers are kept
 
 
 class Resume:
-    """Reads and writes finished layers; with no folder (nothing asked for) it remembers nothing."""
+    """Reads and writes finished layers of the run that writes `out`; without one it remembers nothing."""
 
-    def __init__(self, folder: Path | None, inputs: Mapping[str, Any], date: str):
-        """`inputs`: everything the numbers depend on; `date`: when this run began, if it is not resumed."""
-        self.folder, self.date, self.found = folder, date, 0
-        if folder is None:
-            return
+    def __init__(self, out: Path | None = None):
+        self.root = None if out is None else out.with_name(f".{out.name}.resume")
+        self.folder: Path | None = None
+        self.found = 0
+
+    def begin(self, inputs: Mapping[str, Any], date: str) -> str:
+        """Look for finished layers of a run with these `inputs`, everything the numbers depend on.
+
+        Returns when that run began: `date`, if there are none.
+        """
+        if self.root is None:
+            return date
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-        state = _read_state(folder / "run.json")
-        if state.get("digest") == digest:
-            self.date, self.found = state["date"], len(list(folder.glob("*.safetensors")))
+        self.folder = self.root / digest[:16]
+        state = _read_state(self.folder / "run.json")
+        if state.get("digest") == digest and isinstance(state.get("date"), str):
+            self.found = len(list(self.folder.glob("*.safetensors")))
+            return str(state["date"])
+        shutil.rmtree(self.folder, ignore_errors=True)
+        write_text(self.folder / "run.json", json.dumps({"digest": digest, "date": date}))
+        return date
+
+    def spare_others(self) -> None:
+        """Say that finished layers of runs with other settings are kept, of the newest such runs; drop older ones."""
+        if self.root is None or not self.root.is_dir():
             return
-        if state:
-            LOG.warning("Other settings than those of the finished layers in %s: starting afresh.", folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        write_text(folder / "run.json", json.dumps({"digest": digest, "date": date}))
+        others = [path for path in self.root.iterdir() if path != self.folder]
+        runs = sorted((path for path in others if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in runs[KEPT:]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in others:
+            if path.is_file():  # as versions before this kept them, whose digests are no longer made
+                path.unlink(missing_ok=True)
+        if kept := sum(len(list(path.glob("*.safetensors"))) for path in runs[:KEPT]):
+            LOG.info(
+                "Kept, %d finished layers of runs with other settings: %s; remove it if not wanted.", kept, self.root
+            )
+
+    def forget(self) -> None:
+        """Remove the finished layers of this run: the output is written."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.root is not None and self.root.is_dir() and not any(self.root.iterdir()):
+            self.root.rmdir()
 
     def load(self, task: int, layer: int) -> dict[str, torch.Tensor] | None:
         """The tensors saved for a task (by its place in the job) and a layer; None if it is not done."""
@@ -60,16 +92,6 @@ class Resume:
     def _file(self, task: int, layer: int) -> Path:
         assert self.folder is not None
         return self.folder / f"task-{task}-layer-{layer}.safetensors"
-
-
-def folder_for(out: Path) -> Path:
-    """Where the finished layers of the run that writes `out` are kept."""
-    return out.with_name(f".{out.name}.resume")
-
-
-def forget(folder: Path) -> None:
-    """Remove the finished layers: the output is written."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Which components are scored: all of them, or those of some kinds, layers, or the top of an earlier score file.
+"""Which components are scored: all of them, or those of some kinds, of some layers, of a list, or the top of an earlier
+score file.
 
 Legend: L layers, H heads, F neurons.
 """
@@ -13,7 +14,34 @@ import torch
 
 from mergekit_wp.components import Geometry, Kind
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.files import read_text
 from mergekit_wp.scorefile import Scores
+
+LETTERS = {"H": Kind.HEADS, "N": Kind.NEURONS}
+_NAME = re.compile(r"L(\d{1,9})([HN])(\d{1,9})")
+_MOST_BYTES = 1 << 26  # every neuron of a 405B model fits
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The `count` highest heads and neurons of a score file.
+
+    by   mean: of its mean over tasks; task: of each of its tasks, whose leaders are put together; mean-abs, task-abs:
+         by absolute value, so that what works against a capability counts as well
+    """
+
+    count: int
+    scores: Scores
+    by: str = "mean"
+
+    def mask(self, kind: Kind, among: torch.Tensor) -> torch.Tensor:
+        """The leaders among the components marked, bool. What the file has no score of leads nothing."""
+        among = among & self.scores.seen(kind)
+        files = [self.scores] if self.by.startswith("mean") else list(self.scores.tasks.values())
+        tables = [getattr(each, kind) for each in files]
+        if self.by.endswith("-abs"):
+            tables = [table.abs() for table in tables]
+        return torch.stack([_top(table, self.count, among) for table in tables]).any(0)
 
 
 @dataclass(frozen=True)
@@ -29,24 +57,27 @@ class Subset:
         geometry: Geometry,
         components: str = "all",
         layers: str | None = None,
-        ranked: tuple[int, Scores] | None = None,
+        ranking: Ranking | None = None,
     ) -> Subset:
-        """The components of the kinds asked for, in the layers asked for, within the top K of a score file.
+        """The components asked for, in the layers asked for, within the top of a score file.
 
-        components  heads | neurons | all
+        components  heads | neurons | all, or a file that `read_components` reads
         layers      as `parse_layers`; None: every layer
-        ranked      (K, scores): the K highest heads and the K highest neurons of the file, by its mean over tasks
         Raises `BadInput` when nothing is left.
         """
         rows_L = torch.zeros(geometry.layers, dtype=torch.bool)
         rows_L[parse_layers(layers, geometry.layers)] = True
-        masks: dict[Kind, torch.Tensor] = {}
-        for kind in Kind:
-            wanted = components in ("all", kind)
-            mask = rows_L[:, None].expand(-1, geometry.count(kind)) & wanted
-            masks[kind] = mask & _top(getattr(ranked[1], kind), ranked[0], mask) if ranked else mask.clone()
+        if components in ("all", *Kind):
+            listed = {kind: _mask(geometry, kind) | (components in ("all", kind)) for kind in Kind}
+        else:
+            listed = read_components(components, geometry)
+        masks = {kind: mask & rows_L[:, None] for kind, mask in listed.items()}
+        if ranking is not None:
+            masks = {kind: ranking.mask(kind, mask) for kind, mask in masks.items()}
         if not any(mask.any() for mask in masks.values()):
-            raise BadInput(f"components, layers: {components} of layers {layers} leave nothing to score.")
+            of = "" if layers is None else f" of layers {layers}"
+            top = "" if ranking is None else " within the top of the ranking"
+            raise BadInput(f"components, layers: {shown(components)}{of}{top} leave nothing to score.")
         return cls(masks[Kind.HEADS], masks[Kind.NEURONS])
 
     @property
@@ -64,11 +95,54 @@ class Subset:
     @property
     def lowest(self) -> int:
         """The lowest layer with a component in it: no gradient is needed below."""
-        return min(int(mask.any(1).nonzero()[0]) for mask in self.masks.values() if mask.any())
+        return self.layers[0]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers with a component in them, ascending."""
+        return sorted({int(layer) for mask in self.masks.values() for layer in mask.any(1).nonzero()[:, 0]})
 
     def of(self, kind: Kind, layer: int) -> torch.Tensor:
         """The indices of the components of a kind in a layer, ascending."""
         return self.masks[kind][layer].nonzero()[:, 0]
+
+
+def _mask(geometry: Geometry, kind: Kind) -> torch.Tensor:
+    """Of no component of the kind yet: [L, H] or [L, F]."""
+    return torch.zeros(geometry.layers, geometry.count(kind), dtype=torch.bool)
+
+
+def read_components(path: str, geometry: Geometry) -> dict[Kind, torch.Tensor]:
+    """Masks [L, H] and [L, F] of the components that a text file names: L5H3 is head 3 of layer 5, L5N9 a neuron.
+
+    Names are parted by white space or commas, numbers count from 0, and what follows a # is a remark. Raises
+    `BadInput`, naming the line, for other words and for components that the model does not have.
+    """
+    try:
+        lines = read_text(path, _MOST_BYTES).splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"components: found {shown(path)}, expected all, heads, neurons or a file that names components, such as "
+            f"L5H3 L5N97 ({getattr(error, 'strerror', None) or error})."
+        ) from error
+    masks = {kind: _mask(geometry, kind) for kind in Kind}
+    for number, line in enumerate(lines, start=1):
+        for word in line.partition("#")[0].replace(",", " ").split():
+            match = _NAME.fullmatch(word)
+            if match is None:
+                raise BadInput(
+                    f"{path}, line {number}: found {shown(word)}, expected a head (L5H3) or a neuron (L5N97)."
+                )
+            layer, kind, index = int(match[1]), LETTERS[match[2]], int(match[3])
+            if layer >= geometry.layers or index >= geometry.count(kind):
+                raise BadInput(
+                    f"{path}, line {number}: {word} is not in this model, which has layers 0 to {geometry.layers - 1}, "
+                    f"heads 0 to {geometry.heads - 1} and neurons 0 to {geometry.neurons - 1}."
+                )
+            masks[kind][layer, index] = True
+    if not any(mask.any() for mask in masks.values()):
+        raise BadInput(f"{path}: names no component; write some, such as L5H3 or L5N97.")
+    return masks
 
 
 def parse_layers(text: str | None, layers: int) -> list[int]:

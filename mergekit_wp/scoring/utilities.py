@@ -3,7 +3,8 @@
     anchor   F = cos(z_a(x | M), v)                          Eq. 5, read at the anchor layer
     projection   the same at the last layer                  Eq. 74
     kl       F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, read at the output
-    staged   anchor for components up to the anchor layer, kl for those above (METHOD.md 2)
+    staged   anchor for components up to the anchor layer, kl for those above (METHOD.md 2);
+             staged-projection: projection for those
 
 and the gap G(x) = F(expert, x) - F(base, x) (Eq. 6) that scores are divided by. The mean of ratios (`sample`)
 drops prompts whose |G| is below a floor: they say nothing, and 1/G would let them dominate. The ratio of means
@@ -43,6 +44,7 @@ class GapLedger:
 
     A score is sum_x w(x) s(x) / `normalizer()`: with `sample`, w = 1/G(x) and the normalizer counts prompts;
     with `mean`, w = 1 and the normalizer is the sum of gaps. Both make it independent of the batching.
+    `negative` counts prompts, of those used, that the base does better on than the expert.
     """
 
     utility: str
@@ -50,6 +52,7 @@ class GapLedger:
     floor: float
     used: int = 0
     dropped: int = 0
+    negative: int = 0
     total: float = 0.0
 
     def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor) -> torch.Tensor:
@@ -60,15 +63,16 @@ class GapLedger:
         keep_B = gap_B.abs() >= self.floor if self.gap == "sample" else torch.ones_like(gap_B, dtype=torch.bool)
         self.used += int(keep_B.sum())
         self.dropped += int((~keep_B).sum())
+        self.negative += int((gap_B[keep_B] < 0).sum())
         self.total += float(gap_B[keep_B].sum())
         inverse_B = torch.where(keep_B, 1 / torch.where(keep_B, gap_B, 1.0), 0.0)
         return inverse_B if self.gap == "sample" else torch.ones_like(gap_B)
 
     def gather(self, team: Team, device: torch.device) -> None:
         """Add up the counts of a team whose processes saw different prompts."""
-        counts = torch.tensor([self.used, self.dropped, self.total], dtype=torch.float64, device=device)
-        used, dropped, self.total = team.add_up(counts).tolist()
-        self.used, self.dropped = int(used), int(dropped)
+        counts = [self.used, self.dropped, self.negative, self.total]
+        *whole, self.total = team.add_up(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        self.used, self.dropped, self.negative = map(int, whole)
 
     def normalizer(self, task: str) -> float:
         """What the weighted sum is divided by. Raises `BadInput` when nothing is left to divide."""

@@ -23,6 +23,7 @@ from mergekit_wp.scoring.batches import Batch
 from mergekit_wp.scoring.capture import LayerRecord
 from mergekit_wp.scoring.firstorder import Parts, attr_heads, attr_neurons
 from mergekit_wp.scoring.gauges import gauge_of
+from mergekit_wp.scoring.job import ACTIVATION_SIDE
 from mergekit_wp.scoring.models import ModelPair
 from mergekit_wp.scoring.patches import (
     MixedPatch,
@@ -38,7 +39,6 @@ from mergekit_wp.scoring.sweep import Trail, ascend, descend
 from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
 
-ACTIVATION_SIDE = ("ap", "atp")
 PATCHING = ("exact", "ap")
 _PATCHES: dict[Kind, Callable[..., Patch | MixedPatch]] = {Kind.HEADS: patch_heads, Kind.NEURONS: patch_neurons}
 _ACTIVATIONS: dict[Kind, Callable[..., Patch]] = {
@@ -66,6 +66,8 @@ class Item:
 class Wave:
     """The items and the sweeps up of both models; `depth` layers are run.
 
+    `write`: ap and atp put in the place of what a component writes what the expert's writes; else its activation alone
+    (`ScoringJob.object`).
     `tick` hears of the prompts that are done, layer by layer: a quarter of each for either way up, a half for the way
     down.
     """
@@ -75,6 +77,7 @@ class Wave:
     items: Sequence[Item]
     keep_graphs: bool
     tick: Callable[[float], object] = lambda _done: None
+    write: bool = True
     base_trail: Trail = field(init=False)
     expert_trail: Trail | None = field(init=False, default=None)
 
@@ -108,9 +111,15 @@ class Wave:
             for item, stream_BTD in zip(self.items, streams, strict=True):
                 for gauge in item.run.gauges_at(layer):
                     z_BD, name = item.batch.at_anchor(stream_BTD), gauge.name
-                    item.base[name], pull_BD = gauge.read_with_pull(self.pair.base, z_BD, item.targets[name])
+                    pull_BD = None
+                    if self.method in PATCHING:
+                        with torch.no_grad():
+                            item.base[name] = gauge.read(self.pair.base, z_BD, item.targets[name])
+                    else:
+                        item.base[name], pull_BD = gauge.read_with_pull(self.pair.base, z_BD, item.targets[name])
                     item.weights[name] = item.run.ledgers[name].weights(item.base[name], item.expert[name])
-                    item.pulls[name] = (item.weights[name][:, None] * pull_BD).float()
+                    if pull_BD is not None:
+                        item.pulls[name] = (item.weights[name][:, None] * pull_BD).float()
             self.tick(self.prompts / (4 * self.depth))
 
     @property
@@ -145,28 +154,29 @@ def first_order(wave: Wave, subset: Subset) -> None:
             expert_record = wave.expert_record(expert, index, i)
         for kind in Kind:
             if len(subset.of(kind, index)):
-                parts = _parts(wave.method, kind, pair, base, expert, record, expert_record)
+                parts = _parts(wave, kind, base, expert, record, expert_record)
                 wave.items[i].run.add(kind, index, parts)
         wave.tick(len(wave.items[i].batch.last_B) / (2 * (wave.depth - subset.lowest)))
 
     descend(pair.base, pair.expert, wave.base_trail, inject, consume, lowest=subset.lowest)
 
 
-def _parts(
-    method: str, kind: Kind, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
-) -> Parts:
-    if method == "attr":
-        return _ATTR[kind](base, expert, record, pair.geometry)
-    patch = _patch(method, kind, pair, base, expert, record, other)
-    return patch.scores(KEY[kind], record, pair.geometry.width(kind))
+def _parts(wave: Wave, kind: Kind, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None) -> Parts:
+    shape = wave.pair.geometry
+    if wave.method == "attr":
+        return _ATTR[kind](base, expert, record, shape)
+    parts = _patch(wave, kind, base, expert, record, other).scores(KEY[kind], record, shape.width(kind))
+    if wave.method in ACTIVATION_SIDE:
+        return {"whole": sum(parts.values(), start=torch.zeros((), device=wave.pair.device))}
+    return parts
 
 
 def _patch(
-    method: str, kind: Kind, pair: ModelPair, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
+    wave: Wave, kind: Kind, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None
 ) -> Patch | MixedPatch:
-    if method in ACTIVATION_SIDE:
-        return _ACTIVATIONS[kind](base, record, other)
-    return _PATCHES[kind](pair.base, base, expert, record, pair.geometry)
+    if wave.method in ACTIVATION_SIDE:
+        return _ACTIVATIONS[kind](base, expert, record, other, wave.write)
+    return _PATCHES[kind](wave.pair.base, base, expert, record, wave.pair.geometry)
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ def patch_layer(wave: Wave, plan: PatchPlan, index: int, base: Any, expert: Any)
             if not components:
                 continue
             with pair.base.autocast():
-                patch = _patch(wave.method, kind, pair, base, expert, record, other)
+                patch = _patch(wave, kind, base, expert, record, other)
             for components_C in components:
                 gained_CB = restart.utilities(kind, patch, components_C, plan.fraction) - item.base[gauge.name]
                 values_C = (gained_CB * item.weights[gauge.name]).sum(1)
