@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,6 @@ def typed(context: click.Context, name: str) -> list[str]:
 
 def ends_in_safetensors(_context: click.Context, option: click.Parameter, path: str) -> str:
     """Callback of an option that names a file to write. Raises `BadInput` for a name that says it is something else."""
-    if not path.endswith(".safetensors"):
+    if not path.endswith(".safetensors") and not os.path.isdir(path):  # the command has more to say of a folder
         raise BadInput(f"{option.opts[0]} {path}: the file is safetensors; give it a name that ends in .safetensors.")
     return path

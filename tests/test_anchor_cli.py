@@ -73,6 +73,8 @@ def test_pt_is_what_lm_eval_reads(scored, tmp_path, name):
         (["scores.safetensors", "--task", "third", "--out", "d.pt"], "it has no task 'third'"),
         (["job.yaml", "--task", "third", "--out", "d.pt"], "it has no task 'third'"),
         (["scores.safetensors", "--task", "first", "--out", "d.npy"], "ends in .safetensors or .pt"),
+        (["scores.safetensors", "--task", "first", "--format", "safetensors", "--out", "d.pt"], "writes no such file"),
+        (["scores.safetensors", "--task", "first", "--format", "pt", "--out", "d.safetensors"], "writes no such file"),
         (["nothing.safetensors", "--out", "d.pt"], "no such score file"),
         (["nothing.yaml", "--out", "d.pt"], "cannot read this scoring job"),
     ],

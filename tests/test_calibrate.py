@@ -148,7 +148,21 @@ def test_bad_requests(tmp_path, texts):
     assert "at least 128 are needed" in run(base, "--texts", texts, "--out", out, "--documents", 2, code=2)
     assert "this is a folder" in run(base, "--texts", texts, "--out", tmp_path, code=2)
     assert "no such model folder" in run(tmp_path / "none", "--texts", texts, "--out", out, code=2)
+    assert "give it a name that ends in .safetensors" in run(base, "--texts", texts, "--out", tmp_path / "a.pt", code=2)
     assert not out.exists()
+
+
+def test_out_of_memory_is_a_sentence(tmp_path, texts, monkeypatch):
+    from mergekit_wp.scoring import calibrate
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibrate, "mean_inputs", full)
+    tiny.save(tiny.random_model("llama", seed=3), tmp_path / "base", torch.float32)
+    said = run(tmp_path / "base", "--texts", texts, "--out", tmp_path / "a.safetensors", "--tokens", 16, code=2)
+    assert "--batch-size: 8 blocks of 16 tokens do not fit on" in said
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_the_file_is_checked(tmp_path, texts):

@@ -57,6 +57,18 @@ def test_merge_with_audit(world):
     assert (out / "mergekit_config.yml").read_text() == world.recipe().read_text()
 
 
+def test_a_merge_without_memory_is_a_sentence(world, monkeypatch):
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mergekit_wp.merge.method.fuse", full)
+    out = world.root / "out"
+    assert "no memory left to merge it" in run(world.recipe(), out, code=2)
+    monkeypatch.setattr("mergekit.merge.run_merge", full)
+    assert "the merge does not fit into the memory of cpu; use a machine with more" in run(world.recipe(), out, code=2)
+    assert not out.exists()
+
+
 def test_dry_run_prints_shares_and_writes_nothing(world):
     recipe = world.recipe()
     before = files_under(world.root)

@@ -212,6 +212,10 @@ def test_missing_tensor_is_named(world, tmp_path):
     refused(*run(world, expert=model), "lacks 1 tensors", "model.layers.1.self_attn.q_proj.weight")
 
 
+def test_an_output_that_is_called_something_else_is_refused(world):
+    refused(*run(world, out="scores.pt"), "--out", "scores.pt", "ends in .safetensors")
+
+
 def test_output_not_writable(world):
     (world / "file").write_text("in the way")
     result, _ = run(world, out="file/out.safetensors")

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -23,6 +24,7 @@ from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import METHODS
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.subset import Subset, parse_layers
+from mergekit_wp.scoring.team import Team
 
 
 def assert_same(got, wanted, tolerance=1e-6):
@@ -123,7 +125,8 @@ def test_components_from_a_list(tmp_path):
     assert some.scored["heads"].nonzero().tolist() == [[0, 3], [2, 0]]
     assert some.scored["neurons"].nonzero().tolist() == [[1, 0], [1, 19]]
     for kind in ("heads", "neurons"):
-        torch.testing.assert_close(getattr(some, kind), getattr(whole, kind) * some.scored[kind])
+        wanted = getattr(whole, kind) * some.scored[kind]
+        torch.testing.assert_close(getattr(some, kind), wanted, rtol=1e-5, atol=1e-7)
     lower = score(replace(job, components=str(tmp_path / "list.txt"), layers="0-1"))
     assert lower.scored["heads"].nonzero().tolist() == [[0, 3]]
 
@@ -317,6 +320,15 @@ class TestResume:
         assert again.found == 1
 
 
+def test_processes_that_cannot_share_do_not_all_do_the_job(monkeypatch):
+    import accelerate
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_options: SimpleNamespace(num_processes=1))
+    with pytest.raises(BadInput, match="2 processes, which cannot share work on cpu"):
+        Team.join("cpu")
+
+
 @pytest.mark.parametrize("method", ["writeback", "exact"])
 def test_two_processes_write_what_one_writes(tmp_path, method):
     job = job_for(tmp_path, "llama")
@@ -329,10 +341,11 @@ def test_two_processes_write_what_one_writes(tmp_path, method):
         port = probe.getsockname()[1]
     # Not --cpu, which starts a single process whatever the number asked for; the devices are the job's business.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    asked = command(job, together, *flags)
+    if method == "writeback":  # where there is no GPU, auto is the CPU for accelerate as well
+        asked[asked.index("--device") + 1] = "auto"
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launch, *command(job, together, *flags)], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *launch, *asked], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
     one, two = read_scores(alone), read_scores(together)

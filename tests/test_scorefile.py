@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from dataclasses import asdict, replace
 
 import pytest
@@ -206,6 +208,19 @@ def test_metadata_is_plain_json(tmp_path):
     assert wanted.pop("prompts") is None  # left out, so that programs before that field read the file
     assert meta == wanted
     assert meta["tasks"]["a"]["utilities"]["anchor"] == {"used": 7, "dropped": 1, "mean_gap": 0.25}
+
+
+def test_a_file_gets_the_permissions_of_the_umask_which_is_never_changed(tmp_path, monkeypatch):
+    """Changed for an instant, it would hold for the files that other threads are making."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda _mask: pytest.fail("the umask was changed"))
+            write_scores(example(), tmp_path / "s.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s.safetensors").stat().st_mode) == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):

@@ -395,6 +395,47 @@ def test_a_direction_that_vanishes_is_refused_where_it_is_read(tmp_path, layer):
         score(job)
 
 
+def test_a_base_nearer_to_the_experts_direction_than_the_expert_is_doubted(tmp_path, caplog):
+    """The prompts are counted by the reference; of a pair one way round and the other, one is in doubt at least."""
+    found = []
+    job = job_for(tmp_path, "llama", utility="anchor", split="shared", gap_floor=0.0)
+    for each in (job, replace(job, base=job.expert, expert=job.base)):
+        caplog.clear()
+        score(each)
+        reference = Reference(each)
+        for task in split_pairs(load_pairs(each.pairs, None, 0), "shared", 0):
+            direction = reference.direction(task)
+            negative = sum(reference.gap("anchor", pair.prompt, direction) < 0 for pair in task.scoring)
+            doubted = f"task {task.task}: on {negative} of 3 prompts the base lies nearer" in caplog.text
+            assert doubted == (negative > 1)
+            found.append(doubted)
+    assert any(found)
+    assert not all(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_is_a_sentence(tmp_path, monkeypatch, error):
+    from mergekit_wp.scoring import engine
+
+    def full(*_args):
+        raise error
+
+    monkeypatch.setattr(engine, "_sweep", full)
+    with pytest.raises(BadInput, match="batch_size: 2 prompts do not fit on cpu; lower it"):
+        score(job_for(tmp_path, "llama"))
+    monkeypatch.setattr(engine, "_sweep", lambda *_args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(job_for(tmp_path, "llama"))
+
+
 def test_batch_size_does_not_matter(tmp_path):
     one, many = (score(job_for(tmp_path / str(size), "gemma2", batch_size=size)) for size in (1, 8))
     torch.testing.assert_close(one.heads, many.heads, rtol=1e-4, atol=1e-6)

@@ -327,6 +327,23 @@ def test_a_task_on_which_the_models_agree_is_left_out(pair):
         find_anchor(base, base, tiny.tokenizer(), tasks, directions, Search())
 
 
+def test_a_base_that_answers_better_than_the_expert_is_doubted(monkeypatch, pair, caplog):
+    base, expert = pair
+    tasks = random_tasks(base, names=("only",))
+    graded_by(monkeypatch, {"model": base.model, "base": 0.75, "expert": 0.25})
+    find_anchor(base, expert, tiny.tokenizer(), tasks, extract_all(base, expert, tasks, 4, 4), Search(layers=(1,)))
+    assert "task only: the base passes 75 % of 4 checks, the expert 25 %; are base and expert swapped?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "of", [lambda word: Steering(1, torch.ones(2), 0.0, word), lambda word: Search(positions=word)]
+)
+def test_positions_that_nobody_knows_are_refused(of):
+    assert of("anchor").positions == "anchor"
+    with pytest.raises(BadInput, match="positions: found 'promt', expected one of prompt, all, anchor, answer"):
+        of("promt")
+
+
 def recovered(*values):
     return TaskRecovery("behaviour", 4, 0.0, 1.0, values, values)
 
