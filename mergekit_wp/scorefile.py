@@ -31,7 +31,9 @@ from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
-FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor
+FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
+ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
+_LEFT_OUT = ("prompts", "object")  # where they are None, for the same reason
 METADATA_KEY = "wp"
 PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
@@ -87,8 +89,8 @@ class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
 
     split, anchor_layer: None where the utility reads along no direction (kl).
-    object: what ap and atp put in a component's place; None by other methods, and in files before format 3, where it
-        was `activation`.
+    object: what ap and atp put in a component's place; None by other methods, and in files from before it was kept,
+        when it was `activation`.
     subset: the components, layers and top that were asked for, where not all were scored.
     recovery: how the anchor layer was chosen, where it was looked for.
     prompts: how prompts were put, where not as they are.
@@ -141,8 +143,10 @@ class ScoreMeta:
         return cls(**raw)
 
     def to_json(self) -> str:
-        """What `from_json` reads. A file without `prompts` stays one that programs before that field read."""
-        return json.dumps({k: v for k, v in asdict(self).items() if k != "prompts" or v is not None}, sort_keys=True)
+        """What `from_json` reads."""
+        return json.dumps(
+            {k: v for k, v in asdict(self).items() if k not in _LEFT_OUT or v is not None}, sort_keys=True
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def test_scores_are_those_of_the_layer_that_was_chosen_and_the_file_says_why(tmp
     assert given.meta.tasks["first"].alpha == pytest.approx(found.meta.tasks["first"].alpha)
     write_scores(found, tmp_path / "scores.safetensors")
     assert read_scores(tmp_path / "scores.safetensors").meta.recovery == curve
+    assert found.meta.format == 2  # what earlier programs read
 
 
 def test_a_check_that_cannot_run_stops_the_job_before_models_are_loaded(tmp_path, monkeypatch):

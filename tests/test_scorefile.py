@@ -205,7 +205,8 @@ def test_metadata_is_plain_json(tmp_path):
     with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
         meta = json.loads(file.metadata()["wp"])
     wanted = json.loads(json.dumps(asdict(example().meta)))
-    assert wanted.pop("prompts") is None  # left out, so that programs before that field read the file
+    # Left out, so that programs before those fields read the file.
+    assert [wanted.pop(name) for name in ("prompts", "object")] == [None, None]
     assert meta == wanted
     assert meta["tasks"]["a"]["utilities"]["anchor"] == {"used": 7, "dropped": 1, "mean_gap": 0.25}
 

@@ -24,7 +24,7 @@ from mergekit_wp import __version__
 from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
-from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
+from mergekit_wp.scorefile import ANCHORED, FORMAT, ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
 from mergekit_wp.scoring.batches import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.directions import Directions
@@ -302,6 +302,7 @@ def _meta(
         seed=job.seed,
         versions=_versions(),
         date=date,
+        format=FORMAT if layer is None else ANCHORED,
         subset=asked if partial else None,
         object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
     )
