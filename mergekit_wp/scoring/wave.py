@@ -155,7 +155,9 @@ def first_order(wave: Wave, subset: Subset) -> None:
         for kind in Kind:
             if len(subset.of(kind, index)):
                 parts = _parts(wave, kind, base, expert, record, expert_record)
-                wave.items[i].run.add(kind, index, parts)
+                # All of a layer are scored together; what nobody asked for is left out of the sums.
+                rest = ~subset.masks[kind][index].to(pair.device)
+                wave.items[i].run.add(kind, index, {part: x.masked_fill(rest, 0.0) for part, x in parts.items()})
         wave.tick(len(wave.items[i].batch.last_B) / (2 * (wave.depth - subset.lowest)))
 
     descend(pair.base, pair.expert, wave.base_trail, inject, consume, lowest=subset.lowest)
