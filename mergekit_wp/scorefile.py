@@ -19,35 +19,42 @@ Legend: L layers, H query heads, F neurons a layer, D residual width.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from mergekit_wp.components import Geometry
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.records import Count, Date, Number, Sha256, Text, Versions, one_of, read_record, strict
 from mergekit_wp.scoring.curve import RecoveryCurve
+from mergekit_wp.scoring.job import CHOICES, OBJECTS
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
 _LEFT_OUT = ("prompts", "object")  # where they are None, for the same reason
+GAUGES = ("anchor", "kl", "projection")  # what a utility reads (`scoring.gauges`)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 METADATA_KEY = "wp"
+_MEAN_TOLERANCE = 1e-5  # of the mean size: float32 sums, in another order on another machine
 PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
 
+@strict
 @dataclass(frozen=True)
 class ModelId:
     """Which model: the name as the user wrote it, and its fingerprint (see `checkpoint.Fingerprint`)."""
 
-    name: str
-    revision: str | None
-    config: str
-    tensors: str
+    name: Text
+    revision: Text | None
+    config: Sha256
+    tensors: Sha256
 
 
+@strict
 @dataclass(frozen=True)
 class UtilityStats:
     """One utility on one task: scoring prompts used, dropped for a gap below the floor, mean gap of the used.
@@ -55,11 +62,12 @@ class UtilityStats:
     The gap of `anchor` is a difference of cosines, that of `kl` is in nats.
     """
 
-    used: int
-    dropped: int
-    mean_gap: float
+    used: Count
+    dropped: Count
+    mean_gap: Number
 
 
+@strict
 @dataclass(frozen=True)
 class TaskMeta:
     """How many prompts a task had for the direction (`extraction`) and for the scores (`scoring`).
@@ -68,22 +76,29 @@ class TaskMeta:
     is no direction.
     """
 
-    extraction: int
-    scoring: int
-    utilities: dict[str, UtilityStats]
-    alpha: float | None = None
+    extraction: Count
+    scoring: Count
+    utilities: dict[Annotated[str, one_of(GAUGES)], UtilityStats]
+    alpha: Number | None = None
+
+    def __post_init__(self) -> None:
+        for name, stats in self.utilities.items():
+            if stats.used + stats.dropped > self.scoring:
+                raise ValueError(f"{name} has {stats.used} prompts used and {stats.dropped} dropped of {self.scoring}")
 
 
+@strict
 @dataclass(frozen=True)
 class PromptStyle:
     """How prompts were put: the text around each; if in a chat template, its SHA-256, whose, and the system prompt."""
 
     template: str
-    chat_template: str | None = None
-    chat_owner: str | None = None
+    chat_template: Sha256 | None = None
+    chat_owner: Text | None = None
     system: str | None = None
 
 
+@strict
 @dataclass(frozen=True)
 class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
@@ -99,22 +114,22 @@ class ScoreMeta:
     base: ModelId
     expert: ModelId
     geometry: Geometry
-    tasks: dict[str, TaskMeta]
-    method: str
-    utility: str
-    gap: str
-    split: str | None
-    anchor_layer: int | None
-    dtype: str
-    device: str
-    seed: int
-    versions: dict[str, str]
-    date: str
-    format: int = FORMAT
+    tasks: dict[Text, TaskMeta]
+    method: Annotated[str, one_of(CHOICES["method"])]
+    utility: Annotated[str, one_of(CHOICES["utility"])]
+    gap: Annotated[str, one_of(CHOICES["gap"])]
+    split: Annotated[str, one_of(CHOICES["split"])] | None
+    anchor_layer: Count | None
+    dtype: Annotated[str, one_of(DTYPES)]
+    device: Text
+    seed: Count
+    versions: Versions
+    date: Date
+    format: Count = FORMAT
     subset: dict[str, Any] | None = None
     recovery: RecoveryCurve | None = None
     prompts: PromptStyle | None = None
-    object: str | None = None
+    object: Annotated[str, one_of(OBJECTS)] | None = None
 
     @property
     def read_at(self) -> int | None:
@@ -123,24 +138,13 @@ class ScoreMeta:
 
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
-        """Parse and check; raises KeyError, TypeError, ValueError (`read_scores` makes them a BadInput)."""
-        raw: dict[str, Any] = parse_json(text)
+        """Parse and check; raises ValueError (`read_scores` makes it a BadInput)."""
+        raw = parse_json(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"its metadata is {shown(raw)}")
         if raw.get("format") not in range(1, FORMAT + 1):
             raise ValueError(f"format version {shown(raw.get('format'))}, this program reads 1 to {FORMAT}")
-        known = {f.name for f in fields(cls)}
-        if unknown := set(raw) - known:
-            raise ValueError(f"unknown metadata fields {sorted(unknown)}")
-        raw["base"], raw["expert"] = ModelId(**raw["base"]), ModelId(**raw["expert"])
-        raw["geometry"] = Geometry(**raw["geometry"])
-        raw["tasks"] = {
-            name: TaskMeta(**{**t, "utilities": {u: UtilityStats(**v) for u, v in t["utilities"].items()}})
-            for name, t in raw["tasks"].items()
-        }
-        if raw.get("recovery") is not None:
-            raw["recovery"] = RecoveryCurve.from_json(raw["recovery"])
-        if raw.get("prompts") is not None:
-            raw["prompts"] = PromptStyle(**raw["prompts"])
-        return cls(**raw)
+        return read_record(cls, raw)
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -213,9 +217,23 @@ class Scores:
                 )
         for name, tensor in self.tensors().items():
             _check_tensor(name, tensor, self._shape(name))
+        self._check_means()
         for kind, mask in self.scored.items():
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(f"scored/{kind} holds other values than 0 and 1")
+
+    def _check_means(self) -> None:
+        """What is said over all tasks is the mean over them; within the rounding of another machine's float32."""
+        every = list(self.tasks.values())
+        for name, task in self.tasks.items():
+            if set(task.parts) != set(self.parts):
+                raise ValueError(f"{name} has the parts {sorted(task.parts)}, all tasks {sorted(self.parts)}")
+        pairs = [(self.heads, [t.heads for t in every]), (self.neurons, [t.neurons for t in every])]
+        pairs += [(table, [task.parts[part] for task in every]) for part, table in self.parts.items()]
+        for name, (mean, own) in zip(("heads", "neurons", *self.parts), pairs, strict=True):
+            stacked = torch.stack(own)
+            if ((mean - stacked.mean(0)).abs() > _MEAN_TOLERANCE * stacked.abs().mean(0)).any():
+                raise ValueError(f"{name} is not the mean over the tasks")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors under the names that they have in the file."""

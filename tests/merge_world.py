@@ -29,7 +29,7 @@ def write_random_scores(path: Path, base: str, expert: str, seed: int, geometry:
         tasks={"t": TaskMeta(1, 1, {"anchor": UtilityStats(1, 0, 0.5)})},
         method="attr",
         utility="anchor",
-        gap="ratio",
+        gap="sample",
         split="half",
         anchor_layer=1,
         dtype="float32",

@@ -38,7 +38,7 @@ def synthetic_scores(seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     heads = torch.randn(LAYERS, HEADS, generator=generator).abs() ** 3 * 0.05 - 0.01
     neurons = torch.randn(LAYERS, NEURONS, generator=generator).abs() ** 5 * 0.002 - 0.0003
-    model = ModelId("runs/demo/world/base", None, "c" * 64, "t" * 64)
+    model = ModelId("runs/demo/world/base", None, "c" * 64, "a" * 64)
     used = UtilityStats(used=32, dropped=1, mean_gap=0.4)
     meta = ScoreMeta(
         base=model, expert=model,
@@ -46,7 +46,7 @@ def synthetic_scores(seed: int) -> Scores:
             architecture="LlamaForCausalLM", layers=LAYERS, heads=HEADS, kv_heads=4, head_dim=16,
             neurons=NEURONS, d_model=WIDTH, vocabulary=110,
         ),
-        tasks={"one": TaskMeta(extraction=32, scoring=32, utilities={"anchor": used})},
+        tasks={"one": TaskMeta(extraction=32, scoring=33, utilities={"anchor": used})},
         method="writeback", utility="staged", gap="mean", split="half", anchor_layer=3, dtype="float32",
         device="cpu", seed=0, versions={"torch": "2"}, date="2026-11-21T00:00:00+00:00",
     )  # fmt: skip

@@ -161,3 +161,22 @@ def test_what_is_quoted_is_short_and_printable() -> None:
         assert len(text) <= 80
         assert text.isprintable()
     assert len(BadInput("x" * 10**6).format_message()) < 3000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("trust_remote_code", "no"),
+        ("allow_code_execution", 1),
+        ("parts", None),
+        ("layers", [1, 2]),
+        ("anchor_layers", True),
+        ("device", 0),
+        ("gap_floor", float("nan")),
+        ("gap_floor", float("inf")),
+        ("gap_floor", True),
+    ],
+)
+def test_a_job_takes_no_value_of_another_kind(field: str, value: object) -> None:
+    with pytest.raises(BadInput, match=f"^{field}: found"):
+        load_job(None, {"base": "a", "expert": "b", "pairs": "c", field: value})

@@ -75,6 +75,7 @@ def done(world):
     commands = {
         "yaml": (["mergekit-yaml"], relative_config(world), {}),
         "missing": (["mergekit-yaml"], missing, {}),
+        "twice": (["mergekit-yaml"], yaml.safe_dump(relative_config(world)) + "parameters: {}\n" * 2, {}),
         "disabled": (["mergekit-yaml"], relative_config(world), {"MERGEKIT_WP_DISABLE": "1"}),
         "broken": (["mergekit-yaml"], linear, {"PYTHONPATH": str(broken)}),
         "pytorch": (["mergekit-pytorch"], flat(world), {}),
@@ -83,7 +84,8 @@ def done(world):
     running = {}
     for name, (command, config, environment) in commands.items():
         recipe = world.root / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump_all(config) if isinstance(config, list) else yaml.safe_dump(config))
+        text = yaml.safe_dump_all(config) if isinstance(config, list) else yaml.safe_dump(config)
+        recipe.write_text(config if isinstance(config, str) else text)
         program = str(Path(sys.executable).with_name(command[0]))
         paths = [*command[1:], f"out-{name}", recipe.name] if len(command) > 1 else [recipe.name, f"out-{name}"]
         running[name] = subprocess.Popen(
@@ -122,6 +124,14 @@ def test_a_refusal_is_one_sentence_with_exit_code_2(world, done):
     assert refused.code == 2
     assert "Traceback" not in refused.stderr
     assert refused.stderr.rstrip().splitlines()[-1].startswith(f"Error: {world.expert(1)}: no scores are given")
+    assert not refused.out.exists()
+
+
+def test_two_equal_keys_of_which_mergekit_would_take_the_last(done):
+    refused = done["twice"]
+    assert refused.code == 2
+    assert "twice.yaml: this recipe is not valid YAML: line" in refused.stderr
+    assert "the key `parameters` stands twice" in refused.stderr
     assert not refused.out.exists()
 
 

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from pipeline_world import build, pipeline_of, wp_run
+from safetensors.torch import load_file, save_file
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.pipeline.cli import main
@@ -87,15 +89,19 @@ def test_the_scores_are_those_of_wp_score(world: Path) -> None:
 
 
 def test_a_failing_stage_stops_the_run_and_it_goes_on_when_mended(world: Path) -> None:
-    good = (world / "two.jsonl").read_text()
-    (world / "two.jsonl").write_text("no JSON")
+    index = json.loads((world / "two" / "model.safetensors.index.json").read_text())
+    weights = world / "two" / index["weight_map"]["model.norm.weight"]
+    good = weights.read_bytes()
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = torch.nan  # what no look at headers can tell
+    save_file(tensors, weights, metadata={"format": "pt"})
     file = pipeline_of(world, "failing", evaluate=None)
     printed = wp_run(world, file.name, code=2)
     assert "the step `Score the two expert` failed (exit code 2)" in printed
-    assert "two.jsonl" in printed
+    assert "holds a NaN" in printed
     assert "Merge" not in printed
     assert not (world / "failing/scores/two.safetensors").exists()
-    (world / "two.jsonl").write_text(good)
+    weights.write_bytes(good)
     printed = wp_run(world, file.name, "--until", "score")
     assert printed.count("done before") == 1
     assert not (world / "failing/merges").exists()

@@ -38,8 +38,8 @@ def example(tasks=("a", "b")) -> Scores:
     scores = {task: TaskScores(random(3, 4), random(3, 10), random(24)) for task in tasks}
     about = TaskMeta(8, 8, {"anchor": UtilityStats(7, 1, 0.25), "kl": UtilityStats(8, 0, 1.5)})
     meta = ScoreMeta(
-        base=ModelId("base", None, "c", "t"),
-        expert=ModelId("user/expert", "main", "c", "u"),
+        base=ModelId("base", None, "c" * 64, "a" * 64),
+        expert=ModelId("user/expert", "main", "c" * 64, "b" * 64),
         geometry=GEOMETRY,
         tasks=dict.fromkeys(tasks, about),
         method="writeback",
@@ -159,6 +159,31 @@ def _set(key, index, value):
         (lambda t, m: m["geometry"].update(heads=0), "heads"),
         (lambda t, m: m["geometry"].update(architecture="GPT2LMHeadModel"), "GPT2LMHeadModel"),
         (lambda t, m: m.update(tasks={}), "tasks"),
+        (lambda t, m: m.update(method="x"), "method: found 'x', expected one of writeback"),
+        (lambda t, m: m.update(utility=None), "utility: found None, expected a valid string"),
+        (lambda t, m: m.update(gap="ratio"), "gap: found 'ratio', expected one of sample, mean"),
+        (lambda t, m: m.update(dtype="int8"), "dtype: found 'int8'"),
+        (lambda t, m: m.update(seed="0"), "seed: found '0', expected a valid integer"),
+        (lambda t, m: m.update(seed=True), "seed: found True"),
+        (lambda t, m: m.update(anchor_layer=1.0), "anchor_layer: found 1.0, expected a valid integer"),
+        (lambda t, m: m.update(date=None), "date: found None"),
+        (lambda t, m: m.update(date="yesterday"), "date: found 'yesterday', expected an ISO 8601 date"),
+        (lambda t, m: m.update(versions=5), "versions: found 5"),
+        (lambda t, m: m.update(versions={"torch": 2.1}), "versions.torch: found 2.1"),
+        (lambda t, m: m["base"].update(config="C" * 64), "base.config: found 'CCC"),
+        (lambda t, m: m["base"].update(more=1), "unknown field base.more"),
+        (lambda t, m: m["expert"].pop("tensors"), "the field expert.tensors is missing"),
+        (lambda t, m: m["geometry"].update(surprise=1), "unknown field geometry.surprise"),
+        (lambda t, m: m["tasks"]["a"].update(scoring=-1), "tasks.a.scoring: found -1, expected greater than or equal"),
+        (lambda t, m: m["tasks"]["a"].update(scoring=7), "tasks.a: anchor has 7 prompts used and 1 dropped of 7"),
+        (lambda t, m: m["tasks"]["a"]["utilities"].update(x={"used": 1, "dropped": 0, "mean_gap": 1}), "expected one"),
+        (lambda t, m: m["tasks"]["a"]["utilities"]["kl"].update(mean_gap="1"), "tasks.a.utilities.kl.mean_gap: found"),
+        (_set("heads", (1, 2), 9.0), "heads is not the mean over the tasks"),
+        (_set("tasks/b/neurons", (1, 2), 9.0), "neurons is not the mean over the tasks"),
+        (
+            lambda t, m: t.update({"parts/q": torch.zeros(3, 4), "tasks/a/parts/q": torch.zeros(3, 4)}),
+            "b has the parts [], all tasks ['q']",
+        ),
     ],
 )
 def test_damaged_files_are_refused_in_one_sentence(tmp_path, change, said):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from test_scoring import job_for
 from torch.nn import functional
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.records import read_record
 from mergekit_wp.scoring import recovery
 from mergekit_wp.scoring.anchor_cli import Anchor, write_pt
 from mergekit_wp.scoring.batches import TaskTokens
@@ -276,7 +276,7 @@ def test_the_layer_that_recovers_most_is_chosen(monkeypatch, pair):
         assert task.steered == (0.25, 0.75, 0.5)
     assert len(directions[0].v_LD) == 4  # the usual layer, 3, is there as well
     assert all(total == sum(told) for total, *told in done)
-    assert RecoveryCurve.from_json(json.loads(json.dumps(dataclasses.asdict(curve)))) == curve
+    assert read_record(RecoveryCurve, dataclasses.asdict(curve)) == curve
 
 
 @pytest.mark.parametrize("case", ["no gap", "no check", "streamed", "code"])
@@ -417,7 +417,7 @@ def test_a_damaged_curve_is_refused():
     raw = dataclasses.asdict(choose((0, 1), {"a": recovered(0.5, 0.0)}, 6, Search()))
     for damaged in ({**raw, "mean": [0.5]}, {**raw, "layers": []}):
         with pytest.raises(ValueError, match="recovery curve"):
-            RecoveryCurve.from_json(damaged)
+            read_record(RecoveryCurve, damaged)
     raw["tasks"]["a"]["grading"] = "taste"
     with pytest.raises(ValueError, match="taste"):
-        RecoveryCurve.from_json(raw)
+        read_record(RecoveryCurve, raw)

@@ -25,9 +25,14 @@ def read_cache(path: Path) -> dict[str, Entry]:
     """Finished tasks by key; a file that is not ours or was damaged counts as nothing done."""
     try:
         tasks = parse_json(path.read_bytes())["tasks"]
-        return {key: entry for key, entry in tasks.items() if isinstance(entry.get("results"), dict)}
+        return {key: entry for key, entry in tasks.items() if _is_entry(entry)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _is_entry(entry: Entry) -> bool:
+    samples = entry.get("samples", "")
+    return isinstance(entry.get("results"), dict) and (samples is None or type(samples) is int)
 
 
 def write_cache(path: Path, model: EvalModel, done: dict[str, Entry]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -135,6 +136,29 @@ def main(
     _write(table, suite_file, settings, out)
 
 
+def check_asked(typed: Mapping[str, Any]) -> dict[str, str]:
+    """What can be known of a run before its models are there; row name -> model. Raises `BadInput`.
+
+    typed: the arguments of `main` by name.
+    """
+    from mergekit_wp.eval.models import name_models
+    from mergekit_wp.eval.tasks import find_tasks
+
+    suite = read_suite(typed["suite_file"])
+    names = name_models(typed["models"])
+    _check_baseline(typed["baseline"], names)
+    where = _device(typed["device"] or suite.device)
+    flags = ("batch_size", "backend", "tensor_parallel", "data_parallel", "max_model_len")
+    _backend(suite, where, **{name: typed[name] for name in flags})
+    find_tasks(suite, typed["include_path"] or suite.include_path, typed["allow_code"])
+    return names
+
+
+def _check_baseline(baseline: str | None, names: Mapping[str, str]) -> None:
+    if baseline is not None and baseline not in names:
+        raise BadInput(f"--baseline {baseline}: there is no such row; the rows are {', '.join(names)}.")
+
+
 def _backend(
     suite: Suite,
     device: str,
@@ -183,8 +207,7 @@ def _evaluate(
     names = name_models(references)
     trust, cache = settings.trust_remote_code, out / "cache"
     opened = {n: open_model(n, ref, trust) for n, ref in names.items() if not needs_download(ref)}
-    if baseline is not None and baseline not in names:
-        raise BadInput(f"--baseline {baseline}: there is no such row; the rows are {', '.join(names)}.")
+    _check_baseline(baseline, names)
     tasks = ready_tasks(suite, include_path, settings.allow_code)
     preflight.check_tasks(tasks)
     for model in opened.values():

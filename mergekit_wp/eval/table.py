@@ -19,11 +19,11 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.alike import differences
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.run import Cell, Row, plain
+from mergekit_wp.eval.stored import AVERAGE, StoredResults, StoredRow
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.files import read_json_mapping
 from mergekit_wp.foreign import markdown, one_line
-
-AVERAGE = "Average"
+from mergekit_wp.records import read_record
 
 
 @dataclass(frozen=True)
@@ -219,19 +219,19 @@ def read_results(path: Path) -> Table:
     """The table in a results.json. Raises `BadInput` when it is missing or not one of ours."""
     content = read_json_mapping(path, "results.json of wp-eval")
     try:
-        tasks = tuple(SuiteTask(**column) for column in content["columns"])
-        rows = [_read_row(row, tasks) for row in content["rows"]]
-        suite = Suite(content["suite_content"]["name"], tasks)
-        return Table(suite, rows, content["baseline"], content["limit"])
-    except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
+        stored = read_record(StoredResults, content)
+        tasks = tuple(SuiteTask(column.task, column.column, column.metric) for column in stored.columns)
+        rows = [_read_row(row, tasks) for row in stored.rows]
+        return Table(Suite(stored.suite_content.name, tasks), rows, stored.baseline, stored.limit)
+    except (ValueError, BadInput) as error:
         raise BadInput(f"{path}: not a results.json of wp-eval ({error}); evaluate again.") from error
 
 
-def _read_row(row: dict[str, Any], tasks: Sequence[SuiteTask]) -> Row:
-    cells, measured = {}, {}
+def _read_row(row: StoredRow, tasks: Sequence[SuiteTask]) -> Row:
+    cells: dict[str, Cell] = {}
+    measured: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        if (cell := row["cells"].get(task.column)) is not None:
-            cells[task.column] = Cell(cell["value"], cell["stderr"], cell["samples"])
-            measured[task.column] = {"metric": task.metric, **row["measured"].get(task.column, {})}
-    model = EvalModel(row["name"], row["model"], Path(row["model"]), row["fingerprint"])
-    return Row(model, cells, measured, row.get("suite_hash"))
+        if (cell := row.cells.get(task.column)) is not None:
+            cells[task.column] = Cell(cell.value, cell.stderr, cell.samples)
+            measured[task.column] = {"metric": task.metric, **row.measured.get(task.column, {})}
+    return Row(EvalModel(row.name, row.model, Path(row.model), row.fingerprint), cells, measured, row.suite_hash)

@@ -35,9 +35,21 @@ class ReadyTask:
 def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> list[ReadyTask]:
     """Find, check and load every task of the suite.
 
-    Raises `BadInput` for an unknown task or metric, data that is neither here nor reachable, model-written
-    code without consent or on a machine where it cannot be judged, in an order such that nothing slow precedes a
-    cheap check.
+    Raises `BadInput` for an unknown task or metric, and what `find_tasks` refuses.
+    """
+    manager, configs, boxed = find_tasks(suite, include_path, allow_code)
+    # Only where it is asked for: `evaluate` takes seconds to import.
+    with sandboxed() if "code_eval" in boxed else nullcontext():
+        return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
+
+
+def find_tasks(
+    suite: Suite, include_path: Path | None, allow_code: bool
+) -> tuple[TaskManager, dict[str, list[dict[str, Any]]], set[str]]:
+    """Every task of the suite in lm-eval's index, nothing of it loaded: the index, configurations, see `_check_code`.
+
+    Raises `BadInput` for an unknown task, data that is neither here nor reachable, model-written code without consent
+    or on a machine where it cannot be judged, in an order such that nothing slow precedes a cheap check.
     """
     names = [task.task for task in suite.tasks]
     manager = task_manager(names, include_path)
@@ -50,9 +62,7 @@ def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> li
         check_word_lists(name, {module.parent for module in function_modules(found)})
     if boxed:
         sandbox.check()
-    # Only where it is asked for: `evaluate` takes seconds to import.
-    with sandboxed() if "code_eval" in boxed else nullcontext():
-        return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
+    return manager, configs, boxed
 
 
 def _check_code(configs: dict[str, list[dict[str, Any]]], allow_code: bool) -> set[str]:

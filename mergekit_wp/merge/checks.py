@@ -12,7 +12,6 @@ tensor, shapes that differ, a full disk.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from mergekit_wp.adapters import adds_to_an_end
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import FAMILIES, SUPPORTED, is_vocabulary, layer_of, text_name
 from mergekit_wp.errors import BadInput
+from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor
@@ -49,11 +49,14 @@ _RECOMPUTED = ("rotary_emb.inv_freq",)
 _SLACK_BYTES = 64 * 2**20
 
 
-def check_plan(plan: MergePlan) -> None:
-    """All checks of a whole merge. Raises `BadInput` at the first trouble; logs a warning for the rest."""
+def check_plan(plan: MergePlan, *, awaited: bool = False) -> None:
+    """All checks of a whole merge. Raises `BadInput` at the first trouble; logs a warning for the rest.
+
+    awaited: experts without a score file are still to get one.
+    """
     if plan.ours:
         check_known(plan)
-        check_inputs(plan)
+        check_inputs(plan, awaited=awaited)
         check_axes(plan)
         check_nothing_dropped(plan)
         check_layer_types(plan)
@@ -64,9 +67,10 @@ def check_plan(plan: MergePlan) -> None:
         check_room(plan.nbytes(), plan.out)
 
 
-def check_inputs(plan: MergePlan) -> None:
+def check_inputs(plan: MergePlan, *, awaited: bool = False) -> None:
     """The checks that hold for each output tensor, or for each distinct set of models and scores."""
-    check_scores_given([tensor for tensor in plan.tensors if tensor.method == WP])
+    if not awaited:
+        check_scores_given([tensor for tensor in plan.tensors if tensor.method == WP])
     groups = {(t.base, t.experts, t.scores, t.allow_mismatch): t for t in plan.tensors}
     for tensor in groups.values():
         check_models(plan, tensor)
@@ -171,6 +175,8 @@ def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:
     """The score files are of these very models."""
     base = plan.checkpoints[tensor.base]
     for expert, path in zip(tensor.experts, tensor.scores, strict=True):
+        if not path:  # awaited, or `check_scores_given` would have said so
+            continue
         meta = load_scores(path).meta
         if different := meta.geometry.differences(base.geometry):
             raise BadInput(
@@ -382,14 +388,8 @@ def check_room(nbytes: int, out: Path, *, touch: bool = True) -> None:
 
     touch: prove the first by making a file and removing it; False (a dry run) asks for the permission only.
     """
-    anchor = out.absolute()
-    while not anchor.exists():
-        anchor = anchor.parent
+    anchor = writable_folder(out)
     try:
-        if not anchor.is_dir():
-            raise NotADirectoryError(0, f"{anchor} is a file")
-        if not os.access(anchor, os.W_OK | os.X_OK):
-            raise PermissionError(0, f"no permission to write in {anchor}")
         if touch:
             with tempfile.TemporaryFile(dir=anchor):
                 pass

@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from mergekit_wp.checkpoint import content_digest, read_header
 from mergekit_wp.digests import sha256_of
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.records import Count, Date, Number, Sha256, Text, Versions, read_record, strict
 
 if TYPE_CHECKING:
     from mergekit_wp.merge.plan import MergePlan
@@ -28,30 +31,48 @@ _UNMARKED = (MARK, "README.md")
 _VERSIONS = ("mergekit-wp", "mergekit", "torch", "transformers", "safetensors")
 
 
+@strict
 @dataclass(frozen=True)
 class MarkedScores:
     """A score or activations file that the merge used: its name and its `content_digest` (of the tensors alone)."""
 
-    name: str
-    content: str
+    name: Text
+    content: Sha256
 
 
+@strict
+class MeanShares(TypedDict):
+    """`experts` [K] (last parts of their names), and each one's mean share of the heads and of the neurons of every
+    layer of the merge [K][L]."""
+
+    experts: list[Text]
+    heads: list[list[Number]]
+    neurons: list[list[Number]]
+
+
+@strict
 @dataclass(frozen=True)
 class Mark:
     """`checked`: what the audit said; `files`: hex SHA-256 by name; `date` is ISO 8601 UTC.
 
-    shares: for wp, `experts` [K] (last parts of their names), and each one's mean share of the `heads` and of the
-    `neurons` of every layer of the merge [K][L]; None where there are none, or experts differ between slices.
+    shares: for wp; None where there are none, or experts differ between slices.
     """
 
-    method: str
-    checked: tuple[str, ...]
-    files: dict[str, str]
+    method: Text
+    checked: tuple[Text, ...]
+    files: dict[Text, Sha256]
     scores: tuple[MarkedScores, ...] = ()
-    shares: dict[str, Any] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    date: str = ""
-    format: int = FORMAT
+    shares: MeanShares | None = None
+    versions: Versions = field(default_factory=dict)
+    date: Date = ""
+    format: Count = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.shares is not None:
+            tables = [self.shares["heads"], self.shares["neurons"]]
+            lengths = {len(row) for table in tables for row in table}
+            if any(len(table) != len(self.shares["experts"]) for table in tables) or len(lengths) > 1:
+                raise ValueError("shares: not one row an expert, or rows of several lengths")
 
     def text(self) -> str:
         import yaml
@@ -81,7 +102,7 @@ def write_mark(folder: Path, plan: MergePlan, checked: Iterable[str]) -> None:
     write_text(folder / MARK, make_mark(folder, plan, checked).text())
 
 
-def mean_shares(plan: MergePlan) -> dict[str, Any] | None:
+def mean_shares(plan: MergePlan) -> MeanShares | None:
     """`Mark.shares` of a merge, from its score files."""
     from mergekit_wp.components import layer_of, slot_of
     from mergekit_wp.merge.shares import layer_shares
@@ -97,10 +118,12 @@ def mean_shares(plan: MergePlan) -> dict[str, Any] | None:
             continue
         alpha_Kn = layer_shares(tensor.scores, slot.layer, tensor.weights)[0 if slot.shares[0] == "head" else 1]
         shares[slot.shares[0]][layer] = [round(x, 4) for x in alpha_Kn.mean(-1).tolist()]
-    named: dict[str, Any] = {"experts": [Path(str(expert)).name for expert in experts.pop()]}
-    for kind, by_layer in shares.items():
-        named[f"{kind}s"] = [list(column) for column in zip(*(by_layer[n] for n in sorted(by_layer)), strict=True)]
-    return named
+    heads, neurons = (
+        [list(column) for column in zip(*(by_layer[n] for n in sorted(by_layer)), strict=True)]
+        for by_layer in shares.values()
+    )
+    names = [Path(str(expert)).name for expert in experts.pop()]
+    return MeanShares(experts=names, heads=heads, neurons=neurons)
 
 
 def read_mark(path: Path) -> Mark | None:
@@ -114,11 +137,8 @@ def read_mark(path: Path) -> Mark | None:
             "the merge audited again."
         )
     try:
-        content["checked"] = tuple(str(line) for line in content["checked"])
-        content["scores"] = tuple(MarkedScores(**scores) for scores in content["scores"])
-        content["files"] = {str(name): str(digest) for name, digest in content["files"].items()}
-        return Mark(**content)
-    except (KeyError, TypeError, AttributeError) as error:
+        return read_record(Mark, content)
+    except ValueError as error:
         raise BadInput(f"{path}: not a mark of wp-merge's audit ({error}); delete it to have it made again.") from error
 
 

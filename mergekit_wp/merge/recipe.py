@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, read_plan
 
@@ -42,6 +44,19 @@ class Recipe:
     @property
     def method(self) -> str:
         return str(self.content.get("merge_method"))
+
+    def without_scores(self, files: Collection[Path]) -> Recipe:
+        """The recipe without those of its score files; nothing else of it changes."""
+        content = copy.deepcopy(self.content)
+        absolute = {file.absolute() for file in files}
+        for parameters in _parameters(content):
+            if isinstance(name := parameters.get("scores"), str) and Path(name).absolute() in absolute:
+                del parameters["scores"]
+        return replace(self, content=content)
+
+    def score_files(self) -> set[str]:
+        """Every score file that it names."""
+        return {str(found["scores"]) for found in _parameters(self.content) if found.get("scores")}
 
     def config(self) -> MergeConfiguration:
         """A fresh configuration: mergekit's planner rewrites the one it is given."""
@@ -117,26 +132,43 @@ class Recipe:
             raise BadInput(f"{self.path}: mergekit cannot carry out this recipe: {reason}") from error
 
 
-def read_recipe(path: str) -> Recipe:
+def read_recipe(path: str, text: str | None = None) -> Recipe:
     """Read and complete a recipe. Raises `BadInput`, naming the file, for anything but a YAML mapping with a
-    `merge_method`, and for a parameter that one of our methods does not know (mergekit would ignore it)."""
-    content = read_yaml_mapping(path, "recipe")
+    `merge_method` that mergekit has, and for a parameter that the method does not know (mergekit would ignore it).
+
+    text: what the file will hold, where it is still to be written."""
+    content = read_yaml_mapping(path, "recipe", text)
     if "merge_method" not in content:
         raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {WP}`.")
     method = content["merge_method"]
-    if isinstance(method, str) and method in _PARAMETERS:
-        known = _PARAMETERS[method]
-        for parameters in _parameters(content):
-            if unknown := sorted(set(parameters) - {*known, *_OF_EVOLVE}):
-                raise BadInput(
-                    f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {', '.join(known)}."
-                )
+    known = _parameters_of(path, method)
+    for parameters in _parameters(content):
+        if unknown := sorted(set(parameters) - {*known, *_OF_EVOLVE}):
+            raise BadInput(
+                f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {', '.join(known) or 'none'}."
+            )
+        if method in _PARAMETERS:
             for name in _FILES:
                 file = parameters.get(name)
                 beside = Path(path).absolute().parent / str(file)
                 if isinstance(file, str) and not Path(file).exists() and beside.exists():
                     parameters[name] = str(beside)
-    return Recipe(Path(path), Path(path).read_text(encoding="utf-8"), _absolute_models(content))
+    if text is None:
+        text = Path(path).read_text(encoding="utf-8")
+    return Recipe(Path(path), text, _absolute_models(content))
+
+
+def check_stock_recipe() -> None:
+    """Read the recipe of a running `mergekit-yaml` as wp-merge would, for what that takes in silence: of two equal keys
+    the last, and parameters that the method does not know. Raises `BadInput`.
+
+    Nothing is done in other commands, and where the recipe came through a pipe and is gone.
+    """
+    context = click.get_current_context(silent=True)
+    if context is not None and context.command.name == "mergekit-yaml":
+        path = context.params.get("config_file")
+        if isinstance(path, str) and os.path.isfile(path):
+            read_recipe(path)
 
 
 def _absolute_models(node: Any) -> Any:
@@ -155,6 +187,19 @@ def _absolute_models(node: Any) -> Any:
         else _absolute_models(value)
         for key, value in node.items()
     }
+
+
+def _parameters_of(path: str, method: Any) -> tuple[str, ...]:
+    """The parameters that a merge method knows. Raises `BadInput` for a method that there is not."""
+    if isinstance(method, str) and method in _PARAMETERS:
+        return _PARAMETERS[method]
+    from mergekit.merge_methods.registry import registered_methods
+
+    specs = {found.spec.name: found.spec for found in registered_methods()}
+    if not isinstance(method, str) or method not in specs:
+        names = sorted({*specs, *_PARAMETERS})
+        raise BadInput(f"{path}: mergekit has no merge_method {shown(method)} here; it has {', '.join(names)}.")
+    return tuple(p.name for p in (*specs[method].shared_parameters, *specs[method].input_parameters))
 
 
 def _parameters(node: Any) -> Iterator[dict[str, Any]]:

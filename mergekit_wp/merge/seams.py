@@ -26,6 +26,7 @@ from mergekit_wp.components import is_vocabulary
 from mergekit_wp.errors import enough_memory
 from mergekit_wp.merge.checks import check_inputs, check_plan
 from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
+from mergekit_wp.merge.recipe import check_stock_recipe
 from mergekit_wp.vocabulary import align_rows
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     def arguments(self: Any) -> Any:
         plan = read_plan(self)
         if plan is not None:
+            check_stock_recipe()
             check_plan(plan)
             for (task, _), tensor in zip(merge_tasks(self), plan.tensors, strict=True):
                 _seats[task] = _seat(plan, tensor)

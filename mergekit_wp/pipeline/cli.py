@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import click
 
 from mergekit_wp import __version__
 from mergekit_wp.checkpoint import local_folder
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
+from mergekit_wp.files import check_writable_parent, writable_folder
 from mergekit_wp.foreign import echo
-from mergekit_wp.pipeline.plan import STAGES, hub_models, pipeline_steps, write_derived
-from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.pipeline.ahead import Ahead, troubles_of
+from mergekit_wp.pipeline.plan import (
+    STAGES,
+    absent_models,
+    derived_files,
+    hub_models,
+    pipeline_steps,
+    write_derived,
+)
+from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
 from mergekit_wp.pipeline.step import Stamps, Step
+
+_LOCK = Path(".steps") / "lock"
 
 _EPILOG = """\b
 Examples:
@@ -44,18 +55,27 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
     A run that was stopped, or that failed, goes on where it was when it is started again.
     """
     pipeline = read_pipeline(pipeline_file)
-    check_writable_parent(pipeline.out / "pipeline")
     wanted = STAGES[: STAGES.index(until) + 1]
+    writable_folder(pipeline.out / "pipeline")
+    refuse_second_run(pipeline.out)
+
+    def steps() -> list[Step]:  # what they read of a model on the Hub is known when it is here
+        return [step for step in pipeline_steps(pipeline, allow_code) if step.stage in wanted]
+
+    stamps = Stamps.only_read(pipeline.out / ".steps", derived_files(pipeline))
+    due = find_due(steps(), stamps, redo)
+    if plan_only:
+        show_plan(steps(), due)
+    look_ahead(pipeline, due, network=not plan_only)
+    if plan_only:
+        return
+    check_writable_parent(pipeline.out / "pipeline")
     with alone(pipeline.out):  # what steps read is written anew, which must not happen under a run at work
-        write_derived(pipeline)
-        stamps = Stamps.below(pipeline.out / ".steps")
-        if not plan_only:
+        if absent_models(pipeline):
             _fetch(hub_models(pipeline))
-        steps = [step for step in pipeline_steps(pipeline, allow_code) if step.stage in wanted]
-        if plan_only:
-            show_plan(steps, stamps, redo)
-            return
-        run_steps(steps, stamps, redo)
+            look_ahead(pipeline, find_due(steps(), stamps, redo), network=True)
+        write_derived(pipeline)
+        run_steps(steps(), stamps.to_run(), redo)
     echo("")
     echo(f"All of {pipeline_file} is done; everything is under {pipeline.out}.")
 
@@ -77,16 +97,39 @@ def run_steps(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -
         echo(f"      {time.monotonic() - begun:.0f} s")
 
 
-def show_plan(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
-    """One line a step: done, or to do and why; and what would be typed."""
+def find_due(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> dict[Step, str]:
+    """The steps that would be run, or may have to be, and why."""
+    due: dict[Step, str] = {}
     anew: set[Path] = set()
-    for number, step in enumerate(steps, start=1):
+    for step in steps:
         why = "asked for by --redo" if step.stage in redo else stamps.why_not_done(step)
         upstream = [path for path in step.inputs if any(path == made or made in path.parents for made in anew)]
         if why is None and upstream:
             why = f"unless {upstream[0]} comes out as it was"
         if why is not None:
+            due[step] = why
             anew.update(step.outputs)
+    return due
+
+
+def look_ahead(pipeline: Pipeline, due: Collection[Step], *, network: bool) -> None:
+    """Check what is due as its stages would. Raises `BadInput`, naming the pipeline's file and field; of several
+    troubles for the last, after the others were printed."""
+    made = frozenset(path for step in due for path in step.outputs)
+    absent = frozenset(absent_models(pipeline))
+    troubles = troubles_of(list(due), Ahead(derived_files(pipeline), made, absent, network))
+    for trouble in troubles[:-1]:
+        echo(f"Error: {pipeline.file}: {trouble}", err=True)
+    if troubles:
+        raise BadInput(f"{pipeline.file}: {troubles[-1]}")
+    if absent and due and not network:
+        echo(f"not looked into, since a run fetches them first: {', '.join(sorted(absent))}", err=True)
+
+
+def show_plan(steps: Sequence[Step], due: Mapping[Step, str]) -> None:
+    """One line a step: done, or to do and why; and what would be typed."""
+    for number, step in enumerate(steps, start=1):
+        why = due.get(step)
         echo(f"[{number}/{len(steps)}] {step.title}: ", bold=True, nl=False)
         echo("done" if why is None else f"to do ({why})")
         if why is not None:
@@ -103,14 +146,25 @@ def _fetch(names: Sequence[str]) -> None:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Two runs into one folder would undo each other's work: the second is refused."""
-    lock = out / ".steps" / "lock"
+    lock = out / _LOCK
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"{out}: another run is at work in this folder; wait for it, or stop it.") from error
+        _take(stream, out)
         yield
+
+
+def refuse_second_run(out: Path) -> None:
+    """The same, for one that writes nothing yet: whether a run is at work now."""
+    if (out / _LOCK).exists():
+        with (out / _LOCK).open() as stream:
+            _take(stream, out)
+
+
+def _take(stream: IO[str], out: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BadInput(f"{out}: another run is at work in this folder; wait for it, or stop it.") from error
 
 
 if __name__ == "__main__":

@@ -25,8 +25,13 @@ _BESIDE = {"__pycache__", ".cache"}
 class Digests:
     """Digests of paths; those of large files are remembered in `memory`, or for this object's life if it is None."""
 
-    def __init__(self, memory: Path | None = None) -> None:
-        self._large = digests.Digests(memory, lambda text: echo(text, err=True))
+    def __init__(self, memory: Path | None = None, keep: bool = True) -> None:
+        """keep: False reads the memory and leaves it as it is."""
+        self._large = digests.Digests(memory, lambda text: echo(text, err=True), keep)
+
+    def keep(self) -> None:
+        """From now on what is learnt is written down."""
+        self._large.keep = True
 
     def of(self, path: Path) -> str:
         """SHA-256 of a file's content, or of all files below a folder with their names; "" if there is none.

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_wp.checkpoint import is_hub_name
+from mergekit_wp.checkpoint import Checkpoint, is_hub_name
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.plan import WP
@@ -60,6 +60,18 @@ def hub_models(pipeline: Pipeline) -> list[str]:
     named = [pipeline.base, *(e.model for e in pipeline.experts.values()), *recipes]
     parts = dict.fromkeys(part for name in named for part in name.split("+"))
     return [part for part in parts if is_hub_name(part)]
+
+
+def absent_models(pipeline: Pipeline) -> list[str]:
+    """Those of them whose weights are not, or not all, on this machine."""
+    return [name for name in hub_models(pipeline) if not _here(_folder(name))]
+
+
+def _here(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(Checkpoint(str(folder), folder).tensors)
+    except BadInput:
+        return False
 
 
 def score_file(pipeline: Pipeline, expert: str) -> Path:
@@ -119,7 +131,10 @@ def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
 def _merge_step(pipeline: Pipeline, name: str) -> Step:
     recipe, merged = recipe_file(pipeline, name), merged_folder(pipeline, name)
     merge = pipeline.merges[name]
-    content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, merge)
+    try:
+        content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, merge)
+    except BadInput as error:
+        raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
     scores = [_beside(path, recipe) for path in scores_of(content)]
     command = ["wp-merge", str(recipe), str(merged), "--quiet", *pipeline.flags["merge"]]
     inputs = [recipe, *scores, *_folders(models_of(content))]

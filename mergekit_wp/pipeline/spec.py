@@ -160,6 +160,9 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
     for key in ("parameters", "expert_parameters", "base_parameters"):
         if not isinstance(values.get(key, {}), dict):
             raise BadInput(f"`{where}.{key}`: found {shown(values[key])}, expected a mapping, such as {{weight: 1.0}}.")
+    for key in ("merge_method", "out_dtype"):
+        if key in values:
+            _text(f"{where}.{key}", values[key])
     if not isinstance(experts := values.get("experts", []), list):
         raise BadInput(f"`{where}.experts`: found {shown(experts)}, expected a list of names.")
     return Merge(**{**values, "experts": tuple(experts)})
@@ -271,14 +274,15 @@ def _text(where: str, value: Any) -> str:
 def _model(name: str, file: Path) -> str:
     """A model reference; a folder beside the pipeline file is named from the working directory."""
     beside = file.parent / name
-    return str(beside) if not Path(name).exists() and beside.is_dir() else name
+    return str(beside) if not os.path.exists(name) and os.path.isdir(beside) else name
 
 
 def _found(name: Any, file: Path, where: str, must_exist: bool = True) -> Path:
     path = Path(_text(where, name)).expanduser()
     beside = file.parent / path
-    if path.exists() or not (beside.exists() or must_exist):
+    there = os.path.exists(beside)  # unlike Path's, it takes names that no file can have
+    if os.path.exists(path) or not (there or must_exist):
         return path
-    if not beside.exists():
+    if not there:
         raise BadInput(f"`{where}`: {path} is neither in the working directory ({Path.cwd()}) nor beside this file.")
     return beside

@@ -16,8 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 import mergekit_wp
@@ -70,10 +71,21 @@ class Stamps:
     folder: Path
     digests: Digests
     code_counts: bool = False
+    texts: Mapping[Path, str] = field(default_factory=dict)
 
     @classmethod
     def below(cls, folder: Path, code_counts: bool = False) -> Stamps:
         return cls(folder, Digests(folder / "digests.json"), code_counts)
+
+    @classmethod
+    def only_read(cls, folder: Path, texts: Mapping[Path, str]) -> Stamps:
+        """To ask what is done without writing anything; `texts` are files as they would be written before a run."""
+        return cls(folder, Digests(folder / "digests.json", keep=False), texts=texts)
+
+    def to_run(self) -> Stamps:
+        """The same for a run, whose files are written: what was read already is not read again."""
+        self.digests.keep()
+        return replace(self, texts={})
 
     def why_not_done(self, step: Step) -> str | None:
         """What makes the step due, for a person; None when it is done."""
@@ -113,7 +125,10 @@ class Stamps:
         )
 
     def _digests(self, paths: Iterable[Path]) -> dict[str, str]:
-        return {str(path): self.digests.of(path) for path in paths}
+        return {str(path): self._digest(path) for path in paths}
+
+    def _digest(self, path: Path) -> str:
+        return sha256(self.texts[path].encode()).hexdigest() if path in self.texts else self.digests.of(path)
 
 
 def code_digest(subpackages: Iterable[str]) -> str:

@@ -83,7 +83,7 @@ def main(
     from mergekit_wp.push.publish import Request, prepare, publish
     from mergekit_wp.push.stage import stage_of
 
-    _check_name(repo_id)
+    check_name(repo_id)
     refuse_inputs(stage_of(folder), [*results, *([recipe] if recipe else [])])
     claim(stage_of(folder))
     request = Request(folder, repo_id, results, recipe, parents, licence, licence_name, licence_link)
@@ -95,7 +95,8 @@ def main(
     echo(publish(request, private, sys.stderr.isatty(), echo))
 
 
-def _check_name(repo_id: str) -> None:
+def check_name(repo_id: str) -> None:
+    """Whether a repository can have this name. Raises `BadInput`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

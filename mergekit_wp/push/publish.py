@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,19 +81,49 @@ def publish(request: Request, private: bool, bars: bool, say: Say) -> str:
     if not bars:
         disable_progress_bars()
     api = HfApi(library_name="mergekit-wp")
-    try:
+    with _explained(api, request.repo_id):
         say(f"logged in as {check_login(api)}")
         publication = prepare(request, api, say)
         total = sum(item.size for item in publication.items)
         say(f"{len(publication.items)} files, {total:,} bytes; the card is {publication.card}")
         check_card(publication.card.read_text(encoding="utf-8"))
         commit = upload(api, request.repo_id, publication.items, private=private, say=say)
+    return f"{api.endpoint}/{request.repo_id} holds the merge ({commit})"
+
+
+def check_request(request: Request, recipe: dict[str, Any], *, network: bool) -> None:
+    """What can be known before there is a merge: the account, the parents and the licence. Raises `BadInput`.
+
+    recipe: what the merge will be made by; network: whether the Hub may be asked.
+    """
+    from huggingface_hub import HfApi
+
+    from mergekit_wp.push.upload import check_login
+
+    api = HfApi(library_name="mergekit-wp") if network else None
+    parents = find_parents(recipe, request.parents)
+    if api is None:
+        _licence(request, parents, None, _say_nothing)
+        return
+    with _explained(api, request.repo_id):
+        check_login(api)
+        _licence(request, parents, api, _say_nothing)
+
+
+def _say_nothing(_text: str) -> None:
+    """What a push will say itself."""
+
+
+@contextmanager
+def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
+    """What the Hub refuses, in a sentence."""
+    try:
+        yield
     except (click.ClickException, LookupError, TypeError, AttributeError, AssertionError):
         raise  # a sentence already, or a mistake of ours
     except Exception as error:  # the Hub's client, its HTTP library and xet raise many types
         # `from None`: what they carry may quote addresses and headers.
-        raise explain(error, request.repo_id, api.endpoint) from None
-    return f"{api.endpoint}/{request.repo_id} holds the merge ({commit})"
+        raise explain(error, repo_id, api.endpoint) from None
 
 
 def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:

@@ -7,13 +7,14 @@ A plain record that goes into the score file; `recovery` makes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+
+from mergekit_wp.records import Count, Number, Text, strict
 
 GRADINGS = ("behaviour", "kl", "none")
 
 
+@strict
 @dataclass(frozen=True)
 class TaskRecovery:
     """One task; `steered` and `recovery` have an entry for each layer that was tried.
@@ -26,11 +27,11 @@ class TaskRecovery:
     """
 
     grading: str
-    prompts: int
-    base: float
-    expert: float
-    steered: tuple[float, ...] = ()
-    recovery: tuple[float, ...] = ()
+    prompts: Count
+    base: Number
+    expert: Number
+    steered: tuple[Number, ...] = ()
+    recovery: tuple[Number, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class TaskRecovery:
         return replace(self, steered=steered, recovery=recovery)
 
 
+@strict
 @dataclass(frozen=True)
 class RecoveryCurve:
     """Of one expert: the layers tried, R of every task at each, their mean, and the layer chosen.
@@ -58,12 +60,12 @@ class RecoveryCurve:
     note        how the choice was made, where it is not simply the best mean
     """
 
-    layers: tuple[int, ...]
-    tasks: dict[str, TaskRecovery]
-    mean: tuple[float, ...]
-    chosen: int
-    positions: str
-    max_tokens: int
+    layers: tuple[Count, ...]
+    tasks: dict[Text, TaskRecovery]
+    mean: tuple[Number, ...]
+    chosen: Count
+    positions: Text
+    max_tokens: Count
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -73,15 +75,6 @@ class RecoveryCurve:
         for name, task in self.tasks.items():
             if task.grading != "none" and (len(task.recovery) != wanted or len(task.steered) != wanted):
                 raise ValueError(f"the recovery of task {name} has {len(task.recovery)} layers, expected {wanted}")
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> RecoveryCurve:
-        """Undo `dataclasses.asdict` and JSON. Raises KeyError, TypeError or ValueError for anything else."""
-        tasks = {
-            name: TaskRecovery(**{**task, "steered": tuple(task["steered"]), "recovery": tuple(task["recovery"])})
-            for name, task in raw["tasks"].items()
-        }
-        return cls(**{**raw, "layers": tuple(raw["layers"]), "mean": tuple(raw["mean"]), "tasks": tasks})
 
     def summary(self) -> str:
         """A few lines for the terminal: every layer's mean, the chosen one marked, and what was not graded."""

@@ -15,7 +15,7 @@ import datetime
 import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,17 @@ from mergekit_wp import __version__
 from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
-from mergekit_wp.scorefile import ANCHORED, FORMAT, ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, read_scores
+from mergekit_wp.scorefile import (
+    ANCHORED,
+    FORMAT,
+    ModelId,
+    PromptStyle,
+    ScoreMeta,
+    Scores,
+    TaskMeta,
+    TaskScores,
+    read_scores,
+)  # fmt: skip
 from mergekit_wp.scoring.batches import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.directions import Directions
@@ -32,7 +42,7 @@ from mergekit_wp.scoring.gauges import gauge_of, make_gauges
 from mergekit_wp.scoring.job import ACTIVATION_SIDE, ScoringJob
 from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer, warn_of_other_ids
 from mergekit_wp.scoring.offload import free_memory
-from mergekit_wp.scoring.pairs import load_pairs, split_pairs
+from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
 from mergekit_wp.scoring.recovery import Search, check_graders, locate, usual_layer
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
@@ -60,21 +70,9 @@ def score(
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
     team, resume = team or Team(), resume or Resume()
-    checked = check_pair(job)
-    shape = checked.base.geometry
-    search = search_of(job, shape.layers) if job.layer == "auto" else None
-    asked = None if search else anchor_layer(job.layer, shape.layers)
-    if job.utility == "projection":
-        asked = shape.layers - 1
-    subset = choose_subset(job, checked)
-    pairs = split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split if job.directed else None, job.seed)
-    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
-    wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
-    tasks = tokenize_tasks(wording, pairs, checked.context_limit)
-    check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
-    warn_of_other_ids(checked, [wording.text(pair.prompt, pair.chat) for each in pairs for pair in each.scoring])
-    if search and job.directed:
-        check_graders(tasks, search)
+    ready = prepare(job)
+    checked, search, asked, subset = ready.checked, ready.search, ready.asked, ready.subset
+    tokenizer, tasks = ready.tokenizer, ready.tasks
     pair = load_pair(job, checked, team)  # only now, when nothing but the weights themselves can be wrong
     LOG.info(pair.reason)
     start = progress or (lambda _total, _what, _unit: lambda _done: None)
@@ -99,11 +97,52 @@ def score(
     finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
     names = [task.task for task in tasks]
     metas = dict(zip(names, [m for m, _s in finished], strict=True))
-    meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=wording.style)
+    meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=ready.style)
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     return Scores.from_tasks(
         meta, tables, None if subset.whole else {str(kind): mask for kind, mask in subset.masks.items()}
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job of which nothing but the weights can be wrong any more.
+
+    asked: the anchor layer, None where `search` says how it is looked for.
+    """
+
+    checked: CheckedPair
+    search: Search | None
+    asked: int | None
+    subset: Subset
+    tokenizer: Any
+    style: PromptStyle | None
+    tasks: list[TaskTokens]
+
+
+def prepare(job: ScoringJob) -> Prepared:
+    """Everything that can be checked before weights load, and what comes of it. Raises `BadInput`."""
+    checked = check_pair(job)
+    shape = checked.base.geometry
+    search = search_of(job, shape.layers) if job.layer == "auto" else None
+    asked = None if search else anchor_layer(job.layer, shape.layers)
+    if job.utility == "projection":
+        asked = shape.layers - 1
+    subset = choose_subset(job, checked)
+    pairs = pairs_of(job)
+    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
+    tasks = tokenize_tasks(wording, pairs, checked.context_limit)
+    check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
+    warn_of_other_ids(checked, [wording.text(pair.prompt, pair.chat) for each in pairs for pair in each.scoring])
+    if search and job.directed:
+        check_graders(tasks, search)
+    return Prepared(checked, search, asked, subset, tokenizer, wording.style, tasks)
+
+
+def pairs_of(job: ScoringJob) -> list[TaskPairs]:
+    """The prompts of every task, split as the job says. Raises `BadInput`."""
+    return split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split if job.directed else None, job.seed)
 
 
 def _anchors(

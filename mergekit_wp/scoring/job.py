@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ METHODS = ("writeback", "attr", "exact", "atp", "ap")
 UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
 ACTIVATION_SIDE = ("ap", "atp")
 COMPONENTS = ("all", "heads", "neurons")  # or a file
+OBJECTS = ("write", "activation")  # of the activation side
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "utility": UTILITIES,
@@ -114,8 +116,17 @@ class ScoringJob:
             optional = name == "samples"
             if not (value is None and optional) and (type(value) is not int or value < least):
                 raise BadInput(f"{name}: found {shown(value)}, expected a whole number of at least {least}.")
-        if isinstance(self.gap_floor, bool) or not isinstance(self.gap_floor, (int, float)) or self.gap_floor < 0:
+        number = isinstance(self.gap_floor, (int, float)) and not isinstance(self.gap_floor, bool)
+        if not number or not 0 <= self.gap_floor < math.inf:
             raise BadInput(f"gap_floor: found {shown(self.gap_floor)}, expected a number of at least 0.")
+        for name in ("parts", "allow_code_execution", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):  # "no" would be as good as true
+                raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected true or false.")
+        for name in ("layers", "anchor_layers"):
+            if type(getattr(self, name)) not in (str, int, type(None)):
+                raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected text such as 0-5,7.")
+        if not isinstance(self.device, str) or not self.device.strip():
+            raise BadInput(f"device: found {shown(self.device)}, expected auto, cpu or cuda:N.")
         self._check_subset()
 
     @property
@@ -145,7 +156,7 @@ class ScoringJob:
         self._check_method()
 
     def _check_method(self) -> None:
-        if self.object not in (None, "write", "activation"):
+        if self.object not in (None, *OBJECTS):
             raise BadInput(f"object: found {shown(self.object)}, expected write or activation.")
         if self.object is not None and self.method not in ACTIVATION_SIDE:
             raise BadInput(f"object: {self.method} patches weights; only ap and atp have an object, leave it out.")
@@ -156,11 +167,11 @@ class ScoringJob:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> ScoringJob:
-        """Build from YAML content; `where` names the file in errors."""
+        """Build from YAML content; `where` names the file in errors, if it is not empty."""
         known = {f.name for f in fields(cls)}
-        if unknown := [key for key in values if key not in known]:
-            raise BadInput(f"{where}: unknown field {shown(unknown[0])}; expected {', '.join(sorted(known))}.")
         try:
+            if unknown := [key for key in values if key not in known]:
+                raise BadInput(f"unknown field {shown(unknown[0])}; expected {', '.join(sorted(known))}.")
             return cls(**{"base": "", "expert": "", "pairs": "", **values})
         except BadInput as error:
             raise BadInput(f"{where}: {error.message}" if where else error.message) from error

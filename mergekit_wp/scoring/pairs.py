@@ -23,6 +23,7 @@ from mergekit_wp.scoring.graders import parse_check
 
 _FIELDS = {"task", "prompt", "contrast", "check", "chat"}
 _BUILTIN_PREFIX = "builtin:"
+_MOST_NAME = 200  # characters of a task
 _MOST_BYTES = 1 << 30  # a million long prompts
 
 
@@ -138,6 +139,11 @@ def _parse_row(line: str, where: str) -> Pair:
             raise BadInput(f"{where}: the field {name} must be a non-empty string.")
     if not isinstance(row.get("contrast"), (str, type(None))) or row.get("contrast") == "":
         raise BadInput(f"{where}: the field contrast must be a non-empty string, or absent.")
+    if not row["task"].isprintable() or len(row["task"]) > _MOST_NAME:
+        raise BadInput(
+            f"{where}: the task name {shown(row['task'])} will name tensors and lines of a table; at most {_MOST_NAME} "
+            "characters, all of them printable."
+        )
     if "/" in row["task"]:
         raise BadInput(f"{where}: the task name {shown(row['task'])} must not contain a slash.")
     if not isinstance(row.get("chat", False), bool):

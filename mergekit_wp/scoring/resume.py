@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.documents import parse_json
 from mergekit_wp.files import atomic_path, write_text
 from mergekit_wp.foreign import logger
+from mergekit_wp.records import Date, Sha256, read_record, strict
 
 LOG = logger(__name__)
 KEPT = 3  # runs with other settings whose finished layers are kept
@@ -45,9 +47,9 @@ class Resume:
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = self.root / digest[:16]
         state = _read_state(self.folder / "run.json")
-        if state.get("digest") == digest and isinstance(state.get("date"), str):
+        if state is not None and state.digest == digest:
             self.found = len(list(self.folder.glob("*.safetensors")))
-            return str(state["date"])
+            return state.date
         shutil.rmtree(self.folder, ignore_errors=True)
         write_text(self.folder / "run.json", json.dumps({"digest": digest, "date": date}))
         return date
@@ -94,9 +96,18 @@ class Resume:
         return self.folder / f"task-{task}-layer-{layer}.safetensors"
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+@strict
+@dataclass(frozen=True)
+class State:
+    """What run.json says: the digest of everything the numbers depend on, and when the run began."""
+
+    digest: Sha256
+    date: Date
+
+
+def _read_state(path: Path) -> State | None:
+    """None where there is none, or nothing that this program wrote."""
     try:
-        state = parse_json(path.read_bytes())
+        return read_record(State, parse_json(path.read_bytes()))
     except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        return None
