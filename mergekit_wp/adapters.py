@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mergekit_wp.checkpoint import Checkpoint, TensorHeader, local_folder
+from mergekit_wp.checkpoint import local_folder
 from mergekit_wp.errors import BadInput
+from mergekit_wp.references import Reference, reference_of
+from mergekit_wp.weightfiles import ADAPTER, TensorHeader, read_tensors
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -47,6 +49,13 @@ def vocabulary_rows(tensors: Mapping[str, TensorHeader]) -> int | None:
     return None
 
 
+def merge_lora(reference: Reference, cache: Path, remote_code: bool) -> Path:
+    """As `merged_folder`, of a reference with a LoRA."""
+    from mergekit.common import ModelReference
+
+    return merged_folder(ModelReference.model_validate(reference.for_mergekit()), cache, remote_code)
+
+
 def merged_folder(model: ModelReference, cache: Path, remote_code: bool, dtype: str | None = None) -> Path:
     """The folder of a LoRA merged into its base, made now unless `cache` has it: where mergekit, too, will find it.
 
@@ -57,8 +66,9 @@ def merged_folder(model: ModelReference, cache: Path, remote_code: bool, dtype: 
     folder = cache / f"{model.model._unique_id()}_{model.lora._unique_id()}"
     if folder.exists():
         return folder
-    base, adapter = (local_folder(str(path)) for path in (model.model, model.lora))
-    tensors = Checkpoint(str(model), adapter).tensors
+    sources = reference_of(model.model.model_dump(), model.lora.model_dump()).sources
+    base, adapter = map(local_folder, sources)
+    tensors = read_tensors(adapter, ADAPTER)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,20 +21,23 @@ from typing import Any
 
 from mergekit_wp import modelconfig
 from mergekit_wp.components import Geometry, text_config
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.files import read_json_mapping
+from mergekit_wp.hub import download
+from mergekit_wp.references import Reference, Source, read_reference
+from mergekit_wp.tensornames import name_trouble
+from mergekit_wp.weightfiles import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    INDEX_SUFFIX,
+    MODEL,
+    SUFFIX,
+    TensorHeader,
+    inside,
+    read_tensors,
+)
 
 _WINDOW_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor as its safetensors header describes it; `start` and `end` are byte positions in `file`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,28 @@ class Checkpoint:
     def open(cls, name: str) -> Checkpoint:
         """Open a folder, or a Hub name (`user/model`, `user/model@revision`), downloading safetensors only.
 
-        Raises `BadInput` when the folder is missing or unreadable, or holds no safetensors.
+        Raises `BadInput` when the folder is missing or unreadable, or holds no safetensors, and for a model with a
+        LoRA.
         """
-        checkpoint = cls(name, local_folder(name))
-        checkpoint.config, checkpoint.tensors  # noqa: B018  (both are cached; read now, so errors come early)
+        reference = read_reference(name)
+        reference.check()
+        if reference.lora is not None:
+            raise BadInput(
+                f"{name}: a LoRA over its base, where one whole model is wanted; merge the two first (peft's "
+                "merge_and_unload), and name that folder."
+            )
+        return cls.of(reference.model)
+
+    @classmethod
+    def of(cls, source: Source, cache: str | None = None) -> Checkpoint:
+        """As `open`, for the model of a reference; cache: the folder of the Hub's cache, None for the usual one."""
+        checkpoint = cls(str(source), local_folder(source, cache))
+        checkpoint.tensors, checkpoint.config  # noqa: B018  (both are cached; read now, so errors come early)
         return checkpoint
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return _read_json(self.folder / "config.json", "the model's config")
+        return read_json_mapping(inside(self.folder, self.folder / "config.json"), "model's config")
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
@@ -89,8 +104,21 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorHeader]:
-        """Every tensor of the model by name, from the headers of its shards."""
-        return {k: v for file in _weight_files(self.folder) for k, v in read_header(file).items()}
+        """Every tensor of the model by name, from the headers of its shards.
+
+        Raises `BadInput` unless transformers, mergekit and this package take the same tensors for the model's.
+        """
+        _check_kind(self.name, self.folder)
+        tensors = read_tensors(self.folder)
+        explicit = self.config.get("transformers_weights")
+        if explicit not in (None, f"{MODEL}{SUFFIX}", f"{MODEL}{INDEX_SUFFIX}"):
+            raise BadInput(
+                f"{self.folder / 'config.json'}: `transformers_weights` is {shown(explicit)}, which transformers would "
+                "load and mergekit would not; take the field out and call the weights model.safetensors."
+            )
+        if trouble := name_trouble(tensors, self.config):
+            raise BadInput(f"{self.name}: {trouble}")
+        return tensors
 
     @cached_property
     def nbytes(self) -> int:
@@ -114,19 +142,20 @@ class Checkpoint:
         return modelconfig.differences(self.resolved_config, base.resolved_config)
 
 
-def fingerprint_of(name: str) -> Fingerprint:
-    """The fingerprint of a model reference: `model` or `model+lora` (the way mergekit writes a LoRA).
+def fingerprint_of(reference: str | Reference, cache: str | None = None) -> Fingerprint:
+    """The fingerprint of a model, or of a model with a LoRA. cache: as for `Checkpoint.of`.
 
     A LoRA's fingerprint hashes the base's and the adapter's own files, so it does not depend on the dtype in
     which somebody merges the two. Raises `BadInput` as `Checkpoint.open` does.
     """
-    model, plus, adapter = name.partition("+")
-    base = Checkpoint.open(model).fingerprint
-    if not plus:
+    reference = read_reference(reference) if isinstance(reference, str) else reference
+    reference.check()
+    base = Checkpoint.of(reference.model, cache).fingerprint
+    if reference.lora is None:
         return base
-    folder = local_folder(adapter)
-    settings = _read_json(folder / "adapter_config.json", "the LoRA's config")
-    tensors = {k: v for file in _weight_files(folder) for k, v in read_header(file).items()}
+    folder = local_folder(reference.lora, cache)
+    settings = read_json_mapping(inside(folder, folder / ADAPTER_CONFIG), "LoRA's config")
+    tensors = read_tensors(folder, ADAPTER)
     keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     parts = [base.tensors, json.dumps([settings.get(key) for key in keys]), fingerprint_tensors(tensors)]
     return Fingerprint(base.config, _digest(parts), base.spelled)
@@ -174,96 +203,26 @@ def fingerprint_tensors(tensors: Mapping[str, TensorHeader]) -> str:
     return digest.hexdigest()
 
 
-def read_header(file: Path) -> dict[str, TensorHeader]:
-    """The header of one safetensors file: 8 bytes little-endian length, then JSON (the format's own spec).
-
-    Raises `BadInput` when the file is not safetensors or is shorter than its header says.
-    """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("the header is longer than the file")
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        headers = {
-            name: TensorHeader(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                file,
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in entries.items()
-        }
-    except OSError as error:
-        raise BadInput(f"{file}: cannot read this weight file ({error.strerror or error}).") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadInput(f"{file}: not a safetensors file ({error}); save or download it again.") from error
-    if headers and max(header.end for header in headers.values()) > size:
-        raise BadInput(f"{file}: cut short at {size} bytes; download or save it again.")
-    return headers
+def local_folder(source: Source, cache: str | None = None) -> Path:
+    """The folder behind a source; what is on the Hub is downloaded (see `hub`). Raises `BadInput`."""
+    source.check()
+    if source.kind == "folder":
+        return Path(source.path)
+    return download(source, cache)
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a reference can only mean a model on the Hub: `user/model`, and there is no such folder."""
-    path = name.partition("@")[0]
-    return not Path(path).is_dir() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-
-
-def local_folder(name: str) -> Path:
-    """The folder behind a reference; what is on the Hub is downloaded, safetensors only. Raises `BadInput`."""
-    path, _, revision = name.partition("@")
-    if Path(path).is_dir():
-        return Path(path)
-    if not is_hub_name(name):
-        raise BadInput(f"{name}: no such model folder; give a local folder or a Hub name such as user/model.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the Hub client raises many types; each means "not to be had"
-        reason = " ".join(str(error).split())[:200]
+def _check_kind(name: str, folder: Path) -> None:
+    """Raise `BadInput` for a LoRA in the place of a model, and for a model with a LoRA in its own folder."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if any((folder / f"{MODEL}{suffix}").is_file() for suffix in (SUFFIX, INDEX_SUFFIX)):
         raise BadInput(
-            f"{name}: not a local folder, and the Hub did not give it ({type(error).__name__}: {reason})."
-        ) from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model: those of the index, or the single file."""
-    for stem in ("model", "adapter_model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            weight_map = _read_json(index, "the shard index").get("weight_map") or {}
-            files = [folder / shard for shard in sorted(set(weight_map.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing or not files:
-                raise BadInput(f"{folder}: the shard {', '.join(missing) or 'list'} is missing; download it again.")
-            return files
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-    if any(folder.glob("*.bin")):
-        raise BadInput(
-            f"{folder}: holds pickled .bin weights only, which are never opened; convert them to safetensors."
+            f"{folder}: holds a model and a LoRA: transformers would lay the LoRA over the model, mergekit would not; "
+            f"put {ADAPTER_CONFIG} and {ADAPTER}{SUFFIX} into a folder of their own (MODEL+LORA then means both)."
         )
-    raise BadInput(
-        f"{folder}: no model.safetensors and no model.safetensors.index.json there; if this model comes as pickled "
-        ".bin files, which are never opened, convert it to safetensors once."
-    )
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read {what} ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise BadInput(f"{path}: {what} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: {what} must be a JSON object.")
-    return content
+    base = read_json_mapping(folder / ADAPTER_CONFIG, "LoRA's config").get("base_model_name_or_path")
+    trained = f" (its {ADAPTER_CONFIG} says {base})" if isinstance(base, str) and base.isprintable() else ""
+    raise BadInput(f"{name}: a LoRA, not a model; write BASE+{name}, BASE being the model it was trained on{trained}.")
 
 
 def _digest(parts: list[str]) -> str:

@@ -25,10 +25,12 @@ from typing import Annotated, Any
 
 import torch
 
+from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.components import Geometry
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.records import Count, Date, Number, Sha256, Text, Versions, one_of, read_record, strict
+from mergekit_wp.references import read_reference
 from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.job import CHOICES, OBJECTS
 from mergekit_wp.tensorfile import read_tensors, write_tensors
@@ -52,6 +54,15 @@ class ModelId:
     revision: Text | None
     config: Sha256
     tensors: Sha256
+
+    @classmethod
+    def of(cls, name: str, fingerprint: Fingerprint) -> ModelId:
+        """A model by the name that the user wrote. A Hub name is parted from its revision; one with a LoRA is not,
+        since it holds two models, each perhaps with a revision."""
+        reference = read_reference(name)
+        hub = reference.lora is None and reference.model.kind == "hub"
+        path, revision = (reference.model.path, reference.model.revision) if hub else (name, None)
+        return cls(path, revision, fingerprint.config, fingerprint.tensors)
 
 
 @strict

@@ -15,11 +15,12 @@ from test_merge_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_wp.adapters import adds_to_an_end, merged_folder, vocabulary_rows
-from mergekit_wp.checkpoint import Checkpoint, read_header
+from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.vocabulary import head_is_tied
+from mergekit_wp.weightfiles import read_header
 
 IDS = torch.arange(3, 20)[None]
 V = tiny.SHAPE["vocab_size"]

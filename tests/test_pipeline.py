@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.errors import BadInput
 from mergekit_wp.pipeline.cli import main
 from mergekit_wp.pipeline.plan import derived_files, hub_models, pipeline_steps, write_derived
-from mergekit_wp.pipeline.recipes import models_of, scores_of
+from mergekit_wp.pipeline.recipes import scores_of
 from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.references import recipe_models
 from mergekit_wp.scoring.job import ScoringJob
 
 MINIMAL = {
@@ -145,9 +146,9 @@ def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
     ]
     assert recipes["wp"]["parameters"] == {"scale": 2}
     assert recipes["average"]["tokenizer"] == {"source": "base"}
-    assert list(models_of(recipes["wp"])) == ["user/base", "user/b", "user/a"]
+    assert [model.text for model in recipe_models(recipes["wp"])] == ["user/base", "user/b", "user/a"]
     assert len(list(scores_of(recipes["wp"]))) == 2
-    assert hub_models(pipeline) == ["user/base", "user/a", "user/b"]
+    assert list(map(str, hub_models(pipeline))) == ["user/base", "user/a", "user/b"]
 
 
 def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
     (step,) = [step for step in pipeline_steps(pipeline) if step.stage == "merge"]
     assert step.command[:2] == ("wp-merge", str(recipe))
     assert set(step.inputs) == {recipe, Path("x/y"), Path("x/z"), Path("x/lora")}
-    assert "x/lora" in hub_models(pipeline)
+    assert "x/lora" in map(str, hub_models(pipeline))
 
 
 def test_consent_reaches_the_commands_that_need_it(tmp_path: Path) -> None:

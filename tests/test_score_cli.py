@@ -303,7 +303,7 @@ def test_missing_lora(world):
 )
 def test_model_names_in_the_score_file(name, wanted):
     from mergekit_wp.checkpoint import Fingerprint
-    from mergekit_wp.scoring.engine import _model_id
+    from mergekit_wp.scorefile import ModelId
 
-    model = _model_id(name, Fingerprint("c", "t"))
+    model = ModelId.of(name, Fingerprint("c", "t"))
     assert (model.name, model.revision) == wanted

@@ -102,7 +102,8 @@ def main(
 ) -> None:
     """Grade models on a suite of lm-eval tasks: one row a MODEL, one column a task, and their mean.
 
-    A MODEL is a local folder or a Hub name (user/model, user/model@revision); NAME=MODEL names its row. Each
+    A MODEL is a local folder or a Hub name (user/model, user/model@revision), MODEL+LORA one with a LoRA (merged
+    once, and kept under OUT/cache); NAME=MODEL names its row. Each
     model runs in a process of its own. The table is printed and written to OUT as results.json, .csv, .md and
     .html; `wp-compare` puts several of them together.
     """
@@ -198,7 +199,7 @@ def _evaluate(
 ) -> Table:
     """All checks, then model after model."""
     from mergekit_wp.eval import preflight
-    from mergekit_wp.eval.models import name_models, needs_download, open_model
+    from mergekit_wp.eval.models import name_models, open_model, takes_long
     from mergekit_wp.eval.process import measure_in_child, start_importing
     from mergekit_wp.eval.run import evaluate_model, missing_tasks
     from mergekit_wp.eval.table import Table
@@ -206,17 +207,19 @@ def _evaluate(
 
     names = name_models(references)
     trust, cache = settings.trust_remote_code, out / "cache"
-    opened = {n: open_model(n, ref, trust) for n, ref in names.items() if not needs_download(ref)}
+    opened = {n: open_model(n, ref, trust) for n, ref in names.items() if not takes_long(ref)}
     _check_baseline(baseline, names)
     tasks = ready_tasks(suite, include_path, settings.allow_code)
     preflight.check_tasks(tasks)
     for model in opened.values():
         preflight.check_model(model, tasks, settings)
     check_writable_parent(out / "results.json")
-    # Downloads only now, when everything that can be checked without them has been.
+    # Downloads and merges only now, when everything that can be checked without them has been.
     for name, reference in names.items():
         if name not in opened:
-            opened[name] = open_model(name, reference, trust)
+            if not quiet:
+                echo(f"{name}: making {reference} ready ...", err=True)
+            opened[name] = open_model(name, reference, trust, cache / "loras")
             preflight.check_model(opened[name], tasks, settings)
     models = [opened[name] for name in names]
     for model in models:

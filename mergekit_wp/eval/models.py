@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_wp.checkpoint import Checkpoint, content_digest
+from mergekit_wp.adapters import merge_lora
+from mergekit_wp.checkpoint import Checkpoint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.errors import BadInput
+from mergekit_wp.files import check_writable_parent
+from mergekit_wp.hub import is_tokenizer_file
+from mergekit_wp.references import Reference, read_reference
+from mergekit_wp.weightfiles import ADAPTER, TensorHeader, read_tensors
 
 # Beside the weights, the files that change what a model answers: the Hub's names for config, generation
 # defaults, tokenizer and chat template.
@@ -30,15 +39,20 @@ def name_models(arguments: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(_distinct_names(references), (ref for _, ref in references), strict=True))
 
 
-def needs_download(reference: str) -> bool:
-    """Whether a model may have to come from the Hub; a wrong local path is not worth such a wait."""
-    return not Path(reference).is_dir() and reference.count("/") == 1
+def takes_long(reference: str) -> bool:
+    """Whether a model may have to come from the Hub, or a LoRA to be merged; a wrong path is not worth such a wait.
+
+    Raises `BadInput` when the reference can be neither a folder nor a Hub name.
+    """
+    meaning = read_reference(reference)
+    meaning.check()
+    return meaning.lora is not None or meaning.model.kind == "hub"
 
 
 def _split(argument: str) -> tuple[str | None, str]:
-    """`NAME=MODEL` in its parts; a path that itself holds `=` and exists is a path."""
+    """`NAME=MODEL` in its parts; a model that itself holds `=` and is there is a model."""
     name, equals, reference = argument.partition("=")
-    if not equals or Path(argument).exists():
+    if not equals or all(source.kind != "missing" for source in read_reference(argument).sources):
         return None, argument
     if not name.strip() or not reference.strip():
         raise BadInput(f"{argument}: expected NAME=MODEL, with a name before `=` and a model after it.")
@@ -72,20 +86,54 @@ def _clashes(parts: tuple[str, ...], depth: int, unnamed: list[tuple[str, ...]],
     return "/".join(tail) in given or sum(other[-depth:] == tail for other in unnamed) > 1
 
 
-def open_model(name: str, reference: str, trust_remote_code: bool) -> EvalModel:
+def open_model(name: str, reference: str, trust_remote_code: bool, loras: Path | None = None) -> EvalModel:
     """Identify a model by all its bytes, and see that config and tokenizer load; a Hub model is fetched first.
 
-    Raises `BadInput`.
+    loras: where a LoRA merged into its base is kept. Raises `BadInput`.
     """
-    checkpoint = Checkpoint.open(reference)
-    folder = checkpoint.folder
-    _check_loadable(reference, folder, trust_remote_code)
+    meaning = read_reference(reference)
+    if meaning.lora is not None and loras is not None:
+        meaning.check()
+        checkpoint = Checkpoint.open(str(_merged(meaning, loras, trust_remote_code)))
+    else:
+        checkpoint = Checkpoint.open(reference)
+    _check_loadable(reference, checkpoint.folder, trust_remote_code)
+    digest = _digest(checkpoint.tensors, checkpoint.folder)
+    return EvalModel(name, reference, checkpoint.folder, digest)
+
+
+def _digest(tensors: Mapping[str, TensorHeader], folder: Path) -> str:
+    """SHA-256 of all that changes what a model answers."""
     # Every byte, not the samples of a fingerprint: two merges may differ in the rows of one head.
-    digest = hashlib.sha256(content_digest(checkpoint.tensors).encode())
+    digest = hashlib.sha256(content_digest(tensors).encode())
     for path in sorted({path for pattern in _ANSWERING_FILES for path in folder.glob(pattern)}):
         if not path.name.endswith(".index.json"):  # a re-sharded copy is the same model
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return EvalModel(name, reference, folder, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
+    """The folder below `loras` of a LoRA merged into its base, merged now unless it was before.
+
+    The weights are those that are scored. The tokenizer is the LoRA's own where it has one (with it come a chat
+    template and added tokens), else the base's, as for an expert that is a whole model.
+    """
+    assert meaning.lora is not None
+    base, lora = Checkpoint.of(meaning.model), local_folder(meaning.lora)
+    fingerprint_of(meaning)  # says what is wrong with either before the long work
+    parts = _digest(base.tensors, base.folder) + _digest(read_tensors(lora, ADAPTER), lora)
+    target = loras / hashlib.sha256(parts.encode()).hexdigest()[:32]
+    if target.is_dir():
+        return target
+    check_writable_parent(target)
+    owner = lora if (lora / "tokenizer_config.json").is_file() else base.folder
+    with tempfile.TemporaryDirectory(dir=loras, prefix=".partial-") as work:
+        merged = merge_lora(meaning, Path(work), trust_remote_code)
+        for path in owner.iterdir():
+            if is_tokenizer_file(path.name) and path.is_file():
+                shutil.copyfile(path, merged / path.name)
+        os.replace(merged, target)
+    return target
 
 
 def _check_loadable(reference: str, folder: Path, trust_remote_code: bool) -> None:

@@ -23,6 +23,7 @@ from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.eval.words import check_word_lists
 from mergekit_wp.scoring.offload import free_memory, parameter_bytes
 from mergekit_wp.vocabulary import head_against_config
+from mergekit_wp.weightfiles import strays
 
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
 # vllm/v1/attention/backends/cpu_attn.py of vLLM 0.32, which finds out only at the first prompt (`make test-vllm`
@@ -67,6 +68,11 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
 
     config = AutoConfig.from_pretrained(str(model.folder), trust_remote_code=settings.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(str(model.folder), trust_remote_code=settings.trust_remote_code)
+    if settings.backend.name == "vllm" and (others := strays(model.folder)):
+        raise BadInput(
+            f"{model.reference}: vLLM would load {others[0]} beside model.safetensors, and take its tensors for the "
+            "model's; move it out of the folder, or run with --backend hf."
+        )
     for task in tasks:
         if task.spec.apply_chat_template and not tokenizer.chat_template:
             raise BadInput(

@@ -25,7 +25,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
-from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor
+from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.token_ids import differences, listed
@@ -37,6 +37,7 @@ from mergekit_wp.vocabulary import (
     head_is_tied,
     head_of,
 )
+from mergekit_wp.weightfiles import ADAPTER, read_tensors
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -134,9 +135,9 @@ def _check_ends(plan: MergePlan, tensor: PlannedTensor) -> None:
 
 def _check_adapter(plan: MergePlan, model: ModelReference) -> None:
     """A LoRA's factors on one end of a model that has one tensor for both: mergekit would merge them into both."""
-    if not model.lora or not adds_to_an_end(Checkpoint(str(model), plan.published(model)).tensors):
+    if not model.lora or not adds_to_an_end(read_tensors(plan.published(model), ADAPTER)):
         return
-    if head_is_tied(Checkpoint.open(str(model.model))):
+    if head_is_tied(Checkpoint.of(meaning_of(model).model)):
         raise BadInput(
             f"{model}: this LoRA adds to the embeddings or the output head of its base, where these are one tensor, "
             "and would change both; score and merge it over a copy of the base that stores lm_head.weight as well and "

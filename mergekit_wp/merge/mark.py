@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
-from mergekit_wp.checkpoint import content_digest, read_header
+from mergekit_wp.checkpoint import content_digest
 from mergekit_wp.digests import sha256_of
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.records import Count, Date, Number, Sha256, Text, Versions, read_record, strict
+from mergekit_wp.weightfiles import read_header
 
 if TYPE_CHECKING:
     from mergekit_wp.merge.plan import MergePlan

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.autoload import METHODS
-from mergekit_wp.checkpoint import Checkpoint, Fingerprint, TensorHeader, fingerprint_of, local_folder, read_header
+from mergekit_wp.checkpoint import Checkpoint, Fingerprint, fingerprint_of, local_folder
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.shares import scores_beside
+from mergekit_wp.references import Reference, reference_of
 from mergekit_wp.vocabulary import head_is_tied, head_of
+from mergekit_wp.weightfiles import TensorHeader, read_header
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -142,7 +144,11 @@ class MergePlan:
 
     def fingerprint(self, model: ModelReference) -> Fingerprint:
         """Of a LoRA: of base and adapter as published, not of whatever the two were merged into."""
-        return fingerprint_of(str(model)) if model.lora else self.checkpoints[model].fingerprint
+        from mergekit.io.tasks import LoaderCache
+
+        if model.lora is None:
+            return self.checkpoints[model].fingerprint
+        return fingerprint_of(meaning_of(model), LoaderCache().hf_cache_dir)
 
 
 def merge_tasks(
@@ -248,9 +254,17 @@ def _input_names(task: ExecuteMergeMethodTask) -> tuple[dict[ModelReference, lis
     return names, gather.dtype
 
 
+def meaning_of(model: ModelReference) -> Reference:
+    """What a model of mergekit's means: its parts as they are, with nothing left to divide."""
+    return reference_of(model.model.model_dump(), model.lora.model_dump() if model.lora else None)
+
+
 def _own_folder(model: ModelReference, checkpoint: Checkpoint) -> Path:
     """Where the expert as published lies: of `base+lora` the LoRA, not what mergekit merges the two into."""
-    return local_folder(str(model).partition("+")[2]) if model.lora else checkpoint.folder
+    from mergekit.io.tasks import LoaderCache
+
+    lora = meaning_of(model).lora
+    return local_folder(lora, LoaderCache().hf_cache_dir) if lora else checkpoint.folder
 
 
 def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:
@@ -259,5 +273,13 @@ def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:
 
     if is_file:
         path = Path(model.model.path)
+        if set("@+") & set(str(path)):
+            raise BadInput(f"{path}: mergekit-pytorch cannot take a path that holds `@` or `+`; rename it.")
         return WeightFile(str(path), path.parent)
+    if (model.lora or model.model.revision) and Path(str(model)).is_dir():
+        other = f"the model {model.model}" + (f" with the LoRA {model.lora}" if model.lora else "")
+        raise BadInput(
+            f"{model}: there is a folder of this name, and mergekit reads {other} instead; write the folder as "
+            f"`{{model: {{path: {model}}}}}` in the recipe, or merge with wp-merge, which takes the folder."
+        )
     return Checkpoint(str(model), Path(LoaderCache().get(model).index.base_path))

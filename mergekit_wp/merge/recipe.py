@@ -15,10 +15,10 @@ from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
-from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, read_plan
+from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, meaning_of, read_plan
+from mergekit_wp.references import Reference, with_recipe_models
 
 if TYPE_CHECKING:
-    from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
@@ -66,10 +66,10 @@ class Recipe:
 
     def reads(self) -> list[str]:
         """Every file and folder that the recipe names, LoRAs on their own, and Hub names as they are."""
-        models = [str(model) for model in self.config().referenced_models()]
+        models = [meaning_of(model) for model in self.config().referenced_models()]
         files = [parameters.get(name) for parameters in _parameters(self.content) for name in _FILES]
-        lone = [part for model in models for part in model.split("+")]
-        return [*models, *lone, *(file for file in files if isinstance(file, str))]
+        parts = [str(source) for model in models for source in model.sources]
+        return [*parts, *(file for file in files if isinstance(file, str))]
 
     def prepare(self, options: MergeOptions, *, merge_loras: bool) -> None:
         """Open every model the way mergekit will, so that a missing or pickled one is refused at once.
@@ -79,17 +79,20 @@ class Recipe:
         from mergekit.common import ModelReference
         from mergekit.io.tasks import LoaderCache
 
+        from mergekit_wp.merge.seams import download_alike  # which reads the stock command's recipes
+
+        download_alike()
         cache = LoaderCache()
         cache.setup(options)
         for model in self.config().referenced_models():
-            bare = ModelReference(model=model.model)
-            folder = self._local_path(bare, options)
-            checkpoint = Checkpoint(str(model), Path(folder))
-            checkpoint.config, checkpoint.tensors  # noqa: B018  (reading them refuses what cannot be merged)
+            reference = meaning_of(model)
+            reference.check()
+            Checkpoint.of(reference.model, options.transformers_cache)  # refuses what cannot be merged
             if model.lora and merge_loras:
                 merged_folder(model, Path(cache.lora_cache_dir or ""), cache.trust_remote_code, cache.lora_merge_dtype)
                 self._by_mergekit(lambda model=model: cache.get(model))  # type: ignore[misc]
             elif model.lora:
+                bare = ModelReference(model=model.model)
                 cache.loaders[model] = bare.lazy_loader(cache_dir=options.transformers_cache)
 
     def plan(self, out: Path, options: MergeOptions) -> MergePlan:
@@ -113,15 +116,6 @@ class Recipe:
 
         planned: MergePlan = self._by_mergekit(plan)
         return planned
-
-    def _local_path(self, model: ModelReference, options: MergeOptions) -> str:
-        try:
-            return model.local_path(cache_dir=options.transformers_cache)
-        except Exception as error:  # the Hub client raises many types; each means "not to be had"
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(
-                f"{model}: no such model folder, and the Hub did not give it ({type(error).__name__}: {reason})."
-            ) from error
 
     def _by_mergekit(self, step: Callable[[], Any]) -> Any:
         """Run a step of mergekit's own planning; what it finds wrong with the recipe becomes one sentence."""
@@ -155,7 +149,7 @@ def read_recipe(path: str, text: str | None = None) -> Recipe:
                     parameters[name] = str(beside)
     if text is None:
         text = Path(path).read_text(encoding="utf-8")
-    return Recipe(Path(path), text, _absolute_models(content))
+    return Recipe(Path(path), text, with_recipe_models(content, _for_mergekit))
 
 
 def check_stock_recipe() -> None:
@@ -171,22 +165,9 @@ def check_stock_recipe() -> None:
             read_recipe(path)
 
 
-def _absolute_models(node: Any) -> Any:
-    """The recipe with local model folders made absolute.
-
-    For a relative one of fewer than two slashes, mergekit asks the Hub when it writes the model card, and without
-    a network it stops there: after the merge, before the tokenizer is copied.
-    """
-    if isinstance(node, list):
-        return [_absolute_models(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: "+".join(os.path.abspath(part) if os.path.isdir(part) else part for part in value.split("+"))
-        if key in ("model", "base_model") and isinstance(value, str)
-        else _absolute_models(value)
-        for key, value in node.items()
-    }
+def _for_mergekit(meaning: Reference, value: Any) -> dict[str, Any]:
+    """The mapping that mergekit cannot misread, with whatever else the recipe says in one."""
+    return {**(value if isinstance(value, dict) else {}), **meaning.for_mergekit()}
 
 
 def _parameters_of(path: str, method: Any) -> tuple[str, ...]:

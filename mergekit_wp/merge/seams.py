@@ -11,6 +11,8 @@ base's rows, the source's name, the output dtype and the score files that were f
 on, and a tied LM head is not written.
 
 `install` is called by a method itself when mergekit first asks it to validate a recipe.
+
+`download_alike` is for wp-merge alone: `ModelReference.local_path` gets from the Hub what scoring gets.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp.checkpoint import local_folder
 from mergekit_wp.components import is_vocabulary
 from mergekit_wp.errors import enough_memory
 from mergekit_wp.merge.checks import check_inputs, check_plan
-from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
+from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, meaning_of, merge_tasks, read_plan, read_task
 from mergekit_wp.merge.recipe import check_stock_recipe
 from mergekit_wp.vocabulary import align_rows
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _installed = False
+_downloading = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,31 @@ def install() -> None:
             FinalizeModel.arguments = _checking(FinalizeModel.arguments)
             ExecuteMergeMethodTask.execute = _adapting(ExecuteMergeMethodTask.execute)
             _installed = True
+
+
+def download_alike() -> None:
+    """Let mergekit take models from the Hub by our own helper; idempotent.
+
+    Its own would take every .safetensors of a repository: other formats' copies and training checkpoints too.
+    """
+    global _downloading
+    from mergekit.common import ModelReference
+
+    with _lock:
+        if not _downloading:
+            ModelReference.local_path = _downloaded(ModelReference.local_path)
+            _downloading = True
+
+
+def _downloaded(original: Callable[..., str]) -> Callable[..., str]:
+    @wraps(original)
+    def local_path(self: Any, cache_dir: str | None = None, ignore_lora: bool = False) -> str:
+        source = meaning_of(self).model
+        if source.kind == "folder":
+            return original(self, cache_dir, ignore_lora)
+        return str(local_folder(source, cache_dir))
+
+    return local_path
 
 
 def _checking(original: Callable[..., Any]) -> Callable[..., Any]:

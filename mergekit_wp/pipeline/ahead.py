@@ -18,6 +18,7 @@ import click
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.pipeline.step import Step
+from mergekit_wp.references import read_reference
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _score(step: Step, ahead: Ahead) -> None:
     typed = _typed(main, step)
     given = {item.name: typed[item.name] for item in fields(ScoringJob) if typed.get(item.name) is not None}
     job = ScoringJob.from_mapping({**ahead.mapping(Path(typed["job_file"]), "scoring job"), **given}, where="")
-    if ahead.at_hand(job.base, *job.expert.split("+"), job.expert):
+    if ahead.at_hand(job.base, *map(str, read_reference(job.expert).sources)):
         prepare(job)
     else:
         pairs_of(job)
@@ -77,14 +78,15 @@ def _merge(step: Step, ahead: Ahead) -> None:
     from mergekit_wp.merge import register
     from mergekit_wp.merge.checks import check_plan, check_room
     from mergekit_wp.merge.cli import main
+    from mergekit_wp.merge.plan import meaning_of
     from mergekit_wp.merge.recipe import read_recipe
 
     typed = _typed(main, step)
     register()
     path, out = Path(typed["recipe"]), Path(typed["out_path"]).absolute()
     recipe = read_recipe(str(path), ahead.texts.get(path))
-    models = {part for model in recipe.config().referenced_models() for part in (str(model), *str(model).split("+"))}
-    if not ahead.at_hand(*models):
+    models = [meaning_of(model) for model in recipe.config().referenced_models()]
+    if not ahead.at_hand(*(str(source) for model in models for source in model.sources)):
         return
     options = MergeOptions(**{name: value for name, value in typed.items() if name in MergeOptions.model_fields})
     recipe.prepare(options, merge_loras=False)
@@ -104,8 +106,10 @@ def _evaluate(step: Step, ahead: Ahead) -> None:
     from mergekit_wp.eval.cli import check_asked, main
 
     for model in check_asked(_typed(main, step)).values():
-        if ahead.at_hand(model):
-            Checkpoint.open(model)
+        meaning = read_reference(model)
+        if ahead.at_hand(*map(str, meaning.sources)):
+            meaning.check()
+            Checkpoint.of(meaning.model)
 
 
 def _push(step: Step, ahead: Ahead) -> None:

@@ -27,6 +27,7 @@ from mergekit_wp.pipeline.plan import (
 )
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
 from mergekit_wp.pipeline.step import Stamps, Step
+from mergekit_wp.references import Source
 
 _LOCK = Path(".steps") / "lock"
 
@@ -116,7 +117,7 @@ def look_ahead(pipeline: Pipeline, due: Collection[Step], *, network: bool) -> N
     """Check what is due as its stages would. Raises `BadInput`, naming the pipeline's file and field; of several
     troubles for the last, after the others were printed."""
     made = frozenset(path for step in due for path in step.outputs)
-    absent = frozenset(absent_models(pipeline))
+    absent = frozenset(map(str, absent_models(pipeline)))
     troubles = troubles_of(list(due), Ahead(derived_files(pipeline), made, absent, network))
     for trouble in troubles[:-1]:
         echo(f"Error: {pipeline.file}: {trouble}", err=True)
@@ -136,11 +137,11 @@ def show_plan(steps: Sequence[Step], due: Mapping[Step, str]) -> None:
             echo(f"      $ {step.text()}", fg="cyan")
 
 
-def _fetch(names: Sequence[str]) -> None:
+def _fetch(sources: Sequence[Source]) -> None:
     """Get models from the Hub before anything else, so that a missing one is known at once."""
-    for name in names:
-        echo(f"{name}: fetching what of it is not here yet ...", err=True)
-        local_folder(name)
+    for source in sources:
+        echo(f"{source}: fetching what of it is not here yet ...", err=True)
+        local_folder(source)
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from mergekit_wp.checkpoint import Checkpoint, is_hub_name
+from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.plan import WP
-from mergekit_wp.pipeline.recipes import build_recipe, models_of, scores_of
+from mergekit_wp.pipeline.recipes import build_recipe, scores_of
 from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline
 from mergekit_wp.pipeline.step import Step
+from mergekit_wp.references import Reference, Source, read_reference, recipe_models
 
 STAGES = ("score", "merge", "evaluate", "push")
 
@@ -54,17 +55,17 @@ def write_derived(pipeline: Pipeline) -> None:
             write_text(path, text)
 
 
-def hub_models(pipeline: Pipeline) -> list[str]:
-    """The models that are names on the Hub rather than folders."""
-    recipes = [m for merge in pipeline.merges.values() if merge.recipe for m in models_of(_read_recipe(merge.recipe))]
-    named = [pipeline.base, *(e.model for e in pipeline.experts.values()), *recipes]
-    parts = dict.fromkeys(part for name in named for part in name.split("+"))
-    return [part for part in parts if is_hub_name(part)]
+def hub_models(pipeline: Pipeline) -> list[Source]:
+    """The models that are on the Hub rather than in folders."""
+    named = [read_reference(name) for name in (pipeline.base, *(e.model for e in pipeline.experts.values()))]
+    for merge in pipeline.merges.values():
+        named += recipe_models(_read_recipe(merge.recipe)) if merge.recipe else ()
+    return [source for source in dict.fromkeys(s for model in named for s in model.sources) if source.kind == "hub"]
 
 
-def absent_models(pipeline: Pipeline) -> list[str]:
+def absent_models(pipeline: Pipeline) -> list[Source]:
     """Those of them whose weights are not, or not all, on this machine."""
-    return [name for name in hub_models(pipeline) if not _here(_folder(name))]
+    return [source for source in hub_models(pipeline) if not _here(_folder(source))]
 
 
 def _here(folder: Path) -> bool:
@@ -121,7 +122,7 @@ def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
     command = ["wp-score", str(job), "--out", str(scores), *pipeline.flags["score"]]
     if allow_code and (expert.scoring or {}).get("layer") == "auto":
         command.append("--allow-code-execution")
-    inputs = [job, *_folders([pipeline.base, expert.model])]
+    inputs = [job, *_folders(map(read_reference, (pipeline.base, expert.model)))]
     pairs = (expert.scoring or {}).get("pairs")
     if isinstance(pairs, str) and ":" not in pairs:
         inputs.append(Path(pairs))
@@ -137,7 +138,7 @@ def _merge_step(pipeline: Pipeline, name: str) -> Step:
         raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
     scores = [_beside(path, recipe) for path in scores_of(content)]
     command = ["wp-merge", str(recipe), str(merged), "--quiet", *pipeline.flags["merge"]]
-    inputs = [recipe, *scores, *_folders(models_of(content))]
+    inputs = [recipe, *scores, *_folders(recipe_models(content))]
     title = f"Merge {name} by {content.get('merge_method')}"
     return _step(f"merge-{name}", "merge", title, command, inputs, (merged,), ("merge",))
 
@@ -151,7 +152,11 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     command += ["--include-path", str(how.include_path)] if how.include_path else []
     command += ["--allow-code-execution"] if allow_code else []
     command += ["--out", str(out), *pipeline.flags["evaluate"]]
-    inputs = [how.suite, *([how.include_path] if how.include_path else []), *_folders(rows.values())]
+    inputs = [
+        how.suite,
+        *([how.include_path] if how.include_path else []),
+        *_folders(map(read_reference, rows.values())),
+    ]
     outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
     return _step(
         "evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox", "miniature")
@@ -189,22 +194,20 @@ def _step(
     return Step(name, stage, title, tuple(command), tuple(dict.fromkeys(inputs)), outputs, code)
 
 
-def _folders(models: Iterable[str]) -> list[Path]:
+def _folders(models: Iterable[Reference]) -> list[Path]:
     """Where the files of models lie: folders as they are, Hub names as the snapshot in the cache (or the name)."""
-    return [_folder(part) for model in models for part in model.split("+")]
+    return [_folder(source) for model in models for source in model.sources]
 
 
-def _folder(name: str) -> Path:
-    if not is_hub_name(name):
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
+def _folder(source: Source) -> Path:
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
 
-    repo, _, revision = name.partition("@")
-    for file in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(repo, file, revision=revision or None)
-        if isinstance(found, str):
-            return Path(found).parent
-    return Path(name)
+        for file in ("config.json", "adapter_config.json"):
+            found = try_to_load_from_cache(source.path, file, revision=source.revision)
+            if isinstance(found, str):
+                return Path(found).parent
+    return Path(str(source))
 
 
 def _beside(name: str, recipe: Path) -> Path:

@@ -35,11 +35,6 @@ def build_recipe(
     return content | {"out_dtype": out_dtype}
 
 
-def models_of(recipe: Any) -> Iterator[str]:
-    """Every model that a recipe names, base and LoRAs too, wherever mergekit allows one."""
-    yield from _values(recipe, ("model", "base_model"))
-
-
 def scores_of(recipe: Any) -> Iterator[str]:
     """Every score file that a recipe names."""
     yield from _values(recipe, ("scores",))

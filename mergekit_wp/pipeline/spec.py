@@ -28,6 +28,7 @@ from typing import Any
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.foreign import file_part
+from mergekit_wp.references import read_reference
 
 BASE = "base"
 """The base's name among the rows of the table."""
@@ -272,9 +273,14 @@ def _text(where: str, value: Any) -> str:
 
 
 def _model(name: str, file: Path) -> str:
-    """A model reference; a folder beside the pipeline file is named from the working directory."""
-    beside = file.parent / name
-    return str(beside) if not os.path.exists(name) and os.path.isdir(beside) else name
+    """A model reference; folders beside the pipeline file are named from the working directory."""
+    reference = read_reference(name)
+    whole = reference.lora is None or os.path.isdir(file.parent / name)
+    parts = [name] if whole else [str(source) for source in reference.sources]
+    found = ((part, file.parent / part) for part in parts)
+    return "+".join(
+        str(beside) if not os.path.exists(part) and os.path.isdir(beside) else part for part, beside in found
+    )
 
 
 def _found(name: Any, file: Path, where: str, must_exist: bool = True) -> Path:

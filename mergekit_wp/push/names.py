@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.push.parents import Parent, is_hub_name
+from mergekit_wp.push.parents import Parent
+from mergekit_wp.references import is_hub_name, read_reference
 
 # An absolute path of some machine, POSIX or Windows, as a whole text or within one; addresses are none.
 _ROOT = r"(?:file:/+|~?/|[A-Za-z]:[\\/]|\\\\)"
@@ -29,11 +30,11 @@ class Names:
         """scores: path of a score file as the recipe has it -> its path in the repository."""
         self._published = {str(folder): repo_id, str(folder.absolute()): repo_id, **scores}
         for parent in parents:
-            path = parent.reference.partition("@")[0]
+            path = read_reference(parent.reference).model.path
             shown = parent.shown + (f"@{parent.revision}" if parent.hub and parent.revision else "")
             self._published |= {path: parent.shown, os.path.abspath(path): parent.shown, parent.reference: shown}
         # A score file may know a parent by the place where it lay then.
-        last = [Path(parent.reference.partition("@")[0]).name for parent in parents]
+        last = [Path(read_reference(parent.reference).model.path).name for parent in parents]
         self._by_last = {n: p.shown for n, p in zip(last, parents, strict=True) if last.count(n) == 1}
 
     def learn(self, reference: str, published: str) -> None:
@@ -42,13 +43,14 @@ class Names:
 
     def of(self, reference: str) -> str:
         """A model, a LoRA (`model+lora`) or a path: its published name, else its last part; Hub names stay."""
-        if "+" in reference and reference not in self._published and not os.path.exists(reference):
-            return "+".join(map(self.of, reference.split("+")))
+        meaning = read_reference(reference) if reference.strip() else None
+        if meaning and meaning.lora and reference not in self._published:
+            return "+".join(self.of(str(source)) for source in meaning.sources)
         for known in (reference, os.path.abspath(reference) if reference else ""):
             if known in self._published:
                 return self._published[known]
-        path = reference.partition("@")[0]
-        if is_hub_name(path) or not _is_path(reference):
+        path = meaning.model.path if meaning else reference
+        if is_hub_name(reference) or not _is_path(reference):
             return reference
         return self._by_last.get(_last(path), _last(path))
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import one_line
 from mergekit_wp.push.licences import Licence
+from mergekit_wp.references import Source, recipe_models
 
 # huggingface_hub's cache: .../models--USER--NAME/snapshots/<commit>
 _SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$")
@@ -41,24 +42,20 @@ def find_parents(recipe: dict[str, Any], given: Sequence[str]) -> list[Parent]:
 
     Raises `BadInput` for a malformed one, and for one whose folder is no parent's.
     """
-    base = str(recipe.get("base_model") or "").partition("+")[0]
-    references = dict.fromkeys([*([base] if base else []), *_references(recipe)])
+    base = next(recipe_models({key: value for key, value in recipe.items() if key == "base_model"}), None)
+    sources = dict.fromkeys([*([base.model] if base else []), *(s for m in recipe_models(recipe) for s in m.sources)])
+    references = {str(source): source for source in sources}
     mapping, unused = dict(_split(text) for text in given), {text.partition("=")[0] for text in given}
     parents: list[Parent] = []
-    for reference in references:
-        key = next((key for key in mapping if _same(key, reference)), None)
+    for source in references.values():
+        key = next((key for key in mapping if _same(key, source)), None)
         unused.discard(key or "")
         taken = {parent.shown for parent in parents}
-        role = "base" if reference == base else "expert"
-        parents.append(_parent(reference, role, mapping.get(key or ""), taken))
+        role = "base" if base and source == base.model else "expert"
+        parents.append(_parent(source, role, mapping.get(key or ""), taken))
     if unused:
         raise BadInput(f"--parent {sorted(unused)[0]}: the recipe has no such model; it has {', '.join(references)}.")
     return parents
-
-
-def is_hub_name(text: str) -> bool:
-    """Whether a reference is a Hub's USER/NAME (and no folder of this machine)."""
-    return _HUB_NAME.fullmatch(text) is not None and not os.path.exists(text) and not text.startswith(".")
 
 
 def licence_of(parent: Parent, api: Any | None) -> Licence:
@@ -102,21 +99,6 @@ def _on_hub(parent: Parent, api: Any) -> Licence:
     return replace(_stated(data, "its card on the Hub", parent), gated=bool(info.gated))
 
 
-def _references(node: Any) -> Iterator[str]:
-    """Every model named under `base_model:` and `model:`, a LoRA on its own (`model+lora` are two)."""
-    if isinstance(node, list):
-        for item in node:
-            yield from _references(item)
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("model", "base_model", "lora") and isinstance(value, str):
-                yield from value.split("+")
-            elif key in ("model", "base_model", "lora") and isinstance(value, dict) and "path" in value:
-                yield str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
-            else:
-                yield from _references(value)
-
-
 def _split(text: str) -> tuple[str, str]:
     folder, equals, hub = text.partition("=")
     if not equals or not folder or _HUB_NAME.fullmatch(hub) is None:
@@ -124,24 +106,23 @@ def _split(text: str) -> tuple[str, str]:
     return folder, hub
 
 
-def _same(key: str, reference: str) -> bool:
-    path = reference.partition("@")[0]
-    return key in (reference, path, Path(path).name) or os.path.abspath(key) == os.path.abspath(path)
+def _same(key: str, source: Source) -> bool:
+    return key in (str(source), source.path, Path(source.path).name) or (
+        os.path.abspath(key) == os.path.abspath(source.path)
+    )
 
 
-def _parent(reference: str, role: str, given: str | None, taken: set[str]) -> Parent:
-    path, _, revision = reference.partition("@")
-    folder = Path(path) if os.path.isdir(path) else None
-    hub = given
-    if hub is None and folder is not None and (match := _SNAPSHOT.search(str(folder.resolve()))):
+def _parent(source: Source, role: str, given: str | None, taken: set[str]) -> Parent:
+    path, revision = source.path, source.revision
+    folder = Path(path) if source.kind == "folder" else None
+    hub = given or (path if source.kind == "hub" else None)
+    if given is None and folder is not None and (match := _SNAPSHOT.search(str(folder.resolve()))):
         hub, revision = f"{match[1]}/{match[2]}", match[3]
-    if hub is None and folder is None and is_hub_name(path):
-        hub = path
     shown = hub or Path(path).name or "model"
     number = 2
     while hub is None and shown in taken:
         shown, number = f"{Path(path).name}-{number}", number + 1
-    return Parent(reference, role, hub, revision or None, folder, shown)
+    return Parent(str(source), role, hub, revision, folder, shown)
 
 
 def _local_cards(parent: Parent) -> Iterator[Path]:

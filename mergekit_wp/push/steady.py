@@ -8,12 +8,12 @@ repository, the check of a card's metadata, or the commit. `steady` is for those
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.hub import clean
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 _AGAIN = (408, 429, 500, 502, 503, 504)
@@ -88,18 +88,6 @@ def explain(error: BaseException, repo_id: str, endpoint: str) -> BadInput:
         where = f"{disk.filename}: " if disk.filename else ""
         return BadInput(f"{where}cannot be read from the disk ({disk.strerror or disk}); mend it and {again}: {reason}")
     return BadInput(f"{repo_id}: the upload stopped ({type(error).__name__}: {reason}).")
-
-
-def clean(text: str) -> str:
-    """`text` in one line, without the token and without the signatures of upload addresses."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if token:
-        text = text.replace(token, "<token>")
-    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
-    text = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]+", r"\1?...", text)
-    return " ".join(text.split())[:400]
 
 
 class _Clean(logging.Filter):

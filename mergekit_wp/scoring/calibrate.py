@@ -114,7 +114,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
         tick = progress(len(blocks) * stack.depth, "measuring", "block layer") if progress else lambda _done: None
         means = mean_inputs(stack, list(batches(blocks, how["batch_size"], stack)), tick)
     fingerprint = checkpoint.fingerprint
-    identity = ModelId(base, base.partition("@")[2] or None, fingerprint.config, fingerprint.tensors)
+    identity = ModelId.of(base, fingerprint)
     versions = {name: importlib.metadata.version(name) for name in ("mergekit-wp", "torch", "transformers")}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = Calibration(

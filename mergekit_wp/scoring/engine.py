@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from mergekit_wp import __version__
-from mergekit_wp.checkpoint import Fingerprint
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
 from mergekit_wp.scorefile import (
@@ -327,8 +326,8 @@ def _meta(
     asked = {name: getattr(job, name) for name in ("components", "layers", "top", "rank")}
     partial = job.components != "all" or job.layers is not None or job.top is not None
     return ScoreMeta(
-        base=_model_id(job.base, checked.base_print),
-        expert=_model_id(job.expert, checked.expert_print),
+        base=ModelId.of(job.base, checked.base_print),
+        expert=ModelId.of(job.expert, checked.expert_print),
         geometry=pair.geometry,
         tasks=tasks,
         method=job.method,
@@ -345,9 +344,3 @@ def _meta(
         subset=asked if partial else None,
         object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
     )
-
-
-def _model_id(name: str, fingerprint: Fingerprint) -> ModelId:
-    # A LoRA's name holds two models, each perhaps with a revision: it stays whole.
-    path, _, revision = (name, "", "") if "+" in name else name.partition("@")
-    return ModelId(path, revision or None, fingerprint.config, fingerprint.tensors)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.references import read_reference
 
 PLAIN = "{prompt}"
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
@@ -138,7 +139,7 @@ class ScoringJob:
         """Everything that the job reads, models too, as it names them: paths, and names that are no paths here."""
         ranking = [str(self.top[1])] if self.top else []
         listed = [] if self.components in COMPONENTS else [self.components]
-        return [self.base, self.expert, *self.expert.split("+"), self.pairs, *ranking, *listed]
+        return [self.base, self.expert, *map(str, read_reference(self.expert).sources), self.pairs, *ranking, *listed]
 
     def _check_subset(self) -> None:
         if self.top is not None:

@@ -6,14 +6,15 @@ transposed layers are peft's own. What a sum onto single weights cannot express 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mergekit_wp.adapters import vocabulary_rows
-from mergekit_wp.checkpoint import Checkpoint, local_folder
 from mergekit_wp.errors import BadInput
+from mergekit_wp.weightfiles import ADAPTER, read_tensors
 
 _RESIDENT = "use --offload none, which merges it whole"
 # Beside the rank and alpha: settings that change more than W + scaling * B A does, with the values that do not.
@@ -32,7 +33,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class Adapter:
-    """The LoRA `adapter` (a folder or a Hub name), its factors on `device` in float32."""
+    """The LoRA `adapter` in a folder, its factors on `device` in float32."""
 
     def __init__(self, name: str, adapter: str, skeleton: nn.Module, device: torch.device):
         """Put the LoRA over `skeleton`, a model without weights that is spoilt by it; `name` is used in errors.
@@ -69,19 +70,17 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
     from peft import PeftConfig, PeftModel
     from peft.tuners.lora import Embedding, Linear, LoraLayer
 
-    path, _, revision = adapter.partition("@")
-    at: dict[str, Any] = {"revision": revision} if revision else {}
     # peft moves factors to where the base's weights are: there, but one zero seen in every place.
     zero = torch.zeros((), device=device)
     skeleton.load_state_dict(
         {key: zero.expand(value.shape) for key, value in skeleton.state_dict().items()}, assign=True
     )
     try:
-        config = PeftConfig.from_pretrained(path, **at)
+        config = PeftConfig.from_pretrained(adapter)
         _check_plain(name, config)
         _check_rows(name, adapter, skeleton)
         model: Any = PeftModel.from_pretrained(
-            skeleton, path, config=config, low_cpu_mem_usage=True, torch_device=str(device), **at
+            skeleton, adapter, config=config, low_cpu_mem_usage=True, torch_device=str(device)
         )
     except BadInput:
         raise
@@ -109,7 +108,7 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
 
 
 def _check_rows(name: str, adapter: str, skeleton: Any) -> None:
-    rows, own = vocabulary_rows(Checkpoint(name, local_folder(adapter)).tensors), skeleton.config.vocab_size
+    rows, own = vocabulary_rows(read_tensors(Path(adapter), ADAPTER)), skeleton.config.vocab_size
     if rows not in (None, own):
         raise BadInput(
             f"{name}: the LoRA was made for {rows} vocabulary rows, its base has {own}, so it cannot be streamed; "

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mergekit_wp.adapters import merged_folder
+from mergekit_wp.adapters import merge_lora
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.components import Geometry, auto_class
 from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.foreign import logger
+from mergekit_wp.references import read_reference
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
 from mergekit_wp.scoring.rotary import Lengths
@@ -80,15 +81,16 @@ def check_pair(job: ScoringJob) -> CheckedPair:
     (no gap to explain). Other signs of a wrong lineage (another rope_theta, say) are logged as warnings. The number of
     vocabulary rows may differ.
     """
-    base, expert = Checkpoint.open(job.base), Checkpoint.open(job.expert.partition("+")[0])
+    reference = read_reference(job.expert)
+    reference.check()
+    base, expert = Checkpoint.open(job.base), Checkpoint.of(reference.model)
     if differences := expert.geometry.differences(base.geometry):
         raise BadInput(
             f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
             "be a fine-tune of the base."
         )
-    expert_print = fingerprint_of(job.expert) if "+" in job.expert else expert.fingerprint
-    adapter = job.expert.partition("+")[2]
-    published = local_folder(adapter) if adapter else expert.folder
+    expert_print = fingerprint_of(reference) if reference.lora else expert.fingerprint
+    published = local_folder(reference.lora) if reference.lora else expert.folder
     checked = CheckedPair(base, expert, base.fingerprint, expert_print, published)
     # Equal fingerprints only sample the weights: an expert that differs in one head alone is a fair question.
     same = checked.base_print.tensors == checked.expert_print.tensors
@@ -111,7 +113,8 @@ def load_pair(job: ScoringJob, checked: CheckedPair, team: Team | None = None) -
     dtype = pick_dtype(job.dtype, device)
     offload, reason = pick_offload(job.offload, checked.base, checked.expert, dtype, device)
     if offload == "stream":
-        remote, adapter = job.trust_remote_code, job.expert.partition("+")[2] or None
+        remote, lora = job.trust_remote_code, read_reference(job.expert).lora
+        adapter = str(local_folder(lora)) if lora else None
         streamed_base = open_streamed(job.base, checked.base, dtype, device, remote)
         streamed_expert = open_streamed(job.expert, checked.expert, dtype, device, remote, adapter)
         return ModelPair(streamed_base, streamed_expert, checked.base.geometry, device, dtype, offload, reason)
@@ -161,13 +164,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 @contextmanager
 def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
     """For an expert `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
-    if "+" not in job.expert:
+    reference = read_reference(job.expert)
+    if reference.lora is None:
         yield None
         return
-    from mergekit.common import ModelReference
-
     with tempfile.TemporaryDirectory(prefix="wp-lora-") as cache:
-        yield str(merged_folder(ModelReference.parse(job.expert), Path(cache), job.trust_remote_code))
+        yield str(merge_lora(reference, Path(cache), job.trust_remote_code))
 
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:

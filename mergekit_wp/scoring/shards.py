@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 import torch
 
-from mergekit_wp.checkpoint import TensorHeader
 from mergekit_wp.errors import BadInput
+from mergekit_wp.weightfiles import TensorHeader
 
 _BLOCK = 4 << 20  # bytes, a multiple of every item size
 # Windows has neither flags nor a way to share by accident; elsewhere a mapping is shared memory unless told.

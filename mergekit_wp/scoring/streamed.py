@@ -35,7 +35,7 @@ def open_streamed(
     trust_remote_code: bool = False,
     adapter: str | None = None,
 ) -> StreamedStack:
-    """The model of `checkpoint`, with the LoRA `adapter` (folder or Hub name) over it, ready to be swept.
+    """The model of `checkpoint`, with the LoRA `adapter` of a folder over it, ready to be swept.
 
     `name` is what the user calls the whole (`base+lora`). Every tensor's presence and shape is checked here, from
     the headers; NaNs and infinities when a tensor is first read. Raises `BadInput` for what transformers cannot

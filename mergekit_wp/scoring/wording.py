@@ -19,6 +19,7 @@ from typing import Any
 from mergekit_wp.checkpoint import Checkpoint, local_folder
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
+from mergekit_wp.references import read_reference
 from mergekit_wp.scorefile import PromptStyle
 from mergekit_wp.scoring.job import PLAIN, ScoringJob
 from mergekit_wp.scoring.pairs import Pair, TaskPairs
@@ -198,8 +199,8 @@ def _plain(job: ScoringJob, owners: Sequence[tuple[str, Any]], said: Sequence[Pa
 
 def _owners(job: ScoringJob, base: Checkpoint, expert: Checkpoint, tokenizer: Any) -> list[tuple[str, Any]]:
     """Who has a chat template, (name, tokenizer): the adapter or the expert first, then the base."""
-    adapter = job.expert.partition("+")[2]
-    folders = [(job.expert, local_folder(adapter))] if adapter else [(job.expert, expert.folder)]
+    lora = read_reference(job.expert).lora
+    folders = [(job.expert, local_folder(lora) if lora else expert.folder)]
     found = [(name, _tokenizer_in(folder, job.trust_remote_code)) for name, folder in folders]
     found.append((base.name, tokenizer))
     return [(name, each) for name, each in found if getattr(each, "chat_template", None)]
