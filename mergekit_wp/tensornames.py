@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_wp.components import HEAD, SUPPORTED, text_name
+from mergekit_wp.components import HEAD, SUPPORTED, layer_of, text_name
 
 _OF_BACKBONE = ("layers.", "embed_tokens.", "norm.")
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+\.")
@@ -41,9 +41,9 @@ def name_trouble(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and architectures[0] in SUPPORTED):
         return None
-    odd = [name for name in names if name.startswith(_OF_BACKBONE) or (text_name(name) or "").endswith(f".{HEAD}")]
+    odd = [n for n in names if n.startswith(_OF_BACKBONE) or (n.endswith(f".{HEAD}") and text_name(n) != HEAD)]
     layers = [name for name in names if _LAYER.match(name)]
-    if odd or (layers and not any((text_name(name) or "").startswith("model.layers.") for name in layers)):
+    if odd or (layers and not any(layer_of(name) is not None for name in layers)):
         return (
             f"its tensors are named like {(odd or layers)[0]}, and a causal LM's like model.layers.0... and {HEAD}; "
             "load it with transformers' AutoModelForCausalLM and save it again, if that finds them all, or rename them."
