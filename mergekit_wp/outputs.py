@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,21 @@ def claim(out: str | os.PathLike[str]) -> None:
     """As `claimed`, until the click command that calls this has come to its end; says what dead runs had left."""
     if left := click.get_current_context().with_resource(claimed(out)):
         echo(left, err=True)
+
+
+@contextmanager
+def scratch(prefix: str) -> Iterator[Path]:
+    """A folder in the system's temporary folder, gone at the end of the block; those that killed runs left go now.
+
+    A merged LoRA takes as much as its base, so it must not stay there until the machine is started again. Each folder
+    holds a lock while its run lives.
+    """
+    for found in Path(tempfile.gettempdir()).glob(f"{prefix}*/.lock"):
+        with suppress(Timeout, OSError), FileLock(found, blocking=False):
+            shutil.rmtree(found.parent, ignore_errors=True)
+    temporary = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    with temporary as folder, FileLock(Path(folder) / ".lock", blocking=False):
+        yield Path(folder)
 
 
 def clear_partials(target: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from waiting import wait_for
 from mergekit_wp import commands
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, disk_trouble, write_text
-from mergekit_wp.outputs import check_file, claimed, refuse_inputs
+from mergekit_wp.outputs import check_file, claimed, refuse_inputs, scratch
 
 
 def tree(root: Path) -> Path:
@@ -97,6 +98,25 @@ def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
     with claimed(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["held"]
+
+
+def test_scratch_of_a_killed_run_goes_and_that_of_a_live_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import sys, tempfile, time\nfrom mergekit_wp.outputs import scratch\ntempfile.tempdir = sys.argv[1]\n"
+    code += "with scratch('wp-lora-') as folder:\n    (folder / 'weights').touch()\n    time.sleep(100)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    wait_for(lambda: list(tmp_path.glob("*/weights")), "the other run to make its folder")
+    with scratch("wp-lora-") as mine:
+        assert len(list(tmp_path.glob("wp-lora-*"))) == 2
+        assert mine.is_dir()
+    holder.kill()
+    holder.wait()
+    assert len(list(tmp_path.iterdir())) == 1
+    with scratch("wp-lora-") as mine:
+        assert list(tmp_path.iterdir()) == [mine]
+    assert list(tmp_path.iterdir()) == []
 
 
 LIMITED = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"

@@ -127,6 +127,8 @@ def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
         return target
     check_writable_parent(target)
     owner = lora if (lora / "tokenizer_config.json").is_file() else base.folder
+    for left in loras.glob(".partial-*"):  # by a killed run: this one has the output folder to itself
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=loras, prefix=".partial-") as work:
         merged = merge_lora(meaning, Path(work), trust_remote_code)
         for path in owner.iterdir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fing
 from mergekit_wp.components import Geometry, auto_class
 from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.foreign import logger
+from mergekit_wp.outputs import scratch
 from mergekit_wp.references import read_reference
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
@@ -168,8 +168,8 @@ def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
     if reference.lora is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="wp-lora-") as cache:
-        yield str(merge_lora(reference, Path(cache), job.trust_remote_code))
+    with scratch("wp-lora-") as cache:
+        yield str(merge_lora(reference, cache, job.trust_remote_code))
 
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
