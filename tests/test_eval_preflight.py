@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from eval_world import TASKS, make_model, ran, results, wp_eval, write_suite, write_tasks
 from tiny import random_model, save
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import backends, preflight
@@ -18,7 +21,7 @@ from mergekit_wp.eval.context import answer_tokens
 from mergekit_wp.eval.models import open_model
 from mergekit_wp.eval.options import check_options, split_options
 from mergekit_wp.eval.settings import Settings
-from mergekit_wp.eval.suite import read_suite
+from mergekit_wp.eval.suite import SuiteTask, read_suite
 from mergekit_wp.eval.tasks import ready_tasks
 
 
@@ -304,3 +307,37 @@ def test_options_are_checked_by_kind() -> None:
         with pytest.raises(BadInput, match=f"`{name}` must be"):
             check_options({name: value})
     assert split_options("vllm", {"parallelize": True, "max_num_seqs": 3}) == ({"max_num_seqs": 3}, ["parallelize"])
+
+
+@pytest.mark.parametrize(
+    ("template", "spec", "sentence"),
+    [
+        ({"tool_use": "x"}, {}, "chat templates named tool_use and none named default"),
+        ("{{ raise_exception('never') }}", {}, "cannot be applied to the messages of task t (TemplateError: never)"),
+        ("{% if x %}", {}, "cannot be applied"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}ok",
+            {"system_instruction": "Be brief."},
+            "takes no system message",
+        ),
+        (
+            "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}ok",
+            {"num_fewshot": 2},
+            "one turn only",
+        ),
+        ({"default": "ok", "tool_use": "x"}, {"system_instruction": "Be brief.", "num_fewshot": 2}, None),
+    ],
+)
+def test_a_template_is_tried_with_the_messages_of_the_task(template, spec, sentence):
+    core = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template)
+    leaf = SimpleNamespace(get_config=spec.get)
+    task = SimpleNamespace(
+        spec=SuiteTask("t", "T", "m", apply_chat_template=True, **spec), loaded={"tasks": {"t": leaf}}
+    )
+    if sentence is None:
+        preflight._check_template(SimpleNamespace(reference="m"), task, tokenizer)
+        return
+    with pytest.raises(BadInput) as caught:
+        preflight._check_template(SimpleNamespace(reference="m"), task, tokenizer)
+    assert sentence in caught.value.message

@@ -74,11 +74,8 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
             "model's; move it out of the folder, or run with --backend hf."
         )
     for task in tasks:
-        if task.spec.apply_chat_template and not tokenizer.chat_template:
-            raise BadInput(
-                f"{model.reference}: its tokenizer has no chat template, which task {task.spec.task} applies; put a "
-                "chat_template.jinja into the folder, or set `apply_chat_template: false` in the suite."
-            )
+        if task.spec.apply_chat_template:
+            _check_template(model, task, tokenizer)
     _check_head(model, settings.backend)
     _check_context(model, tasks, settings.backend, context_length(config, tokenizer), _stretch(config))
     _check_heads(model, getattr(config, "text_config", None) or config, settings)
@@ -89,6 +86,47 @@ def _check_head(model: EvalModel, backend: Backend) -> None:
     trouble = head_against_config(Checkpoint(model.reference, model.folder))
     if trouble and backend.name == "vllm":
         raise BadInput(trouble)
+
+
+def _check_template(model: EvalModel, task: ReadyTask, tokenizer: Any) -> None:
+    """The tokenizer has a template, and it takes the messages that the task will put into it."""
+    templates, spec = tokenizer.chat_template, task.spec
+    either = "or set `apply_chat_template: false` in the suite"
+    if not templates:
+        raise BadInput(
+            f"{model.reference}: its tokenizer has no chat template, which task {spec.task} applies; put a "
+            f"chat_template.jinja into the folder, {either}."
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise BadInput(
+            f"{model.reference}: its tokenizer has chat templates named {', '.join(sorted(templates))} and none named "
+            f"default, which task {spec.task} applies; name one of them so in the folder, {either}."
+        )
+    few = any(leaf.get_config("num_fewshot") for leaf in task.loaded["tasks"].values())
+    turn = [{"role": "user", "content": "a question"}]
+    shots = [*turn, {"role": "assistant", "content": "an answer"}] if spec.multiturn and few else []
+    said = [{"role": "system", "content": spec.system_instruction}] if spec.system_instruction else []
+    if _template_error(tokenizer, [*said, *shots, *turn]) is None:
+        return
+    if trouble := _template_error(tokenizer, [*shots, *turn]):
+        raise BadInput(
+            f"{model.reference}: its chat template cannot be applied to the messages of task {spec.task} ({trouble}); "
+            f"mend it in the folder, {either}."
+        )
+    # lm-eval would leave the instruction out, and the figure would say that it was there.
+    raise BadInput(
+        f"{model.reference}: its chat template takes no system message, and task {spec.task} has a "
+        "`system_instruction`; take that out of the suite."
+    )
+
+
+def _template_error(tokenizer: Any, chat: list[dict[str, str]]) -> str | None:
+    """What the template says against these messages; None where it takes them."""
+    try:
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".")
+    return None
 
 
 def _check_heads(model: EvalModel, config: Any, settings: Settings) -> None:

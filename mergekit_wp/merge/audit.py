@@ -137,7 +137,12 @@ def check_finite(merged: Checkpoint) -> int:
                 # The extremes of a tensor are NaN if any element is.
                 low, high = torch.aminmax(file.get_tensor(name))
                 if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                    raise AuditFailed(f"{merged.name}: {name} holds a NaN or an infinity; do not use this merge.")
+                    what = (
+                        ""
+                        if merged.tensors[name].dtype != "F16"
+                        else (" (float16 ends at 65504: larger values want `dtype: bfloat16` in the recipe)")
+                    )
+                    raise AuditFailed(f"{merged.name}: {name} holds a NaN or an infinity{what}; do not use this merge.")
     return len(merged.tensors)
 
 
@@ -157,7 +162,7 @@ def check_loads(out: Path, nbytes: int) -> str:
         _check_loading_info(out, info)
         if device == "meta":
             return "transformers finds every weight; too little free memory to load it and generate a token"
-        ids = torch.tensor([[getattr(model.config.get_text_config(), "bos_token_id", None) or 0]])
+        ids = torch.tensor([[_first_token(model)]])
         with torch.no_grad():
             logits = model(ids).logits[0, -1].float()
         if not bool(torch.isfinite(logits).all()):
@@ -168,6 +173,12 @@ def check_loads(out: Path, nbytes: int) -> str:
     except Exception as error:  # whatever transformers raises, the folder does not load
         reason = " ".join(str(error).split())[:300]
         raise AuditFailed(f"{out}: transformers cannot load it ({type(error).__name__}: {reason}).") from error
+
+
+def _first_token(model: Any) -> int:
+    """The beginning of a text, if the vocabulary has such a token; else the first of the vocabulary."""
+    token = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+    return token if type(token) is int and 0 <= token < model.get_input_embeddings().weight.shape[0] else 0
 
 
 def _check_loading_info(out: Path, info: dict[str, Any]) -> None:

@@ -81,10 +81,14 @@ def number(name: str, hint: str, *, least: float = -math.inf, most: float = math
     return Annotated[float, BeforeValidator(checked)]
 
 
-def not_finite(group: TensorGroup, source_name: str | None) -> BadInput:
+class NotFinite(BadInput):
+    """A merged tensor holds a NaN or an infinity."""
+
+
+def not_finite(group: TensorGroup, source_name: str | None) -> NotFinite:
     """The error for a tensor that came out with a NaN or an infinity: it names the models that have one."""
     bad = [str(entry.id) for entry in group.entries if not bool(torch.isfinite(entry.tensor).all())]
-    return BadInput(
+    return NotFinite(
         f"{' and '.join(bad) or 'the experts'}: {source_name or group.metadata.name} holds a NaN or an "
         "infinity; download or save that checkpoint again."
     )

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.adapters import adds_to_an_end
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import FAMILIES, SUPPORTED, is_vocabulary, layer_of, text_name
+from mergekit_wp.components import FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
+from mergekit_wp.merge.outcome import QUANTISED
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
@@ -108,6 +109,7 @@ def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
         check_scores(plan, tensor)
     if tensor.method == AIM:
         check_activations(plan, tensor)
+    _check_config(plan, tensor.base)
     for expert in tensor.experts:
         if lineage := plan.checkpoints[expert].lineage_differences(base):
             LOG.warning(
@@ -170,6 +172,28 @@ def _check_token_ids(plan: MergePlan, tensor: PlannedTensor, expert: ModelRefere
             "%s: %d tokens of its own (%s) are left out; the merged model has the vocabulary of %s.",
             *(expert, len(found.own), listed(found.own), tensor.base),
         )
+
+
+def _check_config(plan: MergePlan, model: ModelReference) -> None:
+    """The base's config, which the merged model gets, speaks of the tensors that are there."""
+    base = plan.checkpoints[model]
+    layers = {slot.layer for name in base.tensors if (slot := slot_of(name))}
+    if layers and len(layers) != base.geometry.layers:
+        raise BadInput(
+            f"{model}: config.json says num_hidden_layers {base.geometry.layers}, and there are tensors of "
+            f"{len(layers)} layers; put the right number into the config."
+        )
+    name = embeddings_of(base)
+    if name and (rows := base.tensors[name].shape[0]) != base.geometry.vocabulary:
+        raise BadInput(
+            f"{model}: config.json says vocab_size {base.geometry.vocabulary}, and {name} has {rows} rows; put the "
+            "right number into the config."
+        )
+    for name in QUANTISED:
+        if base.config.get(name):
+            LOG.warning(
+                "%s: config.json has a %s, and the tensors are not quantised; the merged model gets none.", model, name
+            )
 
 
 def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:

@@ -24,6 +24,7 @@ from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
 from mergekit_wp.merge.mark import write_mark
+from mergekit_wp.merge.outcome import settle
 from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.recipe import Recipe, read_recipe
 from mergekit_wp.merge.shares import layer_shares
@@ -113,6 +114,7 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
         run_merge(recipe.config(), str(work / out.name), options, config_source=recipe.text)
     if recipe.config().base_model is not None:
         _copy_generation_config(plan, work / out.name)
+    settle(work / out.name, plan)
     if not audited:
         return
     if not options.safe_serialization:

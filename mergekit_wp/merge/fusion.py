@@ -88,7 +88,7 @@ def fuse(
     experts' shape. Returns a new contiguous tensor of dtype `out_dtype`.
 
     Raises `ValueError` when shapes or weights do not fit, rather than broadcast, and `NotFiniteError` when an input
-    holds a NaN or an infinity.
+    holds a NaN or an infinity, or the result a value that `out_dtype` does not hold.
     """
     first, K = experts[0], len(experts)
     inputs = [*experts] if base is None else [*experts, base]
@@ -132,6 +132,7 @@ def _fuse_stripe(
     (rows, columns), C = tile_shape(out_RC), out_RC.shape[1]
     total, term, origin = scratch(3, rows * columns, alpha_KRC.dtype, out_RC.device)
     witness = torch.zeros((), dtype=alpha_KRC.dtype, device=out_RC.device)
+    narrow = out_RC.dtype == torch.float16 or out_RC.dtype.itemsize < alpha_KRC.dtype.itemsize == 8
     for r in range(*stripe, rows):
         for c in range(0, C, columns):
             where = (slice(r, min(r + rows, stripe[1])), slice(c, c + columns))
@@ -152,7 +153,8 @@ def _fuse_stripe(
                     torch.mul(term_rc, weight, out=sum_rc)
                 else:
                     sum_rc.addcmul_(term_rc, weight)
-            # One NaN or infinity makes the sum of all elements one; weights are far too small to overflow it.
-            witness += sum_rc.sum()
             target.copy_(sum_rc)
+            # One NaN or infinity makes the sum of all elements one; weights are far too small to overflow it. What is
+            # finite in the sum may not be in a narrower output.
+            witness += target.sum(dtype=witness.dtype) if narrow else sum_rc.sum()
     return witness

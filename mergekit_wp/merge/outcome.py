@@ -1,0 +1,100 @@
+"""What mergekit copies from the base into the merged folder though the merged tensors contradict it.
+
+mergekit writes the base's config.json, with another dtype and vocabulary size at most, and copies the files of its
+tokenizer. Here the rest is brought in line with what was written: the dtype is that of the tensors; an entry about
+quantised weights goes, since those that were merged are not quantised; code of its own that the base names (`auto_map`)
+comes along, or, where the base itself lacks it, is not named; and no folder of the machine that made the base is left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.files import read_json_mapping, write_text
+from mergekit_wp.merge.plan import TORCH_DTYPE, MergePlan
+
+LOG = logging.getLogger(__name__)
+
+QUANTISED = ("quantization_config", "compression_config")
+_PATHS = ("_name_or_path",)
+# What names code of the model's own: `auto_map: {AutoModelForCausalLM: modeling_acme.AcmeForCausalLM}`.
+_NAMING_CODE = ("config.json", "tokenizer_config.json")
+
+
+def settle(folder: Path, plan: MergePlan) -> None:
+    """Bring the merged folder's texts in line with its tensors; idempotent. Raises `BadInput` where one is not JSON."""
+    base = plan.checkpoints[plan.tensors[0].base].folder
+    for name in _NAMING_CODE:
+        path = folder / name
+        if not path.is_file():
+            continue
+        before = path.read_text(encoding="utf-8")
+        content = read_json_mapping(path, "config")
+        if name == "config.json":
+            _agree(content, _stored(folder, plan))
+        _bring_code(content, base, folder)
+        if content != json.loads(before):
+            write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _stored(folder: Path, plan: MergePlan) -> Counter[str]:
+    """Bytes of each dtype, in torch's names, as written (as planned, where the weights are pickled)."""
+    stored: Counter[str] = Counter()
+    if any(folder.glob("*.safetensors")):
+        for header in Checkpoint(str(folder), folder).tensors.values():
+            stored[TORCH_DTYPE.get(header.dtype, header.dtype)] += header.end - header.start
+    else:
+        stored.update(plan.out_dtype(tensor) for tensor in plan.tensors)
+    return stored
+
+
+def _agree(config: dict[str, Any], stored: Counter[str]) -> None:
+    """dtype, quantisation and paths, of the whole and of what is nested in it (`text_config`)."""
+    for nested in config.values():
+        if isinstance(nested, dict) and {"dtype", "torch_dtype"} & nested.keys():
+            _agree(nested, stored)
+    said = config.pop("torch_dtype", None)
+    said = config.get("dtype") or said
+    # Tensors may be mixed (norms in float32): then what the base's config says of them, if one of them is that.
+    config["dtype"] = said if said in stored else stored.most_common(1)[0][0]
+    for name in (*_PATHS, *(QUANTISED if stored.keys() <= set(TORCH_DTYPE.values()) else ())):
+        config.pop(name, None)
+
+
+def _bring_code(content: dict[str, Any], base: Path, folder: Path) -> None:
+    """Copy the modules that `auto_map` names, and theirs; forget what the base itself does not have."""
+    named = content.get("auto_map")
+    if not isinstance(named, dict):
+        return
+    for key, value in list(named.items()):
+        modules = [str(v).rpartition(".")[0] for v in (value if isinstance(value, list) else [value]) if v]
+        # `user/model--modeling_acme.AcmeForCausalLM` is looked up on the Hub.
+        local = [module for module in modules if "--" not in module]
+        files = [file for module in local for file in code_files(base, module)]
+        if len(files) < len(local) or not all(file.is_file() for file in files):
+            LOG.warning("%s: names code of its own, %s, that is not there; the merged model does not.", base, value)
+            del named[key]
+            continue
+        for file in files:
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+    if not named:
+        del content["auto_map"]
+
+
+def code_files(folder: Path, module: str) -> list[Path]:
+    """A module's file and those that it imports relatively; [] for a name that is not a file of the folder."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    file = folder / f"{module}.py"
+    if not re.fullmatch(r"[A-Za-z_]\w*", module) or not file.is_file():
+        return []
+    imported = (Path(name) for name in get_relative_import_files(str(file)))
+    return [file, *(path for path in imported if re.fullmatch(r"\w+", path.stem) and path.parent == folder)]
