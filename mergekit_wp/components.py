@@ -161,12 +161,17 @@ def text_config(config: Mapping[str, Any], where: str = "config.json") -> Mappin
     return text
 
 
+def auto_name(config: Mapping[str, Any], where: str = "config.json") -> str:
+    """The name of `auto_class`, without importing transformers."""
+    wrapper = FAMILIES.get(_architecture(config, where), Family()).wrapper
+    return "AutoModelForImageTextToText" if wrapper else "AutoModelForCausalLM"
+
+
 def auto_class(config: Mapping[str, Any], where: str = "config.json") -> Any:
     """The class of transformers that loads a model of this config with its output head."""
     import transformers
 
-    wrapper = FAMILIES.get(_architecture(config, where), Family()).wrapper
-    return transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
+    return getattr(transformers, auto_name(config, where))
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> str:

@@ -14,6 +14,8 @@ from mergekit_wp.components import (
     Geometry,
     Kind,
     TensorSlot,
+    auto_class,
+    auto_name,
     is_vocabulary,
     layer_of,
     slot_of,
@@ -157,6 +159,12 @@ def test_text_config_of_a_wrapper_takes_the_defaults_of_its_class():
 def test_text_towers_that_are_refused(kind, said):
     with pytest.raises(BadInput, match=f"in text_config, architecture {said} is not supported"):
         Geometry.from_config(wrapped(model_type=kind))
+
+
+def test_the_class_that_loads_a_model():
+    assert auto_name(wrapped(model_type="llama")) == "AutoModelForImageTextToText"
+    assert auto_name({"architectures": ["Phi3ForCausalLM"]}) == auto_name({}) == "AutoModelForCausalLM"
+    assert auto_class(wrapped(model_type="llama")).__name__ == "AutoModelForImageTextToText"
 
 
 @pytest.mark.parametrize("layers", ["model.layers", "model.language_model.layers", "language_model.model.layers"])

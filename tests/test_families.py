@@ -49,3 +49,22 @@ def test_streamed_scores_equal_resident_scores(tmp_path, family):
     )
     torch.testing.assert_close(streamed_scores.heads, scores.heads, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(streamed_scores.neurons, scores.neurons, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mistral3-wrapper", "llava-wrapper"])
+def test_wp_eval_asks_the_text_tower(tmp_path, kind):
+    """lm-eval alone would load these as plain causal LMs, which fails."""
+    from lm_eval.api.instance import Instance
+
+    from mergekit_wp.eval.backends import Backend, load
+
+    model = tiny.random_model(kind)
+    lm = load(
+        Backend("hf"), tiny.save(model, tmp_path / "m"), device="cpu", dtype="float32", batch_size=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    ((got, _greedy),) = lm.loglikelihood([Instance("loglikelihood", {}, ("w1 w2", " w3 w4"), 0)], disable_tqdm=True)
+    ids = lm.tokenizer("w1 w2 w3 w4")["input_ids"]
+    with torch.no_grad():
+        log_p_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert got == pytest.approx(float(log_p_TV[-3, ids[-2]] + log_p_TV[-2, ids[-1]]), rel=1e-5)

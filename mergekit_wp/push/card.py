@@ -45,7 +45,8 @@ class CardResults:
 
 @dataclass(frozen=True)
 class Card:
-    """Everything that the card says. `licences` go with `parents`; `scores` are (path in the repository, metadata)."""
+    """Everything that the card says. `licences` go with `parents`; `scores` are (path in the repository, metadata);
+    `loader` is the class of transformers that loads the model."""
 
     repo_id: str
     parents: Sequence[Parent]
@@ -54,6 +55,7 @@ class Card:
     recipe: str
     mark: Mark
     dtype: str
+    loader: str = "AutoModelForCausalLM"
     scores: Sequence[tuple[str, ScoreMeta]] = ()
     results: Sequence[CardResults] = ()
     licence_texts: Sequence[str] = ()
@@ -131,9 +133,9 @@ class Card:
         return f"""## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {self.loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{self.repo_id}", dtype="auto", device_map="auto")
+model = {self.loader}.from_pretrained("{self.repo_id}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{self.repo_id}")
 inputs = tokenizer("...", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.components import auto_name
 from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
@@ -160,6 +161,7 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         recipe=staging.stage_recipe(stage, recipe, names, parents),
         mark=mark,
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
+        loader=auto_name(merged.config),
         scores=[(target, _score_meta(stage / target)) for target in placed.values() if mark.method == WP],
         results=[_card_results(stage, n, one, names, request.repo_id, say) for n, one in enumerate(found, start=1)],
         cleaned=tuple(cleaned),
