@@ -11,7 +11,7 @@ from test_scoring import Reference, assert_close, job_for
 from mergekit_wp.scoring.engine import score
 from mergekit_wp.scoring.job import METHODS
 
-FEW = {"tasks": ("first",), "rows": 2}  # prompts, the shorter of which is padded
+FEW = {"tasks": ("first",), "rows": 2, "gap_floor": 1e-3}  # two prompts, the shorter of which is padded
 
 
 @pytest.fixture(scope="module", params=[*tiny.FAMILIES, *tiny.WRAPPERS])
