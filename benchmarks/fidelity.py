@@ -7,6 +7,8 @@ Every pair is scored by every method with the same pairs and utility (`wp-score`
 --out and used again). Against `exact`, over all heads and neurons of the mean over tasks: the overlap of the top K,
 Spearman's rank correlation, and the error by layer |s - exact| / |exact|. `+2K exact` is the screen-then-validate
 ranking: the method's top 2K, put in order by exact.
+
+    python benchmarks/fidelity.py --precision                     # storage and products in 16 bits: see precision.py
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 import click
 import torch
 from common import spearman
+from precision import main as precision_tables
 
 from mergekit_wp.scorefile import Scores, read_scores, write_scores
 from mergekit_wp.scoring.batches import batches, tokenize_tasks
@@ -85,13 +88,18 @@ def row(kind: str, got: torch.Tensor, exact: torch.Tensor) -> list[float]:
 
 
 @click.command()
-@click.argument("world", type=click.Path(exists=True, path_type=Path))
+@click.argument("world", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option("--precision", is_flag=True, help="What storage and products in 16 bits cost, on a random pair instead.")
 @click.option("--utility", default="staged", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/fidelity"), show_default=True)
 @click.option("--why", default=5, show_default=True, help="Look into that many of the worst components of each kind.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the error by layer here (.png).")
-def main(world: Path, utility: str, out: Path, why: int, picture: Path | None) -> None:
+def main(world: Path | None, precision: bool, utility: str, out: Path, why: int, picture: Path | None) -> None:
     """Print two Markdown tables, heads and neurons, and the errors by layer."""
+    if precision:
+        return precision_tables()
+    if world is None:
+        raise click.UsageError("give the folder of a trained world, or --precision")
     errors: dict[tuple[str, str, str], torch.Tensor] = {}
     folder = out / world.name
     for kind, counts in (("heads", HEADS), ("neurons", NEURONS)):

@@ -129,6 +129,8 @@ def test_every_input_is_there_before_it_is_read(world: Path, monkeypatch: pytest
         for path in step.inputs:
             assert path.exists() or path in made, f"{step.name} reads {path}"
         made |= set(step.outputs)
+    recipes = [yaml.safe_load((world / f"order/recipes/{name}.yaml").read_text()) for name in ("linear", "wp")]
+    assert [recipe["out_dtype"] for recipe in recipes] == ["float32", "float32"]  # as the experts are stored
 
 
 def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
@@ -146,6 +148,7 @@ def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
     ]
     assert recipes["wp"]["parameters"] == {"scale": 2}
     assert recipes["average"]["tokenizer"] == {"source": "base"}
+    assert "out_dtype" not in recipes["wp"]  # not known before the models are here
     assert [model.text for model in recipe_models(recipes["wp"])] == ["user/base", "user/b", "user/a"]
     assert len(list(scores_of(recipes["wp"]))) == 2
     assert list(map(str, hub_models(pipeline))) == ["user/base", "user/a", "user/b"]

@@ -99,6 +99,7 @@ def rope_model_config(name):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 6}, [(6, 7), (7, 8), (8, 9)]),
         ({"rope_parameters": {"rope_type": "of-tomorrow"}}, [(n, n + 1) for n in range(1, 9)]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, []),
+        ({"text_config": {"rope_parameters": ROPES["longrope"]}}, [(6, 7)]),
         ({"rope_scaling": None}, []),
         ({}, []),
     ],

@@ -202,9 +202,9 @@ class TestDamage:
         assert threading.active_count() == before
         assert is_empty(stack.model.model.layers[0])
 
-    def test_too_large_for_float16(self, damaged):
-        edit(damaged, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT] * 1e9}))
-        stack = streamed(damaged, torch.float16)
+    def test_too_large_for_float32(self, damaged):
+        edit(damaged, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].double() * 1e60}))
+        stack = streamed(damaged, torch.bfloat16)
         with pytest.raises(BadInput, match="NaN or an infinity"):
             list(stack.layers(range(4)))
 

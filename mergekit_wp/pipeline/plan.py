@@ -20,6 +20,8 @@ from mergekit_wp.pipeline.recipes import build_recipe, scores_of
 from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline
 from mergekit_wp.pipeline.step import Step
 from mergekit_wp.references import Reference, Source, read_reference, recipe_models
+from mergekit_wp.scoring.precision import stored_dtype
+from mergekit_wp.weightfiles import TensorHeader
 
 STAGES = ("score", "merge", "evaluate", "push")
 
@@ -113,8 +115,19 @@ def _recipe(pipeline: Pipeline, merge: Merge) -> dict[str, Any]:
         experts[pipeline.experts[name].model] = own
     return build_recipe(
         merge.merge_method, pipeline.base, experts, shared=merge.parameters,
-        base_parameters=merge.base_parameters, out_dtype=merge.out_dtype,
+        base_parameters=merge.base_parameters, out_dtype=merge.out_dtype or _stored_dtype(experts),
     )  # fmt: skip
+
+
+def _stored_dtype(models: Iterable[str]) -> str | None:
+    """The dtype that holds every one of these models without rounding; None while one is not here."""
+    tensors: dict[str, TensorHeader] = {}
+    for model in models:
+        folder = _folder(read_reference(model).model)
+        if not _here(folder):
+            return None
+        tensors |= {f"{model} {name}": header for name, header in Checkpoint(str(folder), folder).tensors.items()}
+    return str(stored_dtype(tensors)).removeprefix("torch.")
 
 
 def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:

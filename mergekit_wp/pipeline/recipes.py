@@ -15,12 +15,13 @@ def build_recipe(
     *,
     shared: Mapping[str, Any],
     base_parameters: Mapping[str, Any] | None = None,
-    out_dtype: str = "bfloat16",
+    out_dtype: str | None,
 ) -> dict[str, Any]:
     """A mergekit recipe of `experts` (model -> its own parameters) on `base`.
 
     `shared` are the recipe's parameters; `base_parameters` puts the base among the merged models (linear averages
-    what it is given, and takes config and tokenizer from the base only if it is there).
+    what it is given, and takes config and tokenizer from the base only if it is there). Without `out_dtype` the methods
+    of this package write the base's dtype, others float32.
     """
     listed = [{"model": m} | ({"parameters": dict(own)} if own else {}) for m, own in experts.items()]
     if base_parameters is not None:
@@ -32,7 +33,7 @@ def build_recipe(
         # An expert may have rows for added tokens; and without a dtype differences would be rounded to 16 bits.
         # The methods of this package see to both themselves.
         content |= {"tokenizer": {"source": "base"}, "dtype": "float32"}
-    return content | {"out_dtype": out_dtype}
+    return content | ({"out_dtype": out_dtype} if out_dtype else {})
 
 
 def scores_of(recipe: Any) -> Iterator[str]:

@@ -45,7 +45,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge: a mergekit recipe of the user's own, or the fields of one over `experts` (all of them if empty)."""
+    """One merge: a mergekit recipe of the user's own, or the fields of one over `experts` (all of them if empty).
+
+    Without `out_dtype` it is written in what its experts are stored in.
+    """
 
     recipe: Path | None = None
     merge_method: str = "wp"
@@ -53,7 +56,7 @@ class Merge:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     expert_parameters: Mapping[str, Any] = field(default_factory=dict)
     base_parameters: Mapping[str, Any] | None = None
-    out_dtype: str = "bfloat16"
+    out_dtype: str | None = None
 
 
 @dataclass(frozen=True)

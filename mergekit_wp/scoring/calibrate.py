@@ -94,7 +94,8 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.scorefile import ModelId
     from mergekit_wp.scoring.batches import batches, check_rows
     from mergekit_wp.scoring.cli import Progress, _quieten
-    from mergekit_wp.scoring.models import load_one, load_tokenizer, pick_device, pick_dtype
+    from mergekit_wp.scoring.models import load_one, load_tokenizer, pick_device
+    from mergekit_wp.scoring.precision import pick_dtype, stored_dtype
     from mergekit_wp.scoring.wording import alone
 
     target = check_file(out, METADATA_KEY, "activations", [base, texts])
@@ -107,7 +108,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     used, blocks = cut(wording, read_texts(texts), documents, length, texts)
     check_rows(blocks, tokenizer, checkpoint.geometry.vocabulary)
     device = pick_device(how["device"])
-    dtype = pick_dtype(how["dtype"], device)
+    dtype = pick_dtype(how["dtype"], device, [stored_dtype(checkpoint.tensors)])
     stack = load_one(checkpoint, dtype, device, how["offload"], how["trust_remote_code"])
     too_much = f"--batch-size: {how['batch_size']} blocks of {length} tokens do not fit on {device}; lower it."
     with enough_memory(too_much), Progress(not quiet) as progress:

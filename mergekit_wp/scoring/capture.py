@@ -24,6 +24,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mergekit_wp.components import PROJECTIONS
+from mergekit_wp.scoring.precision import loss_scale
 from mergekit_wp.scoring.stack import Call, Stack
 from mergekit_wp.scoring.stand_ins import Constant, substituted
 
@@ -40,8 +41,9 @@ class LayerRecord:
     stream_BTD              the layer's input
     inputs[p], outputs[p]   activations [B, T, width]; T is 1 for o and the MLP if only anchors were computed.
                             With a graph, the input of down and the outputs of o and down are not held
-    grad_out[p]             dS/d(output of p), S the scalar that was differentiated (after `backward`)
-    grad_in[p]              dS/d(input of p), for o and down: there it is delta W, one product saved
+    grad_out[p]             `scale` times dS/d(output of p), S the scalar that was differentiated (after `backward`)
+    grad_in[p]              `scale` times dS/d(input of p), for o and down: there it is delta W, one product saved
+    scale                   a power of two, float32 [], that keeps gradients within float16 (see `precision`)
     attention_call          args and kwargs that self_attn was called with
     anchors_B               the positions kept where only anchors were computed, else None
     """
@@ -51,6 +53,7 @@ class LayerRecord:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     grad_out: dict[str, torch.Tensor] = field(default_factory=dict)
     grad_in: dict[str, torch.Tensor] = field(default_factory=dict)
+    scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     anchors_B: torch.Tensor | None = None
     edges: dict[tuple[str, str], GradientEdge] = field(default_factory=dict)
@@ -75,6 +78,11 @@ class LayerRecord:
         """`x_BTD` at the positions that were computed: all of them, or the anchors [B, 1, D]."""
         return x_BTD if self.anchors_B is None else _pick(x_BTD, self.anchors_B)
 
+    def dot(self, a_BTW: torch.Tensor, b_BTW: torch.Tensor) -> torch.Tensor:
+        """sum over prompts and tokens of a*b in float32, one of them (times) a gradient of this record: [W]."""
+        # Not einsum: it becomes one tiny dot product a column, at three times the cost.
+        return (a_BTW.float() * b_BTW.float()).sum((0, 1)) / self.scale
+
     def backward(self, above_BTD: torch.Tensor, gradient_BTD: torch.Tensor, *, below: bool = True) -> torch.Tensor:
         """Fill the gradients from dS/d(layer's output) and return dS/d(layer's input), unless not `below`.
 
@@ -82,8 +90,9 @@ class LayerRecord:
         """
         leaves: list[Any] = [self.stream_BTD] if below else []
         leaves += [self.edges["outputs", p] for p in _GRADIENTS] + [self.edges["inputs", p] for p in _INPUT_GRADIENTS]
-        found = list(torch.autograd.grad(above_BTD, leaves, gradient_BTD))
-        gradient_below = found.pop(0) if below else torch.zeros(0)
+        self.scale = loss_scale(gradient_BTD)
+        found = list(torch.autograd.grad(above_BTD, leaves, self.scale * gradient_BTD))
+        gradient_below = found.pop(0) / self.scale if below else torch.zeros(0)
         self.grad_out = dict(zip(_GRADIENTS, found, strict=False))
         self.grad_in = dict(zip(_INPUT_GRADIENTS, found[len(_GRADIENTS) :], strict=True))
         self.edges.clear()
@@ -166,20 +175,16 @@ class _Catch(nn.Module):
         return x_BTQ
 
 
-def rerun_attention(
-    stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor, *, in_float32: bool = False
-) -> torch.Tensor:
-    """The input of o_proj [B, T, Q] if q_proj had put out `q_BTQ` while keys and values stay the record's.
+def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor) -> torch.Tensor:
+    """The input of o_proj [B, T, Q], float32, if q_proj had put out `q_BTQ` while keys and values stay the record's.
 
     Runs the architecture's own code (q/k norms, rotary, soft-capping, masks), so it is exact for each; only the
     four projections are replaced by constants, so it costs the attention kernel alone. Where the record has
     anchors only, so has the result (T = 1). `q_BTQ` may hold the queries of the B prompts several times over.
-    in_float32: whatever the stack computes in; for small differences between two runs.
+    In float32 whatever products run in: two such runs differ by little.
     """
     catch, times = _Catch(), len(q_BTQ) // len(record.stream_BTD)
-    k_BTK, v_BTK = (record.outputs[key].repeat(times, 1, 1) for key in ("k", "v"))
-    if in_float32:
-        q_BTQ, k_BTK, v_BTK = q_BTQ.float(), k_BTK.float(), v_BTK.float()
+    k_BTK, v_BTK = (record.outputs[key].float().repeat(times, 1, 1) for key in ("k", "v"))
     args, kwargs = record.attention_call
     if times > 1:  # the attention reads off its input how many prompts there are, and nothing else
         shape_only = record.stream_BTD.new_empty(1).expand(len(q_BTQ), *record.stream_BTD.shape[1:])
@@ -188,8 +193,10 @@ def rerun_attention(
             kwargs | ({} if args else {"hidden_states": shape_only}),
         )
     with (
-        torch.autocast(stack.device.type, enabled=False) if in_float32 else stack.autocast(),
-        substituted(attention, q_proj=Constant(q_BTQ), k_proj=Constant(k_BTK), v_proj=Constant(v_BTK), o_proj=catch),
+        torch.autocast(stack.device.type, enabled=False),
+        substituted(
+            attention, q_proj=Constant(q_BTQ.float()), k_proj=Constant(k_BTK), v_proj=Constant(v_BTK), o_proj=catch
+        ),
     ):
         attention.forward(*args, **kwargs)
     return catch.seen if record.anchors_B is None else _pick(catch.seen, record.anchors_B.repeat(times))

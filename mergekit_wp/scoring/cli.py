@@ -97,7 +97,9 @@ class _LayerOrAuto(click.ParamType):
     "--out", required=True, metavar="FILE", callback=ends_in_safetensors, help="Score file to write (.safetensors)."
 )
 @click.option("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one).")
-@click.option("--dtype", type=click.Choice(CHOICES["dtype"]), help="Dtype to run in (default: bfloat16 on a GPU).")
+@click.option(
+    "--dtype", type=click.Choice(CHOICES["dtype"]), help="Of products (default: as stored; on a CPU float32)."
+)
 @click.option("--batch-size", type=int, help="Prompts a forward pass (default: 16).")
 @click.option("--offload", type=click.Choice(CHOICES["offload"]), help="Stream layers from disk (default: auto).")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python that comes with a model folder.")

@@ -23,7 +23,7 @@ import torch
 
 from mergekit_wp.components import Geometry
 from mergekit_wp.scoring.capture import LayerRecord
-from mergekit_wp.scoring.patches import dot, response_difference, weight_difference
+from mergekit_wp.scoring.patches import response_difference, weight_difference
 
 Parts = dict[str, torch.Tensor]
 
@@ -41,9 +41,9 @@ def attr_neurons(base: Any, expert: Any, record: LayerRecord, _geometry: Geometr
 
 
 def _rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
-    return dot(record.grad_out[key], response_difference(key, base, expert, record))
+    return record.dot(record.grad_out[key], response_difference(key, base, expert, record))
 
 
 def _columns(key: str, base: Any, expert: Any, record: LayerRecord, read_BTW: torch.Tensor) -> torch.Tensor:
     moved_BTW = torch.matmul(record.grad_out[key], weight_difference(key, base, expert))
-    return dot(read_BTW, moved_BTW)
+    return record.dot(read_BTW, moved_BTW)

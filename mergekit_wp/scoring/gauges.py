@@ -20,6 +20,9 @@ import torch
 from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.scoring.utilities import anchor_utility, kl_utility
 
+# dF/dlogits is a difference of probabilities, mostly far below what float16 products keep; at most 1, though.
+_SCALE = 2.0**10
+
 
 @dataclass(frozen=True)
 class Gauge(ABC):
@@ -43,8 +46,8 @@ class Gauge(ABC):
         with torch.enable_grad():
             z_BD = z_BD.detach().requires_grad_(True)
             value_B = self.read(stack, z_BD, target)
-            (pull_BD,) = torch.autograd.grad(value_B.sum(), z_BD)
-        return value_B.detach(), pull_BD
+            (pull_BD,) = torch.autograd.grad(_SCALE * value_B.sum(), z_BD)
+        return value_B.detach(), pull_BD / _SCALE
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mergekit_wp.outputs import scratch
 from mergekit_wp.references import read_reference
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
+from mergekit_wp.scoring.precision import held_dtype, pick_dtype, stored_dtype
 from mergekit_wp.scoring.rotary import Lengths
 from mergekit_wp.scoring.stack import ResidentStack, Stack
 from mergekit_wp.scoring.streamed import open_streamed
@@ -110,7 +111,8 @@ def load_pair(job: ScoringJob, checked: CheckedPair, team: Team | None = None) -
     Raises `BadInput` when one does not load, does not fit, or holds a NaN or an infinity.
     """
     device = (team or Team()).local_device(pick_device(job.device))
-    dtype = pick_dtype(job.dtype, device)
+    stored = [stored_dtype(model.tensors) for model in (checked.base, checked.expert)]
+    dtype = pick_dtype(job.dtype, device, stored)
     offload, reason = pick_offload(job.offload, checked.base, checked.expert, dtype, device)
     if offload == "stream":
         remote, lora = job.trust_remote_code, read_reference(job.expert).lora
@@ -131,7 +133,8 @@ def load_one(
 ) -> Stack:
     """One model alone, in memory or ready to be read layer by layer; `offload` as for a pair. Raises as `load_pair`."""
     head_equals_embeddings(checkpoint)  # refuses a model that lacks one of the two
-    fits = parameter_bytes(checkpoint, dtype) <= (1 - RESERVE) * free_memory(device)
+    held = held_dtype(checkpoint.tensors, dtype)
+    fits = parameter_bytes(checkpoint, held) <= (1 - RESERVE) * free_memory(device)
     if offload == "stream" or (offload == "auto" and not fits):
         return open_streamed(checkpoint.name, checkpoint, dtype, device, remote_code)
     model = _load_model(checkpoint.name, str(checkpoint.folder), dtype, device, remote_code)
@@ -151,16 +154,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on an accelerator and float32 on a CPU, where float32 is exact enough to check by hand."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, name)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise BadInput("dtype: float16 is far slower than bfloat16 on a CPU; use bfloat16 or float32.")
-    return dtype
-
-
 @contextmanager
 def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
     """For an expert `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
@@ -173,6 +166,7 @@ def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
 
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
+    """The frozen model of a folder, its weights as they are held for products in `dtype`."""
     from transformers import AutoConfig
 
     try:
@@ -181,7 +175,7 @@ def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
         model, report = auto_class(config.to_dict()).from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=held_dtype(Checkpoint(name, Path(folder)).tensors, dtype),
             device_map={"": str(device)},
             attn_implementation=attention,
             use_safetensors=True,

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.scoring.precision import held_dtype
 
 # Of the free memory, what `auto` leaves to activations, gradients and whoever else runs here. A share, not a number
 # of bytes, since prompts and batches that are sensible on a device grow with it.
@@ -20,10 +21,11 @@ def pick_offload(
 ) -> tuple[str, str]:
     """(`none` or `stream`, one line that says why) for an --offload of `none`, `stream` or `auto`.
 
-    `auto` is `none` if the parameters of both models in `dtype` fit into the device's free memory less RESERVE.
-    Reads headers only.
+    `auto` is `none` if the parameters of both models, as they are held for products in `dtype`, fit into the device's
+    free memory less RESERVE. Reads headers only.
     """
-    need, free = parameter_bytes(base, dtype) + parameter_bytes(expert, dtype), free_memory(device)
+    need = sum(parameter_bytes(model, held_dtype(model.tensors, dtype)) for model in (base, expert))
+    free = free_memory(device)
     sizes = f"{_size(need)} of parameters against {_size(free)} of free memory on {device}"
     if asked != "auto":
         what = "layers are streamed" if asked == "stream" else "both models stay on the device"

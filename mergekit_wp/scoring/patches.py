@@ -68,9 +68,9 @@ class Patch:
 
         record: of the base, with gradients; width: columns of a component.
         """
-        parts = {name: dot(change, record.grad_in[key]) for name, change in self.changes.items()}
+        parts = {name: record.dot(change, record.grad_in[key]) for name, change in self.changes.items()}
         if self.moved_DW is not None:
-            parts[key] = dot(self.patched_BTW, torch.matmul(record.grad_out[key], self.moved_DW))
+            parts[key] = record.dot(self.patched_BTW, torch.matmul(record.grad_out[key], self.moved_DW))
         return {name: values_W.unflatten(0, (-1, width)).sum(1) for name, values_W in parts.items()}
 
 
@@ -118,19 +118,22 @@ class MixedPatch:
         columns_Hd = torch.arange(Q, device=self.q_BTQ.device).unflatten(0, (-1, width))
         for columns_Cd in columns_Hd.split(max(1, self.most_tokens // tokens)):
             for columns_d, patched_BTQ in zip(columns_Cd, self.activations(columns_Cd), strict=True):
-                parts["q"].append(dot(patched_BTQ - self.base_BTQ, delta_BTQ).sum())
-                parts[key].append(dot(patched_BTQ[..., columns_d], moved_BTQ[..., columns_d]).sum())
+                parts["q"].append(record.dot(patched_BTQ - self.base_BTQ, delta_BTQ).sum())
+                parts[key].append(record.dot(patched_BTQ[..., columns_d], moved_BTQ[..., columns_d]).sum())
         return {name: torch.stack(values) for name, values in parts.items()}
 
 
 def patch_heads(stack: Stack, base: Any, expert: Any, record: LayerRecord, geometry: Geometry) -> Patch | MixedPatch:
     """Every head with the expert's slices of q_proj and o_proj."""
     change_BTQ, moved_DQ = response_difference("q", base, expert, record), weight_difference("o", base, expert)
+    rerun = partial(rerun_attention, stack, base.self_attn, record)
+    q_BTQ = record.outputs["q"].float()
     if geometry.heads_mix:
-        rerun = partial(rerun_attention, stack, base.self_attn, record, in_float32=True)
-        return MixedPatch(rerun, record.outputs["q"].float(), change_BTQ.float(), moved_DQ)
-    patched_BTQ = rerun_attention(stack, base.self_attn, record, record.outputs["q"] + change_BTQ)
-    return Patch({"q": patched_BTQ.float() - record.inputs["o"].float()}, patched_BTQ, moved_DQ)
+        return MixedPatch(rerun, q_BTQ, change_BTQ.float(), moved_DQ)
+    patched_BTQ = rerun(q_BTQ + change_BTQ)
+    # In fewer bits than float32 the record's own attention is rounded like the whole, not like the update.
+    own_BTQ = record.inputs["o"] if stack.dtype == torch.float32 else rerun(q_BTQ)
+    return Patch({"q": patched_BTQ - own_BTQ}, patched_BTQ, moved_DQ)
 
 
 def patch_neurons(_stack: Stack, base: Any, expert: Any, record: LayerRecord, _geometry: Geometry) -> Patch:
@@ -169,14 +172,14 @@ def patch_neuron_activations(
 def response_difference(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
     """What the expert's projection would put out beyond the base's on the base's input: x dW^T + db."""
     bias, expert_bias = (layer.get_submodule(PROJECTIONS[key]).bias for layer in (base, expert))
-    difference = None if bias is None else expert_bias - bias
+    difference = None if bias is None else expert_bias.float() - bias.float()
     return functional.linear(record.inputs[key], weight_difference(key, base, expert), difference)
 
 
 def weight_difference(key: str, base: Any, expert: Any) -> torch.Tensor:
-    """dW [out, in] of one projection, in the weights' dtype."""
+    """dW [out, in] of one projection, float32, from the weights as stored."""
     weight, expert_weight = (layer.get_submodule(PROJECTIONS[key]).weight for layer in (base, expert))
-    difference: torch.Tensor = expert_weight - weight
+    difference: torch.Tensor = expert_weight.float() - weight.float()
     return difference.detach()
 
 
@@ -186,9 +189,3 @@ def _write(activation_BTW: torch.Tensor, weight_DW: torch.Tensor, columns_Cw: to
     own_CNw = activation_BTW[..., columns_Cw].float().flatten(0, 1).transpose(0, 1)
     own_CwD = weight_DW[:, columns_Cw].float().permute(1, 2, 0)
     return torch.bmm(own_CNw, own_CwD).unflatten(1, (prompts, tokens))
-
-
-def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum over prompts and tokens of a*b in float32: [B, T, width] twice -> [width]."""
-    # Not einsum: it becomes one tiny dot product a column, at three times the cost.
-    return (a.float() * b.float()).sum((0, 1))

@@ -290,7 +290,8 @@ class _Behaviour:
         models = (self.base.model, self.expert.model)
         greedy = Greedy.of(models, self.tokenizer, search.max_tokens, search.batch_size)
         prompts = [ids for ids, _check in rows]
-        answers = greedy.answers(stack.model, prompts, list(until), steering, lambda n: tick(n * self.team.size))
+        with stack.generating():
+            answers = greedy.answers(stack.model, prompts, list(until), steering, lambda n: tick(n * self.team.size))
         right = [check.passes(answer) for (_ids, check), answer in zip(rows, answers, strict=True)]
         return sum(right) / len(right)
 

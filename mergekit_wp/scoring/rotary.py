@@ -18,9 +18,13 @@ _LONGROPE = ("longrope", "su")  # Phi-3's first configs call it su
 
 
 class Lengths:
-    """What a model's rotary embedding makes of a sequence's length; `config` is its config as a mapping."""
+    """What a model's rotary embedding makes of a sequence's length.
+
+    `config` is the model's as a mapping; of a multimodal one, what it says of the text decoder counts.
+    """
 
     def __init__(self, config: Mapping[str, Any]):
+        config = {**config, **(config.get("text_config") or {})}
         self._context: int = config.get("max_position_embeddings") or 10**9
         self._settings = _settings(config)
         self._original = config.get("original_max_position_embeddings")

@@ -16,12 +16,12 @@ from typing import BinaryIO
 import torch
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.precision import STORED
 from mergekit_wp.weightfiles import TensorHeader
 
 _BLOCK = 4 << 20  # bytes, a multiple of every item size
 # Windows has neither flags nor a way to share by accident; elsewhere a mapping is shared memory unless told.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Shards:
@@ -56,10 +56,10 @@ class Shards:
                     f"{self.name}: the tensor {key} has the shape {list(header.shape)}, config.json asks for "
                     f"{list(shape)}; download the checkpoint again."
                 )
-            if header.dtype not in _DTYPES:
+            if header.dtype not in STORED:
                 raise BadInput(
                     f"{self.name}: the tensor {key} is stored as {header.dtype}, expected one of "
-                    f"{', '.join(_DTYPES)}; convert the checkpoint, or use --offload none."
+                    f"{', '.join(STORED)}; convert the checkpoint, or use --offload none."
                 )
             if header.end - header.start != _bytes(header):
                 raise BadInput(
@@ -69,7 +69,7 @@ class Shards:
 
     def stored_dtype(self, key: str) -> torch.dtype:
         """The dtype in which the file holds a tensor."""
-        return _DTYPES[self._tensors[key].dtype]
+        return STORED[self._tensors[key].dtype]
 
     @contextmanager
     def transfer(self) -> Iterator[None]:
@@ -123,11 +123,11 @@ class Shards:
         """Read a tensor's bytes into `flat`; whether every element is finite (True unchecked if known)."""
         finite, filled = True, 0
         for block in self._blocks(header, file):
-            values = block.view(_DTYPES[header.dtype])
+            values = block.view(STORED[header.dtype])
             part = flat[filled : filled + len(values)]
             part.copy_(values, non_blocking=True)
             if not known_finite:
-                # After the conversion, which may overflow (float16).
+                # After the conversion, which may overflow (float64).
                 finite = finite and bool(torch.isfinite(torch.stack(torch.aminmax(part))).all())
             if self._stream is not None:
                 self._stream.synchronize()  # the block is about to be overwritten, and `flat` used elsewhere
@@ -151,4 +151,4 @@ class Shards:
 
 
 def _bytes(header: TensorHeader) -> int:
-    return torch.Size(header.shape).numel() * _DTYPES[header.dtype].itemsize
+    return torch.Size(header.shape).numel() * STORED[header.dtype].itemsize

@@ -4,8 +4,9 @@ Scores need layers singly: to stop at the anchor, to start again in the middle, 
 turn comes. A `Stack` gives `start` (embeddings and what each layer is called with), `layers` (the modules, in any
 order), `call` (run one) and `logits`. `ResidentStack` holds the whole model; `streamed.StreamedStack` holds a layer.
 
-The residual stream is float32 whatever the dtype of the weights: matrix products run in `dtype` under autocast,
-their results are added in float32. What one neuron writes is far below bfloat16's resolution of the stream.
+The residual stream is float32 whatever the dtype of the weights: matrix products run in `dtype` under autocast, which
+rounds weights that are held in another (see `precision`); their results are added in float32. What one neuron writes is
+far below bfloat16's resolution of the stream.
 
 Legend: B prompts, T tokens, D residual width, V vocabulary rows.
 """
@@ -112,6 +113,10 @@ class Stack(ABC):
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """Inside, the whole model of transformers runs in `dtype`, whatever its weights are held in."""
+        return nullcontext() if self.model.dtype == self.dtype else self.autocast()
 
 
 class ResidentStack(Stack):

@@ -141,7 +141,7 @@ class Greedy:
         Raises `BadInput` when a prompt leaves no room for an answer, or a batch no memory.
         """
         found = [""] * len(prompts)
-        lengths = Lengths(model.config.to_dict())
+        lengths = Lengths(text_tower(model).config.to_dict())
         for chosen in together(
             list(map(len, prompts)), self.batch_size, lambda length: lengths.group_answered(length, self.max_tokens)
         ):

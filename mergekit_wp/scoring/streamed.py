@@ -19,6 +19,7 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import EMBEDDINGS, auto_class, text_name, text_tower
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.lora import Adapter
+from mergekit_wp.scoring.precision import held_dtype
 from mergekit_wp.scoring.shards import Shards
 from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.vocabulary import head_equals_embeddings
@@ -43,24 +44,27 @@ def open_streamed(
     """
     if checkpoint.config.get("quantization_config"):
         raise BadInput(f"{name}: a quantised checkpoint cannot be streamed; use --offload none.")
-    shards = Shards(name, checkpoint.tensors, device)
-    skeleton = _skeleton(name, checkpoint, dtype, trust_remote_code)
+    shards, held = Shards(name, checkpoint.tensors, device), held_dtype(checkpoint.tensors, dtype)
+    skeleton = _skeleton(name, checkpoint, held, trust_remote_code)
     if not head_equals_embeddings(checkpoint):
         skeleton.all_tied_weights_keys.clear()  # as transformers does, whatever the config says
     lora = None
     if adapter is not None:
-        lora = Adapter(name, adapter, _skeleton(name, checkpoint, dtype, trust_remote_code), device)
-    return StreamedStack(skeleton, shards, dtype, lora)
+        lora = Adapter(name, adapter, _skeleton(name, checkpoint, held, trust_remote_code), device)
+    return StreamedStack(skeleton, shards, dtype, held, lora)
 
 
 class StreamedStack(Stack):
-    """Made by `open_streamed`. `model` is a causal LM of transformers without weights, which come from `shards`."""
+    """Made by `open_streamed`. `model` is a causal LM of transformers without weights, which come from `shards`.
+
+    Products run in `dtype`, weights are read in `held` (see `precision`).
+    """
 
     streamed = True
 
-    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, lora: Adapter | None = None):
+    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, held: torch.dtype, lora: Adapter | None = None):
         super().__init__(model, shards.device, dtype)
-        self._shards, self._lora = shards, lora
+        self._shards, self._held, self._lora = shards, held, lora
         self._users: Counter[int] = Counter()  # of a layer's weights: sweeps that are at this layer
         # The text tower alone, by the model's names; a wrapper's other towers are never read.
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if text_name(name)}
@@ -116,7 +120,7 @@ class StreamedStack(Stack):
 
     @torch.no_grad()
     def _read(self, names: Iterable[str], cancelled: Callable[[], bool] = lambda: False) -> Weights:
-        """The model's tensors of these names, LoRA applied, in the stack's dtype; incomplete when cancelled."""
+        """The model's tensors of these names, LoRA applied, in the dtype held; incomplete when cancelled."""
         weights: Weights = {}
         with self._shards.transfer():
             for name in names:
@@ -128,9 +132,9 @@ class StreamedStack(Stack):
     def _read_one(self, name: str) -> torch.Tensor:
         source = self._source[name]
         if self._lora is None or name not in self._lora.targets:
-            return self._shards.read(source, self.dtype)
+            return self._shards.read(source, self._held)
         base_weight = self._shards.read(source, torch.float32)
-        return self._lora.merge(name, base_weight, self._shards.stored_dtype(source)).to(self.dtype)
+        return self._lora.merge(name, base_weight, self._shards.stored_dtype(source)).to(self._held)
 
     @contextmanager
     def _holding(self, index: int, weights: Weights) -> Iterator[None]:

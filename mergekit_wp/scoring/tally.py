@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mergekit_wp.components import Geometry, Kind
+from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.firstorder import Parts
 from mergekit_wp.scoring.gauges import Gauge, gauge_of
 from mergekit_wp.scoring.team import Team
@@ -77,13 +78,17 @@ class TaskRun:
     def finish(self) -> dict[Kind, dict[str, torch.Tensor]]:
         """{heads: {part: [L, H]}, neurons: {part: [L, F]}} float64 on the CPU, divided by the gaps.
 
-        Layers that no gauge sees are 0. Raises `BadInput` when a utility has no gap to divide by.
+        Layers that no gauge sees are 0. Raises `BadInput` when a utility has no gap to divide by, or a score is not
+        finite.
         """
         divisor_L = torch.ones(self.geometry.layers, 1, dtype=torch.float64)
         normalizers = {name: ledger.normalizer(self.task) for name, ledger in self.ledgers.items()}
         for layer in range(self.geometry.layers):
             if gauge := gauge_of(self.gauges, layer):
                 divisor_L[layer] = normalizers[gauge.name]
-        return {
+        tables = {
             kind: {part: table.cpu() / divisor_L for part, table in parts.items()} for kind, parts in self.sums.items()
         }
+        if not all(torch.isfinite(table).all() for parts in tables.values() for table in parts.values()):
+            raise BadInput(f"task {self.task}: a score is not finite; use --dtype float32 or bfloat16.")
+        return tables

@@ -34,7 +34,9 @@ def recipe(point: Point, experts: tuple[str, ...], world: TrainedWorld, scores: 
         own = dict(point.expert) | ({"scores": str(readable(scores[name]))} if point.scores is not None else {})
         listed[str(readable(world.folder / name))] = own
     base = str(readable(world.folder / "base"))
-    return build_recipe(point.method, base, listed, shared=point.shared, base_parameters=point.base)
+    return build_recipe(
+        point.method, base, listed, shared=point.shared, base_parameters=point.base, out_dtype="bfloat16"
+    )
 
 
 def score_key(settings: Mapping[str, Any], expert: str, world: TrainedWorld) -> str:
