@@ -64,7 +64,7 @@ _CONFIGS = {
     ),
     "granite": (
         transformers.GraniteConfig,
-        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5,
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 0.5,
          "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
     "phi3": (transformers.Phi3Config, {"partial_rotary_factor": 0.5, "sliding_window": 4}),
