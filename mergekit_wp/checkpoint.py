@@ -22,7 +22,7 @@ from typing import Any
 from mergekit_wp import modelconfig
 from mergekit_wp.components import Geometry, text_config
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import read_json_mapping
+from mergekit_wp.files import inside, read_json_mapping
 from mergekit_wp.hub import download
 from mergekit_wp.references import Reference, Source, read_reference
 from mergekit_wp.tensornames import name_trouble
@@ -33,7 +33,6 @@ from mergekit_wp.weightfiles import (
     MODEL,
     SUFFIX,
     TensorHeader,
-    inside,
     read_tensors,
 )
 

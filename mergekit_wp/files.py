@@ -180,7 +180,7 @@ def inside(folder: Path, file: Path) -> Path:
     if home in real.parents or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent):
         return file
     raise BadInput(
-        f"{file}: a link to {real}, outside of its folder; put the file itself there, or take the link away."
+        f"{file}: a link to {real}, outside of its folder; put the file itself there, or name its own folder."
     )
 
 

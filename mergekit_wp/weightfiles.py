@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import read_json_mapping
+from mergekit_wp.files import inside, read_json_mapping
 
 MODEL, ADAPTER = "model", "adapter_model"
 """The stems of weight files: of a model, of a LoRA."""
@@ -50,7 +50,7 @@ def read_tensors(folder: Path, stem: str = MODEL) -> dict[str, TensorHeader]:
     shards = sorted(set(shard_of.values()))
     if single.is_file() and shards != [single.name]:
         raise BadInput(f"{folder}: {two_sets(single.name, index.name, shards, _files_of(folder))}")
-    missing = [name for name in shards if not (folder / name).is_file()]
+    missing = sorted(set(shards) - set(_files_of(folder)))
     if missing:
         raise BadInput(f"{folder}: {index.name} names the shard {_some(missing)}, which is missing; download it again.")
     tensors: dict[str, TensorHeader] = {}
@@ -140,21 +140,6 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
 def _header(entry: dict[str, Any], file: Path, data: int) -> TensorHeader:
     start, end = entry["data_offsets"]
     return TensorHeader(entry["dtype"], tuple(entry["shape"]), file, data + start, data + end)
-
-
-def inside(folder: Path, file: Path) -> Path:
-    """`file`, once it is known to lie in the folder. Raises `BadInput` when it is a link to somewhere else."""
-    home, real = folder.resolve(), file.resolve()
-    if home in real.parents or _one_cache(home, real):
-        return file
-    raise BadInput(
-        f"{file}: a link to {real}, outside of the model's folder; put the file itself there, or name its own folder."
-    )
-
-
-def _one_cache(home: Path, real: Path) -> bool:
-    """Whether a snapshot of the Hub's cache holds the file: .../models--USER--NAME/{snapshots/COMMIT,blobs}."""
-    return home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent
 
 
 def _check_index(index: Path, shard_of: dict[str, str], tensors: dict[str, TensorHeader]) -> None:

@@ -454,7 +454,7 @@ def formats(root: Path) -> list[Format]:
     from push_world import write_results
 
     from mergekit_wp.activations import Activations, Calibration, read_activations, write_activations
-    from mergekit_wp.checkpoint import Checkpoint, read_header
+    from mergekit_wp.checkpoint import Checkpoint
     from mergekit_wp.digests import Digests
     from mergekit_wp.eval.cache import read_cache
     from mergekit_wp.eval.suite import read_suite
@@ -467,6 +467,7 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.scoring.job import load_job
     from mergekit_wp.scoring.pairs import read_pairs
     from mergekit_wp.scoring.resume import Resume
+    from mergekit_wp.weightfiles import read_header
 
     root.mkdir(parents=True, exist_ok=True)
     small = {"hidden_size": 8, "intermediate_size": 3, "num_hidden_layers": 2, "head_dim": 4, "num_attention_heads": 2,

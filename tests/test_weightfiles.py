@@ -162,7 +162,7 @@ def test_links_out_of_the_folder(tmp_path):
         folder = write(tmp_path / f"of-{name}", {"model.safetensors": tensors()})
         (folder / name).unlink()
         (folder / name).symlink_to(outside / name)
-        refused(folder, name, "outside of the model's folder")
+        refused(folder, name, "outside of its folder")
     whole = tmp_path / "whole"
     whole.symlink_to(outside)
     Checkpoint.open(str(whole))
@@ -183,7 +183,7 @@ def test_links_out_of_the_folder(tmp_path):
     shutil.copy(outside / "model.safetensors", other / "x")
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(other / "x")
-    refused(snapshot, "outside of the model's folder")
+    refused(snapshot, "outside of its folder")
 
 
 # ---------------------------------------------------------------------- headers
