@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 # huggingface_hub.utils.validate_repo_id, whose import would take longer than all the rest here.
 _HUB_NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII)
@@ -34,6 +34,7 @@ MODEL_KEYS: dict[str, tuple[str, ...]] = {
 }
 """Where a recipe names models, and the words that are no model there (`base_model: base` is one)."""
 
+_MOST_NAME = 500  # characters of a name in a sentence
 # Names that can only be places on this machine; a slash at the end says folder as well.
 _LOCAL = (".", "/", "~")
 
@@ -56,7 +57,7 @@ class Source:
         """Raise `BadInput` when there is no such model, saying what was looked for."""
         if self.kind != "missing":
             return
-        name = str(self)
+        name = str(self) if len(str(self)) < _MOST_NAME else shown(str(self))
         if os.path.isfile(name):
             raise BadInput(f"{name}: a file, not a model folder; name the folder that it lies in.")
         if os.path.islink(name.rstrip("/")):

@@ -276,7 +276,7 @@ def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(tmp_path_fact
         (lambda name: "base_model.model." + name, "merge_and_unload"),
         (lambda name: name.replace("q_proj", "q_proj.base_layer"), "merge_and_unload"),
         (lambda name: "model." + name, "model.lm_head.weight"),
-        (lambda name: "llm." + name, "llm.model.layers.0"),
+        (lambda name: "llm." + name, "llm.lm_head.weight"),
         (lambda name: name.replace("lm_head", "model.lm_head"), "model.lm_head.weight"),
         (lambda name: name.replace("model.norm", "norm"), "norm.weight"),
     ],
