@@ -47,8 +47,33 @@ def typed(context: click.Context, name: str) -> list[str]:
     return words + options
 
 
-def ends_in_safetensors(_context: click.Context, option: click.Parameter, path: str) -> str:
+_OTHER_FORMATS = [
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".npz",
+    ".npy",
+    ".h5",
+    ".gguf",
+    ".onnx",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".txt",
+    ".md",
+    ".html",
+    ".zip",
+]
+
+
+def names_safetensors(_context: click.Context, option: click.Parameter, path: str) -> str:
     """Callback of an option that names a file to write. Raises `BadInput` for a name that says it is something else."""
-    if not path.endswith(".safetensors") and not os.path.isdir(path):  # the command has more to say of a folder
+    if os.path.splitext(path)[1].lower() in _OTHER_FORMATS and not os.path.isdir(path):
         raise BadInput(f"{option.opts[0]} {path}: the file is safetensors; give it a name that ends in .safetensors.")
     return path

@@ -213,7 +213,7 @@ def test_a_failed_audit_keeps_the_result_aside(world, monkeypatch):
         ({"parameters": {"score": "a"}}, "unknown parameter score"),
         ({"models": None}, "mergekit cannot carry out this recipe"),
         ({"base_model": "/nowhere/base"}, "/nowhere/base"),
-        ({"merge_method": "wq"}, "Unimplemented merge method wq"),
+        ({"merge_method": "wq"}, "mergekit has no merge_method 'wq'"),
         ({"dtype": "float8"}, "dtype float8"),
     ],
 )

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand, ends_in_safetensors
+from mergekit_wp.click_help import GroupedCommand, names_safetensors
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import echo
@@ -76,7 +76,7 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
     "--out",
     required=True,
     metavar="FILE",
-    callback=ends_in_safetensors,
+    callback=names_safetensors,
     help="Activations file to write (.safetensors).",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand, ends_in_safetensors
+from mergekit_wp.click_help import GroupedCommand, names_safetensors
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scoring.job import CHOICES, load_job
@@ -94,7 +94,7 @@ class _LayerOrAuto(click.ParamType):
 @click.option("--rank", type=click.Choice(CHOICES["rank"]), help="What --top ranks by (default: the mean over tasks).")
 @click.option("--parts", is_flag=True, default=None, help="Keep what q, o, gate, up and down add to each score.")
 @click.option(
-    "--out", required=True, metavar="FILE", callback=ends_in_safetensors, help="Score file to write (.safetensors)."
+    "--out", required=True, metavar="FILE", callback=names_safetensors, help="Score file to write (.safetensors)."
 )
 @click.option("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one).")
 @click.option(
