@@ -47,29 +47,10 @@ def typed(context: click.Context, name: str) -> list[str]:
     return words + options
 
 
-_OTHER_FORMATS = [
-    ".pt",
-    ".pth",
-    ".bin",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".npz",
-    ".npy",
-    ".h5",
-    ".gguf",
-    ".onnx",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".yaml",
-    ".yml",
-    ".txt",
-    ".md",
-    ".html",
-    ".zip",
-]
+_OTHER_FORMATS = (
+    ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".gguf", ".onnx", ".json", ".jsonl",
+    ".csv", ".tsv", ".yaml", ".yml", ".txt", ".md", ".html", ".zip",
+)  # fmt: skip
 
 
 def names_safetensors(_context: click.Context, option: click.Parameter, path: str) -> str:

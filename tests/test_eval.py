@@ -201,7 +201,7 @@ def _task(**changes: object) -> list[dict]:
         ({"tasks": _task(shots=3)}, "one", (), "unknown field `shots`"),
         ({"colour": "red"}, "one", (), "unknown field `colour`"),
         ({}, "absent", (), "no such model folder"),
-        ({}, "tasks", (), "cannot read the model's config"),
+        ({}, "tasks", (), "no model.safetensors and no model.safetensors.index.json there"),
         ({}, "no_tokenizer", (), "cannot load the tokenizer"),
         ({}, "nan", (), "holds a NaN"),
         ({}, "one", ("--baseline", "linear"), "--baseline linear: there is no such row"),

@@ -60,7 +60,8 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 
 def without_times(content: dict) -> dict:
-    """results.json less what may differ between two runs of the same."""
+    """results.json less what may differ between two runs of the same, into two folders."""
+    assert "--out" in content.pop("command")
     for row in content["rows"]:
         for about in row["measured"].values():
             assert about.pop("seconds") >= 0

@@ -305,7 +305,7 @@ class TestResume:
     def test_few_are_kept_and_it_says_where(self, out, caplog):
         for seed in range(6):
             run = Resume(out)
-            run.begin({"seed": seed}, "now")
+            run.begin({"seed": seed}, "2026-11-25T10:00:00+00:00")
             run.save(0, 0, {"heads": torch.zeros(1)})
             os.utime(run.folder, (seed, seed))
         with caplog.at_level("INFO", logger="mergekit_wp"):
@@ -316,7 +316,7 @@ class TestResume:
         run.forget()
         assert len(list(run.root.iterdir())) == 3
         again = Resume(out)
-        again.begin({"seed": 4}, "later")
+        again.begin({"seed": 4}, "2026-11-25T11:00:00+00:00")
         assert again.found == 1
 
 
