@@ -7,8 +7,9 @@ field that nobody knows is one too many). The aliases below are the meanings tha
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
@@ -32,6 +33,13 @@ def _is_date(text: str) -> str:
     except ValueError:
         raise ValueError("expected an ISO 8601 date") from None
     return text
+
+
+def now() -> str:
+    """A `Date`: ISO 8601, UTC. SOURCE_DATE_EPOCH, where set, stands for the clock (reproducible-builds.org)."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    return moment.isoformat(timespec="seconds")
 
 
 Date = Annotated[StrictStr, Field(max_length=64), AfterValidator(_is_date)]

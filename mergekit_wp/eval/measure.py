@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +25,7 @@ from mergekit_wp.eval.settings import Settings, versions
 from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.files import write_text
 from mergekit_wp.foreign import file_part
+from mergekit_wp.records import now
 
 Say = Callable[[str], None]
 OnDone = Callable[[ReadyTask, Entry], None]
@@ -95,7 +95,7 @@ def _evaluate(lm: Any, model: EvalModel, task: ReadyTask, settings: Settings) ->
         "cut_prompts": count_cut(lm, leaves, settings.backend.name),
         **_how(lm, model, task, settings),
         "seconds": round(time.monotonic() - started, 1),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from mergekit_wp.checkpoint import content_digest
 from mergekit_wp.digests import sha256_of
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping, write_text
-from mergekit_wp.records import Count, Date, Number, Sha256, Text, Versions, read_record, strict
+from mergekit_wp.records import Count, Date, Number, Sha256, Text, Versions, now, read_record, strict
 from mergekit_wp.weightfiles import read_header
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def make_mark(folder: Path, plan: MergePlan, checked: Iterable[str]) -> Mark:
         scores=tuple(mark_scores(path) for path in dict.fromkeys(used)),
         shares=mean_shares(plan),
         versions={name: version(name) for name in _VERSIONS},
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=now(),
     )
 
 

@@ -15,7 +15,6 @@ Legend: B blocks, T tokens of a block, D residual width, C input channels of a m
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import sys
 from collections import Counter
@@ -91,6 +90,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     """Measure the inputs of every module of BASE on plain text, and write the file that `merge_method: aim` reads."""
     from mergekit_wp.activations import METADATA_KEY, Activations, Calibration, write_activations
     from mergekit_wp.checkpoint import Checkpoint
+    from mergekit_wp.records import now
     from mergekit_wp.scorefile import ModelId
     from mergekit_wp.scoring.batches import batches, check_rows
     from mergekit_wp.scoring.cli import Progress, _quieten
@@ -117,7 +117,6 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     fingerprint = checkpoint.fingerprint
     identity = ModelId.of(base, fingerprint)
     versions = {name: importlib.metadata.version(name) for name in ("mergekit-wp", "torch", "transformers")}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = Calibration(
         identity,
         Path(texts).name,
@@ -127,7 +126,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
         str(dtype).removeprefix("torch."),
         device.type,
         versions,
-        now,
+        now(),
     )
     write_activations(Activations(about, means), target)
     if not quiet:

@@ -11,9 +11,7 @@ Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from mergekit_wp import __version__
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
+from mergekit_wp.records import now
 from mergekit_wp.scorefile import (
     ANCHORED,
     FORMAT,
@@ -77,7 +76,7 @@ def score(
     start = progress or (lambda _total, _what, _unit: lambda _done: None)
     with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."):
         layer, directions, curve = _anchors(job, pair, tokenizer, tasks, asked, search, team, start)
-        date = _now()
+        date = now()
         if job.method in PATCHING:
             date = resume.begin(_inputs(job, checked, pair, tasks, subset, layer), date)
         resume.spare_others()
@@ -286,13 +285,6 @@ def _finish(
     alpha, v_D = (None, None) if found is None else (float(found.alpha_L[layer]), found.v_LD[layer].cpu())
     meta = TaskMeta(len(task.extraction), len(task.scoring), stats, alpha)
     return meta, TaskScores(heads, neurons, v_D, parts)
-
-
-def _now() -> str:
-    """ISO 8601 UTC; SOURCE_DATE_EPOCH, where set, stands for the clock (reproducible-builds.org)."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.datetime.fromtimestamp(int(epoch), datetime.UTC) if epoch else datetime.datetime.now(datetime.UTC)
-    return now.isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
