@@ -24,7 +24,7 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import SUPPORTED
 from mergekit_wp.errors import BadInput
 
-EMBEDDINGS, HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end in
+_EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end in
 _ROWS = 1024  # compared at a time
 
 
@@ -49,7 +49,7 @@ def head_equals_embeddings(checkpoint: Checkpoint) -> bool:
         return _equal(checkpoint, embeddings, head)
     if (embeddings or head) and _known(checkpoint) and not says_tied(checkpoint):
         raise BadInput(
-            f"{checkpoint.name}: stores {embeddings or head} without {HEAD if embeddings else EMBEDDINGS}, "
+            f"{checkpoint.name}: stores {embeddings or head} without {_HEAD if embeddings else _EMBEDDINGS}, "
             "and its config does not say that head and embeddings are one tensor; if they are, set "
             "`tie_word_embeddings: true` in its config.json, else download it again."
         )
@@ -88,12 +88,12 @@ def _known(checkpoint: Checkpoint) -> bool:
 
 def embeddings_of(checkpoint: Checkpoint) -> str | None:
     """The name of the stored embeddings; None where there are none."""
-    return _find(checkpoint, EMBEDDINGS)
+    return _find(checkpoint, _EMBEDDINGS)
 
 
 def head_of(checkpoint: Checkpoint) -> str | None:
     """The name of the stored output head; None where there is none."""
-    return _find(checkpoint, HEAD)
+    return _find(checkpoint, _HEAD)
 
 
 def _find(checkpoint: Checkpoint, last: str) -> str | None:
