@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from test_scoring import job_for
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import read_scores, write_scores
+from mergekit_wp.scoring import recovery
+from mergekit_wp.scoring.curve import TaskRecovery
 from mergekit_wp.scoring.engine import score
 
 
@@ -62,3 +65,24 @@ def test_kl_looks_for_no_anchor_extracts_no_direction_and_scores_on_all_prompts(
     assert read.meta.read_at is None
     for other in (replace(job, split="shared"), replace(job, layer=None), replace(job, layer=1)):
         assert torch.equal(score(other).neurons, found.neurons)
+
+
+@pytest.mark.parametrize(("depth", "most"), [(6, 5), (17, 16), (28, 13), (32, 14), (40, 16), (80, 24)])
+def test_two_scans_find_every_layer_of_a_curve_with_one_peak(depth, most, monkeypatch):
+    """At every layer but the last, in no more tries than the docstring says; the paper's 17 of 28 and 27 of 40 too."""
+    tried = []
+
+    def planted(_run, _tasks, _directions, layers, _known, _start):
+        tried.extend(layers)
+        values = tuple(1 - abs(layer - peak) / depth for layer in layers)
+        return {"t": TaskRecovery("kl", 4, -1.0, 0.0, values, values)}
+
+    monkeypatch.setattr(recovery, "_try", planted)
+    monkeypatch.setattr(recovery, "_Behaviour", lambda *asked: SimpleNamespace())
+    base = SimpleNamespace(depth=depth)
+    for peak in range(depth - 1):
+        tried.clear()
+        curve = recovery.find_anchor(base, None, None, [], [], recovery.Search())
+        assert curve.chosen == peak
+        assert len(tried) == len(set(tried)) <= most
+        assert curve.layers == tuple(sorted(tried))

@@ -27,7 +27,9 @@ def tree(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("spelling", ["model", "./model", "model/.", "other/../model", "link", "model/sub", "."])
+@pytest.mark.parametrize(
+    "spelling", ["model", "./model", "model/.", "other/../model", "link", "link/new", "model/sub", "."]
+)
 def test_a_folder_that_is_holds_or_lies_inside_an_input_is_refused(
     spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
