@@ -87,16 +87,36 @@ def claimed(out: str | os.PathLike[str]) -> Iterator[str]:
     `BadInput` when another run is at work on it, or its folder cannot be written.
     """
     target = check_writable_parent(out)
-    lock = FileLock(target.with_name(f".{target.name}.lock"), blocking=False)
+    with _held(_lock_of(target), out) as lock:
+        try:
+            yield clear_partials(target)
+        finally:
+            # While it is held: whoever waits for it sees that this file is gone, and makes another.
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def refuse_busy(out: str | os.PathLike[str]) -> None:
+    """As `claimed` where another run is at work, for one that writes nothing (yet). Raises `BadInput`."""
+    lock = _lock_of(Path(out).absolute())
+    if lock.exists():
+        with _held(lock, out):
+            pass
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+@contextmanager
+def _held(file: Path, out: str | os.PathLike[str]) -> Iterator[FileLock]:
+    lock = FileLock(file, blocking=False)
     try:
         lock.acquire()
     except Timeout:
         raise BadInput(f"{out}: another run is writing this; wait for it, stop it, or name another place.") from None
     try:
-        yield clear_partials(target)
+        yield lock
     finally:
-        # While it is held: whoever waits for it sees that this file is gone, and makes another.
-        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

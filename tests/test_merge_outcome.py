@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.cli import main
 from mergekit_wp.merge.fusion import NotFiniteError, fuse
+from mergekit_wp.merge.outcome import _bring_code
 
 
 @pytest.fixture
@@ -102,3 +103,18 @@ def test_fuse_sees_what_the_output_does_not_hold():
     assert torch.equal(fuse([big, big], None, 0, torch.float16).float(), big.half().float())
     with pytest.raises(NotFiniteError):
         fuse([torch.full((2, 2), 1e300, dtype=torch.float64)], None, 0, torch.float32)
+
+
+def test_code_that_a_base_only_links_to_does_not_come_along(tmp_path):
+    """What lies elsewhere on the machine would be published with the merge."""
+    secret = tmp_path / "secret.py"
+    secret.write_text("token = 1\n")
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    for folder in (base, merged):
+        folder.mkdir()
+    (base / "modeling_acme.py").symlink_to(secret)
+    (base / "own.py").write_text("x = 1\n")
+    config = {"auto_map": {"AutoModel": "modeling_acme.Acme", "AutoConfig": "own.Config"}}
+    _bring_code(config, base, merged)
+    assert config == {"auto_map": {"AutoConfig": "own.Config"}}
+    assert [path.name for path in merged.iterdir()] == ["own.py"]

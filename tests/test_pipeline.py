@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipeline_world import build, pipeline_of, wp_run
 from safetensors.torch import load_file, save_file
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.outputs import claimed
 from mergekit_wp.pipeline.cli import main
 from mergekit_wp.pipeline.plan import derived_files, hub_models, pipeline_steps, write_derived
 from mergekit_wp.pipeline.recipes import scores_of
@@ -110,11 +110,9 @@ def test_a_failing_stage_stops_the_run_and_it_goes_on_when_mended(world: Path) -
 
 def test_two_runs_in_one_folder_are_one_too_many(world: Path) -> None:
     file = pipeline_of(world, "locked")
-    (world / "locked/.steps").mkdir(parents=True)
-    with (world / "locked/.steps/lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with claimed(world / "locked"):
         for arguments in ((), ("--plan",)):
-            assert "another run is at work in this folder" in wp_run(world, file.name, *arguments, code=2)
+            assert "another run is writing this" in wp_run(world, file.name, *arguments, code=2)
     assert not (world / "locked/recipes").exists()  # the run at work reads them
 
 

@@ -11,7 +11,8 @@ from mergekit_wp.demo.steps import demo_steps, write_pipeline
 from mergekit_wp.demo.world import WorldChoice, world_options
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.foreign import echo, echo_lines
-from mergekit_wp.pipeline.cli import alone, run_steps
+from mergekit_wp.outputs import claimed
+from mergekit_wp.pipeline.cli import run_steps
 from mergekit_wp.pipeline.plan import results_folder
 from mergekit_wp.pipeline.step import Stamps
 
@@ -23,7 +24,7 @@ def main(out: Path, worlds: Path, seed: int, smoke: bool) -> None:
     """Train a small base and three experts, score them, merge them, grade everything, and write a report."""
     started = time.monotonic()
     check_writable_parent(out / "report.html")
-    with alone(out):
+    with claimed(out):
         pipeline = write_pipeline(out)
         # Here the code counts as well: whoever changes it wants to see what it does.
         run_steps(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.adapters import adds_to_an_end
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
+from mergekit_wp.components import EMBEDDINGS, FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
@@ -31,7 +31,6 @@ from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.token_ids import differences, listed
 from mergekit_wp.vocabulary import (
-    EMBEDDINGS,
     embeddings_of,
     head_against_config,
     head_equals_embeddings,
@@ -237,7 +236,7 @@ def _check_fingerprint(
 
 def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     """One output tensor: its inputs exist, are of one layer, of one shape, and of a dtype that can be merged."""
-    if tensor.output.endswith(EMBEDDINGS):
+    if text_name(tensor.output) == EMBEDDINGS:
         _check_ends(plan, tensor)
         for expert in () if tensor.realigned else tensor.experts:
             _check_token_ids(plan, tensor, expert)

@@ -9,7 +9,6 @@ comes along, or, where the base itself lacks it, is not named; and no folder of 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections import Counter
@@ -17,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.files import read_json_mapping, write_text
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import inside, read_json_mapping, write_text
+from mergekit_wp.foreign import logger
 from mergekit_wp.merge.plan import TORCH_DTYPE, MergePlan
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 
 QUANTISED = ("quantization_config", "compression_config")
 _PATHS = ("_name_or_path",)
@@ -77,7 +78,10 @@ def _bring_code(content: dict[str, Any], base: Path, folder: Path) -> None:
         modules = [str(v).rpartition(".")[0] for v in (value if isinstance(value, list) else [value]) if v]
         # `user/model--modeling_acme.AcmeForCausalLM` is looked up on the Hub.
         local = [module for module in modules if "--" not in module]
-        files = [file for module in local for file in code_files(base, module)]
+        try:
+            files = [file for module in local for file in code_files(base, module)]
+        except BadInput:  # a link out of the folder: the merge is made already, and goes without it
+            files = []
         if len(files) < len(local) or not all(file.is_file() for file in files):
             LOG.warning("%s: names code of its own, %s, that is not there; the merged model does not.", base, value)
             del named[key]
@@ -90,11 +94,15 @@ def _bring_code(content: dict[str, Any], base: Path, folder: Path) -> None:
 
 
 def code_files(folder: Path, module: str) -> list[Path]:
-    """A module's file and those that it imports relatively; [] for a name that is not a file of the folder."""
+    """A module's file and those that it imports relatively; [] for a name that is not a file of the folder.
+
+    Raises `BadInput` for one that is a link to somewhere else.
+    """
     from transformers.dynamic_module_utils import get_relative_import_files
 
     file = folder / f"{module}.py"
     if not re.fullmatch(r"[A-Za-z_]\w*", module) or not file.is_file():
         return []
     imported = (Path(name) for name in get_relative_import_files(str(file)))
-    return [file, *(path for path in imported if re.fullmatch(r"\w+", path.stem) and path.parent == folder)]
+    files = [file, *(path for path in imported if re.fullmatch(r"\w+", path.stem) and path.parent == folder)]
+    return [inside(folder, path) if path.is_file() else path for path in files]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import click
 
@@ -16,6 +13,7 @@ from mergekit_wp.checkpoint import local_folder
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent, writable_folder
 from mergekit_wp.foreign import echo
+from mergekit_wp.outputs import claimed, refuse_busy
 from mergekit_wp.pipeline.ahead import Ahead, troubles_of
 from mergekit_wp.pipeline.plan import (
     STAGES,
@@ -28,8 +26,6 @@ from mergekit_wp.pipeline.plan import (
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
 from mergekit_wp.pipeline.step import Stamps, Step
 from mergekit_wp.references import Source
-
-_LOCK = Path(".steps") / "lock"
 
 _EPILOG = """\b
 Examples:
@@ -58,7 +54,7 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
     pipeline = read_pipeline(pipeline_file)
     wanted = STAGES[: STAGES.index(until) + 1]
     writable_folder(pipeline.out / "pipeline")
-    refuse_second_run(pipeline.out)
+    refuse_busy(pipeline.out)
 
     def steps() -> list[Step]:  # what they read of a model on the Hub is known when it is here
         return [step for step in pipeline_steps(pipeline, allow_code) if step.stage in wanted]
@@ -71,7 +67,7 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
     if plan_only:
         return
     check_writable_parent(pipeline.out / "pipeline")
-    with alone(pipeline.out):  # what steps read is written anew, which must not happen under a run at work
+    with claimed(pipeline.out):  # what steps read is written anew, which must not happen under a run at work
         if absent_models(pipeline):
             _fetch(hub_models(pipeline))
             look_ahead(pipeline, find_due(steps(), stamps, redo), network=True)
@@ -142,30 +138,6 @@ def _fetch(sources: Sequence[Source]) -> None:
     for source in sources:
         echo(f"{source}: fetching what of it is not here yet ...", err=True)
         local_folder(source)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Two runs into one folder would undo each other's work: the second is refused."""
-    lock = out / _LOCK
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
-        _take(stream, out)
-        yield
-
-
-def refuse_second_run(out: Path) -> None:
-    """The same, for one that writes nothing yet: whether a run is at work now."""
-    if (out / _LOCK).exists():
-        with (out / _LOCK).open() as stream:
-            _take(stream, out)
-
-
-def _take(stream: IO[str], out: Path) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise BadInput(f"{out}: another run is at work in this folder; wait for it, or stop it.") from error
 
 
 if __name__ == "__main__":
