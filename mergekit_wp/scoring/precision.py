@@ -3,7 +3,8 @@
 A score is read off the difference of two fine-tunes of one model, which is small beside the weights: weights are held
 in the dtype that they are stored in, and differences are formed in float32 (METHOD.md 2). Rounding float16 weights to
 bfloat16 first would lose what an update of half a percent writes. Products may run in fewer bits: autocast rounds
-what goes into each of them, which costs the difference no more than its own last bits.
+what goes into each of them. That costs a cosine's gradient next to nothing; that of `kl` is itself a difference of two
+runs, and bfloat16 blurs it where they hardly differ (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
