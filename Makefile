@@ -13,13 +13,13 @@ BIN := .venv/bin
 .PHONY: demo table3 table3-far test test-vllm fuzz check recipes venv wheel-test clean
 
 demo: .venv/ready
-	$(BIN)/python -m mergekit_wp.demo
+	$(BIN)/python -m experiments.demo
 
 table3: .venv/ready
-	$(BIN)/python -m mergekit_wp.table3 --allow-code-execution
+	$(BIN)/python -m experiments.table3 --allow-code-execution
 
 table3-far: .venv/ready
-	$(BIN)/python -m mergekit_wp.table3 --kind far --allow-code-execution
+	$(BIN)/python -m experiments.table3 --kind far --allow-code-execution
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q

@@ -22,9 +22,9 @@ from typing import Any
 _REGISTRY, _GENOME = "mergekit.merge_methods.registry", "mergekit.evo.genome"
 # Each method's name in a recipe, and the module whose `register` makes it known.
 METHODS = {
-    "wp": "mergekit_wp.merge.method",
-    "widen": "mergekit_wp.merge.widen",
-    "aim": "mergekit_wp.merge.aim",
+    "wp": "mergekit_wp.merge.methods.wp",
+    "widen": "mergekit_wp.merge.methods.widen",
+    "aim": "mergekit_wp.merge.methods.aim",
 }
 
 # What mergekit-evolve may search: numbers that each expert has of its own. `weight` must come first, where its search
@@ -95,7 +95,7 @@ class _Loader:
 
 def register_methods() -> None:
     """Register every method that can be loaded; warn of those that cannot. Never raises; idempotent."""
-    if _half_imported("mergekit_wp.merge.checked", "register_method"):
+    if _half_imported("mergekit_wp.merge.methods.base", "register_method"):
         return  # its own import made mergekit load; it calls this at its end
     for name, module in METHODS.items():
         if not _half_imported(module, "register"):

@@ -71,3 +71,7 @@ def enough_memory(sentence: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise BadInput(sentence) from error
+
+
+class NotFinite(BadInput):
+    """A merged tensor holds a NaN or an infinity."""

@@ -55,7 +55,7 @@ def test_registers_leaves_no_trace_and_warns_of_nothing():
     assert int(count) > 10
 
 
-@pytest.mark.parametrize("first", ["mergekit_wp.merge.method", "mergekit_wp.merge.widen", "mergekit.merge"])
+@pytest.mark.parametrize("first", ["mergekit_wp.merge.methods.wp", "mergekit_wp.merge.methods.widen", "mergekit.merge"])
 def test_any_order_of_imports(first):
     code = (
         HOOKED
@@ -67,7 +67,7 @@ def test_any_order_of_imports(first):
 
 def test_a_broken_method_leaves_mergekit_working():
     code = (
-        "import sys; sys.modules['mergekit_wp.merge.method'] = None; "
+        "import sys; sys.modules['mergekit_wp.merge.methods.wp'] = None; "
         + HOOKED
         + "from mergekit.merge_methods.registry import _METHODS as m; print('linear' in m, 'wp' in m, 'widen' in m)"
     )

@@ -17,7 +17,7 @@ from mergekit_wp.eval.suite import read_suite
 from mergekit_wp.files import read_json_mapping, read_yaml_mapping
 from mergekit_wp.merge.recipe import read_recipe
 from mergekit_wp.pipeline.spec import read_pipeline
-from mergekit_wp.scoring.job import load_job
+from mergekit_wp.scoring.config import load_job
 from mergekit_wp.scoring.pairs import read_pairs
 
 LAUGHS = "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(8))

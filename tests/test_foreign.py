@@ -19,10 +19,9 @@ from markdown_it import MarkdownIt
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.models import EvalModel
-from mergekit_wp.eval.page import to_html
-from mergekit_wp.eval.run import Cell, Row
+from mergekit_wp.eval.rows import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
-from mergekit_wp.eval.table import Table, to_csv, to_markdown, to_text
+from mergekit_wp.eval.tables import Table, to_csv, to_html, to_markdown, to_text
 from mergekit_wp.foreign import code, echo, fenced, file_part, html, logger, markdown, one_line
 
 # Everything that text can hold, lone surrogates too, and often what does harm.
@@ -156,7 +155,7 @@ def test_a_name_in_a_picture_reads_as_it_is(name):
     import numpy as np
     from matplotlib.figure import Figure
 
-    from mergekit_wp.pictures import draw_shares, shares_png
+    from mergekit_wp.report import draw_shares, shares_png
 
     share_KL = np.full((2, 3), 0.5)
     assert shares_png({"heads": share_KL}, [name, "plain"]).startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("kill_at_moments.py")
+PROGRAM = Path(__file__).parent / "helpers" / "kill_at_moments.py"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills forks")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from mergekit_wp import commands
+from mergekit_wp import console as commands
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, disk_trouble, write_text
 from mergekit_wp.outputs import check_file, claimed, refuse_inputs, scratch
@@ -133,7 +133,7 @@ LIMITED = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (1
 )
 def test_a_file_that_may_not_grow_is_one_sentence_and_no_file(write: str, tmp_path: Path) -> None:
     code = "import sys, torch\nfrom mergekit_wp.errors import BadInput\nfrom mergekit_wp.files import write_text\n"
-    code += f"from mergekit_wp.tensorfile import write_tensors\n{LIMITED}out = sys.argv[1]\n"
+    code += f"from mergekit_wp.files import write_tensors\n{LIMITED}out = sys.argv[1]\n"
     code += f"try: {write}\nexcept BadInput as error: sys.exit(error.message)\n"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 1
@@ -231,4 +231,4 @@ def test_every_console_script_is_known() -> None:
 
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
     assert set(project["scripts"]) == set(commands.MODULES)
-    assert set(project["scripts"].values()) == {"mergekit_wp.commands:main"}
+    assert set(project["scripts"].values()) == {"mergekit_wp.console:main"}

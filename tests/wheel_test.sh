@@ -23,7 +23,7 @@ for command in wp-anchor wp-aim wp-eval wp-compare wp-push wp-run; do
   "$bin/$command" --help >/dev/null
 done
 # The paper's tasks travel with the package.
-"$bin/python" -c "from mergekit_wp.eval.index import task_manager; task_manager(['wp_math', 'wp_gsm8k'], None)"
+"$bin/python" -c "from mergekit_wp.eval.tasks import task_manager; task_manager(['wp_math', 'wp_gsm8k'], None)"
 # Uninstalling takes the start-up hook along.
 "$bin/python" -m pip uninstall --quiet --yes mergekit-wp
 test -z "$(find "$work/venv" -iname '*mergekit_wp*' -print -quit)"

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand, typed
+from mergekit_wp.console import GroupedCommand, typed
+from mergekit_wp.console import quieten as _quieten
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.options import BACKENDS
-from mergekit_wp.eval.quiet import quieten as _quieten
 from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
 from mergekit_wp.files import check_writable_parent, write_text
 from mergekit_wp.foreign import echo, echo_lines
@@ -27,8 +27,8 @@ from mergekit_wp.outputs import claim, refuse_inputs
 
 if TYPE_CHECKING:
     from mergekit_wp.eval.backends import Backend
-    from mergekit_wp.eval.run import Settings
-    from mergekit_wp.eval.table import Table
+    from mergekit_wp.eval.rows import Settings
+    from mergekit_wp.eval.tables import Table
 
 _GROUPS = {
     "Suite": ("baseline", "include_path", "limit"),
@@ -115,7 +115,7 @@ def main(
     _quieten(bars)
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    from mergekit_wp.eval.run import Settings
+    from mergekit_wp.eval.rows import Settings
 
     where = _device(device or suite.device)
     backend, why = _backend(suite, where, batch_size, **backend_flags)
@@ -201,8 +201,8 @@ def _evaluate(
     from mergekit_wp.eval import preflight
     from mergekit_wp.eval.models import name_models, open_model, takes_long
     from mergekit_wp.eval.process import measure_in_child, start_importing
-    from mergekit_wp.eval.run import evaluate_model, missing_tasks
-    from mergekit_wp.eval.table import Table
+    from mergekit_wp.eval.rows import evaluate_model, missing_tasks
+    from mergekit_wp.eval.tables import Table
     from mergekit_wp.eval.tasks import ready_tasks
 
     names = name_models(references)
@@ -239,9 +239,8 @@ def _evaluate(
 
 
 def _write(table: Table, suite_file: str, settings: Settings, out: Path) -> None:
-    from mergekit_wp.eval.page import write_tables
-    from mergekit_wp.eval.run import versions
-    from mergekit_wp.eval.table import to_json
+    from mergekit_wp.eval.rows import versions
+    from mergekit_wp.eval.tables import to_json, write_tables
 
     about = {
         "suite": suite_file,

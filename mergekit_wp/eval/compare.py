@@ -12,10 +12,9 @@ import click
 from mergekit_wp import __version__
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.models import name_models
-from mergekit_wp.eval.page import write_tables
-from mergekit_wp.eval.run import Row
+from mergekit_wp.eval.rows import Row
 from mergekit_wp.eval.suite import Suite
-from mergekit_wp.eval.table import Table, read_results, to_text
+from mergekit_wp.eval.tables import Table, read_results, to_text, write_tables
 from mergekit_wp.foreign import echo, echo_lines
 
 _EPILOG = """\b

@@ -1,4 +1,14 @@
-"""Run tasks on one model, in this very process: load it, ask it, grade it, one task after another.
+"""How models are run, and which part of that a result is kept under.
+
+What is kept of a run: a file a model and settings, with the results of each task that is finished.
+
+Keep the first space of an answer under transformers, as vLLM does.
+
+A Llama-style tokenizer writes a space as part of the word after it and leaves it out where a text begins. lm-eval
+decodes an answer by itself, so one space is lost at its beginning; HumanEval's answers begin with an indentation,
+and every program is then a syntax error.
+
+Run tasks on one model, in this very process: load it, ask it, grade it, one task after another.
 
 Both wp-eval's child processes (see `process`) and workers that grade many models in one process call `measure`.
 """
@@ -6,26 +16,136 @@ Both wp-eval's child processes (see `process`) and workers that grade many model
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.documents import now, parse_json
 from mergekit_wp.errors import BadInput, out_of_memory
-from mergekit_wp.eval import backends, stderr
-from mergekit_wp.eval.cache import Entry, plain
-from mergekit_wp.eval.context import count_cut
-from mergekit_wp.eval.first_space import keep_first_space
+from mergekit_wp.eval import backends
+from mergekit_wp.eval import standard_error as stderr
+from mergekit_wp.eval.backends import Backend, count_cut, resolve_dtype
 from mergekit_wp.eval.models import EvalModel
-from mergekit_wp.eval.settings import Settings, versions
 from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.files import write_text
 from mergekit_wp.foreign import file_part
-from mergekit_wp.records import now
+
+_VERSIONS = ("lm-eval", "transformers", "torch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are run. What changes answers enters the cache's key: dtype, limit, versions, backend.
+
+    Device, batch size and the number of GPUs are recorded with each result but not part of the key: they change
+    the rounding, which moves an answer now and then, and a cached result should outlive a move to a GPU.
+    `samples` is the folder for per-sample logs, or None for none.
+    """
+
+    device: str
+    dtype: str
+    batch_size: int | str
+    limit: int | None
+    allow_code: bool
+    trust_remote_code: bool
+    progress_bars: bool
+    backend: Backend = field(default_factory=Backend)
+    samples: Path | None = None
+
+    def key(self, model: EvalModel) -> str:
+        parts = [
+            model.fingerprint, self.dtype_of(model), self.limit, self.trust_remote_code, versions(self.backend),
+            self.backend.name, self.backend.answering_options(),
+        ]  # fmt: skip
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def dtype_of(self, model: EvalModel) -> str:
+        """The dtype this model runs in."""
+        return resolve_dtype(model.folder, self.dtype)
+
+
+def versions(backend: Backend) -> dict[str, str]:
+    """The packages whose version can change an answer."""
+    return {name: version(name) for name in _VERSIONS} | backend.versions()
+
+
+Entry = dict[str, Any]  # a task's results as lm-eval gave them, and how they came about
+
+
+def cache_file(cache: Path, model: EvalModel, key: str) -> Path:
+    """The file of this model under this key, under whatever row name it was first evaluated."""
+    found = sorted(cache.glob(f"*-{key[:20]}.json"))
+    return found[0] if found else cache / f"{file_part(model.name)}-{key[:20]}.json"
+
+
+def read_cache(path: Path) -> dict[str, Entry]:
+    """Finished tasks by key; a file that is not ours or was damaged counts as nothing done."""
+    try:
+        tasks = parse_json(path.read_bytes())["tasks"]
+        return {key: entry for key, entry in tasks.items() if _is_entry(entry)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _is_entry(entry: Entry) -> bool:
+    samples = entry.get("samples", "")
+    return isinstance(entry.get("results"), dict) and (samples is None or type(samples) is int)
+
+
+def write_cache(path: Path, model: EvalModel, done: dict[str, Entry]) -> None:
+    """All finished tasks of a model, whole or not at all."""
+    content = {"model": model.reference, "fingerprint": model.fingerprint, "tasks": done}
+    write_text(path, json.dumps(plain(content), indent=2) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The same content in JSON's own types: numpy scalars become numbers, what JSON lacks becomes text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+_SPACE = "\u2581"  # how such tokenizers write a space within a token
+
+
+def keep_first_space(lm: Any) -> None:
+    """Make lm-eval's class for transformers decode answers as continuations; other tokenizers are left alone."""
+    anchor = _anchor(lm.tokenizer)
+    if anchor is None:
+        return
+    decode: Callable[..., str] = lm.tok_decode
+    word = decode([anchor])
+
+    def continued(tokens: Any, skip_special_tokens: bool = True) -> str:
+        if not isinstance(tokens, list):
+            return decode(tokens, skip_special_tokens=skip_special_tokens)
+        return decode([anchor, *tokens], skip_special_tokens=skip_special_tokens).removeprefix(word)
+
+    lm.tok_decode = continued
+
+
+def _anchor(tokenizer: Any) -> int | None:
+    """A token to put before an answer; None if this tokenizer loses no space."""
+    words = ((token, i) for token, i in tokenizer.get_vocab().items() if token[:1] == _SPACE and token[1:].isalpha())
+    anchor = next((i for _, i in sorted(words)), None)
+    if anchor is None or tokenizer.decode([anchor]).startswith(" "):
+        return None
+    return anchor
+
 
 Say = Callable[[str], None]
 OnDone = Callable[[ReadyTask, Entry], None]
@@ -163,7 +283,7 @@ def _check_stored_weights(model: EvalModel, dtype: str) -> None:
     import torch
     from safetensors import safe_open
 
-    from mergekit_wp.checkpoint import Checkpoint
+    from mergekit_wp.checkpoint.folder import Checkpoint
 
     kind = getattr(torch, dtype) if dtype != "auto" else None
     headers = Checkpoint.open(str(model.folder)).tensors

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_wp.adapters import merge_lora
-from mergekit_wp.checkpoint import Checkpoint, content_digest, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.adapters import merge_lora
+from mergekit_wp.checkpoint.folder import Checkpoint, content_digest, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.hub import is_tokenizer_file
+from mergekit_wp.checkpoint.references import Reference, read_reference
+from mergekit_wp.checkpoint.weights import ADAPTER, TensorHeader, read_tensors
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent
-from mergekit_wp.hub import is_tokenizer_file
-from mergekit_wp.references import Reference, read_reference
-from mergekit_wp.weightfiles import ADAPTER, TensorHeader, read_tensors
 
 # Beside the weights, the files that change what a model answers: the Hub's names for config, generation
 # defaults, tokenizer and chat template.

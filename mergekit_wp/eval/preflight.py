@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.vocabulary import head_against_config
+from mergekit_wp.checkpoint.weights import strays
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import process
-from mergekit_wp.eval.backends import Backend
-from mergekit_wp.eval.context import answer_tokens, context_length
+from mergekit_wp.eval.backends import Backend, answer_tokens, context_length
+from mergekit_wp.eval.measure import Settings
 from mergekit_wp.eval.models import EvalModel
-from mergekit_wp.eval.settings import Settings
-from mergekit_wp.eval.tasks import ReadyTask
-from mergekit_wp.eval.words import check_word_lists
-from mergekit_wp.scoring.offload import free_memory, parameter_bytes
-from mergekit_wp.vocabulary import head_against_config
-from mergekit_wp.weightfiles import strays
+from mergekit_wp.eval.tasks import ReadyTask, check_word_lists
+from mergekit_wp.memory import free_memory
+from mergekit_wp.scoring.models.offload import parameter_bytes
 
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
 # vllm/v1/attention/backends/cpu_attn.py of vLLM 0.32, which finds out only at the first prompt (`make test-vllm`

@@ -23,12 +23,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.console import quieten
 from mergekit_wp.errors import BadInput, OneSentence
 from mergekit_wp.eval.datafiles import first_line
-from mergekit_wp.eval.measure import OnDone, Say, measure
+from mergekit_wp.eval.measure import OnDone, Say, Settings, measure
 from mergekit_wp.eval.models import EvalModel
-from mergekit_wp.eval.quiet import quieten
-from mergekit_wp.eval.settings import Settings
 from mergekit_wp.eval.suite import Suite
 from mergekit_wp.eval.tasks import ReadyTask, ready_tasks
 from mergekit_wp.foreign import echo_lines

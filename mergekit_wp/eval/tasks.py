@@ -1,4 +1,8 @@
-"""The tasks of a suite, found and checked in lm-eval before any model loads.
+"""lm-eval's index of tasks: finding names, and the configurations behind a task, a group or a tag.
+
+The word lists of NLTK that graders read; lm-eval misses them only when all answers are there.
+
+The tasks of a suite, found and checked in lm-eval before any model loads.
 
 Everything that lm-eval would notice only after hours of generation is looked at here first: unknown tasks and
 metrics, missing data, tasks that run model-written code.
@@ -6,8 +10,11 @@ metrics, missing data, tasks that run model-written code.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +22,109 @@ from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.code_eval import sandboxed
 from mergekit_wp.eval.datafiles import check_data, first_line, function_modules, task_key
-from mergekit_wp.eval.index import leaves, task_manager
 from mergekit_wp.eval.suite import Suite, SuiteTask
-from mergekit_wp.eval.words import check_word_lists
+from mergekit_wp.scoring.anchor.graders import check_punkt
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+
+PROTOCOL = Path(__file__).with_name("protocol")
+
+
+def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's index of tasks, with ours of `protocol/` and those of `include_path`, which win in this order.
+
+    Its 14,000 built-in ones (6 s) are read only if a name needs them. Raises `BadInput` for a name that is in
+    none of the three and for an `include_path` that is no folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    folders: list[str | Path] = [str(PROTOCOL)]
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise BadInput(
+                f"{include_path}: the suite's include_path is not a folder; "
+                "make it, or name another with --include-path."
+            )
+        folders.append(str(include_path))
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not any(_missing(manager, name) for name in names):
+        return manager
+    manager = TaskManager(include_path=folders)
+    for name in names:
+        if missing := _missing(manager, name):
+            where = f"lm-eval or in {include_path}" if include_path else "lm-eval; --include-path adds a folder"
+            local = [task for task in manager.all_tasks if _is_under(manager, task, include_path)]
+            near = get_close_matches(missing, manager.all_tasks, n=5) or local[:20]
+            raise BadInput(f"unknown task `{missing}`: not in {where}. Nearest: {', '.join(near) or 'none'}.")
+    return manager
+
+
+def _is_under(manager: TaskManager, task: str, folder: Path | None) -> bool:
+    source = manager.task_index[task].yaml_path
+    return folder is not None and source is not None and folder.resolve() in Path(source).resolve().parents
+
+
+def _missing(manager: TaskManager, name: str) -> str | None:
+    """The first name, this one or a member of this group, that the index lacks.
+
+    lm-eval itself would make a new, half-defined task out of an unknown member.
+    """
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return name
+    for member in members(entry.cfg or {}):
+        inline = isinstance(member, dict) and ("group" in member or "dataset_path" in member)
+        child = member if isinstance(member, str) else member.get("task")
+        if isinstance(child, str) and not inline and (missing := _missing(manager, child)):
+            return missing
+    return None
+
+
+def members(config: dict[str, Any]) -> list[Any]:
+    """What a group lists: names, or configurations with a `task` or more members."""
+    return config["task"] if isinstance(config.get("task"), list) else []
+
+
+def leaves(manager: TaskManager, name: str) -> Iterator[dict[str, Any]]:
+    """The configurations of the tasks behind a task, group or tag, functions unresolved."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    if entry.cfg is None:  # a tag
+        for tagged in sorted(entry.tags):
+            yield from leaves(manager, tagged)
+    elif listed := members(entry.cfg):
+        yield from _group_leaves(manager, entry.cfg, listed)
+    else:
+        yield entry.cfg
+
+
+def _group_leaves(manager: TaskManager, group: dict[str, Any], listed: list[Any]) -> Iterator[dict[str, Any]]:
+    shared = {key: value for key, value in group.items() if key in ("dataset_path", "unsafe_code")}
+    for member in listed:
+        own = member if isinstance(member, dict) else {"task": member}
+        if nested := members(own):
+            yield from _group_leaves(manager, {**shared, **own}, nested)
+            continue
+        child = own.get("task") or own.get("group")
+        found = list(leaves(manager, str(child))) or [{}]
+        yield from ({**leaf, **shared, **own} for leaf in found)
+
+
+_TOKENIZER_DATA = "punkt_tab"
+
+
+def check_word_lists(task: str, folders: Iterable[Path]) -> None:
+    """Whether NLTK has what the Python in these folders, a task's own, asks for. Raises `BadInput`."""
+    if any(map(_asks_for_it, folders)):
+        check_punkt(f"task {task}: its grader")
+
+
+@lru_cache
+def _asks_for_it(folder: Path) -> bool:
+    return any(_TOKENIZER_DATA in file.read_text(encoding="utf-8", errors="replace") for file in folder.glob("*.py"))
 
 
 @dataclass(frozen=True)

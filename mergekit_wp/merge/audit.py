@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import auto_class, slot_of
-from mergekit_wp.merge.audit_aim import check_aim
+from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.vocabulary import head_against_config
+from mergekit_wp.geometry import auto_class, slot_of
+from mergekit_wp.merge.audit_methods import check_aim, check_widen
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
-from mergekit_wp.merge.audit_widen import check_widen
 from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
-from mergekit_wp.vocabulary import head_against_config
 
 _SLICES_A_KIND = 4
 _ROWS = 16

@@ -8,10 +8,10 @@ from collections import defaultdict
 import torch
 from safetensors import safe_open
 
-from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.errors import OneSentence
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
-from mergekit_wp.vocabulary import align_rows
 
 FLOAT32_STEP = 2.0**-23
 

@@ -18,26 +18,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_wp.adapters import adds_to_an_end
-from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import EMBEDDINGS, FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
-from mergekit_wp.errors import BadInput
-from mergekit_wp.files import writable_folder
-from mergekit_wp.foreign import logger
-from mergekit_wp.merge.importance import check_activations
-from mergekit_wp.merge.outcome import QUANTISED
-from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
-from mergekit_wp.merge.shares import BESIDE, load_scores
-from mergekit_wp.scorefile import ModelId
-from mergekit_wp.token_ids import differences, listed
-from mergekit_wp.vocabulary import (
+from mergekit_wp.checkpoint.adapters import adds_to_an_end
+from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.vocabulary import (
+    differences,
     embeddings_of,
     head_against_config,
     head_equals_embeddings,
     head_is_tied,
     head_of,
+    listed,
 )
-from mergekit_wp.weightfiles import ADAPTER, read_tensors
+from mergekit_wp.checkpoint.weights import ADAPTER, read_tensors
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import writable_folder
+from mergekit_wp.foreign import logger
+from mergekit_wp.geometry import EMBEDDINGS, FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
+from mergekit_wp.merge.activations import check_activations
+from mergekit_wp.merge.outcome import QUANTISED
+from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
+from mergekit_wp.merge.shares import BESIDE, load_scores
+from mergekit_wp.scores import ModelId
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference

@@ -16,14 +16,14 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_wp.components import layer_of, slot_of
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
+from mergekit_wp.geometry import layer_of, slot_of
 from mergekit_wp.merge import register
 from mergekit_wp.merge.audit import AuditFailed, audit
+from mergekit_wp.merge.certificate import write_certificate
 from mergekit_wp.merge.checks import check_plan, check_room, size_text
-from mergekit_wp.merge.mark import write_mark
 from mergekit_wp.merge.outcome import settle
 from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.recipe import Recipe, read_recipe
@@ -136,7 +136,7 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
             f"{error.message.replace(str(work / out.name), str(rejected))} It is kept there for inspection; "
             f"{out} was not written."
         ) from error
-    write_mark(work / out.name, plan, checked)
+    write_certificate(work / out.name, plan, checked)
 
 
 def _copy_generation_config(plan: MergePlan, merged: Path) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.autoload import METHODS
-from mergekit_wp.checkpoint import Checkpoint, Fingerprint, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.references import Reference, reference_of
+from mergekit_wp.checkpoint.vocabulary import head_is_tied, head_of
+from mergekit_wp.checkpoint.weights import TensorHeader, read_header
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.shares import scores_beside
-from mergekit_wp.references import Reference, reference_of
-from mergekit_wp.vocabulary import head_is_tied, head_of
-from mergekit_wp.weightfiles import TensorHeader, read_header
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_wp.adapters import merged_folder
-from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.checkpoint.adapters import merged_folder
+from mergekit_wp.checkpoint.folder import Checkpoint, local_folder
+from mergekit_wp.checkpoint.references import Reference, with_recipe_models
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
-from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, meaning_of, read_plan
-from mergekit_wp.references import Reference, with_recipe_models
+from mergekit_wp.merge.plan import (
+    AIM,
+    WIDEN,
+    WP,
+    MergePlan,
+    meaning_of,
+    read_plan,
+)
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
+
 
 # mergekit would ignore any other in silence.
 _PARAMETERS = {
@@ -78,8 +88,6 @@ class Recipe:
         """
         from mergekit.common import ModelReference
         from mergekit.io.tasks import LoaderCache
-
-        from mergekit_wp.merge.seams import download_alike  # which reads the stock command's recipes
 
         download_alike()
         cache = LoaderCache()
@@ -194,3 +202,34 @@ def _parameters(node: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(node, list):
         for item in node:
             yield from _parameters(item)
+
+
+_lock = threading.Lock()
+
+
+_downloading = False
+
+
+def download_alike() -> None:
+    """Let mergekit take models from the Hub by our own helper; idempotent.
+
+    Its own would take every .safetensors of a repository: other formats' copies and training checkpoints too.
+    """
+    global _downloading
+    from mergekit.common import ModelReference
+
+    with _lock:
+        if not _downloading:
+            ModelReference.local_path = _downloaded(ModelReference.local_path)
+            _downloading = True
+
+
+def _downloaded(original: Callable[..., str]) -> Callable[..., str]:
+    @wraps(original)
+    def local_path(self: Any, cache_dir: str | None = None, ignore_lora: bool = False) -> str:
+        source = meaning_of(self).model
+        if source.kind == "folder":
+            return original(self, cache_dir, ignore_lora)
+        return str(local_folder(source, cache_dir))
+
+    return local_path

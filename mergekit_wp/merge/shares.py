@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from mergekit_wp.components import TensorSlot
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import Stamp, stamp
-from mergekit_wp.merge.fusion import component_weights
-from mergekit_wp.scorefile import Scores, read_scores
+from mergekit_wp.geometry import TensorSlot
+from mergekit_wp.merge.kernel import component_weights
+from mergekit_wp.scores import Scores, read_scores
 
 BESIDE = "wp/scores.safetensors"
 """Where in an expert's folder its score file is looked for when the recipe names none.

@@ -9,13 +9,16 @@ from pathlib import Path
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.checkpoint import local_folder
+from mergekit_wp.checkpoint.folder import local_folder
+from mergekit_wp.checkpoint.references import Source
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent, writable_folder
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import claimed, refuse_busy
-from mergekit_wp.pipeline.ahead import Ahead, troubles_of
-from mergekit_wp.pipeline.plan import (
+from mergekit_wp.pipeline.execute import Stamps, Step
+from mergekit_wp.pipeline.look_ahead import Ahead, troubles_of
+from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
+from mergekit_wp.pipeline.steps import (
     STAGES,
     absent_models,
     derived_files,
@@ -23,9 +26,6 @@ from mergekit_wp.pipeline.plan import (
     pipeline_steps,
     write_derived,
 )
-from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
-from mergekit_wp.pipeline.step import Stamps, Step
-from mergekit_wp.references import Source
 
 _EPILOG = """\b
 Examples:

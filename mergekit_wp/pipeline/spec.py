@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.foreign import file_part
-from mergekit_wp.references import read_reference
 
 BASE = "base"
 """The base's name among the rows of the table."""

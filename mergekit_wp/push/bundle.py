@@ -18,8 +18,8 @@ import yaml
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.datafiles import data_files, files_read, first_line
-from mergekit_wp.eval.index import members
 from mergekit_wp.eval.suite import Suite, suite_text
+from mergekit_wp.eval.tasks import members
 from mergekit_wp.files import inside
 
 if TYPE_CHECKING:

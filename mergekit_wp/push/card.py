@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.foreign import code, fenced, markdown, one_line
-from mergekit_wp.merge.mark import MARK, Mark
+from mergekit_wp.merge.certificate import CERTIFICATE, Certificate
+from mergekit_wp.push.evaluation import Figure
 from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
 from mergekit_wp.push.parents import Parent
-from mergekit_wp.push.results import Figure
 from mergekit_wp.push.stage import PICTURE, RECIPE
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from mergekit_wp.scorefile import ScoreMeta
+    from mergekit_wp.scores import ScoreMeta
 
 _METHODS = {
     "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
@@ -53,7 +53,7 @@ class Card:
     licences: Sequence[Licence]
     terms: Terms
     recipe: str
-    mark: Mark
+    certificate: Certificate
     dtype: str
     loader: str = "AutoModelForCausalLM"
     scores: Sequence[tuple[str, ScoreMeta]] = ()
@@ -78,7 +78,7 @@ class Card:
             library_name="transformers",
             license=self.terms.id,
             pipeline_tag="text-generation",
-            tags=["mergekit", "merge", *(["weight-patching"] if self.mark.method == "wp" else [])],
+            tags=["mergekit", "merge", *(["weight-patching"] if self.certificate.method == "wp" else [])],
             **more,
         )
         sections = [
@@ -122,8 +122,8 @@ class Card:
         experts = [_link(parent) for parent in self.parents if parent.role != "base"]
         bases = [_link(parent) for parent in self.parents if parent.role == "base"]
         what = f"A merge of {_listed(experts)}" + (f" on their common base {bases[0]}" if bases else "")
-        method = _METHODS.get(self.mark.method)
-        how = f" with {code(f'merge_method: {self.mark.method}')}" + (f": {method}." if method else ".")
+        method = _METHODS.get(self.certificate.method)
+        how = f" with {code(f'merge_method: {self.certificate.method}')}" + (f": {method}." if method else ".")
         return (
             f"# {markdown(self.repo_id.partition('/')[2])}\n\n{what}, made by "
             f"[mergekit](https://github.com/arcee-ai/mergekit){how} Stored in {self.dtype}."
@@ -144,7 +144,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_spe
 Prompt it in the format that the experts were trained with."""
 
     def _recipe(self) -> str:
-        tool = "wp-merge" if self.mark.method in _METHODS else "mergekit-yaml"
+        tool = "wp-merge" if self.certificate.method in _METHODS else "mergekit-yaml"
         return (
             f"## Recipe\n\n{fenced(self.recipe.strip(), 'yaml')}\n\n"
             f"`{tool} {RECIPE} merged`, in a copy of this repository{self._local()}, makes it again."
@@ -176,7 +176,7 @@ Prompt it in the format that the experts were trained with."""
         return "\n".join(lines)
 
     def _picture(self) -> str:
-        if not self.mark.shares:
+        if not self.certificate.shares:
             return ""
         return (
             "## Who carries which layer\n\n"
@@ -201,14 +201,14 @@ Prompt it in the format that the experts were trained with."""
         return "\n\n".join(parts)
 
     def _checks(self) -> str:
-        lines = "\n".join(f"- {markdown(line)}" for line in self.mark.checked)
-        versions = ", ".join(f"{name} {number}" for name, number in self.mark.versions.items())
+        lines = "\n".join(f"- {markdown(line)}" for line in self.certificate.checked)
+        versions = ", ".join(f"{name} {number}" for name, number in self.certificate.versions.items())
         cleaned = _listed([code(name) for name in self.cleaned])
         but = f", of {cleaned} as published, without folders of the machine it was made on" if cleaned else ""
         return (
-            f"## Checks\n\nBefore it was published, on {markdown(self.mark.date[:10])}, with {markdown(versions)}:"
+            f"## Checks\n\nBefore it was published, on {markdown(self.certificate.date[:10])}, with {markdown(versions)}:"
             f"\n\n{lines}\n\n"
-            f"[{MARK}]({MARK}) has the SHA-256 of every file of the model as it was then{but}."
+            f"[{CERTIFICATE}]({CERTIFICATE}) has the SHA-256 of every file of the model as it was then{but}."
         )
 
     def _licences(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand
+from mergekit_wp.console import GroupedCommand
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claim, refuse_inputs
@@ -75,7 +75,7 @@ def main(
 ) -> None:
     """Publish the merge in FOLDER as the model USER/NAME, with a card that says how it was made and measured.
 
-    Nothing is published that wp-merge's audit did not pass; a folder without its mark is audited first. What is
+    Nothing is published that wp-merge's audit did not pass; a folder without its certificate is audited first. What is
     added to the model is written to FOLDER.push; FOLDER itself stays as it is.
     """
     if dry_run:

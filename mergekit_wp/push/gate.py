@@ -1,4 +1,4 @@
-"""Nothing is published that wp-merge's audit did not pass: its mark is checked, or the audit is made now."""
+"""Nothing is published that wp-merge's audit did not pass: its certificate is checked, or the audit is made now."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
-from mergekit_wp.merge.mark import MARK, Mark, make_mark, marked_files, read_mark
+from mergekit_wp.hashing import FileDigests
+from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, certified_files, make_certificate, read_certificate
 from mergekit_wp.push.parents import Parent
-from mergekit_wp.push.steady import first
+from mergekit_wp.push.retry import first
 
 # What transformers may read from a model folder: a file of these kinds belongs to the model, and to its audit.
 MODEL_KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".yml", ".yaml")
@@ -31,22 +31,22 @@ def is_licence_text(path: Path) -> bool:
 
 
 def passed_audit(
-    folder: Path, recipe: Path, parents: list[Parent], beside: Path, digests: Digests, say: Callable[[str], None]
-) -> Mark:
-    """The mark of an audit that `folder` has passed as it is now.
+    folder: Path, recipe: Path, parents: list[Parent], beside: Path, digests: FileDigests, say: Callable[[str], None]
+) -> Certificate:
+    """The certificate of an audit that `folder` has passed as it is now.
 
-    beside: the folder for what a push makes; the mark goes there when the audit is made here, for the next push.
+    beside: the folder for what a push makes; the certificate goes there when the audit is made here, for the next push.
     Raises `BadInput` when the folder was not audited or has changed, and its inputs are not at hand.
     """
     trouble = ""
-    for place in (folder / MARK, beside / MARK):
-        mark = read_mark(place)
-        if mark is not None:
-            trouble = _changes(folder, mark, digests)
+    for place in (folder / CERTIFICATE, beside / CERTIFICATE):
+        certificate = read_certificate(place)
+        if certificate is not None:
+            trouble = _changes(folder, certificate, digests)
             if not trouble:
-                say(f"audit of {mark.date[:10]}: every file is as it was then.")
-                return mark
-    trouble = trouble or "there is no mark of an audit (stock mergekit-yaml and --no-audit leave none)"
+                say(f"audit of {certificate.date[:10]}: every file is as it was then.")
+                return certificate
+    trouble = trouble or "there is no certificate of an audit (stock mergekit-yaml and --no-audit leave none)"
     missing = [parent.reference for parent in parents if not _at_hand(parent)]
     if missing:
         raise BadInput(
@@ -57,10 +57,10 @@ def passed_audit(
     return _audit(folder, recipe, beside, say)
 
 
-def _changes(folder: Path, mark: Mark, digests: Digests) -> str:
-    """What of the model is not as the mark says; empty when nothing."""
-    here = {path.name: path for path in marked_files(folder) if is_model_file(path)}
-    marked = {name: digest for name, digest in mark.files.items() if is_model_file(Path(name))}
+def _changes(folder: Path, certificate: Certificate, digests: FileDigests) -> str:
+    """What of the model is not as the certificate says; empty when nothing."""
+    here = {path.name: path for path in certified_files(folder) if is_model_file(path)}
+    marked = {name: digest for name, digest in certificate.files.items() if is_model_file(Path(name))}
     if gone := sorted(set(marked) - set(here)):
         return f"{first(gone)} was there when it was audited and is gone"
     if new := sorted(set(here) - set(marked)):
@@ -82,7 +82,7 @@ def _at_hand(parent: Parent) -> bool:
     return any(isinstance(try_to_load_from_cache(parent.hub, n, revision=parent.revision), str) for n in names)
 
 
-def _audit(folder: Path, recipe: Path, beside: Path, say: Callable[[str], None]) -> Mark:
+def _audit(folder: Path, recipe: Path, beside: Path, say: Callable[[str], None]) -> Certificate:
     import transformers
     from mergekit.options import MergeOptions
 
@@ -108,6 +108,6 @@ def _audit(folder: Path, recipe: Path, beside: Path, say: Callable[[str], None])
             audit(folder, plan, say=note)
         except click.ClickException as error:  # BadInput, or AuditFailed
             raise BadInput(f"{folder}: not published, since it did not pass the audit: {error.message}") from error
-        mark = make_mark(folder, plan, checked)
-    write_text(beside / MARK, mark.text())
-    return mark
+        certificate = make_certificate(folder, plan, checked)
+    write_text(beside / CERTIFICATE, certificate.text())
+    return certificate

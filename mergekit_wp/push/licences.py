@@ -1,4 +1,9 @@
-"""What is known about a few licences, and which one a merge of models under several may carry.
+"""The licences that the Hub knows by an id; of all others it takes `other` with a name and a link.
+
+Source: https://huggingface.co/docs/hub/repositories-licenses (huggingface/hub-docs, docs/hub/repositories-licenses.md),
+as of 22 August 2026, in its order, without `unknown`, which is no licence to publish under, and without `other`.
+
+What is known about a few licences, and which one a merge of models under several may carry.
 
 This is bookkeeping, not legal advice: it knows a short list of licence ids, stops at everything else, and whoever
 publishes decides. The ids are the Hub's (https://huggingface.co/docs/hub/repositories-licenses).
@@ -11,7 +16,21 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.push.licence_ids import LICENCE_IDS, OTHER
+
+OTHER = "other"
+_IDS = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
+deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+grok2-community gemma
+"""
+LICENCE_IDS = tuple(_IDS.split())
+
 
 # Of these, the one with the most conditions names a merge of several; the others' notices go with it.
 _PERMISSIVE = ("cc0-1.0", "unlicense", "mit", "isc", "bsd-2-clause", "bsd-3-clause", "apache-2.0")

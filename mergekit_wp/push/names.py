@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.checkpoint.references import is_hub_name, read_reference
 from mergekit_wp.push.parents import Parent
-from mergekit_wp.references import is_hub_name, read_reference
 
 # An absolute path of some machine, POSIX or Windows, as a whole text or within one; addresses are none.
 _ROOT = r"(?:file:/+|~?/|[A-Za-z]:[\\/]|\\\\)"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mergekit_wp.checkpoint.references import Source, recipe_models
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import one_line
 from mergekit_wp.push.licences import Licence
-from mergekit_wp.references import Source, recipe_models
 
 # huggingface_hub's cache: .../models--USER--NAME/snapshots/<commit>
 _SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$")
@@ -84,10 +84,10 @@ def licence_of(parent: Parent, api: Any | None) -> Licence:
 def _on_hub(parent: Parent, api: Any) -> Licence:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from mergekit_wp.push.steady import steady
+    from mergekit_wp.push.retry import retry
 
     try:
-        info = steady(lambda: api.model_info(parent.hub, revision=parent.revision))
+        info = retry(lambda: api.model_info(parent.hub, revision=parent.revision))
     except GatedRepoError:
         return Licence((), "gated, and this account has no access to its card", gated=True)
     except RepositoryNotFoundError as error:

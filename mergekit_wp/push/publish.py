@@ -11,26 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.components import auto_name
-from mergekit_wp.digests import Digests
+from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.foreign import file_part
-from mergekit_wp.merge.mark import Mark, marked_files
+from mergekit_wp.geometry import auto_name
+from mergekit_wp.hashing import FileDigests
+from mergekit_wp.merge.certificate import Certificate, certified_files
 from mergekit_wp.merge.plan import TORCH_DTYPE, WP
-from mergekit_wp.push import results as evaluations
+from mergekit_wp.push import evaluation as evaluations
 from mergekit_wp.push import stage as staging
 from mergekit_wp.push.bundle import bundle
 from mergekit_wp.push.card import Card, CardResults
-from mergekit_wp.push.check import check_secrets
 from mergekit_wp.push.gate import passed_audit
-from mergekit_wp.push.licence_ids import OTHER
-from mergekit_wp.push.licences import Licence, Terms, chosen, decide, name_trouble
+from mergekit_wp.push.licences import OTHER, Licence, Terms, chosen, decide, name_trouble
 from mergekit_wp.push.names import Names
 from mergekit_wp.push.parents import UNASKED, Parent, find_parents, licence_of
+from mergekit_wp.push.retry import clean_logs, explain
+from mergekit_wp.push.secrets import check_secrets
 from mergekit_wp.push.stage import RECIPE
-from mergekit_wp.push.steady import clean_logs, explain
 from mergekit_wp.push.upload import Item
 
 if TYPE_CHECKING:
@@ -143,10 +142,10 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
     licences, terms = _licence(request, parents, api, say)
     files = staging.recipe_files(recipe, parents, path.absolute().parent)
     stage = staging.open_stage(folder)
-    digests = Digests(stage / staging.DIGESTS, say)
+    digests = FileDigests(stage / staging.DIGESTS, say)
     found = [_read_results(results, folder, digests) for results in request.results]
-    mark = passed_audit(folder, path, parents, stage, digests, say)
-    files = staging.check_scores(files, mark)
+    certificate = passed_audit(folder, path, parents, stage, digests, say)
+    files = staging.check_scores(files, certificate)
     placed = staging.place(files)
     names = Names(folder, request.repo_id, parents, placed)
     staging.stage_files(stage, files, placed, names)
@@ -159,18 +158,18 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         licences=licences,
         terms=terms,
         recipe=staging.stage_recipe(stage, recipe, names, parents),
-        mark=mark,
+        certificate=certificate,
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
         loader=auto_name(merged.config),
-        scores=[(target, _score_meta(stage / target)) for target in placed.values() if mark.method == WP],
+        scores=[(target, _score_meta(stage / target)) for target in placed.values() if certificate.method == WP],
         results=[_card_results(stage, n, one, names, request.repo_id, say) for n, one in enumerate(found, start=1)],
         cleaned=tuple(cleaned),
         licence_texts=staging.stage_licences(stage, parents),
     )
-    _draw(mark, stage)
-    staging.stage_mark(stage, mark, cleaned)
+    _draw(certificate, stage)
+    staging.stage_certificate(stage, certificate, cleaned)
     write_text(stage / "README.md", card.text())
-    items, left_out = staging.collect(folder, stage, digests, mark, cleaned)
+    items, left_out = staging.collect(folder, stage, digests, certificate, cleaned)
     _check_secrets(items, say)
     return Publication(items, left_out, stage / "README.md")
 
@@ -225,9 +224,9 @@ def _only_unasked(licences: Sequence[Licence]) -> bool:
     return len(asked) < len(licences) and (not asked or not decide(asked).trouble)
 
 
-def _read_results(results: Path, folder: Path, digests: Digests) -> evaluations.Results:
+def _read_results(results: Path, folder: Path, digests: FileDigests) -> evaluations.Results:
     def fingerprint() -> str:
-        files = marked_files(folder)
+        files = certified_files(folder)
         return digests.remember("wp-eval's fingerprint", files, lambda: evaluations.model_fingerprint(folder))
 
     return evaluations.read_folder(results, folder, fingerprint)
@@ -236,7 +235,7 @@ def _read_results(results: Path, folder: Path, digests: Digests) -> evaluations.
 def _card_results(
     stage: Path, number: int, results: evaluations.Results, names: Names, repo_id: str, say: Say
 ) -> CardResults:
-    from mergekit_wp.eval.table import to_markdown
+    from mergekit_wp.eval.tables import to_markdown
 
     names.learn(results.row.model.reference, repo_id)
     name = file_part(results.suite.name)
@@ -263,22 +262,22 @@ def _dtype(name: str) -> str:
 
 
 def _score_meta(path: Path) -> Any:
-    from mergekit_wp.scorefile import read_scores
+    from mergekit_wp.scores import read_scores
 
     return read_scores(path).meta
 
 
-def _draw(mark: Mark, stage: Path) -> None:
-    if not mark.shares:
+def _draw(certificate: Certificate, stage: Path) -> None:
+    if not certificate.shares:
         return
     import numpy as np
 
     from mergekit_wp.files import atomic_path
-    from mergekit_wp.pictures import shares_png
+    from mergekit_wp.report import shares_png
 
-    shares = {kind: np.array(mark.shares[kind]) for kind in ("heads", "neurons")}
+    shares = {kind: np.array(certificate.shares[kind]) for kind in ("heads", "neurons")}
     with atomic_path(stage / staging.PICTURE) as partial:
-        partial.write_bytes(shares_png(shares, mark.shares["experts"]))
+        partial.write_bytes(shares_png(shares, certificate.shares["experts"]))
 
 
 def _check_secrets(items: Sequence[Item], say: Say) -> None:

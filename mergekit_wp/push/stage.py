@@ -17,12 +17,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.digests import Digests, sha256_of
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_text, write_text
 from mergekit_wp.foreign import file_part, one_line
-from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
+from mergekit_wp.hashing import FileDigests, sha256_of
+from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores
 from mergekit_wp.merge.plan import OURS, WP
 from mergekit_wp.push.bundle import Bundle
 from mergekit_wp.push.gate import is_licence_text, is_model_file
@@ -50,7 +50,7 @@ def open_stage(folder: Path) -> Path:
     for path in stage.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (DIGESTS, MARK):
+        elif path.name not in (DIGESTS, CERTIFICATE):
             path.unlink()
     if not (stage / DIGESTS).exists():
         write_text(stage / DIGESTS, "{}")
@@ -80,17 +80,17 @@ def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path
     return found
 
 
-def check_scores(files: dict[str, Path], mark: Mark) -> dict[str, Path]:
+def check_scores(files: dict[str, Path], certificate: Certificate) -> dict[str, Path]:
     """Those of the files that the merge used. Raises `BadInput` when one that it used has changed or is missing."""
-    now = {name: mark_scores(path) for name, path in files.items()}
+    now = {name: certified_scores(path) for name, path in files.items()}
     contents = {scores.content for scores in now.values()}
-    for used in mark.scores:
+    for used in certificate.scores:
         if used.content not in contents:
             raise BadInput(
                 f"{used.name}: the merge was made with other numbers than this file holds now; merge again with the "
                 "new ones, or bring back the old."
             )
-    wanted = {used.content for used in mark.scores}
+    wanted = {used.content for used in certificate.scores}
     return {name: files[name] for name, scores in now.items() if scores.content in wanted}
 
 
@@ -144,15 +144,15 @@ def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Seq
     return text
 
 
-def stage_mark(stage: Path, mark: Mark, cleaned: dict[str, Path]) -> None:
-    """The mark as it is published: for the files that are, as they are; `cleaned` are those that differ by a path.
+def stage_certificate(stage: Path, certificate: Certificate, cleaned: dict[str, Path]) -> None:
+    """The certificate as it is published: for the files that are, as they are; `cleaned` are those that differ by a path.
 
     The recipe is not among them, its paths are rewritten.
     """
-    files = {name: digest for name, digest in mark.files.items() if name != RECIPE and is_model_file(Path(name))}
+    files = {name: digest for name, digest in certificate.files.items() if name != RECIPE and is_model_file(Path(name))}
     files |= dict(zip(cleaned, sha256_of(list(cleaned.values())), strict=True))
-    scores = tuple(MarkedScores(scores.name, scores.content) for scores in mark.scores)
-    write_text(stage / "published" / MARK, replace(mark, files=files, scores=scores).text())
+    scores = tuple(CertifiedScores(scores.name, scores.content) for scores in certificate.scores)
+    write_text(stage / "published" / CERTIFICATE, replace(certificate, files=files, scores=scores).text())
 
 
 def stage_results(stage: Path, name: str, content: dict[str, Any], command: Sequence[str], names: Names) -> str:
@@ -202,23 +202,27 @@ def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
 
 
 def collect(
-    folder: Path, stage: Path, digests: Digests, mark: Mark, cleaned: dict[str, Path]
+    folder: Path, stage: Path, digests: FileDigests, certificate: Certificate, cleaned: dict[str, Path]
 ) -> tuple[list[Item], list[str]]:
     """Every file that is published, by path, and the names in `folder` that are not.
 
     Raises `BadInput` for a file that the Hub would not take, for a link that leaves `folder`, and for a file that is
-    no longer as the mark's audit found it.
+    no longer as the certificate's audit found it.
     """
     published: dict[str, Path] = {}
     left_out: list[str] = []
     for path in sorted(folder.iterdir()):
-        if path.name in ("README.md", MARK, RECIPE) or path.name.startswith("."):
+        if path.name in ("README.md", CERTIFICATE, RECIPE) or path.name.startswith("."):
             continue
         if path.is_file() and (is_model_file(path) or is_licence_text(path)):
             published[path.name] = cleaned.get(path.name, inside(folder, path))
         else:
             left_out.append(path.name)
-    published |= {RECIPE: stage / RECIPE, "README.md": stage / "README.md", MARK: stage / "published" / MARK}
+    published |= {
+        RECIPE: stage / RECIPE,
+        "README.md": stage / "README.md",
+        CERTIFICATE: stage / "published" / CERTIFICATE,
+    }
     for root in ("wp", "licences"):
         for path in sorted((stage / root).rglob("*")):
             if path.is_file():
@@ -226,7 +230,11 @@ def collect(
     found = digests(list(published.values()))
     items = [Item(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]
     for item in items:
-        if item.source.parent == folder and is_model_file(item.source) and mark.files.get(item.path) != item.sha256:
+        if (
+            item.source.parent == folder
+            and is_model_file(item.source)
+            and certificate.files.get(item.path) != item.sha256
+        ):
             raise BadInput(
                 f"{item.source}: changed while this push was prepared; run it again when nothing writes there."
             )

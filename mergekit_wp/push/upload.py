@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.push.steady import WAITS, first, passing, status_of, steady
+from mergekit_wp.push.retry import WAITS, first, passing, retry, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -39,7 +39,7 @@ class Item:
 
 def check_login(api: HfApi) -> str:
     """Who is logged in; the name of the account. Raises `BadInput` for a token that can only read."""
-    account = steady(lambda: api.whoami())
+    account = retry(lambda: api.whoami())
     token = (account.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise BadInput(
@@ -54,7 +54,7 @@ def check_card(text: str) -> None:
     from huggingface_hub import ModelCard
 
     try:
-        steady(lambda: ModelCard(text).validate())
+        retry(lambda: ModelCard(text).validate())
     except ValueError as error:
         raise BadInput(f"README.md: the Hub does not take the metadata of this card: {error}") from error
 
@@ -62,7 +62,7 @@ def check_card(text: str) -> None:
 def upload(api: HfApi, repo_id: str, items: Sequence[Item], *, private: bool, say: Callable[[str], None]) -> str:
     """Make the repository hold exactly these model files; the address of the commit, or of the one that had them.
 
-    Raises what huggingface_hub raises (see `steady.explain`), and `BadInput` for what the person can mend.
+    Raises what huggingface_hub raises (see `retry.explain`), and `BadInput` for what the person can mend.
     """
     _open_repository(api, repo_id, private, say)
     additions: dict[str, CommitOperationAdd] = {}
@@ -92,10 +92,10 @@ def _open_repository(api: HfApi, repo_id: str, private: bool, say: Callable[[str
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        info = steady(lambda: api.model_info(repo_id))
+        info = retry(lambda: api.model_info(repo_id))
     except RepositoryNotFoundError:
-        steady(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-        info = steady(lambda: api.model_info(repo_id))  # it may not be the one that was asked for: made by another
+        retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+        info = retry(lambda: api.model_info(repo_id))  # it may not be the one that was asked for: made by another
         say(f"made the {'private ' if info.private else ''}repository {api.endpoint}/{repo_id}")
     if info.id.lower() != repo_id.lower():
         raise BadInput(f"{repo_id}: this repository is called {info.id} now; push to that name.")
@@ -108,10 +108,10 @@ def _open_repository(api: HfApi, repo_id: str, private: bool, say: Callable[[str
 
 def _state(api: HfApi, repo_id: str) -> tuple[str, dict[str, Any]]:
     """The newest commit of the repository, and its files by path."""
-    head = steady(lambda: api.model_info(repo_id)).sha
+    head = retry(lambda: api.model_info(repo_id)).sha
     if head is None:
         raise BadInput(f"{repo_id}: the Hub names no commit of this repository; is it broken or disabled?")
-    tree = steady(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
+    tree = retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
     return head, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
 
@@ -180,7 +180,7 @@ def _commit(api: HfApi, repo_id: str, head: str, additions: list[CommitOperation
 
 def _verify(api: HfApi, repo_id: str, commit: str, items: Sequence[Item]) -> None:
     """Raises `BadInput` when the commit does not hold every file as it is here."""
-    tree = steady(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+    tree = retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     remote = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
     if wrong := [item.path for item in items if not _is_there(item, remote.get(item.path))]:
         raise BadInput(

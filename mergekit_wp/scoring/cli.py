@@ -5,22 +5,20 @@ Heavy packages are imported inside the command, so that `wp-score --help` answer
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.click_help import GroupedCommand, names_safetensors
+from mergekit_wp.console import GroupedCommand, Progress, _quieten, names_safetensors
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
-from mergekit_wp.scoring.job import CHOICES, load_job
+from mergekit_wp.scores import CHOICES
+from mergekit_wp.scoring.config import load_job
 
 if TYPE_CHECKING:
-    from mergekit_wp.scorefile import Scores
+    from mergekit_wp.scores import Scores
 
 _GROUPS = {
     "Models and Prompts": ("base", "expert", "pairs", "template", "chat_template", "system", "samples", "seed"),
@@ -114,28 +112,28 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     job = load_job(job_file, given)
-    from mergekit_wp.scorefile import METADATA_KEY
-    from mergekit_wp.scoring.team import Team
+    from mergekit_wp.scores import METADATA_KEY
+    from mergekit_wp.scoring.distributed import ProcessGroup
 
     target = check_file(out, METADATA_KEY, "score", [*([job_file] if job_file else []), *job.reads()])
 
-    team = Team.join(job.device)
-    shown = not quiet and team.first
+    processes = ProcessGroup.join(job.device)
+    shown = not quiet and processes.first
     _quieten(sys.stderr.isatty() and shown, shown)
-    if team.first:
+    if processes.first:
         claim(target)
-    from mergekit_wp.scorefile import write_scores
-    from mergekit_wp.scoring.engine import score
+    from mergekit_wp.scores import write_scores
     from mergekit_wp.scoring.resume import Resume
+    from mergekit_wp.scoring.score import score
 
-    resume = Resume(target if team.first else None)
+    resume = Resume(target if processes.first else None)
     if shown:
         echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
-    if shown and team.size > 1:
-        echo(f"Shared by {team.size} processes.", err=True)
+    if shown and processes.size > 1:
+        echo(f"Shared by {processes.size} processes.", err=True)
     with Progress(shown) as progress:
-        scores = score(job, progress, team, resume)
-    if team.first:
+        scores = score(job, progress, processes, resume)
+    if processes.first:
         write_scores(scores, target)
         resume.forget()
     if shown:
@@ -168,56 +166,6 @@ def summary(scores: Scores) -> str:
         if leaders:
             lines.append(f"Leading {name}: {', '.join(leaders)}")
     return "\n".join(lines)
-
-
-class Progress:
-    """A tqdm bar for each part of the run, with the time left; lines now and then where nobody watches."""
-
-    def __init__(self, shown: bool):
-        self.shown = shown
-        self.bar: Any = None
-
-    def __enter__(self) -> Callable[[int, str, str], Callable[[float], object]] | None:
-        return self.start if self.shown else None
-
-    def start(self, total: int, what: str, unit: str) -> Callable[[float], object]:
-        from tqdm import tqdm
-
-        self.close()
-        seconds = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, mininterval=seconds)
-        return self.advance
-
-    def advance(self, done: float) -> None:
-        """Parts of a prompt add up to a little more or less than it."""
-        self.bar.update(min(done, self.bar.total - self.bar.n))
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-
-def _quieten(watched: bool, shown: bool) -> None:
-    """Leave the terminal to our own lines and bar."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    if not watched:
-        transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    log = logging.getLogger("mergekit_wp")
-    log.setLevel(logging.INFO if shown else logging.ERROR)
-    log.handlers, log.propagate = [_Echo()], False
-
-
-class _Echo(logging.Handler):
-    """What the run has to say, as lines of the terminal's error stream."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        echo(record.getMessage(), err=True)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import Date, Sha256, parse_json, read_record, strict
 from mergekit_wp.files import atomic_path, write_text
 from mergekit_wp.foreign import logger
-from mergekit_wp.records import Date, Sha256, read_record, strict
 
 LOG = logger(__name__)
 KEPT = 3  # runs with other settings whose finished layers are kept

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.components import Geometry, Kind
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text
-from mergekit_wp.scorefile import Scores
+from mergekit_wp.geometry import Geometry, Kind
+from mergekit_wp.scores import Scores
 
 LETTERS = {"H": Kind.HEADS, "N": Kind.NEURONS}
 _NAME = re.compile(r"L(\d{1,9})([HN])(\d{1,9})")

@@ -16,19 +16,19 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from mergekit_wp.scoring.capture import LayerRecord, at_anchors, run_layer
-from mergekit_wp.scoring.offload import free_memory
-from mergekit_wp.scoring.stack import Stack, Start
+from mergekit_wp.memory import free_memory
+from mergekit_wp.scoring.hooks import LayerRecord, at_anchors, run_layer
+from mergekit_wp.scoring.models.layerwise import Stack, Start
 
 Streams = list[torch.Tensor]
 T = TypeVar("T")
 
 
-def waves(stack: Stack, items: Sequence[T], tokens_of: Callable[[T], int]) -> Iterator[list[T]]:
+def batch_groups(stack: Stack, items: Sequence[T], tokens_of: Callable[[T], int]) -> Iterator[list[T]]:
     """Cut batches into what goes through the layers together.
 
     One at a time where the model is resident; where layers are streamed, as many as memory holds: the streams on the
-    device (a quarter of what is free there), the trail of all layers in host memory (half of it).
+    device (a quarter of what is free there), the cache of all layers in host memory (half of it).
     """
     if not stack.streamed:
         yield from ([item] for item in items)
@@ -48,7 +48,7 @@ def waves(stack: Stack, items: Sequence[T], tokens_of: Callable[[T], int]) -> It
 
 
 @torch.no_grad()
-def ascend(
+def forward_sweep(
     stack: Stack, starts: Sequence[Start], depth: int, *, at: Sequence[torch.Tensor] | None = None, below: int = 0
 ) -> Iterator[tuple[int, Streams]]:
     """Sweep up through layers `below` to depth-1 without gradients; after each, (layer, residual streams [B, T, D]).
@@ -66,7 +66,7 @@ def ascend(
 
 
 @dataclass
-class Trail:
+class ActivationCache:
     """What the base's way up leaves for the way back: the input of every layer for every batch, or its graph.
 
     `inputs[layer][batch]` [B, T, D] lies in host memory if `offload`, else where it was computed. `graphs` holds
@@ -85,8 +85,8 @@ class Trail:
         """Where layer `layer` is to be computed: the anchor positions for the topmost, None (everywhere) below."""
         return self.anchors[batch] if layer == self.depth - 1 else None
 
-    def climb(self, stack: Stack) -> Iterator[tuple[int, Streams]]:
-        """Sweep up as `ascend` does, and remember."""
+    def forward(self, stack: Stack) -> Iterator[tuple[int, Streams]]:
+        """Sweep up as `forward_sweep` does, and remember."""
         streams = [start.stream_BTD for start in self.starts]
         order = range(self.depth)
         for index, layer in zip(order, stack.layers(order), strict=True):
@@ -127,21 +127,23 @@ Inject = Callable[[int, int, torch.Tensor | None], torch.Tensor]
 Consume = Callable[[int, int, nn.Module, nn.Module, LayerRecord], None]
 
 
-def descend(base: Stack, expert: Stack, trail: Trail, inject: Inject, consume: Consume, *, lowest: int = 0) -> None:
+def backward_sweep(
+    base: Stack, expert: Stack, cache: ActivationCache, inject: Inject, consume: Consume, *, lowest: int = 0
+) -> None:
     """Sweep down the base to layer `lowest` with gradients, the expert's layers alongside.
 
     inject(layer, batch, g)   the gradient [B, T, D] at the stream above `layer`, given that from above it (None at
                               the top)
     consume(layer, batch, base layer, expert layer, record)   takes every record with its gradients
     """
-    gradients: list[torch.Tensor | None] = [None] * len(trail.starts)
-    order = range(trail.depth - 1, lowest - 1, -1)
+    gradients: list[torch.Tensor | None] = [None] * len(cache.starts)
+    order = range(cache.depth - 1, lowest - 1, -1)
     for index, layer, expert_layer in zip(order, base.layers(order), expert.layers(order), strict=True):
-        for i in range(len(trail.starts)):
+        for i in range(len(cache.starts)):
             gradient_BTD = inject(index, i, gradients[i])
-            above_BTD, record = trail.recorded(base, layer, index, i, gradient=True)
+            above_BTD, record = cache.recorded(base, layer, index, i, gradient=True)
             gradients[i] = record.backward(above_BTD, gradient_BTD, below=index > lowest)
             with torch.no_grad(), base.autocast():
                 consume(index, i, layer, expert_layer, record)
             del above_BTD, record  # before the next batch's are made
-        trail.forget(index)
+        cache.forget(index)

@@ -13,10 +13,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.miniature.lm_eval_tasks import ANSWER_END, MAX_ANSWER_TOKENS
+from experiments.miniature.training import Schedule, WorldConfig
+from experiments.miniature.world import build_world
 from mergekit_wp.files import shipped
-from mergekit_wp.miniature.config import Schedule, WorldConfig
-from mergekit_wp.miniature.tasks import ANSWER_END, MAX_ANSWER_TOKENS
-from mergekit_wp.miniature.world import build_world
 
 MODELS = ("base", "instruction", "maths", "code")
 CONTEXT = 256

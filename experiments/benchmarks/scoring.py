@@ -1,0 +1,217 @@
+"""Time and memory of first-order scoring against plain autograd, on one random pair, in one run.
+
+    python experiments/benchmarks/scoring.py                   # 16 layers x 1024, 16 prompts x 48 tokens, about 3 minutes
+    python experiments/benchmarks/scoring.py --size small      # seconds
+    python experiments/benchmarks/scoring.py --size 1.2b --dtype bfloat16 --methods batched,attr,writeback
+    python experiments/benchmarks/scoring.py --growth growth.png   # seconds against tokens and against layers, as a picture
+
+Anchor utility; two scores a component:
+
+    per-sample   one backward pass a prompt with weight gradients, then sum(dtheta * gradient)
+    batched      the same with one backward pass for all prompts
+    attr, writeback   this package, --batch prompts a passes
+
+in turn, --repeat times; medians, ratios, the peak of memory above the weights, and the share of the floor: the time
+that the floating-point operations alone would take at the matmul rate measured here (expert and base forward passes
+to the anchor, backward to the activations, expert weights on base activations: four times the forward pass's).
+Since the anchor layer is computed at the last token only, a share can exceed 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from common import SIZES, fine_print, layer_flops, matmul_rate, random_batch, random_pair, synchronize
+
+from mergekit_wp.scoring.accumulator import TaskAccumulator
+from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.metrics import CosineMetric, anchor_utility
+from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.scoring.passes import Item, Passes, first_order
+from mergekit_wp.scoring.score import anchor_layer
+from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.scoring.sweep import forward_sweep
+
+METHODS = ("per-sample", "batched", "attr", "writeback")
+
+
+def residual_at(stack, batch: Batch, layer: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """z [B, D] of a plain run up to `layer`."""
+    *_, (_layer, streams) = forward_sweep(stack, [stack.start(batch)], layer + 1)
+    return batch.at_anchor(streams[0])
+
+
+def by_autograd(pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Tensor, per_sample: bool) -> None:
+    """Every head's and neuron's share of sum(dtheta * dF/dtheta), by autograd on the weights of layers <= `layer`."""
+    model, expert = pair.base.model, pair.expert.model
+    layers = model.model.layers
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    owned = [(n, i) for i in range(layer + 1) for n in names]
+    weights = [layers[i].get_submodule(n).weight for n, i in owned]
+    for weight in weights:
+        weight.requires_grad_(True)
+    rows = [slice(i, i + 1) for i in range(len(batch.last_B))] if per_sample else [slice(None)]
+    for row in rows:
+        part = Batch(batch.ids_BT[row], batch.last_B[row])
+        found: list[torch.Tensor] = []
+        handle = layers[layer].register_forward_hook(lambda _m, _a, output, found=found: found.append(output))
+        whole, model.model.layers = layers, layers[: layer + 1]
+        model.model(input_ids=part.ids_BT, use_cache=False)
+        model.model.layers = whole
+        handle.remove()
+        residual_at(pair.expert, part, layer)  # the gap needs it, in every method
+        anchor_utility(part.at_anchor(found[0]), direction_D).sum().backward()
+        for (name, i), weight in zip(owned, weights, strict=True):
+            assert weight.grad is not None
+            delta = expert.model.layers[i].get_submodule(name).weight - weight.detach()
+            (delta * weight.grad).sum(0 if name.endswith(("o_proj", "down_proj")) else 1)
+            weight.grad = None
+    for weight in weights:
+        weight.requires_grad_(False)
+
+
+def by_groups(method: str, pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Tensor, size: int) -> None:
+    metrics = (CosineMetric("anchor", layer, direction_D),)
+    run = TaskAccumulator("benchmark", method, pair.geometry, metrics, "mean", 0.0, pair.device)
+    for start in range(0, len(batch.last_B), size):
+        rows = slice(start, start + size)
+        passes = Passes(pair, method, [Item(run, Batch(batch.ids_BT[rows], batch.last_B[rows]))], keep_graphs=True)
+        first_order(passes, Subset.choose(pair.geometry))
+    run.finish()
+
+
+def measure(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """(seconds, bytes of the peak above what was held before)."""
+    gc.collect()
+    before = _reset_peak(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started, _peak(device) - before
+
+
+def _reset_peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return 1024.0 * int(lines[key].split()[0])
+
+
+@click.command()
+@click.option("--size", type=click.Choice(list(SIZES)), default="200m", show_default=True)
+@click.option("--methods", default=",".join(METHODS), show_default=True)
+@click.option("--prompts", default=16, show_default=True)
+@click.option("--tokens", default=48, show_default=True)
+@click.option("--batch", "batch_size", default=8, show_default=True, help="Prompts a passes of attr and writeback.")
+@click.option("--layer", type=int, help="Anchor layer (default: two thirds of the depth).")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--repeat", default=3, show_default=True)
+@click.option("--growth", type=click.Path(path_type=Path), help="Draw seconds against tokens and layers instead.")
+def main(
+    size: str, methods: str, prompts: int, tokens: int, batch_size: int, layer: int | None, dtype: str, device: str,
+    repeat: int, growth: Path | None,
+) -> None:  # fmt: skip
+    """Print seconds, ratios, memory and the share of the floor as a Markdown table."""
+    chosen = methods.split(",")
+    if unknown := set(chosen) - set(METHODS):
+        raise click.BadParameter(f"unknown methods {sorted(unknown)}; known are {', '.join(METHODS)}")
+    with random_pair(size, dtype, device) as pair:
+        anchor = anchor_layer(layer, pair.geometry.layers)
+        if growth is not None:
+            draw_growth(pair, prompts, tokens, batch_size, anchor, growth)
+            return
+        results = compare(pair, chosen, prompts, tokens, batch_size, anchor, repeat)
+        hidden, mlp = SIZES[size][:2]
+        rate = matmul_rate(pair.dtype, pair.device, batch_size * tokens, hidden, mlp)
+        floor = 4 * (anchor + 1) * layer_flops(size, prompts * tokens, tokens) / rate
+        report(results, floor)
+        click.echo(
+            f"\n{fine_print(pair)}; anchor layer {anchor} of {pair.geometry.layers}, {prompts} prompts x {tokens} "
+            f"tokens, {batch_size} a passes; medians of {repeat}; matmul {rate / 1e9:,.0f} GFLOP/s."
+        )
+
+
+def works(pair: ModelPair, batch: Batch, batch_size: int, anchor: int) -> dict[str, Callable[[], None]]:
+    direction_D = residual_at(pair.expert, batch, anchor).mean(0)
+    found: dict[str, Callable[[], None]] = {
+        "per-sample": lambda: by_autograd(pair, batch, anchor, direction_D, per_sample=True),
+        "batched": lambda: by_autograd(pair, batch, anchor, direction_D, per_sample=False),
+    }
+    for method in ("attr", "writeback"):
+        found[method] = lambda method=method: by_groups(method, pair, batch, anchor, direction_D, batch_size)  # type: ignore[misc]
+    return found
+
+
+def compare(
+    pair: ModelPair, chosen: list[str], prompts: int, tokens: int, batch_size: int, anchor: int, repeat: int
+) -> dict[str, tuple[float, float]]:
+    """{method: (median seconds, median bytes above the weights)}, the methods in turn."""
+    work = works(pair, random_batch(pair, prompts, tokens), batch_size, anchor)
+    work[chosen[-1]]()  # warm up
+    found: dict[str, list[tuple[float, float]]] = {method: [] for method in chosen}
+    for _ in range(repeat):
+        for method in chosen:
+            found[method].append(measure(work[method], pair.device))
+    return {
+        method: (statistics.median(s for s, _b in runs), statistics.median(b for _s, b in runs))
+        for method, runs in found.items()
+    }
+
+
+def report(results: dict[str, tuple[float, float]], floor: float) -> None:
+    last = list(results.values())[-1]
+    click.echo("| method | seconds | times the last row | GB above the weights | share of the floor |")
+    click.echo("|---|---|---|---|---|")
+    for method, (seconds, peak) in results.items():
+        ratio, share = seconds / last[0], floor / seconds
+        click.echo(f"| {method} | {seconds:.2f} | {ratio:.2f} | {peak / 1e9:.2f} | {share:.0%} |")
+
+
+def draw_growth(pair: ModelPair, prompts: int, tokens: int, batch_size: int, anchor: int, path: Path) -> None:
+    """writeback and batched autograd against tokens a prompt (at the anchor layer) and against the anchor layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    lengths = [tokens // 2, tokens, 2 * tokens, 4 * tokens]
+    depths = sorted({pair.geometry.layers * part // 4 - 1 for part in (1, 2, 3, 4)})
+    for axis, label, points in (
+        (axes[0], "tokens a prompt", [(n, n, anchor) for n in lengths]),
+        (axes[1], "anchor layer", [(layer, tokens, layer) for layer in depths]),
+    ):
+        for method in ("batched", "writeback"):
+            seconds = [compare(pair, [method], prompts, n, batch_size, at, 3)[method][0] for _x, n, at in points]
+            axis.plot([x for x, _n, _at in points], seconds, marker="o", label=method)
+            click.echo(
+                f"{label}, {method}: " + ", ".join(f"{p[0]}: {s:.2f} s" for p, s in zip(points, seconds, strict=True))
+            )
+        axis.set(xlabel=label, ylabel="seconds", ylim=(0, None))
+        axis.legend(frameon=False)
+    figure.suptitle(fine_print(pair), fontsize=7)
+    figure.savefig(path, dpi=110)
+    click.echo(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()

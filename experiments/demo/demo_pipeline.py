@@ -1,0 +1,70 @@
+"""The steps of the demo: train the world, what `wp-run` does with a pipeline file, write the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.demo.world_choice import WorldChoice
+from mergekit_wp.files import shipped, write_text
+from mergekit_wp.hashing import readable
+from mergekit_wp.pipeline.execute import Step
+from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
+from mergekit_wp.pipeline.steps import pipeline_steps, recipe_file, results_folder, score_file, write_derived
+
+EXPERTS = ("instruction", "maths", "code")
+MERGES = ("linear", "wp")
+
+
+def write_pipeline(out: Path) -> Pipeline:
+    """Write OUT/pipeline.yaml and what it implies; it names paths only, so it can be there before anything else."""
+    world = out / "world"
+    content: dict[str, Any] = {
+        "out": str(out),
+        "base": str(world / "base"),
+        "experts": {
+            name: {"model": str(world / name), "scoring": {"pairs": str(world / "pairs" / f"{name}.jsonl")}}
+            for name in EXPERTS
+        },
+        "merges": {
+            # With no weight for the base: naming it makes the merge's config and tokenizer the base's.
+            "linear": {
+                "merge_method": "linear",
+                "expert_parameters": {"weight": 1.0},
+                "base_parameters": {"weight": 0.0},
+            },
+            "wp": {"merge_method": "wp"},
+        },
+        "evaluate": {
+            "suite": str(readable(shipped("eval/miniature.yaml"))),
+            "include_path": str(world / "tasks"),
+            "baseline": "linear",
+        },
+        # What a push would publish; nothing leaves the machine.
+        "push": {"merge": "wp", "to": "you/miniature-wp", "license": "apache-2.0", "dry_run": True},
+    }
+    path = out / "pipeline.yaml"
+    text = f"# What `make demo` runs after training: wp-run {path} --allow-code-execution\n"
+    write_text(path, text + yaml.safe_dump(content, sort_keys=False, width=110))
+    pipeline = read_pipeline(path)
+    write_derived(pipeline)
+    return pipeline
+
+
+def demo_steps(pipeline: Pipeline, choice: WorldChoice) -> list[Step]:
+    """Every step of the demo, in order; paths as the user wrote them."""
+    out, module = pipeline.out, ("python", "-m")
+    train = (*module, "experiments.demo.world_choice", str(out / "world"), *choice.flags())
+    report = (*module, "experiments.demo.build_report", str(out), *choice.flags())
+    shown = (
+        results_folder(pipeline) / "results.json",
+        *(score_file(pipeline, expert) for expert in EXPERTS),
+        *(recipe_file(pipeline, merge) for merge in MERGES),
+    )
+    return [
+        Step("world", "world", "Train the base and three experts", train, (), (out / "world",), ("miniature",)),
+        *pipeline_steps(pipeline, allow_code=True),
+        Step("report", "report", "Write the report", report, shown, (out / "report.html",), ("demo",)),
+    ]

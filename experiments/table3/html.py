@@ -1,0 +1,64 @@
+"""The table as one HTML page: the summary, a picture with error bars, and every block; nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from experiments.demo.pictures import INK, to_svg
+from experiments.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
+from experiments.table3.table import MEAN, Table
+from experiments.table3.variants import BASELINE
+from mergekit_wp.foreign import html
+from mergekit_wp.report import frame, grid, section
+
+_LEAD = (
+    "Three experts were fine-tuned from one small base, on instructions, sums and small Python functions. Each "
+    "combination of them is merged by mergekit's own methods, by WIDEN and by Weight Patching, and graded on all three "
+    "capabilities. Methods with hyper-parameters show the setting that did best on validation items."
+)
+
+
+def to_html(table: Table, notes: Sequence[str] = ()) -> str:
+    """The whole page."""
+    words = "".join(f"<p>{html(line)}</p>" for line in [*caption(table), *notes])
+    verdicts = "".join(f"<p>{html(line)}</p>" for line in verdict(table))
+    sections = [
+        *(section(title, grid(summary(table, column))) for column, title in SUMMARIES.items()),
+        section("What this says, and what it cannot", verdicts + words),
+        section("With error bars", f"<figure>{picture(table)}</figure>"),
+        section(MODELS, grid(models(table))),
+    ]
+    for combination in table.combinations:
+        blocks = "".join(
+            f"<article><h3>{html(title)}</h3>{grid(grid_of(table, combination, group))}</article>"
+            for group, title in GROUPS.items()
+            if table.of(combination, group)
+        )
+        sections.append(section(combination, blocks))
+    return frame("Merges on the miniature world", _LEAD, "\n".join(sections))
+
+
+def picture(table: Table) -> str:
+    """A panel a combination: the mean of each method with its standard error over seeds, and each seed as a dot."""
+    names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
+    combinations = table.combinations
+    figure = Figure(figsize=(10, 0.34 * len(names) + 1.1), layout="constrained")
+    panels = figure.subplots(1, len(combinations), sharey=True, squeeze=False)[0]
+    for axes, combination in zip(panels, combinations, strict=True):
+        rows = {row.name: row for row in table.of(combination, "methods")}
+        for place, name in enumerate(names):
+            if name not in rows:
+                continue
+            spread, ours = rows[name].cells[MEAN], name.startswith("WP")
+            colour = "#d55e00" if ours else "#0072b2"
+            axes.plot(spread.values, [place] * len(spread.values), ".", color=colour, alpha=0.35, ms=5)
+            axes.errorbar(spread.mean, place, xerr=spread.error, fmt="o", color=colour, capsize=3, ms=5, lw=1.6)
+            if name == BASELINE:
+                axes.axvline(spread.mean, color=INK, lw=0.9, ls=(0, (4, 2)))
+        axes.set_title(combination, fontsize=10)
+        axes.set_xlabel("percent right")
+        axes.set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    return to_svg(figure, "Mean over the three capabilities of each method in each combination, with error bars")

@@ -1,0 +1,78 @@
+"""From a point of a grid to a recipe, and to the keys under which what came of it is kept.
+
+A key is a hash of everything that decides a result: settings, the content of models, items and score files, the
+versions of the packages, and the source of this package where its own code is at work. What has the key it had
+before is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mergekit_wp
+from experiments.table3.frozen import TrainedWorld
+from experiments.table3.variants import Point
+from mergekit_wp.autoload import METHODS
+from mergekit_wp.hashing import digest, readable
+from mergekit_wp.pipeline.steps import build_recipe
+
+_PACKAGE = Path(mergekit_wp.__file__).parent
+_MERGE_VERSIONS = ("mergekit", "torch")
+_GRADE_VERSIONS = ("lm-eval", "transformers", "torch")
+
+
+def recipe(point: Point, experts: tuple[str, ...], world: TrainedWorld, scores: Mapping[str, Path]) -> dict[str, Any]:
+    """A mergekit recipe; paths as a person in this folder would type them. `scores` has each expert's score file."""
+    listed = {}
+    for name in experts:
+        own = dict(point.expert) | ({"scores": str(readable(scores[name]))} if point.scores is not None else {})
+        listed[str(readable(world.folder / name))] = own
+    base = str(readable(world.folder / "base"))
+    return build_recipe(
+        point.method, base, listed, shared=point.shared, base_parameters=point.base, out_dtype="bfloat16"
+    )
+
+
+def score_key(settings: Mapping[str, Any], expert: str, world: TrainedWorld) -> str:
+    """Twelve hex digits that name a score file."""
+    inputs = [world.digests[name] for name in ("base", expert, f"pairs/{expert}")]
+    return _key("scores", dict(settings), inputs, source("scoring"), _versions(("torch", "transformers")))
+
+
+def merge_key(point: Point, experts: tuple[str, ...], world: TrainedWorld) -> str:
+    """Twelve hex digits that name a merged model (random methods draw with the world's seed)."""
+    scores = None
+    if point.scores is not None:
+        scores = [score_key(point.scores, name, world) for name in experts]
+    own = source("merge") if point.method in METHODS else ""
+    parameters = [point.method, dict(point.shared), dict(point.expert), point.base and dict(point.base)]
+    models = [world.digests[name] for name in ("base", *experts)]
+    return _key("merge", parameters, experts, models, scores, own, world.seed, _versions(_MERGE_VERSIONS))
+
+
+def grade_key(model: str, split: str, capabilities: tuple[str, ...], world: TrainedWorld, settings: list[Any]) -> str:
+    """Twelve hex digits that name one grading: `model` is a merge's key or the digest of a model of the world."""
+    graders = [source("miniature"), source("sandbox")]
+    return _key("grade", model, split, capabilities, world.digests["tasks"], settings, graders,
+                _versions(_GRADE_VERSIONS))  # fmt: skip
+
+
+@cache
+def source(part: str) -> str:
+    """SHA-256 of this package's shared modules and of one of its subpackages, as they were when first asked for."""
+    files = sorted([*_PACKAGE.glob("*.py"), *(_PACKAGE / part).glob("*.py")])
+    return _key(*(f"{file.name}={digest(file)}" for file in files))
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    return {name: version(name) for name in names}
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,151 @@
+"""What a worker process does: train a world, score an expert, merge and grade. Each result lies under its key.
+
+Workers live long, so that the libraries' imports (seconds each) are paid once. A merge is mergekit's own command,
+called in the process: the function behind `mergekit-yaml`, with the recipe on disk and its options as typed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.miniature.training import WorldConfig
+from experiments.table3.grade import GRADE_OF_SPLIT, Grade, grade
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import write_text
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge to be made: its recipe, where the recipe is to be written, where the model goes for a while."""
+
+    recipe: Mapping[str, Any]
+    recipe_file: Path
+    folder: Path
+    random_seed: int
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Grading:
+    """One model on one split. `about` is kept with the result; `model` is a merge, or a folder that is there."""
+
+    result: Path
+    model: Merge | Path
+    world: Path
+    split: str
+    capabilities: tuple[str, ...]
+    cache: Path
+    allow_code: bool
+    about: Mapping[str, Any]
+
+
+def train_world(config: WorldConfig, root: Path) -> Path:
+    """The folder of this world, trained first if it is not there yet."""
+    from experiments.miniature.world import build_world
+
+    return build_world(config, root, quiet=True)
+
+
+def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Path, allow_code: bool) -> Path:
+    """Score one expert of a world by wp-score's engine, with its defaults where `settings` say nothing."""
+    from mergekit_wp.scores import write_scores
+    from mergekit_wp.scoring.config import ScoringJob
+    from mergekit_wp.scoring.score import score
+
+    job = ScoringJob(
+        str(world / "base"), str(world / expert), str(world / "pairs" / f"{expert}.jsonl"), device="cpu",
+        offload="none", allow_code_execution=allow_code, **settings,
+    )  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_scores(score(job), file)
+    return file
+
+
+def merge(task: Merge) -> Path:
+    """Run mergekit's command on the recipe. Raises what mergekit raises, `BadInput` from our own methods."""
+    command = _mergekit_yaml()
+    _check_parameters(task.recipe)
+    write_text(task.recipe_file, yaml.safe_dump(dict(task.recipe), sort_keys=False))
+    shutil.rmtree(task.folder, ignore_errors=True)  # what a killed run left
+    arguments = [str(task.recipe_file), str(task.folder), "--quiet", "--random-seed", str(task.random_seed)]
+    command.main(arguments, standalone_mode=False)
+    return task.folder
+
+
+def grade_model(task: Grading) -> Grade:
+    """Merge if need be, grade, keep the result, and remove the merged model unless it is to be kept."""
+    started = time.monotonic()
+    folder = merge(task.model) if isinstance(task.model, Merge) else task.model
+    merged = time.monotonic()
+    found = grade(folder, task.world, task.split, task.capabilities, task.cache, task.allow_code)
+    content = {
+        **task.about,
+        "split": task.split,
+        "right": dict(found.right),
+        "items": dict(found.items),
+        "merge_seconds": round(merged - started, 1),
+        "grade_seconds": round(time.monotonic() - merged, 1),
+    }
+    write_text(task.result, json.dumps(content, indent=2) + "\n")
+    if isinstance(task.model, Merge) and not task.model.keep:
+        shutil.rmtree(folder)
+    return found
+
+
+def read_grade(file: Path, split: str) -> Grade | None:
+    """A result that was kept, or None where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return GRADE_OF_SPLIT[split](content["right"], content["items"]) if content["split"] == split else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_parameters(recipe: Mapping[str, Any]) -> None:
+    """mergekit ignores a parameter that it does not know, and a search would compare nothing with nothing."""
+    from mergekit.merge_methods import registry
+
+    try:
+        known = {parameter.name for parameter in registry.get(recipe["merge_method"]).spec.parameters}
+    except RuntimeError as error:
+        raise BadInput(f"method: mergekit has no merge method {recipe['merge_method']!r} here.") from error
+    given = [recipe.get("parameters", {}), *(model.get("parameters", {}) for model in recipe["models"])]
+    if unknown := sorted({name for parameters in given for name in parameters} - known):
+        raise BadInput(
+            f"{recipe['merge_method']}: unknown parameter `{unknown[0]}`; it has {', '.join(sorted(known)) or 'none'}."
+        )
+
+
+@lru_cache(maxsize=1)
+def _mergekit_yaml() -> Any:
+    from mergekit.scripts.run_yaml import main
+
+    from mergekit_wp.merge import register
+
+    register()  # for where .pth files are not read; the command itself needs no help
+    return main
+
+
+def prepare() -> None:
+    """The beginning of a worker: one thread, no bars and no advice from the libraries.
+
+    Must run before torch and tqdm are first imported, so nothing that a worker loads by itself may import them.
+    """
+    os.environ.update({"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    torch.set_num_threads(1)
+    from mergekit_wp.eval.cli import _quieten
+
+    _quieten(False)

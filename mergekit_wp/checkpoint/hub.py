@@ -1,0 +1,182 @@
+"""Models on the Hub: of a repository only the files of the model are downloaded, and every refusal is one sentence.
+
+The model's files are its config, those of its tokenizer, and the weights that `weightfiles` reads: not other formats'
+copies of the weights (consolidated, original/, .bin), nor a training run's checkpoints. Without a network the Hub's
+cache on this machine serves, if all of them are there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.checkpoint.references import Source
+from mergekit_wp.checkpoint.weights import ADAPTER, ADAPTER_CONFIG, INDEX_SUFFIX, MODEL, SUFFIX, read_index, two_sets
+from mergekit_wp.errors import BadInput
+
+# What transformers' AutoTokenizer looks for.
+_TOKENIZER = re.compile(
+    r"tokenizer(?:_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(?:json|txt)|merges\.txt"
+    r"|normalizer\.json|chat_template\.json|tekken\.json|[^/]+\.(?:jinja|tiktoken|model)"
+    r"|additional_chat_templates/[^/]+\.jinja"
+)
+# And AutoConfig, GenerationConfig, processors, vLLM; a score file is an expert's own (see merge.shares).
+_OTHERS = re.compile(
+    r"config\.json|generation_config\.json|adapter_config\.json|quantize_config\.json|hf_quant_config\.json"
+    r"|(?:pre)?processor_config\.json|wp/scores\.safetensors"
+)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model's folder, by its path there, is the tokenizer's (chat templates included)."""
+    return _TOKENIZER.fullmatch(name) is not None
+
+
+def download(source: Source, cache: str | None = None) -> Path:
+    """The snapshot of a model on the Hub. cache: the folder of the Hub's cache, None for the usual one.
+
+    Asked for again in one run, it is the same snapshot. Raises `BadInput`.
+    """
+    from huggingface_hub import constants
+
+    return _download(source, cache or constants.HF_HUB_CACHE, constants.ENDPOINT, constants.HF_HUB_OFFLINE)
+
+
+def model_files(names: Iterable[str], read_shards: Callable[[], Iterable[str]]) -> list[str]:
+    """Which of a repository's files are the model's; `read_shards` reads its index.
+
+    Raises `BadInput` (a clause) when it has two sets of weights, or none in safetensors.
+    """
+    names = list(names)
+    wanted = [name for name in names if is_tokenizer_file(name) or _OTHERS.fullmatch(name)]
+    single, index, adapter = f"{MODEL}{SUFFIX}", f"{MODEL}{INDEX_SUFFIX}", f"{ADAPTER}{SUFFIX}"
+    if index in names:
+        shards = sorted(set(read_shards()))
+        if single in names and shards != [single]:
+            raise BadInput(two_sets(single, index, shards, names))
+        return [*wanted, index, *shards]
+    if single in names:
+        return [*wanted, single]
+    if ADAPTER_CONFIG in names:
+        return [*wanted, *([adapter] if adapter in names else [])]
+    if any(name.endswith(".bin") for name in names):
+        raise BadInput("holds pickled .bin weights only, which are never opened; look for one with safetensors.")
+    raise BadInput(f"has neither {single} nor {index}; it is no model for transformers.")
+
+
+@lru_cache(maxsize=64)
+def _download(source: Source, cache: str, endpoint: str, offline: bool) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    at: dict[str, Any] = {"revision": source.revision, "cache_dir": cache, "endpoint": endpoint}
+
+    def shards() -> Iterable[str]:
+        return read_index(Path(hf_hub_download(source.path, f"{MODEL}{INDEX_SUFFIX}", **at))).values()
+
+    try:
+        names = HfApi(endpoint=endpoint, library_name="mergekit-wp").list_repo_files(
+            source.path, revision=source.revision
+        )
+        wanted = [escape(name) for name in model_files(names, shards)]
+        return Path(snapshot_download(source.path, allow_patterns=wanted, **at))
+    except BadInput as error:
+        raise BadInput(f"{source}: {error.message}") from error
+    except RevisionNotFoundError as error:
+        raise explain(source, error, endpoint) from error
+    except Exception as error:  # the Hub's client and its HTTP library raise many types
+        if (cached := _cached(source, cache)) is None:
+            raise explain(source, error, endpoint) from error
+        if missing := _missing(cached):
+            raise BadInput(
+                f"{source}: the Hub's cache on this machine holds it without {missing}, and {_why(error, offline)}; "
+                f"download the rest while online (`hf download {source.path}`)."
+            ) from error
+        return cached
+
+
+def _cached(source: Source, cache: str) -> Path | None:
+    """The model's snapshot in the cache, complete or not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", ADAPTER_CONFIG):
+        found = try_to_load_from_cache(source.path, name, cache_dir=cache, revision=source.revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _missing(folder: Path) -> str:
+    """The weight files that an incomplete snapshot lacks; empty when it has them, or has none to read."""
+    stem = MODEL if (folder / "config.json").is_file() else ADAPTER
+    if any((folder / name).is_file() for name in (f"{stem}{SUFFIX}", "pytorch_model.bin", f"{ADAPTER}{SUFFIX}")):
+        return ""
+    index = folder / f"{stem}{INDEX_SUFFIX}"
+    if not index.is_file():
+        return f"{stem}{SUFFIX}"
+    return ", ".join(sorted(name for name in set(read_index(index).values()) if not (folder / name).is_file()))
+
+
+def _why(error: Exception, offline: bool) -> str:
+    return "HF_HUB_OFFLINE is set" if offline else f"the Hub does not give it now ({_reason(error)})"
+
+
+def explain(source: Source, error: Exception, endpoint: str) -> BadInput:
+    """One sentence for whatever the Hub's client raised about a model."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    here = f"{source}: no such folder here"
+    if isinstance(error, OfflineModeIsEnabled):
+        return BadInput(
+            f"{here}, nor is it in the Hub's cache, and HF_HUB_OFFLINE is set; download it while online "
+            f"(`hf download {source.path}`)."
+        )
+    if isinstance(error, GatedRepoError):
+        return BadInput(
+            f"{source}: gated, and this account has no access to it; ask for it at {endpoint}/{source.path} and log in "
+            "with `hf auth login`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return BadInput(f"{source}: the Hub has the model, but no revision {source.revision} of it; mend the revision.")
+    if isinstance(error, RepositoryNotFoundError):
+        return BadInput(
+            f"{here}, and the Hub has no model of this name that this account can see; mend the name, or log in with "
+            "`hf auth login`."
+        )
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return BadInput(
+            f"{here}, and the Hub answered {error.response.status_code} ({_reason(error)}); try again later."
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return BadInput(
+            f"{source}: it cannot be written to the Hub's cache ({error}); make room there, or set HF_HOME."
+        )
+    return BadInput(
+        f"{here}, nor is it in the Hub's cache on this machine, and the Hub did not give it ({_reason(error)})."
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {clean(str(error))[:200]}"
+
+
+def clean(text: str) -> str:
+    """`text` in one line, without the token and without the signatures of upload addresses."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token:
+        text = text.replace(token, "<token>")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
+    text = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]+", r"\1?...", text)
+    return " ".join(text.split())[:400]

@@ -1,0 +1,284 @@
+"""mergekit recipes written by program: by a pipeline, and by the table of `make table3`.
+
+From a pipeline to its steps: every expert is scored, every merge made, all graded, one pushed.
+
+What a step needs beside models is written under OUT first: OUT/scoring/EXPERT.yaml, OUT/recipes/MERGE.yaml. The
+commands are those a person would type with these files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_wp.autoload import METHODS
+from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.references import Reference, Source, read_reference, recipe_models
+from mergekit_wp.checkpoint.weights import TensorHeader
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.merge.plan import WP
+from mergekit_wp.pipeline.execute import Step
+from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline
+from mergekit_wp.scoring.models.precision import stored_dtype
+
+
+def build_recipe(
+    method: str,
+    base: str,
+    experts: Mapping[str, Mapping[str, Any]],
+    *,
+    shared: Mapping[str, Any],
+    base_parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None,
+) -> dict[str, Any]:
+    """A mergekit recipe of `experts` (model -> its own parameters) on `base`.
+
+    `shared` are the recipe's parameters; `base_parameters` puts the base among the merged models (linear averages
+    what it is given, and takes config and tokenizer from the base only if it is there). Without `out_dtype` the methods
+    of this package write the base's dtype, others float32.
+    """
+    listed = [{"model": m} | ({"parameters": dict(own)} if own else {}) for m, own in experts.items()]
+    if base_parameters is not None:
+        listed.append({"model": base, "parameters": dict(base_parameters)})
+    content: dict[str, Any] = {"merge_method": method, "base_model": base, "models": listed}
+    if shared:
+        content["parameters"] = dict(shared)
+    if method not in METHODS:
+        # An expert may have rows for added tokens; and without a dtype differences would be rounded to 16 bits.
+        # The methods of this package see to both themselves.
+        content |= {"tokenizer": {"source": "base"}, "dtype": "float32"}
+    return content | ({"out_dtype": out_dtype} if out_dtype else {})
+
+
+def scores_of(recipe: Any) -> Iterator[str]:
+    """Every score file that a recipe names."""
+    yield from _values(recipe, ("scores",))
+
+
+def _values(node: Any, keys: tuple[str, ...]) -> Iterator[str]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _values(item, keys)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in keys and isinstance(value, str):
+                yield value
+            else:
+                yield from _values(value, keys)
+
+
+STAGES = ("score", "merge", "evaluate", "push")
+
+
+def pipeline_steps(pipeline: Pipeline, allow_code: bool = False) -> list[Step]:
+    """Every step, in order. Raises `BadInput` for a suite that runs model-written code without consent."""
+    steps = [_score_step(pipeline, name, allow_code) for name, e in pipeline.experts.items() if e.scoring is not None]
+    steps += [_merge_step(pipeline, name) for name in pipeline.merges]
+    if pipeline.evaluate is not None:
+        steps.append(_eval_step(pipeline, allow_code))
+    if pipeline.push is not None:
+        steps.append(_push_step(pipeline))
+    return steps
+
+
+def derived_files(pipeline: Pipeline) -> dict[Path, str]:
+    """The files that steps read and that only repeat what the pipeline says: path -> content."""
+    files = {}
+    for name, expert in pipeline.experts.items():
+        if expert.scoring is not None:
+            job = {"base": pipeline.base, "expert": expert.model, **expert.scoring}
+            files[_job_file(pipeline, name)] = yaml.safe_dump(job, sort_keys=False, width=110)
+    for name, merge in pipeline.merges.items():
+        if merge.recipe is None:
+            files[recipe_file(pipeline, name)] = yaml.safe_dump(_recipe(pipeline, merge), sort_keys=False)
+    return files
+
+
+def write_derived(pipeline: Pipeline) -> None:
+    """Write what has another content than on the disk."""
+    for path, text in derived_files(pipeline).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+
+
+def hub_models(pipeline: Pipeline) -> list[Source]:
+    """The models that are on the Hub rather than in folders."""
+    named = [read_reference(name) for name in (pipeline.base, *(e.model for e in pipeline.experts.values()))]
+    for merge in pipeline.merges.values():
+        named += recipe_models(_read_recipe(merge.recipe)) if merge.recipe else ()
+    return [source for source in dict.fromkeys(s for model in named for s in model.sources) if source.kind == "hub"]
+
+
+def absent_models(pipeline: Pipeline) -> list[Source]:
+    """Those of them whose weights are not, or not all, on this machine."""
+    return [source for source in hub_models(pipeline) if not _here(_folder(source))]
+
+
+def _here(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(Checkpoint(str(folder), folder).tensors)
+    except BadInput:
+        return False
+
+
+def score_file(pipeline: Pipeline, expert: str) -> Path:
+    """Where an expert's scores lie: what the pipeline names, or what its step writes."""
+    return pipeline.experts[expert].scores or pipeline.out / "scores" / f"{expert}.safetensors"
+
+
+def recipe_file(pipeline: Pipeline, merge: str) -> Path:
+    """A merge's recipe: the user's own, or the one written for it."""
+    return pipeline.merges[merge].recipe or pipeline.out / "recipes" / f"{merge}.yaml"
+
+
+def model_of(pipeline: Pipeline, name: str) -> str:
+    """The model behind the name of a row."""
+    if name == BASE:
+        return pipeline.base
+    return pipeline.experts[name].model if name in pipeline.experts else str(merged_folder(pipeline, name))
+
+
+def merged_folder(pipeline: Pipeline, merge: str) -> Path:
+    return pipeline.out / "merges" / merge
+
+
+def results_folder(pipeline: Pipeline) -> Path:
+    return pipeline.out / "eval"
+
+
+def _job_file(pipeline: Pipeline, expert: str) -> Path:
+    return pipeline.out / "scoring" / f"{expert}.yaml"
+
+
+def _recipe(pipeline: Pipeline, merge: Merge) -> dict[str, Any]:
+    experts = {}
+    for name in merge.experts or pipeline.experts:
+        own = dict(merge.expert_parameters)
+        if merge.merge_method == WP:
+            own["scores"] = str(score_file(pipeline, name))
+        experts[pipeline.experts[name].model] = own
+    return build_recipe(
+        merge.merge_method, pipeline.base, experts, shared=merge.parameters,
+        base_parameters=merge.base_parameters, out_dtype=merge.out_dtype or _stored_dtype(experts),
+    )  # fmt: skip
+
+
+def _stored_dtype(models: Iterable[str]) -> str | None:
+    """The dtype that holds every one of these models without rounding; None while one is not here."""
+    tensors: dict[str, TensorHeader] = {}
+    for model in models:
+        folder = _folder(read_reference(model).model)
+        if not _here(folder):
+            return None
+        tensors |= {f"{model} {name}": header for name, header in Checkpoint(str(folder), folder).tensors.items()}
+    return str(stored_dtype(tensors)).removeprefix("torch.")
+
+
+def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
+    expert, job, scores = pipeline.experts[name], _job_file(pipeline, name), score_file(pipeline, name)
+    command = ["wp-score", str(job), "--out", str(scores), *pipeline.flags["score"]]
+    if allow_code and (expert.scoring or {}).get("layer") == "auto":
+        command.append("--allow-code-execution")
+    inputs = [job, *_folders(map(read_reference, (pipeline.base, expert.model)))]
+    pairs = (expert.scoring or {}).get("pairs")
+    if isinstance(pairs, str) and ":" not in pairs:
+        inputs.append(Path(pairs))
+    return _step(f"score-{name}", "score", f"Score the {name} expert", command, inputs, (scores,), ("scoring",))
+
+
+def _merge_step(pipeline: Pipeline, name: str) -> Step:
+    recipe, merged = recipe_file(pipeline, name), merged_folder(pipeline, name)
+    merge = pipeline.merges[name]
+    try:
+        content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, merge)
+    except BadInput as error:
+        raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
+    scores = [_beside(path, recipe) for path in scores_of(content)]
+    command = ["wp-merge", str(recipe), str(merged), "--quiet", *pipeline.flags["merge"]]
+    inputs = [recipe, *scores, *_folders(recipe_models(content))]
+    title = f"Merge {name} by {content.get('merge_method')}"
+    return _step(f"merge-{name}", "merge", title, command, inputs, (merged,), ("merge",))
+
+
+def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
+    assert pipeline.evaluate is not None
+    how, out = pipeline.evaluate, results_folder(pipeline)
+    rows = {name: model_of(pipeline, name) for name in how.models or pipeline.names}
+    command = ["wp-eval", str(how.suite), *(f"{name}={model}" for name, model in rows.items())]
+    command += ["--baseline", how.baseline] if how.baseline else []
+    command += ["--include-path", str(how.include_path)] if how.include_path else []
+    command += ["--allow-code-execution"] if allow_code else []
+    command += ["--out", str(out), *pipeline.flags["evaluate"]]
+    inputs = [
+        how.suite,
+        *([how.include_path] if how.include_path else []),
+        *_folders(map(read_reference, rows.values())),
+    ]
+    outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
+    return _step(
+        "evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox", "miniature")
+    )
+
+
+def _push_step(pipeline: Pipeline) -> Step:
+    assert pipeline.push is not None
+    push, merged = pipeline.push, merged_folder(pipeline, pipeline.push.merge)
+    command = ["wp-push", str(merged), push.to]
+    inputs = [merged, recipe_file(pipeline, push.merge)]
+    if pipeline.evaluate is not None:
+        command += ["--results", str(results_folder(pipeline))]
+        inputs.append(results_folder(pipeline) / "results.json")
+    for name, hub_name in push.parents.items():
+        command += ["--parent", f"{model_of(pipeline, name)}={hub_name}"]
+    command += ["--private"] if push.private else []
+    command += ["--license", push.license] if push.license else []
+    command += ["--dry-run"] if push.dry_run else []
+    title = f"{'Show what would be pushed' if push.dry_run else 'Push'} to {push.to}"
+    staged = merged.with_name(f"{merged.name}.push")  # where the card is; the rest of a push is on the Hub
+    outputs = (staged,) if push.dry_run else ()
+    return _step("push", "push", title, [*command, *pipeline.flags["push"]], inputs, outputs, ("push",))
+
+
+def _step(
+    name: str,
+    stage: str,
+    title: str,
+    command: list[str],
+    inputs: Iterable[Path],
+    outputs: tuple[Path, ...],
+    code: tuple[str, ...],
+) -> Step:
+    return Step(name, stage, title, tuple(command), tuple(dict.fromkeys(inputs)), outputs, code)
+
+
+def _folders(models: Iterable[Reference]) -> list[Path]:
+    """Where the files of models lie: folders as they are, Hub names as the snapshot in the cache (or the name)."""
+    return [_folder(source) for model in models for source in model.sources]
+
+
+def _folder(source: Source) -> Path:
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        for file in ("config.json", "adapter_config.json"):
+            found = try_to_load_from_cache(source.path, file, revision=source.revision)
+            if isinstance(found, str):
+                return Path(found).parent
+    return Path(str(source))
+
+
+def _beside(name: str, recipe: Path) -> Path:
+    """A score file as wp-merge finds it: in the working directory, else beside the recipe."""
+    beside = recipe.parent / name
+    return beside if not Path(name).exists() and beside.exists() else Path(name)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    content = read_yaml_mapping(path, "recipe")
+    if "merge_method" not in content:
+        raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {WP}`.")
+    return content

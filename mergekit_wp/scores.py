@@ -1,0 +1,412 @@
+"""The recovery curve: how much of the expert's capability steering the base brings back, layer by layer.
+
+    R(l) = (level of the base steered after layer l - level of the base) / (level of the expert - level of the base)
+
+A plain record that goes into the score file; `recovery` makes it.
+
+The score file: what `wp-score` writes and everything later reads.
+
+A safetensors file, all tensors float32:
+
+    heads [L, H]                  mean over tasks of the heads' scores
+    neurons [L, F]                mean over tasks of the neurons' scores
+    tasks/<task>/heads [L, H]     scores of one task; likewise tasks/<task>/neurons [L, F]
+    tasks/<task>/anchor [D]       the anchor direction v of the task, at the anchor layer; not for the utility kl
+    parts/<part> [L, H] or [L, F] with --parts: what each of q, o (heads), gate, up, down (neurons) adds to the
+                                  score, mean over tasks; likewise tasks/<task>/parts/<part>
+    scored/heads, scored/neurons  if a subset was scored: 1 where it was, 0 where the score 0 means "not asked"
+
+with a JSON document under the metadata key `wp` (`ScoreMeta`). A score is the share of the gap between base
+and expert that the component alone restores (1 = all of it); it has no unit.
+
+Legend: L layers, H query heads, F neurons a layer, D residual width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from mergekit_wp.checkpoint.folder import Fingerprint
+from mergekit_wp.checkpoint.references import read_reference
+from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, parse_json, read_record, strict
+from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.files import read_tensors, write_tensors
+from mergekit_wp.geometry import Geometry
+
+METHODS = ("writeback", "attr", "exact", "atp", "ap")
+UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
+ACTIVATION_SIDE = ("ap", "atp")
+OBJECTS = ("write", "activation")  # of the activation side
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "utility": UTILITIES,
+    "split": ("half", "shared"),
+    "gap": ("sample", "mean"),
+    "rank": ("mean", "task", "mean-abs", "task-abs"),
+    "offload": ("auto", "none", "stream"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+GRADINGS = ("behaviour", "kl", "none")
+
+
+@strict
+@dataclass(frozen=True)
+class TaskRecovery:
+    """One task; `steered` and `recovery` have an entry for each layer that was tried.
+
+    grading        behaviour: levels are shares of answers that pass their check; kl: levels are means of
+                   -KL(expert || model) of the next token, in nats, the expert's being 0; none: R is undefined
+    prompts        how many prompts the levels are means of
+    base, expert   levels of the models as they are
+    note           why the task was not graded by behaviour, or not at all
+    """
+
+    grading: str
+    prompts: Count
+    base: Number
+    expert: Number
+    steered: tuple[Number, ...] = ()
+    recovery: tuple[Number, ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.grading not in GRADINGS:
+            raise ValueError(f"grading {self.grading!r} of a recovery, expected one of {', '.join(GRADINGS)}")
+
+    def joined(self, layers: tuple[int, ...], other: TaskRecovery, more: tuple[int, ...]) -> TaskRecovery:
+        """This, of `layers`, and `other`, the same of `more` layers: in order of the layers."""
+        if self.grading == "none":
+            return self
+        rows = zip(
+            layers + more, self.steered + other.steered, self.recovery + other.recovery, strict=True
+        )  # fmt: skip
+        _layers, steered, recovery = zip(*sorted(rows), strict=True)
+        return replace(self, steered=steered, recovery=recovery)
+
+
+@strict
+@dataclass(frozen=True)
+class RecoveryCurve:
+    """Of one expert: the layers tried, R of every task at each, their mean, and the layer chosen.
+
+    mean        over the tasks whose R is defined, each cut to -1..1, so that no task outweighs the others
+    positions   what was steered (see `steering`)
+    max_tokens  longest answer that was generated
+    note        how the choice was made, where it is not simply the best mean
+    """
+
+    layers: tuple[Count, ...]
+    tasks: dict[Text, TaskRecovery]
+    mean: tuple[Number, ...]
+    chosen: Count
+    positions: Text
+    max_tokens: Count
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        wanted = len(self.layers)
+        if not wanted or len(self.mean) != wanted:
+            raise ValueError(f"a recovery curve of {wanted} layers with {len(self.mean)} means")
+        for name, task in self.tasks.items():
+            if task.grading != "none" and (len(task.recovery) != wanted or len(task.steered) != wanted):
+                raise ValueError(f"the recovery of task {name} has {len(task.recovery)} layers, expected {wanted}")
+
+    def summary(self) -> str:
+        """A few lines for the terminal: every layer's mean, the chosen one marked, and what was not graded."""
+        tried = ", ".join(
+            f"{'*' if layer == self.chosen else ''}{layer}: {value:.0%}"
+            for layer, value in zip(self.layers, self.mean, strict=True)
+        )
+        lines = [f"Recovery by layer: {tried}", *([self.note] if self.note else [])]
+        notes: dict[str, list[str]] = {}
+        for name, task in self.tasks.items():
+            if task.note:
+                notes.setdefault(task.note, []).append(name)
+        return "\n".join([*lines, *(f"  {', '.join(names)}: {note}" for note, names in notes.items())])
+
+
+FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
+ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
+_LEFT_OUT = ("prompts", "object")  # where they are None, for the same reason
+METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metrics`)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+METADATA_KEY = "wp"
+_MEAN_TOLERANCE = 1e-5  # of the mean size: float32 sums, in another order on another machine
+PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
+
+
+@strict
+@dataclass(frozen=True)
+class ModelId:
+    """Which model: the name as the user wrote it, and its fingerprint (see `checkpoint.Fingerprint`)."""
+
+    name: Text
+    revision: Text | None
+    config: Sha256
+    tensors: Sha256
+
+    @classmethod
+    def of(cls, name: str, fingerprint: Fingerprint) -> ModelId:
+        """A model by the name that the user wrote. A Hub name is parted from its revision; one with a LoRA is not,
+        since it holds two models, each perhaps with a revision."""
+        reference = read_reference(name)
+        hub = reference.lora is None and reference.model.kind == "hub"
+        path, revision = (reference.model.path, reference.model.revision) if hub else (name, None)
+        return cls(path, revision, fingerprint.config, fingerprint.tensors)
+
+
+@strict
+@dataclass(frozen=True)
+class UtilityStats:
+    """One utility on one task: scoring prompts used, dropped for a gap below the floor, mean gap of the used.
+
+    The gap of `anchor` is a difference of cosines, that of `kl` is in nats.
+    """
+
+    used: Count
+    dropped: Count
+    mean_gap: Number
+
+
+@strict
+@dataclass(frozen=True)
+class TaskMeta:
+    """How many prompts a task had for the direction (`extraction`) and for the scores (`scoring`).
+
+    alpha: the expert's mean projection on the unit anchor direction, the target of steering (Eq. 35); None where there
+    is no direction.
+    """
+
+    extraction: Count
+    scoring: Count
+    utilities: dict[Annotated[str, one_of(METRICS)], UtilityStats]
+    alpha: Number | None = None
+
+    def __post_init__(self) -> None:
+        for name, stats in self.utilities.items():
+            if stats.used + stats.dropped > self.scoring:
+                raise ValueError(f"{name} has {stats.used} prompts used and {stats.dropped} dropped of {self.scoring}")
+
+
+@strict
+@dataclass(frozen=True)
+class PromptStyle:
+    """How prompts were put: the text around each; if in a chat template, its SHA-256, whose, and the system prompt."""
+
+    template: str
+    chat_template: Sha256 | None = None
+    chat_owner: Text | None = None
+    system: str | None = None
+
+
+@strict
+@dataclass(frozen=True)
+class ScoreMeta:
+    """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
+
+    split, anchor_layer: None where the utility reads along no direction (kl).
+    object: what ap and atp put in a component's place; None by other methods, and in files from before it was kept,
+        when it was `activation`.
+    subset: the components, layers and top that were asked for, where not all were scored.
+    recovery: how the anchor layer was chosen, where it was looked for.
+    prompts: how prompts were put, where not as they are.
+    """
+
+    base: ModelId
+    expert: ModelId
+    geometry: Geometry
+    tasks: dict[Text, TaskMeta]
+    method: Annotated[str, one_of(CHOICES["method"])]
+    utility: Annotated[str, one_of(CHOICES["utility"])]
+    gap: Annotated[str, one_of(CHOICES["gap"])]
+    split: Annotated[str, one_of(CHOICES["split"])] | None
+    anchor_layer: Count | None
+    dtype: Annotated[str, one_of(DTYPES)]
+    device: Text
+    seed: Count
+    versions: Versions
+    date: Date
+    format: Count = FORMAT
+    subset: dict[str, Any] | None = None
+    recovery: RecoveryCurve | None = None
+    prompts: PromptStyle | None = None
+    object: Annotated[str, one_of(OBJECTS)] | None = None
+
+    @property
+    def read_at(self) -> int | None:
+        """The anchor layer, if any score was read off the anchor there; by other utilities it decides nothing."""
+        return self.anchor_layer if any("anchor" in task.utilities for task in self.tasks.values()) else None
+
+    @classmethod
+    def from_json(cls, text: str) -> ScoreMeta:
+        """Parse and check; raises ValueError (`read_scores` makes it a BadInput)."""
+        raw = parse_json(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"its metadata is {shown(raw)}")
+        if raw.get("format") not in range(1, FORMAT + 1):
+            raise ValueError(f"format version {shown(raw.get('format'))}, this program reads 1 to {FORMAT}")
+        return read_record(cls, raw)
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(
+            {k: v for k, v in asdict(self).items() if k not in _LEFT_OUT or v is not None}, sort_keys=True
+        )
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32."""
+
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    anchor: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A whole score file; checks itself, so a `Scores` that exists is valid (raises ValueError)."""
+
+    meta: ScoreMeta
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    tasks: dict[str, TaskScores]
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    scored: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_tasks(
+        cls, meta: ScoreMeta, tasks: dict[str, TaskScores], scored: dict[str, torch.Tensor] | None = None
+    ) -> Scores:
+        """The file of one scoring run: overall scores are the mean over its tasks.
+
+        `scored`: masks (heads [L, H], neurons [L, F]) of what was scored, where that is not everything.
+        """
+        every = list(tasks.values())
+        heads = torch.stack([task.heads for task in every]).mean(0)
+        neurons = torch.stack([task.neurons for task in every]).mean(0)
+        parts = {part: torch.stack([task.parts[part] for task in every]).mean(0) for part in every[0].parts}
+        return cls(meta, heads, neurons, tasks, parts, {k: mask.float() for k, mask in (scored or {}).items()})
+
+    @property
+    def complete(self) -> bool:
+        """Whether every component was scored, as a merge needs it."""
+        return not self.scored
+
+    def seen(self, kind: str) -> torch.Tensor:
+        """Which heads [L, H] or neurons [L, F] have a score, bool; elsewhere 0 means that nobody asked.
+
+        Nobody can ask for what lies above the anchor layer if the utility is `anchor`.
+        """
+        table: torch.Tensor = getattr(self, kind)
+        mask = self.scored[kind].bool() if kind in self.scored else torch.ones_like(table, dtype=torch.bool)
+        if self.meta.utility != "anchor" or self.meta.anchor_layer is None:
+            return mask
+        return mask & (torch.arange(len(table)) <= self.meta.anchor_layer)[:, None]
+
+    def __post_init__(self) -> None:
+        if not self.tasks or set(self.tasks) != set(self.meta.tasks):
+            raise ValueError(f"tensors of tasks {sorted(self.tasks)}, metadata of {sorted(self.meta.tasks)}")
+        layer = self.meta.anchor_layer
+        if layer is not None and not 0 <= layer < self.meta.geometry.layers:
+            raise ValueError(f"anchor layer {layer} of {self.meta.geometry.layers} layers")
+        for task, scores in self.tasks.items():
+            if (scores.anchor is None) != (layer is None):
+                raise ValueError(
+                    f"anchor layer {layer}, and {'no' if scores.anchor is None else 'an'} anchor of {task}"
+                )
+        for name, tensor in self.tensors().items():
+            _check_tensor(name, tensor, self._shape(name))
+        self._check_means()
+        for kind, mask in self.scored.items():
+            if not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"scored/{kind} holds other values than 0 and 1")
+
+    def _check_means(self) -> None:
+        """What is said over all tasks is the mean over them; within the rounding of another machine's float32."""
+        every = list(self.tasks.values())
+        for name, task in self.tasks.items():
+            if set(task.parts) != set(self.parts):
+                raise ValueError(f"{name} has the parts {sorted(task.parts)}, all tasks {sorted(self.parts)}")
+        pairs = [(self.heads, [t.heads for t in every]), (self.neurons, [t.neurons for t in every])]
+        pairs += [(table, [task.parts[part] for task in every]) for part, table in self.parts.items()]
+        for name, (mean, own) in zip(("heads", "neurons", *self.parts), pairs, strict=True):
+            stacked = torch.stack(own)
+            if ((mean - stacked.mean(0)).abs() > _MEAN_TOLERANCE * stacked.abs().mean(0)).any():
+                raise ValueError(f"{name} is not the mean over the tasks")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors under the names that they have in the file."""
+        named = {"heads": self.heads, "neurons": self.neurons}
+        named |= {f"scored/{kind}": mask for kind, mask in self.scored.items()}
+        named |= {f"parts/{part}": table for part, table in self.parts.items()}
+        for task, scores in self.tasks.items():
+            named |= {f"tasks/{task}/heads": scores.heads, f"tasks/{task}/neurons": scores.neurons}
+            if scores.anchor is not None:
+                named[f"tasks/{task}/anchor"] = scores.anchor
+            named |= {f"tasks/{task}/parts/{part}": table for part, table in scores.parts.items()}
+        return named
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        geometry, last = self.meta.geometry, name.rsplit("/", 1)[-1]
+        return {
+            "heads": (geometry.layers, geometry.heads),
+            "neurons": (geometry.layers, geometry.neurons),
+            "anchor": (geometry.d_model,),
+        }[PART_KIND.get(last, last)]
+
+
+def write_scores(scores: Scores, path: str | Path) -> None:
+    """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
+    write_tensors(path, scores.tensors(), METADATA_KEY, scores.meta.to_json())
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read and validate a whole score file.
+
+    Raises `BadInput`, naming the file, when it is missing, is not safetensors, has no `wp` metadata, has an
+    unknown format version, misses a tensor or has one too many, or holds a wrong shape, a wrong dtype, a NaN
+    or an infinity.
+    """
+    text, tensors = read_tensors(path, METADATA_KEY, "score", "wp-score")
+    try:
+        meta = ScoreMeta.from_json(text)
+        tasks = {task: _take_task(tensors, f"tasks/{task}/", meta.anchor_layer is not None) for task in meta.tasks}
+        scored = {k: tensors.pop(f"scored/{k}") for k in ("heads", "neurons") if f"scored/{k}" in tensors}
+        parts = _take_parts(tensors, "")
+        scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks, parts, scored)
+        if tensors:
+            raise ValueError(f"unexpected tensors {sorted(tensors)}")
+        return scores
+    except KeyError as error:
+        raise BadInput(f"{path}: this score file has no {error.args[0]}; make it again with wp-score.") from error
+    except (ValueError, TypeError, AttributeError, BadInput) as error:
+        reason = error.message if isinstance(error, BadInput) else str(error)
+        raise BadInput(f"{path}: not a valid score file: {reason}.") from error
+
+
+def _take_task(tensors: dict[str, torch.Tensor], prefix: str, anchored: bool) -> TaskScores:
+    heads, neurons = tensors.pop(f"{prefix}heads"), tensors.pop(f"{prefix}neurons")
+    anchor = tensors.pop(f"{prefix}anchor") if anchored else None
+    return TaskScores(heads, neurons, anchor, _take_parts(tensors, prefix))
+
+
+def _take_parts(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {part: tensors.pop(f"{prefix}parts/{part}") for part in PART_KIND if f"{prefix}parts/{part}" in tensors}
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.float32")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds a NaN or an infinity")

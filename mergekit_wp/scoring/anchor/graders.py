@@ -1,0 +1,168 @@
+"""Is an answer right? The check that a pair carries, run on what a model generated.
+
+    {"ifeval": "detectable_format:multiple_sections", "kwargs": {"section_spliter": "SECTION", "num_sections": 2}}
+    {"miniature": "maths", "kwargs": {"answer": 97}, "prefix": "8 + 9 = 17\\ncarry", "until": ["Request:"]}
+
+`ifeval` names a type of lm-eval's registry, graded by lm-eval's own code (strict); `miniature` a capability of the
+miniature world, whose code answers are programs and are run in its sandbox. `kwargs` is what that grader needs.
+`prefix`: the beginning of the answer, where the prompt already holds it. `until`: texts at which an answer ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_wp.errors import BadInput, shown
+
+_FIELDS = ("kwargs", "prefix", "until")
+# These two IFEval types look words and sentences up in data that NLTK downloads; no other needs them.
+_NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """How one answer is graded: `grader` is ifeval or miniature, `name` the type or capability."""
+
+    grader: str
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+    until: tuple[str, ...] = ()
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether grading executes what the model wrote."""
+        return self.grader == "miniature" and self.name == "code"
+
+    def passes(self, answer: str) -> bool:
+        """Whether `prefix` and `answer`, cut where the answer ends, is right."""
+        text = self.prefix + cut(answer, self.until)
+        return (_ifeval if self.grader == "ifeval" else _miniature)(self, text)
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first of the texts `until`."""
+    for end in until:
+        text = text.partition(end)[0]
+    return text
+
+
+def parse_check(raw: Any, where: str) -> Check:
+    """A check from its JSON. Raises `BadInput`, with `where` in front, for anything but the forms above.
+
+    Whether the grader knows the name and takes the arguments is the business of `preflight`: that imports it.
+    """
+    if not isinstance(raw, Mapping):
+        raise BadInput(
+            f"{where}: check must be an object such as {{'ifeval': 'punctuation:no_comma'}}, found {shown(raw)}."
+        )
+    graders = [name for name in ("ifeval", "miniature") if name in raw]
+    if unknown := set(raw) - {*_FIELDS, "ifeval", "miniature"}:
+        raise BadInput(
+            f"{where}: unknown field {shown(sorted(unknown)[0])} in check; expected ifeval or miniature, and "
+            f"{', '.join(_FIELDS)}."
+        )
+    if len(graders) != 1 or not isinstance(raw[graders[0]], str):
+        raise BadInput(
+            f"{where}: check must name one grader, ifeval or miniature, with a text; found {shown(dict(raw))}."
+        )
+    kwargs, prefix, until = raw.get("kwargs", {}), raw.get("prefix", ""), raw.get("until", [])
+    if not isinstance(kwargs, Mapping):
+        raise BadInput(f"{where}: kwargs of check must be an object, found {shown(kwargs)}.")
+    if not isinstance(prefix, str):
+        raise BadInput(f"{where}: prefix of check must be a text, found {shown(prefix)}.")
+    if not isinstance(until, (list, tuple)) or not all(isinstance(end, str) and end for end in until):
+        raise BadInput(f"{where}: until of check must be a list of texts, found {shown(until)}.")
+    return Check(graders[0], raw[graders[0]], dict(kwargs), prefix, tuple(until))
+
+
+def preflight(checks: Sequence[Check], task: str) -> None:
+    """Make sure that every check can be run, before anything is generated.
+
+    Raises `BadInput` for a name that the grader does not know, arguments it does not take or lacks, and NLTK data
+    that a type in use needs and that is not there.
+    """
+    for check in checks:
+        (_preflight_ifeval if check.grader == "ifeval" else _preflight_miniature)(check, f"task {task}")
+
+
+def _ifeval(check: Check, text: str) -> bool:
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # its guesses are drawn at random; a layer must not depend on them
+    utils, _registry = _lm_eval()
+    asked = utils.InputExample(key=0, instruction_id_list=[check.name], prompt="", kwargs=[check.kwargs])
+    return bool(utils.test_instruction_following_strict(asked, text).follow_all_instructions)
+
+
+@functools.cache
+def _lm_eval() -> tuple[Any, dict[str, Any]]:
+    """lm-eval's graders of IFEval, and its types by name.
+
+    Their import tries to download NLTK data and says that it has, even offline. Hardly any type needs the data;
+    `preflight` asks for them where one does.
+    """
+    import nltk
+
+    download, nltk.download = nltk.download, lambda *_args, **_options: False
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from lm_eval.tasks.ifeval import instructions_registry, utils
+    finally:
+        nltk.download = download
+    return utils, instructions_registry.INSTRUCTION_DICT
+
+
+def _preflight_ifeval(check: Check, where: str) -> None:
+    _utils, types = _lm_eval()
+    if check.name not in types:
+        raise BadInput(f"{where}: IFEval has no type {shown(check.name)}; it has {', '.join(sorted(types))}.")
+    needed = set(types[check.name](check.name).get_instruction_args_keys())
+    # A missing argument would be drawn at random, and the check would grade something that nobody asked for.
+    if needed != set(check.kwargs):
+        raise BadInput(
+            f"{where}: the check {check.name} takes the kwargs {sorted(needed)}, found {sorted(check.kwargs)}."
+        )
+    if check.name in _NEEDS_PUNKT:
+        check_punkt(f"{where}: the check {check.name}")
+
+
+def check_punkt(who: str) -> None:
+    """NLTK's English sentence data, which IFEval's graders read. Raises `BadInput`: `who` needs it."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        raise BadInput(
+            f"{who} needs NLTK's punkt_tab, which is in none of NLTK's folders; run `python -m nltk.downloader "
+            "punkt_tab` where there is network (NLTK_DATA names another folder)."
+        ) from None
+
+
+def _miniature(check: Check, text: str) -> bool:
+    from experiments.miniature.grading import grade
+
+    return grade(check.name, text, check.kwargs)
+
+
+def _preflight_miniature(check: Check, where: str) -> None:
+    from experiments.miniature import grading
+
+    graders: dict[str, Callable[..., bool]] = {
+        "instruction": grading.grade_instruction,
+        "maths": grading.grade_maths,
+        "code": grading.grade_code,
+    }
+    if check.name not in graders:
+        raise BadInput(f"{where}: the miniature has no capability {shown(check.name)}; it has {', '.join(graders)}.")
+    try:
+        inspect.signature(graders[check.name]).bind("", **check.kwargs)
+    except TypeError as error:
+        raise BadInput(f"{where}: the miniature's {check.name} grader cannot take these kwargs ({error}).") from None

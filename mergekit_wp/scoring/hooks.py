@@ -1,0 +1,303 @@
+"""Modules that stand in for a model's own while it runs, so that one code serves every architecture.
+
+Legend: B prompts, T tokens, D residual width.
+
+Run one decoder layer and keep what scoring needs of it.
+
+Parameters stay frozen, so autograd computes gradients of activations only. Hooks keep the inputs and outputs of
+the projections (references, no copies: autograd holds most of them anyway); one call of autograd gives the
+gradients at all of them and at the layer's input. What neither autograd nor a score needs is not held: for its
+gradient, the place in the graph is enough.
+
+The topmost layer that is run matters at the anchor positions only: `at_anchors` lets o_proj and the MLP compute
+those alone. There, and in the record, T is then 1.
+
+Legend: B prompts, T tokens, D residual width, Q = H*d_h query width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+
+from mergekit_wp.geometry import FUSED, PROJECTIONS, Geometry, slot_of
+from mergekit_wp.scoring.models.precision import loss_scale
+
+if TYPE_CHECKING:
+    from mergekit_wp.scoring.models.layerwise import Call, Stack
+
+
+@contextmanager
+def substituted(parent: Any, **stubs: nn.Module) -> Iterator[None]:
+    """Put `stubs` in the place of submodules of `parent` inside the block."""
+    originals = {name: getattr(parent, name) for name in stubs}
+    try:
+        for name, stub in stubs.items():
+            setattr(parent, name, stub)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(parent, name, original)
+
+
+class Constant(nn.Module):
+    """Stands in for a module whose output is known already."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.output
+
+
+class InFloat32(nn.Module):
+    """Runs a module and gives its output in float32, so that what follows is computed there."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.inner(x)
+        return output.float()
+
+
+def separate(layer: Any, geometry: Geometry) -> None:
+    """Make the projections that `layer` keeps in one module (`FUSED`) reachable one by one, under their usual names.
+
+    Afterwards the layer is read, hooked and patched like one that has them apart; its parameters and their names stay
+    as they were.
+    """
+    for path, keys in FUSED.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = layer.get_submodule(parent_path)
+        whole = getattr(parent, name, None)
+        if whole is None or isinstance(whole, _Joined):
+            continue
+        slot = slot_of(f"model.layers.0.{path}.weight")
+        assert slot is not None  # `FUSED` says so
+        joined, names, begin = _Joined(whole, parent), [], 0
+        for key, length in zip(keys, geometry.lengths(slot), strict=True):
+            names.append(PROJECTIONS[key].rpartition(".")[2])
+            setattr(parent, names[-1], _Part(joined, slice(begin, begin + length)))
+            begin += length
+        joined.names = names
+        setattr(parent, name, joined)
+    if not hasattr(layer.mlp, "act_fn"):
+        layer.mlp.act_fn = layer.mlp.activation_fn  # Phi-3's name for it
+
+
+class _Joined(nn.Module):
+    """Stands in for a fused projection: calls its parts, which `parent` has under their own names."""
+
+    def __init__(self, whole: Any, parent: nn.Module):
+        super().__init__()
+        self.weight, self.bias = whole.weight, whole.bias
+        self.names: Sequence[str] = ()
+        self._parent = [parent]  # in a list, or the parent would be a submodule of its own submodule
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return torch.cat([getattr(self._parent[0], name)(x_BTD) for name in self.names], -1)
+
+
+class _Part(nn.Module):
+    """Some rows of a fused projection, as a linear layer. It has no parameters of its own."""
+
+    def __init__(self, joined: _Joined, rows: slice):
+        super().__init__()
+        self._joined, self._rows = [joined], rows
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._joined[0].weight[self._rows]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self._joined[0].bias
+        return None if bias is None else bias[self._rows]
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x_BTD, self.weight, self.bias)
+
+
+_GRADIENTS = ("q", "o", "gate", "up", "down")  # keys and values belong to no component
+_INPUT_GRADIENTS = ("o", "down")
+# Not held while a graph is kept: what was written, and the product that `mlp_activation` computes again.
+_DROPPED = {"inputs": ("down",), "outputs": ("o", "down")}
+
+
+@dataclass
+class LayerRecord:
+    """One layer of one model on one batch, keyed by projection (q, k, v, o, gate, up, down).
+
+    stream_BTD              the layer's input
+    inputs[p], outputs[p]   activations [B, T, width]; T is 1 for o and the MLP if only anchors were computed.
+                            With a graph, the input of down and the outputs of o and down are not held
+    grad_out[p]             `scale` times dS/d(output of p), S the scalar that was differentiated (after `backward`)
+    grad_in[p]              `scale` times dS/d(input of p), for o and down: there it is delta W, one product saved
+    scale                   a power of two, float32 [], that keeps gradients within float16 (see `precision`)
+    attention_call          args and kwargs that self_attn was called with
+    anchors_B               the positions kept where only anchors were computed, else None
+    """
+
+    stream_BTD: torch.Tensor
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    grad_out: dict[str, torch.Tensor] = field(default_factory=dict)
+    grad_in: dict[str, torch.Tensor] = field(default_factory=dict)
+    scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
+    attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    anchors_B: torch.Tensor | None = None
+    edges: dict[tuple[str, str], GradientEdge] = field(default_factory=dict)
+
+    def keep(self, key: str, read: torch.Tensor, written: torch.Tensor) -> None:
+        """Take what a projection read and wrote, while its layer runs."""
+        graph = self.stream_BTD.requires_grad
+        for side, tensor, wanted in (("inputs", read, _INPUT_GRADIENTS), ("outputs", written, _GRADIENTS)):
+            if graph and key in wanted:
+                self.edges[side, key] = get_gradient_edge(tensor)
+            if not (graph and key in _DROPPED[side]):
+                getattr(self, side)[key] = tensor.detach()
+
+    def mlp_activation(self, mlp: Any) -> torch.Tensor:
+        """The input of down_proj [B, T, F], kept or computed again from what gate_proj and up_proj put out."""
+        if "down" in self.inputs:
+            return self.inputs["down"]
+        product: torch.Tensor = mlp.act_fn(self.outputs["gate"]) * self.outputs["up"]
+        return product
+
+    def kept(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """`x_BTD` at the positions that were computed: all of them, or the anchors [B, 1, D]."""
+        return x_BTD if self.anchors_B is None else _pick(x_BTD, self.anchors_B)
+
+    def dot(self, a_BTW: torch.Tensor, b_BTW: torch.Tensor) -> torch.Tensor:
+        """sum over prompts and tokens of a*b in float32, one of them (times) a gradient of this record: [W]."""
+        # Not einsum: it becomes one tiny dot product a column, at three times the cost.
+        return (a_BTW.float() * b_BTW.float()).sum((0, 1)) / self.scale
+
+    def backward(self, above_BTD: torch.Tensor, gradient_BTD: torch.Tensor, *, below: bool = True) -> torch.Tensor:
+        """Fill the gradients from dS/d(layer's output) and return dS/d(layer's input), unless not `below`.
+
+        `above_BTD` is the output of the recorded call. The graph is freed.
+        """
+        leaves: list[Any] = [self.stream_BTD] if below else []
+        leaves += [self.edges["outputs", p] for p in _GRADIENTS] + [self.edges["inputs", p] for p in _INPUT_GRADIENTS]
+        self.scale = loss_scale(gradient_BTD)
+        found = list(torch.autograd.grad(above_BTD, leaves, self.scale * gradient_BTD))
+        gradient_below = found.pop(0) / self.scale if below else torch.zeros(0)
+        self.grad_out = dict(zip(_GRADIENTS, found, strict=False))
+        self.grad_in = dict(zip(_INPUT_GRADIENTS, found[len(_GRADIENTS) :], strict=True))
+        self.edges.clear()
+        return gradient_below
+
+
+def run_layer(
+    stack: Stack,
+    layer: Any,
+    stream_BTD: torch.Tensor,
+    call: Call,
+    *,
+    gradient: bool,
+    anchors_B: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, LayerRecord]:
+    """The stream above `layer` and its record; with `gradient`, ready for `LayerRecord.backward`."""
+    record = LayerRecord(stream_BTD.detach(), anchors_B=anchors_B)
+    if gradient:
+        record.stream_BTD.requires_grad_(True)
+    handles = [layer.self_attn.register_forward_pre_hook(partial(_on_attention, record), with_kwargs=True)]
+    for key, path in PROJECTIONS.items():
+        handles.append(layer.get_submodule(path).register_forward_hook(partial(_on_projection, record, key)))
+    try:
+        with torch.set_grad_enabled(gradient), at_anchors(layer, anchors_B):
+            above_BTD = stack.call(layer, record.stream_BTD, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return above_BTD, record
+
+
+def _on_attention(record: LayerRecord, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    record.attention_call = (args, kwargs)
+
+
+def _on_projection(record: LayerRecord, key: str, _module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    record.keep(key, args[0], output)
+
+
+@contextmanager
+def at_anchors(layer: Any, anchors_B: torch.Tensor | None) -> Iterator[None]:
+    """Inside the block, `layer` computes o_proj and the MLP at the positions `anchors_B` alone (None: everywhere).
+
+    The stream above it is then right at those positions only.
+    """
+    if anchors_B is None:
+        yield
+        return
+    attention = layer.self_attn
+    with (
+        substituted(attention, o_proj=_AtAnchors(attention.o_proj, anchors_B)),
+        substituted(layer, mlp=_AtAnchors(layer.mlp, anchors_B)),
+    ):
+        yield
+
+
+def _pick(x_BTD: torch.Tensor, anchors_B: torch.Tensor) -> torch.Tensor:
+    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), anchors_B].unsqueeze(1)
+
+
+class _AtAnchors(nn.Module):
+    """Runs a module at one position of each prompt and puts zeros elsewhere."""
+
+    def __init__(self, inner: nn.Module, anchors_B: torch.Tensor):
+        super().__init__()
+        self.inner, self.anchors_B = inner, anchors_B
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        some_B1D = self.inner(_pick(x_BTD, self.anchors_B))
+        all_BTD = some_B1D.new_zeros(*x_BTD.shape[:-1], some_B1D.shape[-1])
+        rows_B = torch.arange(len(x_BTD), device=x_BTD.device)
+        return all_BTD.index_put((rows_B, self.anchors_B), some_B1D.squeeze(1))
+
+
+class _Catch(nn.Module):
+    """Stands in for o_proj: keeps its input [B, T, Q] and multiplies nothing."""
+
+    def forward(self, x_BTQ: torch.Tensor) -> torch.Tensor:
+        self.seen = x_BTQ
+        return x_BTQ
+
+
+def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor) -> torch.Tensor:
+    """The input of o_proj [B, T, Q], float32, if q_proj had put out `q_BTQ` while keys and values stay the record's.
+
+    Runs the architecture's own code (q/k norms, rotary, soft-capping, masks), so it is exact for each; only the
+    four projections are replaced by constants, so it costs the attention kernel alone. Where the record has
+    anchors only, so has the result (T = 1). `q_BTQ` may hold the queries of the B prompts several times over.
+    In float32 whatever products run in: two such runs differ by little.
+    """
+    catch, times = _Catch(), len(q_BTQ) // len(record.stream_BTD)
+    k_BTK, v_BTK = (record.outputs[key].float().repeat(times, 1, 1) for key in ("k", "v"))
+    args, kwargs = record.attention_call
+    if times > 1:  # the attention reads off its input how many prompts there are, and nothing else
+        shape_only = record.stream_BTD.new_empty(1).expand(len(q_BTQ), *record.stream_BTD.shape[1:])
+        args, kwargs = (
+            (shape_only, *args[1:]) if args else args,
+            kwargs | ({} if args else {"hidden_states": shape_only}),
+        )
+    with (
+        torch.autocast(stack.device.type, enabled=False),
+        substituted(
+            attention, q_proj=Constant(q_BTQ.float()), k_proj=Constant(k_BTK), v_proj=Constant(v_BTK), o_proj=catch
+        ),
+    ):
+        attention.forward(*args, **kwargs)
+    return catch.seen if record.anchors_B is None else _pick(catch.seen, record.anchors_B.repeat(times))

@@ -1,0 +1,187 @@
+"""Utilities: how far a run has recovered the expert, one number a prompt.
+
+    anchor   F = cos(z_a(x | M), v)                          Eq. 5, read at the anchor layer
+    projection   the same at the last layer                  Eq. 74
+    kl       F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, read at the output
+    staged   anchor for components up to the anchor layer, kl for those above (METHOD.md 2);
+             staged-projection: projection for those
+
+and the gap G(x) = F(expert, x) - F(base, x) (Eq. 6) that scores are divided by. The mean of ratios (`sample`)
+drops prompts whose |G| is below a floor: they say nothing, and 1/G would let them dominate. The ratio of means
+(`mean`) keeps every prompt.
+
+Legend: B prompts, D residual width, V vocabulary rows.
+
+Metrics: a utility read off the residual stream above one layer, at the anchor position.
+
+    anchor       cos(z, v) at the anchor layer                                   Eq. 5
+    projection   cos(z, v) at the last layer                                     Eq. 74
+    kl           -KL(p_sft || p_M) of the next token, at the last layer, nats    Eq. 72
+
+A scoring utility is one metric, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for
+those above it, which the anchor cannot see (METHOD.md 2); `staged-projection` reads `projection` there.
+
+Legend: B prompts, D residual width, V vocabulary rows; ... any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scores import UtilityStats
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.models.layerwise import Stack
+
+
+def anchor_utility(z_BD: torch.Tensor, direction_D: torch.Tensor) -> torch.Tensor:
+    """cos(z, v) per prompt, float64 [..., B]: one component moves it by less than float32 rounds it."""
+    return functional.cosine_similarity(z_BD.double(), direction_D.double(), dim=-1)
+
+
+def kl_utility(logits_BV: torch.Tensor, expert_logits_BV: torch.Tensor) -> torch.Tensor:
+    """-KL(p_expert || p) per prompt, float64 [..., B]; 0 where the two agree."""
+    log_p_BV = functional.log_softmax(logits_BV, dim=-1)
+    log_p_expert_BV = functional.log_softmax(expert_logits_BV, dim=-1)
+    terms_BV = functional.kl_div(log_p_BV, log_p_expert_BV, log_target=True, reduction="none")
+    return -terms_BV.sum(-1, dtype=torch.float64)
+
+
+@dataclass
+class GapLedger:
+    """Collects the gaps of one utility over the batches of one task, and gives each prompt its weight.
+
+    A score is sum_x w(x) s(x) / `normalizer()`: with `sample`, w = 1/G(x) and the normalizer counts prompts;
+    with `mean`, w = 1 and the normalizer is the sum of gaps. Both make it independent of the batching.
+    `negative` counts prompts, of those used, that the base does better on than the expert.
+    """
+
+    utility: str
+    gap: str
+    floor: float
+    used: int = 0
+    dropped: int = 0
+    negative: int = 0
+    total: float = 0.0
+
+    def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor) -> torch.Tensor:
+        """w(x) [B], float64, from F(base, x) and F(expert, x), counted here. Raises `BadInput` if not finite."""
+        gap_B = (expert_B - base_B).detach().double()
+        if not torch.isfinite(gap_B).all():
+            raise BadInput(f"the {self.utility} utility is not finite on a prompt; use --dtype float32 or bfloat16.")
+        keep_B = gap_B.abs() >= self.floor if self.gap == "sample" else torch.ones_like(gap_B, dtype=torch.bool)
+        self.used += int(keep_B.sum())
+        self.dropped += int((~keep_B).sum())
+        self.negative += int((gap_B[keep_B] < 0).sum())
+        self.total += float(gap_B[keep_B].sum())
+        inverse_B = torch.where(keep_B, 1 / torch.where(keep_B, gap_B, 1.0), 0.0)
+        return inverse_B if self.gap == "sample" else torch.ones_like(gap_B)
+
+    def gather(self, processes: ProcessGroup, device: torch.device) -> None:
+        """Add up the counts of a processes whose processes saw different prompts."""
+        counts = [self.used, self.dropped, self.negative, self.total]
+        *whole, self.total = processes.add_up(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        self.used, self.dropped, self.negative = map(int, whole)
+
+    def normalizer(self, task: str) -> float:
+        """What the weighted sum is divided by. Raises `BadInput` when nothing is left to divide."""
+        if self.gap == "mean":
+            if abs(self.total) < self.floor * self.used:
+                raise BadInput(
+                    f"task {task}: the mean {self.utility} gap between expert and base is "
+                    f"{self.total / self.used:.2g}, below the floor {self.floor:g}; this expert does not differ here."
+                )
+            return self.total
+        if not self.used:
+            raise BadInput(
+                f"task {task}: all {self.dropped} scoring prompts were dropped, each with its {self.utility} gap below "
+                f"the floor {self.floor:g}; this expert does not differ from the base on them."
+            )
+        return float(self.used)
+
+    def stats(self) -> UtilityStats:
+        return UtilityStats(self.used, self.dropped, self.total / max(self.used, 1))
+
+
+# dF/dlogits is a difference of probabilities, mostly far below what float16 products keep; at most 1, though.
+_SCALE = 2.0**10
+
+
+@dataclass(frozen=True)
+class Metric(ABC):
+    """`name` of the utility and the `layer` above which it is read."""
+
+    name: str
+    layer: int
+
+    @abstractmethod
+    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F(expert) [B], what `read` compares with), from the expert's stream."""
+
+    @abstractmethod
+    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """F [..., B] float64 from streams [..., B, D]."""
+
+    def read_with_gradient(
+        self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F [B], dF/dz [B, D]); a prompt's F depends on its own z alone."""
+        with torch.enable_grad():
+            z_BD = z_BD.detach().requires_grad_(True)
+            value_B = self.read(stack, z_BD, target)
+            (metric_gradient_BD,) = torch.autograd.grad(_SCALE * value_B.sum(), z_BD)
+        return value_B.detach(), metric_gradient_BD / _SCALE
+
+
+@dataclass(frozen=True)
+class CosineMetric(Metric):
+    """cos(z, v) with the direction v [D]."""
+
+    direction_D: torch.Tensor
+
+    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read(stack, z_BD, self.direction_D), self.direction_D
+
+    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return anchor_utility(z_BD, target)
+
+
+@dataclass(frozen=True)
+class KLMetric(Metric):
+    """-KL(p_expert || p) of the next token over the first `vocabulary` rows."""
+
+    vocabulary: int
+
+    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(z_BD), dtype=torch.float64, device=z_BD.device), stack.logits(z_BD, self.vocabulary)
+
+    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return kl_utility(stack.logits(z_BD, self.vocabulary), target)
+
+
+def make_metrics(
+    utility: str, layers: int, vocabulary: int, anchor_layer: int | None, v_LD: torch.Tensor | None
+) -> tuple[Metric, ...]:
+    """The metrics of a utility, lowest first; `kl` alone takes no anchor layer and no directions."""
+    kl = KLMetric("kl", layers - 1, vocabulary)
+    if utility == "kl":
+        return (kl,)
+    assert anchor_layer is not None
+    assert v_LD is not None
+    anchor = CosineMetric("anchor", anchor_layer, v_LD[anchor_layer])
+    if utility == "anchor":
+        return (anchor,)
+    above = kl if utility == "staged" else CosineMetric("projection", layers - 1, v_LD[layers - 1])
+    if utility == "projection":
+        return (above,)
+    # An anchor at the last layer leaves nothing above it.
+    return (anchor, above) if anchor_layer < layers - 1 else (anchor,)
+
+
+def metric_of(metrics: tuple[Metric, ...], layer: int) -> Metric | None:
+    """The metric that scores the components of `layer`: the lowest that sees it; None if none does."""
+    return next((metric for metric in metrics if layer <= metric.layer), None)

@@ -1,0 +1,137 @@
+"""One model as a stack of decoder layers, run a layer at a time.
+
+Scores need layers singly: to stop at the anchor, to start again in the middle, to read weights only when their
+turn comes. A `Stack` gives `start` (embeddings and what each layer is called with), `layers` (the modules, in any
+order), `call` (run one) and `logits`. `ResidentStack` holds the whole model; `streamed.StreamedStack` holds a layer.
+
+The residual stream is float32 whatever the dtype of the weights: matrix products run in `dtype` under autocast, which
+rounds weights that are held in another (see `precision`); their results are added in float32. What one neuron writes is
+far below bfloat16's resolution of the stream.
+
+Legend: B prompts, T tokens, D residual width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mergekit_wp.geometry import FUSED, Geometry, text_tower
+from mergekit_wp.scoring.batching import Batch, Lengths, forget_lengths
+from mergekit_wp.scoring.hooks import Constant, InFloat32, separate, substituted
+
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a forward pass begins: the embedded prompts, and the keyword arguments of every layer.
+
+    stream_BTD  residual stream below layer 0, float32
+    calls       one a layer: masks, positions; their batch dimension is 1, so they serve any number of prompts
+    """
+
+    stream_BTD: torch.Tensor
+    calls: list[Call]
+
+
+class Stack(ABC):
+    """A frozen causal LM of transformers whose decoder layers are reached through `layers` alone."""
+
+    streamed = False  # whether layers are read when their turn comes
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.tower: Any = text_tower(model)
+        path = next(name for name, module in model.named_modules() if module is self.tower)
+        parent, _, self._tower_name = path.rpartition(".")
+        self._tower_parent: Any = model.get_submodule(parent)
+        self.depth: int = self.tower.config.num_hidden_layers
+        self.width: int = self.tower.config.hidden_size
+        self.lengths = Lengths(self.tower.config.to_dict())
+        present = {name for name, _module in self.tower.layers[0].named_modules()}
+        if not present.isdisjoint(FUSED):
+            geometry = Geometry.from_config(model.config.to_dict(), where=type(model).__name__)
+            for layer in self.tower.layers:
+                separate(layer, geometry)
+
+    @property
+    def vocabulary(self) -> int:
+        """V: rows of the embeddings, also while these are not read yet."""
+        return len(self.model.get_input_embeddings().weight)
+
+    @abstractmethod
+    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+        """The decoder layers of `order`, one after the other; each holds its weights until the next is taken."""
+
+    @torch.no_grad()
+    def start(self, batch: Batch) -> Start:
+        """Embed the prompts and find out what the architecture's own forward pass hands to each layer."""
+        forget_lengths(self.model)
+        embedded_BTD = self.tower.embed_tokens(batch.ids_BT).float()
+        # Batches are padded on the right and carry no mask, so one row's arguments are every row's.
+        calls = [probe.call for probe in self._probe(embedded_BTD[:1])]
+        # What enters layer 0 need not be the embedding: Granite multiplies it.
+        return Start(self._probe(embedded_BTD)[0].stream_BTD, calls)
+
+    def _probe(self, embedded_BTD: torch.Tensor) -> list[_Probe]:
+        """The model's own forward pass without its layers."""
+        probes = [_Probe() for _ in range(self.depth)]
+        with substituted(self.tower, layers=nn.ModuleList(probes)):
+            self.tower(inputs_embeds=embedded_BTD, use_cache=False)
+        return probes
+
+    def call(self, layer: nn.Module, stream_BTD: torch.Tensor, call: Call) -> torch.Tensor:
+        """The residual stream above `layer`, float32 [B, T, D]."""
+        with self.autocast():
+            output = layer(stream_BTD, **call)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """Next-token logits [..., V], float32, from streams [..., D] above the last layer; rows past `vocabulary` cut.
+
+        The architecture's own code after the final norm (soft-capping, scaling) runs in float32.
+        """
+        with self.autocast():
+            normed_N1D = self.tower.norm(final_BD).flatten(0, -2).unsqueeze(1)
+            known = {self._tower_name: Constant(BaseModelOutputWithPast(last_hidden_state=normed_N1D))}
+            head = InFloat32(self.model.lm_head)
+            with substituted(self._tower_parent, **known), substituted(self.model, lm_head=head):
+                logits_N1V = self.model(inputs_embeds=normed_N1D, use_cache=False).logits
+        return logits_N1V[:, 0, :vocabulary].unflatten(0, final_BD.shape[:-1])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Products in `dtype`, everything else in float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """Inside, the whole model of transformers runs in `dtype`, whatever its weights are held in."""
+        return nullcontext() if self.model.dtype == self.dtype else self.autocast()
+
+
+class ResidentStack(Stack):
+    """The whole model on one device."""
+
+    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+        for index in order:
+            yield self.tower.layers[index]
+
+
+class _Probe(nn.Module):
+    """Stands in for a decoder layer: keeps what it was called with and passes the stream on."""
+
+    stream_BTD: torch.Tensor
+    call: Call
+
+    def forward(self, stream_BTD: torch.Tensor, **call: Any) -> torch.Tensor:
+        self.stream_BTD, self.call = stream_BTD, call
+        return stream_BTD

@@ -1,0 +1,212 @@
+"""Base and expert in memory, frozen, checked to be two fine-tunes of one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergekit_wp.checkpoint.adapters import merge_lora
+from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.references import read_reference
+from mergekit_wp.checkpoint.vocabulary import head_against_config, head_equals_embeddings, load_other
+from mergekit_wp.errors import BadInput, out_of_memory
+from mergekit_wp.foreign import logger
+from mergekit_wp.geometry import Geometry, auto_class
+from mergekit_wp.memory import free_memory
+from mergekit_wp.outputs import scratch
+from mergekit_wp.scoring.batching import Lengths
+from mergekit_wp.scoring.config import ScoringJob
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.models.layerwise import ResidentStack, Stack
+from mergekit_wp.scoring.models.offload import RESERVE, parameter_bytes, pick_offload
+from mergekit_wp.scoring.models.precision import held_dtype, pick_device, pick_dtype, stored_dtype
+from mergekit_wp.scoring.models.streaming import open_streamed
+from mergekit_wp.scoring.prompt_format import prompt_ids
+
+LOG = logger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckedPair:
+    """Base and expert on disk, known to fit each other; nothing loaded yet."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    base_print: Fingerprint
+    expert_print: Fingerprint
+    published: Path
+    """The expert's own folder; of `base+lora` the LoRA's, while `expert` is the base under it."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V: vocabulary rows that both models have."""
+        return min(self.base.geometry.vocabulary, self.expert.geometry.vocabulary)
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that both models take."""
+        return min(Lengths(model.text_config).limit for model in (self.base, self.expert))
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Both models as stacks of layers, parameters frozen; `geometry` is the base's.
+
+    `offload` is how they are held, none or stream, and `reason` one line that says why.
+    """
+
+    base: Stack
+    expert: Stack
+    geometry: Geometry
+    device: torch.device
+    dtype: torch.dtype
+    offload: str = "none"
+    reason: str = ""
+
+    @property
+    def vocabulary(self) -> int:
+        """V: vocabulary rows that both models have."""
+        return min(self.base.vocabulary, self.expert.vocabulary)
+
+
+def check_pair(job: ScoringJob) -> CheckedPair:
+    """Open both models and compare them by their configs and tensor headers.
+
+    Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, and equal weights
+    (no gap to explain). Other signs of a wrong lineage (another rope_theta, say) are logged as warnings. The number of
+    vocabulary rows may differ.
+    """
+    reference = read_reference(job.expert)
+    reference.check()
+    base, expert = Checkpoint.open(job.base), Checkpoint.of(reference.model)
+    if differences := expert.geometry.differences(base.geometry):
+        raise BadInput(
+            f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
+            "be a fine-tune of the base."
+        )
+    expert_print = fingerprint_of(reference) if reference.lora else expert.fingerprint
+    published = local_folder(reference.lora) if reference.lora else expert.folder
+    checked = CheckedPair(base, expert, base.fingerprint, expert_print, published)
+    # Equal fingerprints only sample the weights: an expert that differs in one head alone is a fair question.
+    same = checked.base_print.tensors == checked.expert_print.tensors
+    if same and content_digest(base.tensors) == content_digest(expert.tensors):
+        raise BadInput(f"{job.expert}: the weights equal those of the base {job.base}; there is no gap to explain.")
+    for difference in expert.lineage_differences(base):
+        LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
+    for checkpoint in (base, expert):
+        if trouble := head_against_config(checkpoint):
+            LOG.warning(trouble)
+    return checked
+
+
+def load_pair(job: ScoringJob, checked: CheckedPair, processes: ProcessGroup | None = None) -> ModelPair:
+    """Load both models, or make them ready to be read layer by layer.
+
+    Raises `BadInput` when one does not load, does not fit, or holds a NaN or an infinity.
+    """
+    device = (processes or ProcessGroup()).local_device(pick_device(job.device))
+    stored = [stored_dtype(model.tensors) for model in (checked.base, checked.expert)]
+    dtype = pick_dtype(job.dtype, device, stored)
+    offload, reason = pick_offload(job.offload, checked.base, checked.expert, dtype, device)
+    if offload == "stream":
+        remote, lora = job.trust_remote_code, read_reference(job.expert).lora
+        adapter = str(local_folder(lora)) if lora else None
+        streamed_base = open_streamed(job.base, checked.base, dtype, device, remote)
+        streamed_expert = open_streamed(job.expert, checked.expert, dtype, device, remote, adapter)
+        return ModelPair(streamed_base, streamed_expert, checked.base.geometry, device, dtype, offload, reason)
+    with _lora_merged(job) as merged_folder:
+        expert_folder = merged_folder or str(checked.expert.folder)
+        expert_model = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
+    base_model = _load_model(job.base, str(checked.base.folder), dtype, device, job.trust_remote_code)
+    base, expert = (ResidentStack(model, device, dtype) for model in (base_model, expert_model))
+    return ModelPair(base, expert, checked.base.geometry, device, dtype, offload, reason)
+
+
+def load_one(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, offload: str, remote_code: bool
+) -> Stack:
+    """One model alone, in memory or ready to be read layer by layer; `offload` as for a pair. Raises as `load_pair`."""
+    head_equals_embeddings(checkpoint)  # refuses a model that lacks one of the two
+    held = held_dtype(checkpoint.tensors, dtype)
+    fits = parameter_bytes(checkpoint, held) <= (1 - RESERVE) * free_memory(device)
+    if offload == "stream" or (offload == "auto" and not fits):
+        return open_streamed(checkpoint.name, checkpoint, dtype, device, remote_code)
+    model = _load_model(checkpoint.name, str(checkpoint.folder), dtype, device, remote_code)
+    return ResidentStack(model, device, dtype)
+
+
+@contextmanager
+def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
+    """For an expert `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
+    reference = read_reference(job.expert)
+    if reference.lora is None:
+        yield None
+        return
+    with scratch("wp-lora-") as cache:
+        yield str(merge_lora(reference, cache, job.trust_remote_code))
+
+
+def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
+    """The frozen model of a folder, its weights as they are held for products in `dtype`."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+        # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        model, report = auto_class(config.to_dict()).from_pretrained(
+            folder,
+            dtype=held_dtype(Checkpoint(name, Path(folder)).tensors, dtype),
+            device_map={"": str(device)},
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            raise BadInput(f"{name}: does not fit on {device} beside what is there; use another device.") from error
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        raise BadInput(f"{name}: the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download it again.")
+    model.requires_grad_(False)
+    model.eval()
+    for key, parameter in model.named_parameters():
+        low, high = torch.aminmax(parameter)
+        if not torch.isfinite(low + high):
+            raise BadInput(f"{name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
+    return model
+
+
+def warn_of_other_ids(checked: CheckedPair, texts: Sequence[str]) -> None:
+    """Prompts go to the expert as the base's tokenizer cuts them; say so where its own would cut them otherwise."""
+    ours, theirs = load_other(checked.base.folder, checked.published)
+    other = [text for text in texts if ours and prompt_ids(ours, text) != prompt_ids(theirs, text)]
+    if other:
+        LOG.warning(
+            "%s: its own tokenizer gives other ids than the base's to %d of %d prompts, such as %r; it is scored on "
+            "those of the base's.",
+            checked.published,
+            len(other),
+            len(texts),
+            other[0][:60],
+        )
+
+
+def load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:
+    """The base's tokenizer: its ids are valid in both models. Raises `BadInput` when it does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(base.folder), trust_remote_code=remote_code)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{base.name}: its tokenizer could not be loaded ({reason}).") from error

@@ -1,0 +1,396 @@
+"""Reading a checkpoint tensor by tensor, through a small buffer, with nothing mapped into memory.
+
+Memory-mapped shards count as resident memory for as long as they are open, the whole file of them (measured: 1.1 GB
+for a 1 GB shard, against 150 MB read this way, at the same speed). So tensors are read with plain reads, a block at a
+time, straight into a tensor of the wanted dtype on the wanted device; a block is converted while the cache holds it.
+
+A model whose decoder layers are read from its shards when their turn comes, and dropped after it.
+
+What lies outside the layers (embeddings, final norm, rotary tables) is held; the output head is read when logits are
+first asked for. While one layer computes, a thread reads the next, so a sweep holds the weights of two layers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.vocabulary import head_equals_embeddings
+from mergekit_wp.checkpoint.weights import TensorHeader
+from mergekit_wp.errors import BadInput
+from mergekit_wp.geometry import EMBEDDINGS, auto_class, text_name, text_tower
+from mergekit_wp.scoring.models.layerwise import Stack
+from mergekit_wp.scoring.models.lora import Adapter
+from mergekit_wp.scoring.models.precision import STORED, held_dtype
+
+_BLOCK = 4 << 20  # bytes, a multiple of every item size
+# Windows has neither flags nor a way to share by accident; elsewhere a mapping is shared memory unless told.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
+
+class Shards:
+    """The tensors of one checkpoint by name; `name` is the model's in errors. Safe to read from several threads."""
+
+    def __init__(self, name: str, tensors: Mapping[str, TensorHeader], device: torch.device):
+        self.name, self.device = name, device
+        self._tensors = tensors
+        self._finite: set[str] = set()
+        self._lock = threading.Lock()  # the block and the stream serve one reader at a time
+        on_gpu = device.type == "cuda"
+        self._block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def keys(self) -> Collection[str]:
+        """The names of all tensors."""
+        return self._tensors.keys()
+
+    def check(self, wanted: Mapping[str, torch.Size]) -> None:
+        """Raise `BadInput` unless every wanted tensor is there, of this shape and a float dtype; reads no weights."""
+        if missing := sorted(set(wanted) - set(self._tensors)):
+            raise BadInput(
+                f"{self.name}: the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download it again."
+            )
+        for key, shape in wanted.items():
+            header = self._tensors[key]
+            if header.shape != tuple(shape):
+                raise BadInput(
+                    f"{self.name}: the tensor {key} has the shape {list(header.shape)}, config.json asks for "
+                    f"{list(shape)}; download the checkpoint again."
+                )
+            if header.dtype not in STORED:
+                raise BadInput(
+                    f"{self.name}: the tensor {key} is stored as {header.dtype}, expected one of "
+                    f"{', '.join(STORED)}; convert the checkpoint, or use --offload none."
+                )
+            if header.end - header.start != _bytes(header):
+                raise BadInput(
+                    f"{header.file}: the tensor {key} takes {header.end - header.start} bytes, its shape and dtype "
+                    f"ask for {_bytes(header)}; download the checkpoint again."
+                )
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """The dtype in which the file holds a tensor."""
+        return STORED[self._tensors[key].dtype]
+
+    @contextmanager
+    def transfer(self) -> Iterator[None]:
+        """What is read and computed inside the block runs beside the device's own work, and is done at its end.
+
+        On CUDA that is a side stream, whose memory must not be freed while another stream still uses it.
+        """
+        with torch.cuda.stream(self._stream):
+            yield
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    @torch.no_grad()
+    def read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that passed `check`, converted to `dtype`, complete on the device when this returns.
+
+        Raises `BadInput` when the file does not give it, the device cannot hold it, or, found at the first reading,
+        it holds a NaN or an infinity.
+        """
+        header = self._tensors[key]
+        try:
+            with self._lock, self.transfer(), open(header.file, "rb", buffering=0) as file:
+                target = self._new(header.shape, dtype)
+                finite = self._fill(target.view(-1), header, file, key in self._finite)
+        except OSError as error:
+            raise BadInput(f"{header.file}: cannot read this weight file ({error.strerror or error}).") from error
+        if not finite:
+            raise BadInput(f"{self.name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
+        self._finite.add(key)
+        return target
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor on the device, whose memory goes back to the system with it."""
+        count = torch.Size(shape).numel()
+        try:
+            if self.device.type != "cpu" or count == 0:
+                return torch.empty(shape, dtype=dtype, device=self.device)
+            # malloc keeps what is freed for the thread that took it, and every layer has a thread of its own: three
+            # sweeps of a pair with layers of 28 MB held 220 MB, of which half were free. A mapping leaves nothing.
+            memory = mmap.mmap(-1, count * dtype.itemsize, **_PRIVATE)
+        except (torch.OutOfMemoryError, OSError) as error:
+            raise BadInput(
+                f"{self.name}: a tensor of {count * dtype.itemsize / 1e6:.0f} MB does not fit on {self.device} beside "
+                "what is there; use another device, or fewer prompts at a time."
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # most of the time of a read went into page faults
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def _fill(self, flat: torch.Tensor, header: TensorHeader, file: BinaryIO, known_finite: bool) -> bool:
+        """Read a tensor's bytes into `flat`; whether every element is finite (True unchecked if known)."""
+        finite, filled = True, 0
+        for block in self._blocks(header, file):
+            values = block.view(STORED[header.dtype])
+            part = flat[filled : filled + len(values)]
+            part.copy_(values, non_blocking=True)
+            if not known_finite:
+                # After the conversion, which may overflow (float64).
+                finite = finite and bool(torch.isfinite(torch.stack(torch.aminmax(part))).all())
+            if self._stream is not None:
+                self._stream.synchronize()  # the block is about to be overwritten, and `flat` used elsewhere
+            filled += len(values)
+        return finite
+
+    def _blocks(self, header: TensorHeader, file: BinaryIO) -> Iterator[torch.Tensor]:
+        """The tensor's bytes, uint8, in order; every block overwrites the one before."""
+        view: memoryview = self._block.numpy().data
+        file.seek(header.start)
+        left = header.end - header.start
+        while left:
+            wanted, got = min(left, _BLOCK), 0
+            while got < wanted:
+                count = file.readinto(view[got:wanted])  # type: ignore[attr-defined]
+                if not count:
+                    raise BadInput(f"{header.file}: cut short; download or save it again.")
+                got += count
+            yield self._block[:wanted]
+            left -= wanted
+
+
+def _bytes(header: TensorHeader) -> int:
+    return torch.Size(header.shape).numel() * STORED[header.dtype].itemsize
+
+
+Weights = dict[str, torch.Tensor]
+_HELD = ("model.embed_tokens.", "model.norm.")  # read once; the output head when it is asked for
+
+
+def open_streamed(
+    name: str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+) -> StreamedStack:
+    """The model of `checkpoint`, with the LoRA `adapter` of a folder over it, ready to be swept.
+
+    `name` is what the user calls the whole (`base+lora`). Every tensor's presence and shape is checked here, from
+    the headers; NaNs and infinities when a tensor is first read. Raises `BadInput` for what transformers cannot
+    build, damaged or quantised checkpoints, and adapters that only a whole model can take.
+    """
+    if checkpoint.config.get("quantization_config"):
+        raise BadInput(f"{name}: a quantised checkpoint cannot be streamed; use --offload none.")
+    shards, held = Shards(name, checkpoint.tensors, device), held_dtype(checkpoint.tensors, dtype)
+    skeleton = _skeleton(name, checkpoint, held, trust_remote_code)
+    if not head_equals_embeddings(checkpoint):
+        skeleton.all_tied_weights_keys.clear()  # as transformers does, whatever the config says
+    lora = None
+    if adapter is not None:
+        lora = Adapter(name, adapter, _skeleton(name, checkpoint, held, trust_remote_code), device)
+    return StreamedStack(skeleton, shards, dtype, held, lora)
+
+
+class StreamedStack(Stack):
+    """Made by `open_streamed`. `model` is a causal LM of transformers without weights, which come from `shards`.
+
+    Products run in `dtype`, weights are read in `held` (see `precision`).
+    """
+
+    streamed = True
+
+    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, held: torch.dtype, lora: Adapter | None = None):
+        super().__init__(model, shards.device, dtype)
+        self._shards, self._held, self._lora = shards, held, lora
+        self._users: Counter[int] = Counter()  # of a layer's weights: sweeps that are at this layer
+        # The text tower alone, by the model's names; a wrapper's other towers are never read.
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if text_name(name)}
+        self._source = _sources(model, shapes, shards)
+        shards.check({source: shapes[name] for name, source in self._source.items()})
+        if lora is not None:
+            _check_targets(lora, model)
+        self._layers = next(name for name, module in model.named_modules() if module is self.tower.layers)
+        self._empty: list[Weights] = [dict(layer.state_dict()) for layer in self.tower.layers]
+        _move_buffers(model, self.device)
+        model.load_state_dict(
+            self._read(name for name in shapes if (text_name(name) or "").startswith(_HELD)), strict=False, assign=True
+        )
+
+    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+        """As `Stack.layers`; a layer's weights go when the next is asked for, or when the iterator is closed.
+
+        A sweep may run inside another, at the price of two layers more. Raises `BadInput` when a layer cannot be
+        read.
+        """
+        upcoming = iter(order)
+        reading = self._read_ahead(upcoming)
+        try:
+            while reading is not None:
+                index, weights = reading.index, reading.result()
+                reading = self._read_ahead(upcoming)
+                with self._holding(index, weights):
+                    yield self.tower.layers[index]
+        finally:
+            if reading is not None:
+                reading.cancel()
+
+    def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """As `Stack.logits`; the first call reads the output head, which then stays."""
+        names = [name for name in self._source if name.startswith("lm_head.")]
+        if any(parameter.is_meta for parameter in self.model.lm_head.parameters()):
+            embedding = next(name for name in self._source if text_name(name) == EMBEDDINGS)
+            tied = [name for name in names if self._source[name] == self._source[embedding]]
+            weights = self._read(name for name in names if name not in tied)
+            weights |= {name: self.model.get_parameter(embedding) for name in tied}
+            self.model.load_state_dict(weights, strict=False, assign=True)
+        return super().logits(final_BD, vocabulary)
+
+    def _read_ahead(self, upcoming: Iterator[int]) -> _Reading | None:
+        """Start to read the next layer of a sweep; None at its end."""
+        index = next(upcoming, None)
+        return None if index is None else _Reading(index, self._read_layer)
+
+    def _read_layer(self, index: int, cancelled: Callable[[], bool]) -> Weights:
+        prefix = f"{self._layers}.{index}."
+        read = self._read((prefix + key for key in self._empty[index]), cancelled)
+        return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
+
+    @torch.no_grad()
+    def _read(self, names: Iterable[str], cancelled: Callable[[], bool] = lambda: False) -> Weights:
+        """The model's tensors of these names, LoRA applied, in the dtype held; incomplete when cancelled."""
+        weights: Weights = {}
+        with self._shards.transfer():
+            for name in names:
+                if cancelled():
+                    break
+                weights[name] = self._read_one(name)
+        return weights
+
+    def _read_one(self, name: str) -> torch.Tensor:
+        source = self._source[name]
+        if self._lora is None or name not in self._lora.targets:
+            return self._shards.read(source, self._held)
+        base_weight = self._shards.read(source, torch.float32)
+        return self._lora.merge(name, base_weight, self._shards.stored_dtype(source)).to(self._held)
+
+    @contextmanager
+    def _holding(self, index: int, weights: Weights) -> Iterator[None]:
+        """The layer has `weights` inside the block, and none after it unless an outer sweep is at the same layer."""
+        layer = self.tower.layers[index]
+        if not self._users[index]:
+            layer.load_state_dict(weights, assign=True)
+        weights.clear()  # the caller's frame still holds the dict
+        self._users[index] += 1
+        try:
+            yield
+        finally:
+            self._users[index] -= 1
+            if not self._users[index]:
+                if self.device.type == "cuda":
+                    # The next layer may be copied into this memory, on another stream than the one computing here.
+                    torch.cuda.current_stream(self.device).synchronize()
+                layer.load_state_dict(self._empty[index], assign=True)
+
+
+class _Reading(threading.Thread):
+    """One layer being read; ends with it, so no thread outlives a sweep."""
+
+    def __init__(self, index: int, read: Callable[[int, Callable[[], bool]], Weights]):
+        super().__init__(name=f"wp-read-layer-{index}")
+        self.index, self._reader = index, read
+        self._stop_asked = threading.Event()
+        self._weights: Weights = {}
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._weights = self._reader(self.index, self._stop_asked.is_set)
+        except BaseException as error:  # raised where the layer is used
+            self._error = error
+
+    def result(self) -> Weights:
+        """Wait for the layer; raises what reading it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._weights
+
+    def cancel(self) -> None:
+        """Stop after the tensor at hand, and wait for that."""
+        self._stop_asked.set()
+        self.join()
+
+
+def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
+    """The frozen model of the checkpoint's config: parameters on the meta device, tables real, on the CPU."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=remote_code)
+        # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        with torch.device("meta"):
+            model = auto_class(checkpoint.config).from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+    _compute_tables(name, model)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _compute_tables(name: str, model: Any) -> None:
+    """Fill the buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale), as transformers does.
+
+    They start as NaNs, so one that the model's own code does not fill is found. A wrapper's other towers have no use
+    for theirs here.
+    """
+    tower = text_tower(model)
+    for prefix, module in tower.named_modules(prefix="model"):
+        keys = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+        for key in keys:
+            buffer = module._buffers[key]
+            if buffer.is_floating_point():
+                module._buffers[key] = torch.full_like(buffer, torch.nan, device="cpu")
+        if keys:
+            tower._init_weights(module)
+        for key in keys:
+            if module._buffers[key].is_meta or module._buffers[key].isnan().any():
+                raise BadInput(
+                    f"{name}: this architecture does not say how to compute its table {prefix}.{key}, so it cannot be "
+                    "streamed; use --offload none."
+                )
+
+
+def _sources(model: Any, names: Iterable[str], shards: Shards) -> dict[str, str]:
+    """The checkpoint's tensor for every tensor of the model: its namesake, or of a tied pair the one that is stored."""
+    stored = {text_name(key): key for key in shards.keys()}  # noqa: SIM118  (not a dict)
+    sources = {name: stored.get(text_name(name), name) for name in names}
+    for one, other in model.all_tied_weights_keys.items():
+        sources[one] = sources[other] = sources[one] if sources[one] in shards else sources[other]
+    return sources
+
+
+def _check_targets(lora: Adapter, model: Any) -> None:
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    if shared := sorted(lora.targets & tied):
+        raise BadInput(
+            f"{lora.name}: the LoRA changes {shared[0]}, which this model shares between input and output; that "
+            "cannot be streamed; use --offload none, which merges it whole."
+        )
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers that hold values on the device; parameters stay where they are."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)

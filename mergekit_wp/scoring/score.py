@@ -1,0 +1,349 @@
+"""The scoring run: pairs -> anchor direction -> gaps and scores -> score file content.
+
+Every method takes the same way (METHOD.md 2 and 3). Of every task the direction v comes from the extraction pairs,
+unless the utility is `kl`, which reads along none. Then the scoring prompts go up through the expert and through the
+base (`passes.Passes`), which gives each prompt's gap. First-order methods sweep back down and score all components of a
+layer as they pass it; `exact` and `ap` restart from each layer with the components patched one by one. Nothing above
+the topmost metric is run.
+
+Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from mergekit_wp import __version__
+from mergekit_wp.documents import now
+from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.foreign import logger
+from mergekit_wp.memory import free_memory
+from mergekit_wp.scores import (
+    ACTIVATION_SIDE,
+    ANCHORED,
+    FORMAT,
+    ModelId,
+    PromptStyle,
+    RecoveryCurve,
+    ScoreMeta,
+    Scores,
+    TaskMeta,
+    TaskScores,
+    read_scores,
+)  # fmt: skip
+from mergekit_wp.scoring.accumulator import TaskAccumulator
+from mergekit_wp.scoring.anchor.directions import Directions
+from mergekit_wp.scoring.anchor.search import Search, check_graders, locate, usual_layer
+from mergekit_wp.scoring.batching import TaskTokens, batches, check_rows, tokenize_tasks
+from mergekit_wp.scoring.config import ScoringJob
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.metrics import make_metrics, metric_of
+from mergekit_wp.scoring.models.load import (
+    CheckedPair,
+    ModelPair,
+    check_pair,
+    load_pair,
+    load_tokenizer,
+    warn_of_other_ids,
+)
+from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
+from mergekit_wp.scoring.passes import PATCHING, Item, Passes, PatchPlan, first_order, patch_layer
+from mergekit_wp.scoring.prompt_format import prompt_format_of
+from mergekit_wp.scoring.resume import Resume
+from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
+from mergekit_wp.scoring.sweep import batch_groups
+
+LOG = logger(__name__)
+MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
+Tick = Callable[[float], object]
+Progress = Callable[[int, str, str], Tick]
+
+
+def score(
+    job: ScoringJob,
+    progress: Progress | None = None,
+    processes: ProcessGroup | None = None,
+    resume: Resume | None = None,
+) -> Scores:
+    """Run a whole scoring job.
+
+    progress  called as (total, what, unit) at the start of each part; returns a function that is told what is done
+    processes      the processes that share the work; alone by default
+    resume    where `exact` and `ap` keep their finished layers and go on from them (the first of the processes); nowhere by
+              default. The caller calls its `forget` once the file is written
+    Raises `BadInput` for everything the user can mend (see the modules called).
+    """
+    processes, resume = processes or ProcessGroup(), resume or Resume()
+    ready = prepare(job)
+    checked, search, asked, subset = ready.checked, ready.search, ready.asked, ready.subset
+    tokenizer, tasks = ready.tokenizer, ready.tasks
+    pair = load_pair(job, checked, processes)  # only now, when nothing but the weights themselves can be wrong
+    LOG.info(pair.reason)
+    start = progress or (lambda _total, _what, _unit: lambda _done: None)
+    with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."):
+        layer, directions, curve = _anchors(job, pair, tokenizer, tasks, asked, search, processes, start)
+        date = now()
+        if job.method in PATCHING:
+            date = resume.begin(_inputs(job, checked, pair, tasks, subset, layer), date)
+        resume.spare_others()
+        runs = [task_run(job, pair, task, layer, found) for task, found in zip(tasks, directions, strict=True)]
+        if not any(metric_of(runs[0].metrics, each) for each in subset.layers):
+            raise BadInput(
+                f"components, layers: all that was chosen lies above the anchor layer {layer}, where {job.utility} "
+                "sees nothing; choose others, or another utility."
+            )
+        if job.method in PATCHING:
+            _patch(job, pair, tasks, runs, subset, processes, resume, start)
+        else:
+            _sweep(job, pair, tasks, runs, subset, processes, start)
+    for run in runs:
+        _doubt(run)
+    finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
+    names = [task.task for task in tasks]
+    metas = dict(zip(names, [m for m, _s in finished], strict=True))
+    meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=ready.style)
+    tables = dict(zip(names, [s for _m, s in finished], strict=True))
+    return Scores.from_tasks(
+        meta, tables, None if subset.whole else {str(kind): mask for kind, mask in subset.masks.items()}
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job of which nothing but the weights can be wrong any more.
+
+    asked: the anchor layer, None where `search` says how it is looked for.
+    """
+
+    checked: CheckedPair
+    search: Search | None
+    asked: int | None
+    subset: Subset
+    tokenizer: Any
+    style: PromptStyle | None
+    tasks: list[TaskTokens]
+
+
+def prepare(job: ScoringJob) -> Prepared:
+    """Everything that can be checked before weights load, and what comes of it. Raises `BadInput`."""
+    checked = check_pair(job)
+    shape = checked.base.geometry
+    search = search_of(job, shape.layers) if job.layer == "auto" else None
+    asked = None if search else anchor_layer(job.layer, shape.layers)
+    if job.utility == "projection":
+        asked = shape.layers - 1
+    subset = choose_subset(job, checked)
+    pairs = pairs_of(job)
+    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    prompt_format = prompt_format_of(job, checked.base, checked.expert, tokenizer, pairs)
+    tasks = tokenize_tasks(prompt_format, pairs, checked.context_limit)
+    check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
+    warn_of_other_ids(checked, [prompt_format.text(pair.prompt, pair.chat) for each in pairs for pair in each.scoring])
+    if search and job.directed:
+        check_graders(tasks, search)
+    return Prepared(checked, search, asked, subset, tokenizer, prompt_format.style, tasks)
+
+
+def pairs_of(job: ScoringJob) -> list[TaskPairs]:
+    """The prompts of every task, split as the job says. Raises `BadInput`."""
+    return split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split if job.directed else None, job.seed)
+
+
+def _anchors(
+    job: ScoringJob, pair: ModelPair, tokenizer: Any, tasks: Sequence[TaskTokens], asked: int | None,
+    search: Search | None, processes: ProcessGroup, start: Progress,
+) -> tuple[int | None, Sequence[Directions | None], RecoveryCurve | None]:  # fmt: skip
+    """As `locate`; of a utility that reads along no direction, nothing."""
+    if not job.directed:
+        if search:
+            LOG.info("layer: auto is left aside: kl is read off the output and needs no anchor.")
+        return None, [None] * len(tasks), None
+    also = [pair.geometry.layers - 1] if job.utility == "staged-projection" else []
+    search = search or Search(batch_size=job.batch_size)
+    return locate(pair.base, pair.expert, tokenizer, tasks, asked, search, processes, start, also)
+
+
+def _doubt(run: TaskAccumulator) -> None:
+    """Warn where the base has more of the capability than the expert; by kl, the expert is right by definition."""
+    for ledger in run.ledgers.values():
+        if 2 * ledger.negative > ledger.used:
+            LOG.warning(
+                "task %s: on %d of %d prompts the base lies nearer to the expert's own direction than the expert does "
+                "(%s); are base and expert swapped?", run.task, ledger.negative, ledger.used, ledger.utility,
+            )  # fmt: skip
+
+
+def anchor_layer(asked: int | str | None, layers: int) -> int:
+    """l_a, counted from 0, of a job that names it (not auto); by default two thirds of the depth.
+
+    Raises `BadInput` when the layer is not there.
+    """
+    layer = usual_layer(layers) if asked is None else int(asked)
+    if not 0 <= layer < layers:
+        raise BadInput(f"layer: anchor layer {layer} is out of range; this model has layers 0 to {layers - 1}.")
+    return layer
+
+
+def search_of(job: ScoringJob, layers: int) -> Search:
+    """How `layer: auto` is to be carried out. Raises `BadInput` for candidates that are not there."""
+    try:
+        chosen = None if job.anchor_layers is None else tuple(parse_layers(str(job.anchor_layers), layers))
+    except BadInput as error:
+        raise BadInput(f"anchor_{error.message}") from error
+    return Search(
+        layers=chosen,
+        prompts=job.anchor_prompts,
+        max_tokens=job.anchor_tokens,
+        batch_size=job.batch_size,
+        allow_code_execution=job.allow_code_execution,
+    )
+
+
+def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
+    """The components that the job asks for. Raises `BadInput` for a ranking of other models or an empty choice."""
+    ranking = None
+    if job.top is not None:
+        count, path = job.top
+        scores = read_scores(path)
+        for role, ours in (("base", checked.base_print), ("expert", checked.expert_print)):
+            theirs: ModelId = getattr(scores.meta, role)
+            if (theirs.config, theirs.tensors) != (ours.config, ours.tensors):
+                raise BadInput(
+                    f"top: {path} ranks components of another {role} ({theirs.name}); score this pair first."
+                )
+        ranking = Ranking(count, scores, job.rank)
+    layers = None if job.layers is None else str(job.layers)
+    return Subset.choose(checked.base.geometry, job.components, layers, ranking)
+
+
+def task_run(
+    job: ScoringJob, pair: ModelPair, task: TaskTokens, layer: int | None, found: Directions | None
+) -> TaskAccumulator:
+    """Empty sums of a task whose metrics read the anchor at `layer`; of a utility with a direction, that is."""
+    shape = pair.geometry
+    metrics = make_metrics(job.utility, shape.layers, pair.vocabulary, layer, found.v_LD if found else None)
+    return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device)
+
+
+def _sweep(
+    job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskAccumulator], subset: Subset,
+    processes: ProcessGroup, start: Progress,
+) -> None:  # fmt: skip
+    """First order: each process takes its share of the batches."""
+    items = [
+        Item(r, b)
+        for t, r in zip(tasks, runs, strict=True)
+        for b in batches(t.scoring, job.batch_size, pair.base, pair.expert)
+    ]
+    tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
+    for group in batch_groups(pair.base, processes.share(items), lambda item: item.batch.ids_BT.numel()):
+        told = lambda done: tick(processes.size * done)  # noqa: E731
+        passes = Passes(pair, job.method, group, pair.offload == "none", told, job.object != "activation")
+        first_order(passes, subset)
+    for run in runs:
+        run.gather(processes)
+
+
+def _patch(
+    job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskAccumulator], subset: Subset,
+    processes: ProcessGroup, resume: Resume, start: Progress,
+) -> None:  # fmt: skip
+    """One component at a time: each process takes its share of the components, all prompts of each."""
+    seen = [layer for layer in range(pair.geometry.layers) if metric_of(runs[0].metrics, layer)]
+    chosen = sum(len(subset.of(kind, layer)) for kind in subset.masks for layer in seen)
+    if resume.found:
+        LOG.info("Going on after %d finished layers.", resume.found)
+    tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
+    plan = patch_plan(pair, subset, processes, tick)
+    for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
+        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
+        passes = Passes(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
+        done = processes.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
+        order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]
+        for layer in order:
+            if done[layer]:
+                for kind, table in run.sums.items():
+                    table["whole"][layer] = done[layer][kind].to(pair.device)
+                tick(sum(len(subset.of(kind, layer)) for kind in subset.masks) * len(task.scoring))
+        left = [layer for layer in order if not done[layer]]
+        for layer, base, expert in zip(left, pair.base.layers(left), pair.expert.layers(left), strict=True):
+            patch_layer(passes, plan, layer, base, expert)
+            for table in run.sums.values():
+                table["whole"][layer] = processes.add_up(table["whole"][layer])
+            resume.save(number, layer, {kind: table["whole"][layer] for kind, table in run.sums.items()})
+
+
+def patch_plan(pair: ModelPair, subset: Subset, processes: ProcessGroup, tick: Tick) -> PatchPlan:
+    """Stacked activations may take a third of the free memory, shared with the processes that share it."""
+    on_cpu = pair.device.type == "cpu"
+    room = free_memory(pair.device) // (3 * (processes.size if on_cpu else 1))
+    most = MOST_TOKENS["cpu" if on_cpu else "cuda"]
+    return PatchPlan(subset, room, most, processes, lambda done: tick(processes.size * done))
+
+
+def _finish(
+    job: ScoringJob, task: TaskTokens, run: TaskAccumulator, found: Directions | None, layer: int | None
+) -> tuple[TaskMeta, TaskScores]:
+    tables = {kind: {part: t.float() for part, t in parts.items()} for kind, parts in run.finish().items()}
+    heads, neurons = (sum(parts.values(), start=torch.zeros(())) for parts in tables.values())
+    parts = {part: table for kind in tables.values() for part, table in kind.items()} if job.parts else {}
+    stats = {name: ledger.stats() for name, ledger in run.ledgers.items()}
+    alpha, v_D = (None, None) if found is None else (float(found.alpha_L[layer]), found.v_LD[layer].cpu())
+    meta = TaskMeta(len(task.extraction), len(task.scoring), stats, alpha)
+    return meta, TaskScores(heads, neurons, v_D, parts)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "safetensors")
+    return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _inputs(
+    job: ScoringJob, checked: CheckedPair, pair: ModelPair, tasks: Sequence[TaskTokens], subset: Subset,
+    layer: int | None,
+) -> dict[str, object]:  # fmt: skip
+    """All that the numbers depend on, for `Resume`: what files hold, and not how they are called."""
+    asked = asdict(job)
+    for name in ("pairs", "template", "samples", "components", "layers", "top", "rank"):
+        del asked[name]  # `prompts` and `subset` are what became of them
+    return {
+        "job": asked,
+        "prompts": [(task.task, task.extraction, task.contrasts, task.scoring) for task in tasks],
+        "subset": {kind: mask.nonzero().tolist() for kind, mask in subset.masks.items()},
+        "anchor layer": layer,  # with `auto`, rounding may decide it
+        "prints": [asdict(checked.base_print), asdict(checked.expert_print)],
+        "ran": [str(pair.device.type), str(pair.dtype), pair.offload],
+        "versions": _versions(),
+    }
+
+
+def _meta(
+    job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int | None, tasks: dict[str, TaskMeta], date: str
+) -> ScoreMeta:
+    device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
+    asked = {name: getattr(job, name) for name in ("components", "layers", "top", "rank")}
+    partial = job.components != "all" or job.layers is not None or job.top is not None
+    return ScoreMeta(
+        base=ModelId.of(job.base, checked.base_print),
+        expert=ModelId.of(job.expert, checked.expert_print),
+        geometry=pair.geometry,
+        tasks=tasks,
+        method=job.method,
+        utility=job.utility,
+        gap=job.gap,
+        split=job.split if job.directed else None,
+        anchor_layer=layer,
+        dtype=str(pair.dtype).removeprefix("torch."),
+        device=device,
+        seed=job.seed,
+        versions=_versions(),
+        date=date,
+        format=FORMAT if layer is None else ANCHORED,
+        subset=asked if partial else None,
+        object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
+    )

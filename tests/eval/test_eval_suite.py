@@ -1,0 +1,179 @@
+"""Suite files, row names, the table's three formats and the check for data sets, without any model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval import datafiles
+from mergekit_wp.eval.cli import main
+from mergekit_wp.eval.models import EvalModel, _distinct_names, _split
+from mergekit_wp.eval.rows import Cell, Row, cell_of, plain
+from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
+from mergekit_wp.eval.tables import Table, to_csv, to_json, to_markdown, to_text
+from mergekit_wp.eval.tasks import ReadyTask, leaves, task_manager
+from mergekit_wp.files import shipped
+
+TASK = {"task": "t", "column": "T", "metric": "acc,none"}
+
+
+@pytest.mark.parametrize("name", ["miniature", "lm-eval"])
+def test_shipped_suites_parse(name: str) -> None:
+    suite = read_suite(shipped(f"eval/{name}.yaml"))
+    assert suite.name == name
+    assert len(suite.tasks) == {"miniature": 3, "lm-eval": 6}[name]
+
+
+def test_the_lm_eval_suite_names_real_tasks_that_need_consent_for_code() -> None:
+    names = [task.task for task in read_suite(shipped("eval/lm-eval.yaml")).tasks]
+    manager = task_manager(names, None)
+    unsafe = [name for name in names if any(leaf.get("unsafe_code") for leaf in leaves(manager, name))]
+    assert unsafe == ["humaneval", "mbpp"]
+    assert len(list(leaves(manager, "mmlu"))) == 57
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dtype": "float64"}, "`dtype` must be one of"),
+        ({"batch_size": 0}, "`batch_size` must be"),
+        ({"batch_size": True}, "`batch_size` must be"),
+        ({"max_gen_toks": "many"}, "`max_gen_toks` must be"),
+        ({"baseline": 3}, "`baseline` must be a string"),
+        ({"include_path": 3}, "`include_path` must be a folder"),
+        ({"tasks": []}, "`tasks` is empty"),
+        ({"tasks": "t"}, "`tasks` must be a list"),
+        ({"tasks": ["t"]}, "task 1: expected a mapping"),
+        ({"tasks": [{"task": "t", "column": "T"}]}, "task 1: the field `metric` is missing"),
+        ({"tasks": [TASK, {**TASK, "task": "u"}]}, "has two columns 'T'"),
+        ({"tasks": [{**TASK, "num_fewshot": -1}]}, "`num_fewshot` must be"),
+        ({"tasks": [{**TASK, "gen_kwargs": "x"}]}, "`gen_kwargs` must be a mapping"),
+        ({"tasks": [{**TASK, "apply_chat_template": 1}]}, "`apply_chat_template` must be"),
+        ({"name": ""}, "`name` must be"),
+    ],
+)
+def test_a_bad_suite_is_refused_by_field(tmp_path: Path, changes: dict, sentence: str) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "tasks": [TASK], **changes}))
+    with pytest.raises(BadInput) as caught:
+        read_suite(path)
+    assert sentence in caught.value.message
+    assert caught.value.message.startswith(str(path))
+
+
+def test_include_path_is_relative_to_the_suite(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "s", "tasks": [TASK], "include_path": "../t"}))
+    assert read_suite(tmp_path / "s.yaml").include_path == tmp_path / ".." / "t"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["x=runs/a", "runs/a"], ["x", "a"]),
+        (["r/a/m", "r/b/m"], ["a/m", "b/m"]),
+        (["m=r/a/m", "r/b/m"], ["m", "b/m"]),
+        (["user/model", "other/model"], ["user/model", "other/model"]),
+    ],
+)
+def test_row_names(arguments: list[str], names: list[str]) -> None:
+    assert _distinct_names([_split(argument) for argument in arguments]) == names
+
+
+@pytest.mark.parametrize("arguments", [["a", "a"], ["=a"], ["x="], ["x=a", "x=b"]])
+def test_row_names_that_cannot_be_told_apart(arguments: list[str]) -> None:
+    with pytest.raises(BadInput):
+        _distinct_names([_split(argument) for argument in arguments])
+
+
+def table(limit: int | None = None, baseline: str | None = "linear") -> Table:
+    tasks = tuple(SuiteTask(task=name, column=name.upper(), metric="acc,none") for name in ("a", "b"))
+    values = {"linear": (0.5, 0.25), "wp|1": (0.75, 0.125)}
+    rows = [
+        Row(
+            EvalModel(name, f"runs/{name}", Path(name), "f" * 64),
+            {"A": Cell(a, 0.03, 100), "B": Cell(b, None if name == "linear" else 0.04, 100)},
+            {},
+        )
+        for name, (a, b) in values.items()
+    ]
+    return Table(Suite("s", tasks), rows, baseline, limit)
+
+
+def test_markdown_has_differences_and_bold_best_values() -> None:
+    lines = to_markdown(table()).splitlines()
+    assert lines[0] == "| model | A | B | Average |"
+    assert lines[2] == "| linear | 50.00 ±3.00 | **25.00** | 37.50 |"
+    assert lines[3] == "| wp\\|1 | **75.00** ±3.00 (+25.00) | 12.50 ±4.00 (-12.50) | **43.75** ±2.50 (+6.25) |"
+
+
+def test_text_is_aligned_and_a_limit_is_marked() -> None:
+    lines = to_text(table(limit=5)).splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[2].startswith("linear*")
+    assert "first 5 items" in lines[-1]
+
+
+def test_csv_and_json() -> None:
+    header, linear, wp = to_csv(table()).splitlines()
+    assert header.startswith("model,A,B,Average,A - linear,B - linear,Average - linear,A stderr")
+    assert linear.startswith("linear,50.0000,25.0000,37.5000,,,,3.0000,,")
+    assert wp.startswith("wp|1,75.0000,12.5000,43.7500,25.0000,-12.5000,6.2500,3.0000,4.0000,2.5000")
+    content = json.loads(to_json(table(), {"suite": "s.yaml"}))
+    cells = content["rows"][1]["cells"]
+    assert cells["Average"]["difference"] == 0.0625
+    assert cells["Average"]["stderr"] == pytest.approx(math.hypot(0.03, 0.04) / 2)
+    assert content["rows"][0]["cells"]["Average"]["stderr"] is None
+    assert " - " not in to_csv(table(baseline=None)).splitlines()[0]
+
+
+def test_json_survives_numpy_and_what_json_lacks() -> None:
+    raw = {
+        "acc": np.float64(0.5),
+        "n": np.int64(3),
+        "err": "N/A",
+        "bad": float("nan"),
+        "t": (np.bool_(True),),
+    }
+    assert json.loads(json.dumps(plain(raw))) == {"acc": 0.5, "n": 3, "err": "N/A", "bad": "nan", "t": [True]}
+
+
+@pytest.mark.parametrize("results", [{}, {"acc,none": "N/A"}, {"acc,none": "nan"}, {"acc,none": None}])
+def test_a_metric_without_a_number_is_an_error(results: dict) -> None:
+    model = EvalModel("m", "m", Path("m"), "f")
+    task = ReadyTask(SuiteTask(**TASK), None, "k")
+    with pytest.raises(BadInput, match="`acc,none` of t"):
+        cell_of(model, task, {"results": results, "samples": 1})
+    cell = cell_of(model, task, {"results": {"acc,none": 1, "acc_stderr,none": "N/A"}, "samples": 1})
+    assert cell == Cell(1.0, None, 1)
+
+
+def test_a_data_set_that_is_nowhere_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    config = {"dataset_path": "nobody/nothing-of-that-name"}
+    with pytest.raises(BadInput, match=r"the Hub cannot be reached \(no route to host\)"):
+        datafiles.check_data("t", config)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadInput, match="HF_HUB_OFFLINE is set"):
+        datafiles.check_data("t", config)
+    monkeypatch.setattr(datafiles, "_is_cached", lambda name: name == "nobody/nothing-of-that-name")
+    datafiles.check_data("t", config)
+
+
+def test_help_groups_the_options() -> None:
+    text = CliRunner().invoke(main, ["--help"]).output
+    for heading in ("Suite:", "Output Settings:", "Performance:", "Dangerous Options:", "Examples:"):
+        assert heading in text

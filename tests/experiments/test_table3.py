@@ -1,0 +1,388 @@
+"""The table's planner: resumed, never chosen by test items, frozen worlds; by a grader that is a table of numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.miniature.items import CAPABILITIES
+from experiments.miniature.training import WorldConfig
+from experiments.miniature.world import build_world
+from experiments.table3 import jobs as plan_module
+from experiments.table3.frozen import FROZEN, KINDS, Disjoint, TrainedWorld, check_frozen
+from experiments.table3.grade import TestGrade, ValidationGrade, choose, suite_of
+from experiments.table3.grid import read_variants
+from experiments.table3.jobs import AUTHORS, CHOSEN, ONLY, SECONDS, Setup, expected, seed_plan
+from experiments.table3.keys import merge_key, recipe, score_key
+from experiments.table3.schedule import Job, Progress, run
+from experiments.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Point, Variant
+from mergekit_wp.errors import BadInput
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Smoke worlds of three seeds: their models know nothing, their items are as those of any world."""
+    root = tmp_path_factory.mktemp("worlds")
+    for seed in SEEDS:
+        build_world(WorldConfig.smoke(seed), root, quiet=True)
+    return root
+
+
+def world_of(worlds: Path, seed: int) -> TrainedWorld:
+    return TrainedWorld(seed, worlds / WorldConfig.smoke(seed).hash12)
+
+
+class Here:
+    """Runs a job at once, in this process, and writes down its name; stops as a kill would after `most` jobs."""
+
+    def __init__(self, most: int = 10**9) -> None:
+        self.names: list[str] = []
+        self.most = most
+
+    def submit(self, function: Any, /, *arguments: Any) -> Future[Any]:
+        if len(self.names) == self.most:
+            raise KeyboardInterrupt
+        task = arguments[1]
+        self.names.append(str(getattr(task, "result", "")) or str(arguments[4]))
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+GRID = Variant("grid", tuple(Point("task_arithmetic", expert={"weight": w}) for w in (1.0, 0.5, 0.25)), "")
+PLAIN = Variant(BASELINE, (Point("linear", expert={"weight": 1.0}, base={"weight": 0.0}),), "")
+SCORED = Variant("scored", (Point("wp", scores={"utility": "kl"}),), "")
+
+
+def fake_grader(right: dict[tuple[str, float], float]) -> Any:
+    """Instead of merging and grading: the value in `right` for (split, weight), kept as a real result is."""
+
+    def grade_model(task: Any) -> Any:
+        weight = 0.0
+        if not isinstance(task.model, Path):
+            weight = task.model.recipe["models"][0].get("parameters", {}).get("weight", 0.0)
+        value = right.get((task.split, weight), 0.1)
+        found = dict.fromkeys(task.capabilities, value)
+        content = {"split": task.split, "right": found, "items": dict.fromkeys(found, 12)}
+        task.result.parent.mkdir(parents=True, exist_ok=True)
+        task.result.write_text(json.dumps(content))
+        return {"validation": ValidationGrade, "test": TestGrade}[task.split](found, content["items"])
+
+    return grade_model
+
+
+def fake_score(world: Path, expert: str, settings: Any, file: Path, allow_code: bool) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("scores")
+    return file
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, float], float]:
+    """The values of the fake grader, to be changed by a test: 0.5 is best on validation, 1.0 by far on test items."""
+    right = {("validation", 1.0): 0.3, ("validation", 0.5): 0.6, ("validation", 0.25): 0.4,
+             ("test", 1.0): 0.99, ("test", 0.5): 0.2, ("test", 0.25): 0.98}  # fmt: skip
+    monkeypatch.setattr(plan_module, "grade_model", fake_grader(right))
+    monkeypatch.setattr(plan_module, "write_score", fake_score)
+    return right
+
+
+def setup_of(worlds: Path, out: Path, **changes: Any) -> Setup:
+    return Setup(out, worlds, **{"variants": (PLAIN, GRID, SCORED), "kind": "smoke", **changes})
+
+
+def execute(setup: Setup, runner: Any, seeds: tuple[int, ...] = (0,)) -> list[Any]:
+    disjoint = Disjoint()
+    plans = [seed_plan(seed, setup, disjoint) for seed in seeds]
+    return run(plans, runner, Progress(SECONDS, {}, 1, quiet=True))
+
+
+def test_the_point_that_is_best_on_validation_items_is_tested_whatever_the_test_items_say(
+    worlds: Path, tmp_path: Path, fakes: Any
+) -> None:
+    (result,) = execute(setup_of(worlds, tmp_path), Here())
+    for combination in COMBINATIONS:
+        mine = [e for e in result.test if e.variant == "grid" and e.combination == combination]
+        assert {e.role: (e.setting, e.grade.right["code"]) for e in mine} == {
+            CHOSEN: ("weight 0.5", 0.2),
+            AUTHORS: ("weight 1", 0.99),
+        }
+    assert {e.role for e in result.test if e.variant != "grid"} == {ONLY}
+    assert all(isinstance(e.grade, ValidationGrade) for e in result.validation)
+    assert all(isinstance(e.grade, TestGrade) for e in result.test)
+
+
+def test_the_choice_takes_validation_grades_alone_and_looks_at_what_was_merged() -> None:
+    def grade(code: float, maths: float) -> ValidationGrade:
+        return ValidationGrade({"code": code, "maths": maths}, {"code": 6, "maths": 6})
+
+    assert choose([grade(0.5, 0.5), grade(0.9, 0.3), grade(0.6, 0.6)], ("code", "maths")) == 1
+    assert choose([grade(0.5, 0.5), grade(0.9, 0.3), grade(0.6, 0.6)], ("maths",)) == 2
+    assert choose([grade(0.5, 0.5), grade(0.5, 0.5)], ("code",)) == 0
+    with pytest.raises(TypeError):
+        choose([TestGrade({"code": 1.0}, {"code": 6})], ("code",))  # type: ignore[list-item]
+
+
+def test_no_job_on_test_items_is_made_before_the_last_validation_result_is_there(
+    worlds: Path, tmp_path: Path, fakes: Any
+) -> None:
+    runner = Here()
+    execute(setup_of(worlds, tmp_path), runner)
+    kinds = [Path(name).parent.name for name in runner.names]
+    assert set(kinds) == {"seed0", "validation", "test"}
+    assert "validation" not in kinds[kinds.index("test") :]
+
+
+def test_validation_only_leaves_the_test_items_alone(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    runner = Here()
+    (result,) = execute(setup_of(worlds, tmp_path, validation_only=True), runner)
+    assert result.test == ()
+    assert result.validation
+    assert not any("/test/" in name for name in runner.names)
+
+
+def test_a_run_that_was_killed_does_nothing_twice_and_ends_the_same(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    whole = Here()
+    results = execute(setup_of(worlds, tmp_path / "whole"), whole, SEEDS[:2])
+    parts: list[Here] = []
+    for most in (7, 1, 30, 10**9):
+        parts.append(Here(most))
+        if most < 10**9:
+            with pytest.raises(KeyboardInterrupt):
+                execute(setup_of(worlds, tmp_path / "parts"), parts[-1], SEEDS[:2])
+        else:
+            resumed = execute(setup_of(worlds, tmp_path / "parts"), parts[-1], SEEDS[:2])
+    done = [str(Path(name).relative_to(tmp_path / "parts")) for part in parts for name in part.names]
+    assert Counter(done) == Counter(str(Path(name).relative_to(tmp_path / "whole")) for name in whole.names)
+    assert max(Counter(done).values()) == 1
+    assert resumed == results
+    last = Here()
+    assert execute(setup_of(worlds, tmp_path / "parts"), last, SEEDS[:2]) == results
+    assert last.names == []
+
+
+def test_a_damaged_result_is_made_again(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    first = Here()
+    execute(setup_of(worlds, tmp_path), first)
+    damaged = next(name for name in first.names if "/validation/" in name)
+    Path(damaged).write_text('{"split": "test", "right": {}, "items": {}}')
+    second = Here()
+    execute(setup_of(worlds, tmp_path), second)
+    assert second.names == [damaged]
+
+
+def test_a_changed_input_redoes_what_depends_on_it(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    own = tmp_path / "worlds"
+    shutil.copytree(worlds / WorldConfig.smoke(0).hash12, own / WorldConfig.smoke(0).hash12)
+    first = Here()
+    execute(setup_of(own, tmp_path / "out"), first)
+    with (own / WorldConfig.smoke(0).hash12 / "pairs" / "code.jsonl").open("a") as pairs:
+        pairs.write(json.dumps({"task": "code", "prompt": "Request: something new\nAnswer:\n"}) + "\n")
+    second = Here()
+    execute(setup_of(own, tmp_path / "out"), second)
+    scored = [name for name in second.names if name.endswith(".safetensors")]
+    assert len(scored) == 1
+    assert Path(scored[0]).name.startswith("code-")
+    graded = {Path(name).name.split("-wp-")[0] for name in second.names if name not in scored}
+    assert graded == {"code-instruction", "code-maths", "all-three"}
+    assert all("-wp-" in name for name in second.names if name not in scored)
+
+
+def test_keys_change_with_all_that_decides_a_merge(worlds: Path) -> None:
+    world, other = world_of(worlds, 0), world_of(worlds, 1)
+    point = Point("dare_ties", {"rescale": True}, {"weight": 1.0, "density": 0.8})
+    both = ("code", "maths")
+    keys = [
+        merge_key(point, both, world),
+        merge_key(point, both, other),
+        merge_key(point, ("maths", "code"), world),
+        merge_key(Point("dare_ties", {"rescale": True}, {"weight": 1.0, "density": 0.5}), both, world),
+        merge_key(Point("dare_ties", {"rescale": False}, {"weight": 1.0, "density": 0.8}), both, world),
+        merge_key(Point("dare_linear", {"rescale": True}, {"weight": 1.0, "density": 0.8}), both, world),
+        merge_key(Point("wp", scores={"utility": "kl"}), both, world),
+        merge_key(Point("wp", scores={"utility": "anchor"}), both, world),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == merge_key(point, both, world_of(worlds, 0))
+    assert score_key({"gap": "mean"}, "code", world) != score_key({"gap": "mean"}, "maths", world)
+
+
+def test_the_same_merge_under_two_names_is_made_once(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    twice = (PLAIN, GRID, Variant("again", GRID.points[1:2], ""))
+    runner = Here()
+    (result,) = execute(setup_of(worlds, tmp_path, variants=twice), runner)
+    assert max(Counter(runner.names).values()) == 1
+    assert len([e for e in result.validation if e.variant == "again"]) == len(COMBINATIONS)
+
+
+def test_the_forecast_counts_what_is_left(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    setup = setup_of(worlds, tmp_path)
+    before = expected(setup, (0,))
+    assert dict(before) == {"score": 3, "validation": 20, "test": 4 * 4 + 4}
+    runner = Here()
+    execute(setup, runner)
+    assert len(runner.names) <= sum(before.values())
+    after = expected(setup, (0,))
+    assert after.total() == 0
+    (setup.out / "grades" / "seed0" / "test").rename(tmp_path / "moved")
+    assert dict(expected(setup, (0,))) == {"test": 4 * 4 + 4}
+    assert dict(expected(setup, (5,))) == {"world": 1, **before}
+
+
+def test_what_a_job_raises_comes_out(worlds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(task: Any) -> None:
+        raise BadInput("mini_code: no.")
+
+    monkeypatch.setattr(plan_module, "grade_model", fails)
+    with pytest.raises(BadInput, match="mini_code"):
+        execute(setup_of(worlds, tmp_path, variants=(PLAIN,)), Here())
+
+
+def test_two_plans_that_want_the_same_job_share_it() -> None:
+    calls = []
+
+    def plan() -> Any:
+        results = yield [Job("one", "score", "one", calls.append, (1,), lambda: None)]
+        return results
+
+    class Now:
+        def submit(self, function: Any, /, *arguments: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    assert run([plan(), plan()], Now(), Progress({}, {}, 1, quiet=True)) == [[None], [None]]
+    assert calls == [1]
+
+
+# The worlds
+
+
+def test_the_worlds_of_the_table_are_the_frozen_ones() -> None:
+    """Fails when a change of the world would change the table: see CHANGES in table3/world.py."""
+    assert set(FROZEN) | {"smoke"} == set(KINDS)
+    for kind, seeds in FROZEN.items():
+        for seed, frozen in seeds.items():
+            assert KINDS[kind](seed).hash12 == frozen
+            check_frozen(kind, seed, frozen)
+        with pytest.raises(BadInput, match="frozen"):
+            check_frozen(kind, 0, "0" * 12)
+        check_frozen(kind, max(seeds) + 1, "0" * 12)
+    check_frozen("smoke", 0, "0" * 12)
+
+
+def test_a_worker_is_not_given_torch_by_what_it_imports_first() -> None:
+    """It has one thread only if `prepare` comes before torch."""
+    code = "import sys, experiments.table3.__main__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_test_items_validation_items_and_scoring_prompts_are_disjoint_over_all_seeds(worlds: Path) -> None:
+    disjoint = Disjoint()
+    for seed in SEEDS:
+        disjoint.add(world_of(worlds, seed))
+    config = WorldConfig.smoke()
+    assert len(disjoint.seen["test"]) > 2 * len(CAPABILITIES) * config.test_items
+    assert len(disjoint.seen["validation"]) > 2 * len(CAPABILITIES) * config.validation_items
+    assert disjoint.seen["scoring"]
+
+
+@pytest.mark.parametrize(("into", "row"), [
+    ("tasks/data/mini_maths_val.jsonl", "tasks/data/mini_maths.jsonl"),
+    ("pairs/code.jsonl", "tasks/data/mini_code.jsonl"),
+    ("pairs/maths.jsonl", "tasks/data/mini_maths_val.jsonl"),
+])  # fmt: skip
+def test_an_item_in_two_uses_is_refused(worlds: Path, tmp_path: Path, into: str, row: str) -> None:
+    """Even where the scoring prompt goes on into the answer, as those of maths and code do, and across seeds."""
+    tampered = shutil.copytree(world_of(worlds, 1).folder, tmp_path / "tampered")
+    stolen = json.loads((world_of(worlds, 0).folder / row).read_text().splitlines()[0])
+    stolen["prompt"] += "and a beginning of the answer" if "pairs" in into else ""
+    with (tampered / into).open("a") as file:
+        file.write(json.dumps(stolen) + "\n")
+    disjoint = Disjoint()
+    disjoint.add(world_of(worlds, 0))
+    with pytest.raises(BadInput, match="must not be chosen or scored"):
+        disjoint.add(TrainedWorld(1, tampered))
+
+
+# What is merged
+
+
+def test_the_authors_settings_are_those_of_the_13b_recipes() -> None:
+    table = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "table.yaml").read_text())["methods"]
+    seen = set()
+    for variant in VARIANTS:
+        first = variant.points[0]
+        given = table[first.method]
+        if first.method != "wp":
+            assert dict(first.expert) == given.get("expert", {})
+            assert dict(first.shared) == given.get("shared", {})
+            assert (first.base and dict(first.base)) == given.get("base")
+        assert len(variant.points) <= 4
+        seen.add(first.method)
+    assert seen == set(table)
+
+
+def test_a_recipe_reads_as_a_person_would_write_it(worlds: Path) -> None:
+    world = world_of(worlds, 0)
+    stock = recipe(VARIANTS[0].points[0], ("code", "maths"), world, {})
+    assert [model.get("parameters") for model in stock["models"]] == [{"weight": 1.0}, {"weight": 1.0}, {"weight": 0.0}]
+    assert [Path(model["model"]).name for model in stock["models"]] == ["code", "maths", "base"]
+    assert (stock["tokenizer"], stock["dtype"], stock["out_dtype"]) == ({"source": "base"}, "float32", "bfloat16")
+    ours = recipe(Point("wp", {"scale": 2.0}, scores={}), ("code",), world, {"code": Path("/s/code.safetensors")})
+    assert ours["models"][0]["parameters"] == {"scores": "/s/code.safetensors"}
+    assert ours["parameters"] == {"scale": 2.0}
+    assert "dtype" not in ours
+    assert "tokenizer" not in ours
+
+
+def test_variants_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "v.yaml"
+    file.write_text(
+        "variants:\n"
+        "  - {name: a, method: wp, shared: {power: 2.0},\n"
+        "     grid: {shared.scale: [1.0, 2.0], scores.utility: [kl, staged]}}\n"
+        "  - {name: b, method: task_arithmetic, expert: {weight: 0.9}}\n"
+    )
+    a, b = read_variants(file)
+    assert [(p.shared["power"], p.shared["scale"], p.scores and p.scores["utility"]) for p in a.points] == [
+        (2.0, 1.0, "kl"), (2.0, 1.0, "staged"), (2.0, 2.0, "kl"), (2.0, 2.0, "staged"),
+    ]  # fmt: skip
+    assert b.points == (Point("task_arithmetic", expert={"weight": 0.9}),)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("variants: []", "must be a list"),
+    ("variants: [{name: a}]", "`method`"),
+    ("variants: [{name: a, method: wp, weight: 1}]", "unknown field 'weight'"),
+    ("variants: [{name: a, method: wp, scores: {utilty: kl}}]", "utilty"),
+    ("variants: [{name: a, method: wp, scores: {utility: none}}]", "utility"),
+    ("variants: [{name: a, method: wp, scores: {base: x}}]", "scores.base"),
+    ("variants: [{name: a, method: wp, grid: {scale: [1]}}]", "shared.scale"),
+    ("variants: [{name: a, method: wp, grid: 3}]", "shared.scale"),
+    ("variants: [{name: a, method: wp}, {name: a, method: ties}]", "two variants"),
+])  # fmt: skip
+def test_bad_variants_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "v.yaml"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=says) as error:
+        read_variants(file)
+    assert str(file) in error.value.message
+
+
+def test_the_two_suites_differ_in_their_items_alone() -> None:
+    test, validation = suite_of("test"), suite_of("validation")
+    assert [task.task + "_val" for task in test.tasks] == [task.task for task in validation.tasks]
+    assert [task.metric for task in test.tasks] == [task.metric for task in validation.tasks]
+    assert {task.task for task in test.tasks} == {f"mini_{name}" for name in CAPABILITIES}

@@ -1,0 +1,243 @@
+"""wp-run: pipeline files, the plan, and whole runs of the real commands on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from pipeline_world import build, pipeline_of, wp_run
+from safetensors.torch import load_file, save_file
+
+from mergekit_wp.checkpoint.references import recipe_models
+from mergekit_wp.errors import BadInput
+from mergekit_wp.outputs import claimed
+from mergekit_wp.pipeline.cli import main
+from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.pipeline.steps import derived_files, hub_models, pipeline_steps, scores_of, write_derived
+from mergekit_wp.scoring.config import ScoringJob
+
+MINIMAL = {
+    "base": "user/base",
+    "experts": {"a": {"model": "user/a", "scoring": {"pairs": "builtin:maths", "layer": 2}}, "b": {"model": "user/b"}},
+    "merges": {"average": {"merge_method": "linear", "expert_parameters": {"weight": 1.0}}},
+}
+
+
+def write(folder: Path, content: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("pipeline"))
+
+
+def states(printed: str) -> dict[str, str]:
+    """Title -> state, from what --plan printed."""
+    lines = [line.partition("] ")[2] for line in printed.splitlines() if line.startswith("[")]
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_change(world: Path) -> None:
+    file = pipeline_of(world)
+    todo = states(wp_run(world, file.name, "--plan"))
+    assert list(todo.values()) == ["to do (not run yet)"] * 5
+    assert not (world / "out" / "scores").exists()
+
+    wp_run(world, file.name)
+    results = json.loads((world / "out/eval/results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["base", "linear", "wp"]
+    assert results["baseline"] == "linear"
+    assert set(states(wp_run(world, file.name, "--plan")).values()) == {"done"}
+    printed = wp_run(world, file.name)
+    assert printed.count("done before") == 5
+
+    # Other prompts for one expert: its scores, the merge that reads them, and the table.
+    prompts = world / "one.jsonl"
+    prompts.write_text("\n".join(prompts.read_text().splitlines()[:6]))
+    plan = states(wp_run(world, file.name, "--plan"))
+    assert plan == {
+        "Score the one expert": "to do (one.jsonl has changed)",
+        "Score the two expert": "done",
+        "Merge linear by linear": "done",
+        "Merge wp by wp": "to do (unless out/scores/one.safetensors comes out as it was)",
+        "Grade every model": "to do (unless out/merges/wp comes out as it was)",
+    }
+    before = (world / "out/merges/linear/model.safetensors").stat().st_mtime_ns
+    printed = wp_run(world, file.name)
+    assert printed.count("done before") == 2
+    assert (world / "out/merges/linear/model.safetensors").stat().st_mtime_ns == before
+    assert set(states(wp_run(world, file.name, "--plan")).values()) == {"done"}
+
+
+def test_the_scores_are_those_of_wp_score(world: Path) -> None:
+    """The job that is written says what the pipeline and the job file said, base and expert from the pipeline."""
+    pipeline = read_pipeline(pipeline_of(world, "jobs"))
+    jobs = {path.stem: yaml.safe_load(text) for path, text in derived_files(pipeline).items() if "scoring" in str(path)}
+    assert jobs["one"]["pairs"].endswith("one.jsonl")
+    assert jobs["two"]["base"] == pipeline.base
+    assert jobs["two"]["expert"] == pipeline.experts["two"].model
+    assert Path(jobs["two"]["expert"]).name == "two"
+    assert jobs["two"]["layer"] == 1
+
+
+def test_a_failing_stage_stops_the_run_and_it_goes_on_when_mended(world: Path) -> None:
+    index = json.loads((world / "two" / "model.safetensors.index.json").read_text())
+    weights = world / "two" / index["weight_map"]["model.norm.weight"]
+    good = weights.read_bytes()
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = torch.nan  # what no look at headers can tell
+    save_file(tensors, weights, metadata={"format": "pt"})
+    file = pipeline_of(world, "failing", evaluate=None)
+    printed = wp_run(world, file.name, code=2)
+    assert "the step `Score the two expert` failed (exit code 2)" in printed
+    assert "holds a NaN" in printed
+    assert "Merge" not in printed
+    assert not (world / "failing/scores/two.safetensors").exists()
+    weights.write_bytes(good)
+    printed = wp_run(world, file.name, "--until", "score")
+    assert printed.count("done before") == 1
+    assert not (world / "failing/merges").exists()
+
+
+def test_two_runs_in_one_folder_are_one_too_many(world: Path) -> None:
+    file = pipeline_of(world, "locked")
+    with claimed(world / "locked"):
+        for arguments in ((), ("--plan",)):
+            assert "another run is writing this" in wp_run(world, file.name, *arguments, code=2)
+    assert not (world / "locked/recipes").exists()  # the run at work reads them
+
+
+def test_every_input_is_there_before_it_is_read(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    pipeline = read_pipeline(pipeline_of(world, "order", push={"merge": "wp", "to": "me/merged"}))
+    write_derived(pipeline)
+    made: set[Path] = set()
+    steps = pipeline_steps(pipeline)
+    assert [step.stage for step in steps] == ["score", "score", "merge", "merge", "evaluate", "push"]
+    for step in steps:
+        for path in step.inputs:
+            assert path.exists() or path in made, f"{step.name} reads {path}"
+        made |= set(step.outputs)
+    recipes = [yaml.safe_load((world / f"order/recipes/{name}.yaml").read_text()) for name in ("linear", "wp")]
+    assert [recipe["out_dtype"] for recipe in recipes] == ["float32", "float32"]  # as the experts are stored
+
+
+def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
+    content = {
+        **MINIMAL,
+        "experts": {name: {"model": f"user/{name}", "scoring": {"pairs": "builtin:maths"}} for name in "ab"},
+        "merges": {"average": MINIMAL["merges"]["average"], "wp": {"experts": ["b", "a"], "parameters": {"scale": 2}}},
+    }
+    pipeline = read_pipeline(write(tmp_path, content))
+    recipes = {
+        path.stem: yaml.safe_load(text) for path, text in derived_files(pipeline).items() if "recipes" in str(path)
+    }
+    assert recipes["wp"]["models"] == [
+        {"model": f"user/{name}", "parameters": {"scores": f"runs/pipeline/scores/{name}.safetensors"}} for name in "ba"
+    ]
+    assert recipes["wp"]["parameters"] == {"scale": 2}
+    assert recipes["average"]["tokenizer"] == {"source": "base"}
+    assert "out_dtype" not in recipes["wp"]  # not known before the models are here
+    assert [model.text for model in recipe_models(recipes["wp"])] == ["user/base", "user/b", "user/a"]
+    assert len(list(scores_of(recipes["wp"]))) == 2
+    assert list(map(str, hub_models(pipeline))) == ["user/base", "user/a", "user/b"]
+
+
+def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"merge_method": "slerp", "base_model": "x/y", "models": [{"model": "x/z+x/lora"}]})
+    )
+    pipeline = read_pipeline(write(tmp_path, {**MINIMAL, "merges": {"mine": {"recipe": "mine.yaml"}}}))
+    (step,) = [step for step in pipeline_steps(pipeline) if step.stage == "merge"]
+    assert step.command[:2] == ("wp-merge", str(recipe))
+    assert set(step.inputs) == {recipe, Path("x/y"), Path("x/z"), Path("x/lora")}
+    assert "x/lora" in map(str, hub_models(pipeline))
+
+
+def test_consent_reaches_the_commands_that_need_it(tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("name: s")
+    content = {**MINIMAL, "evaluate": {"suite": "suite.yaml"}}
+    content["experts"] = {"a": {"model": "user/a", "scoring": {"pairs": "builtin:code", "layer": "auto"}}}
+    pipeline = read_pipeline(write(tmp_path, content))
+    for allow in (False, True):
+        steps = {step.stage: step for step in pipeline_steps(pipeline, allow)}
+        for stage in ("score", "evaluate"):
+            assert ("--allow-code-execution" in steps[stage].command) is allow
+        assert "--allow-code-execution" not in steps["merge"].command
+
+
+def _without(name: str) -> dict:
+    return {key: value for key, value in MINIMAL.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({**MINIMAL, "colour": 1}, "unknown field `colour`; a pipeline has out, base"),
+        (_without("base"), "`base`: found None, expected a non-empty text"),
+        (_without("experts"), "`experts`: found None, expected a mapping"),
+        ({**MINIMAL, "experts": {}}, "`experts` is empty"),
+        ({**MINIMAL, "experts": {"a": {"scoring": {"pairs": "x"}}}}, "`experts.a.model` is missing"),
+        ({**MINIMAL, "experts": {"a": {"model": "u/a", "size": 3}}}, "`experts.a`: unknown field `size`"),
+        ({**MINIMAL, "experts": {"a": "u/a"}}, "`experts.a`: found 'u/a', expected a mapping"),
+        ({**MINIMAL, "experts": {"a": {"model": "u/a", "scores": "no.safetensors"}}}, "no.safetensors is neither in"),
+        ({**MINIMAL, "experts": {"base": {"model": "u/a"}}}, "two models are named 'base'"),
+        *(
+            ({**MINIMAL, "experts": {name: {"model": "u/a"}}}, "will be a file's name; choose one")
+            for name in ("a/b", "..", ".a", "-a", "a b", "CON", "a.", "n" * 300, "e\u0301")
+        ),
+        ({**MINIMAL, "merges": {"wp": {}}}, "`merges.wp` is by wp, and `experts.b` has no scores"),
+        ({**MINIMAL, "merges": {"m": {"experts": ["c"]}}}, "`merges.m.experts`: there is no 'c' here"),
+        ({**MINIMAL, "merges": {"m": {"parameters": 3}}}, "`merges.m.parameters`: found 3"),
+        ({**MINIMAL, "merges": {"m": {"recipe": "no.yaml"}}}, "`merges.m.recipe`: no.yaml is neither in"),
+        ({**MINIMAL, "evaluate": {}}, "`evaluate.suite` is missing"),
+        ({**MINIMAL, "push": {"merge": "average"}}, "`push.to` is missing"),
+        ({**MINIMAL, "push": {"merge": "wp", "to": "me/x"}}, "`push.merge`: there is no 'wp' here; there are average"),
+        ({**MINIMAL, "push": {"merge": "average", "to": "m/x", "private": "yes"}}, "expected true or false"),
+        (
+            {**MINIMAL, "push": {"merge": "average", "to": "m/x", "parents": {"c": "u/c"}}},
+            "`push.parents`: there is no",
+        ),
+        ({**MINIMAL, "score": {"device": "cpu"}}, "`score`: found {'device': 'cpu'}, expected {flags: [...]}"),
+        ({**MINIMAL, "merge": {"flags": "--cuda"}}, "`merge.flags`: found '--cuda', expected a list"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_output(tmp_path: Path, content: dict, sentence: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, content)
+    outcome = CliRunner().invoke(main, [str(path)])
+    assert outcome.exit_code == 2
+    assert sentence in outcome.output
+    assert str(path) in outcome.output
+    assert len(outcome.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipeline_needs_no_scores_for_other_methods(tmp_path: Path) -> None:
+    assert read_pipeline(write(tmp_path, MINIMAL)).experts["b"].scoring is None
+    both = {"model": "u/a", "scoring": {"pairs": "x"}, "scores": "pipeline.yaml"}
+    path = write(tmp_path, {**MINIMAL, "experts": {"a": both}})
+    with pytest.raises(BadInput, match="both `scoring` and `scores`"):
+        read_pipeline(path)
+
+
+def test_the_readmes_example_is_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (example,) = [part for part in text.split("```") if part.startswith("yaml\n# 13b.yaml")]
+    (tmp_path / "13b.yaml").write_text(example.removeprefix("yaml\n"))
+    monkeypatch.chdir(root)
+    pipeline = read_pipeline(tmp_path / "13b.yaml")
+    assert [step.stage for step in pipeline_steps(pipeline)] == ["score", "score", "merge", "merge", "evaluate", "push"]
+    jobs = [yaml.safe_load(text) for path, text in derived_files(pipeline).items() if path.parent.name == "scoring"]
+    assert [ScoringJob.from_mapping(job, "here").layer for job in jobs] == [27, 27]

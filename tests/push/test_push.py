@@ -1,0 +1,682 @@
+"""wp-push: the gate, the card, the licences, names that stay private, and the command from end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from loopback_hub import Fault, LoopbackHub
+from merge_world import merge as stock_merge
+from push_world import REPO, TOKEN, build, front_matter, licence, merge, wp_push, write_results
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.suite import read_suite
+from mergekit_wp.merge.certificate import CERTIFICATE, read_certificate
+from mergekit_wp.push.publish import Request, prepare
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("push"))
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    """A copy: every test may break something. The recipe is rewritten, since its paths are absolute."""
+    root = tmp_path / "w"
+    shutil.copytree(made.root, root)
+    old, made_here = str(made.root), type(made)(root, made.kind, made.experts)
+    for recipe in (root / "recipe.yaml", root / "out" / "mergekit_config.yml"):
+        recipe.write_text(recipe.read_text().replace(old, str(root)))
+    # The certificate vouches for the recipe too.
+    certificate = yaml.safe_load((root / "out" / CERTIFICATE).read_text())
+    certificate["files"]["mergekit_config.yml"] = sha(root / "out" / "mergekit_config.yml")
+    (root / "out" / CERTIFICATE).write_text(yaml.safe_dump(certificate))
+    return made_here
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        hub.add_user("alice", TOKEN)
+        yield hub
+        assert not hub.troubles
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def dry(world, say=lambda line: None, **more):
+    return prepare(Request(world.root / "out", REPO, **more), None, say)
+
+
+def stage(world) -> Path:
+    return world.root / "out.push"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def fingerprint(world) -> str:
+    from mergekit_wp.push.evaluation import model_fingerprint
+
+    return model_fingerprint(world.root / "out")
+
+
+# ---------------------------------------------------------------------- the certificate and the gate
+
+
+def test_the_mark_of_wp_merge_knows_every_file_and_no_path(world):
+    certificate = read_certificate(world.root / "out" / CERTIFICATE)
+    files = {p.name: sha(p) for p in (world.root / "out").iterdir() if p.name not in (CERTIFICATE, "README.md")}
+    assert certificate.files == files
+    assert [scores.name for scores in certificate.scores] == [world.score(k).name for k in range(2)]
+    assert certificate.shares["experts"] == ["e0", "e1"]
+    assert any("recomputed" in line for line in certificate.checked)
+    assert "/" not in (world.root / "out" / CERTIFICATE).read_text().replace("n/a", "")
+
+
+def test_shares_of_the_mark_are_those_of_the_score_files(world):
+    from mergekit_wp.merge.shares import layer_shares
+
+    certificate = read_certificate(world.root / "out" / CERTIFICATE)
+    paths = [str(world.score(k)) for k in range(2)]
+    for layer in range(4):
+        for kind, alpha_Kn in zip(("heads", "neurons"), layer_shares(paths, layer), strict=True):
+            got = [certificate.shares[kind][k][layer] for k in range(2)]
+            assert got == pytest.approx(alpha_Kn.mean(-1).tolist(), abs=1e-4)
+
+
+def test_no_audit_leaves_no_mark_and_the_push_audits(world):
+    merge(world, world.recipe(), "plain", "--no-audit")
+    out = world.root / "plain"
+    assert not (out / CERTIFICATE).exists()
+    said = []
+    before = tree(out)
+    prepare(Request(out, REPO), None, said.append)
+    assert any("auditing it now" in line for line in said)
+    assert any("recomputed from the inputs" in line for line in said)
+    assert tree(out) == before, "the model's folder is left alone"
+    said.clear()
+    prepare(Request(out, REPO), None, said.append)
+    assert not any("auditing" in line for line in said), "audited once, as long as nothing changes"
+
+
+def test_a_stock_merge_that_does_not_fit_its_recipe_is_refused(world):
+    out = stock_merge(world, out="stock")
+    (out / "mergekit_config.yml").write_text(world.recipe().read_text())
+    from safetensors.torch import load_file, save_file
+
+    shard = next(out.glob("*.safetensors"))
+    tensors = {name: tensor + 0.1 for name, tensor in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="did not pass the audit"):
+        prepare(Request(out, REPO), None, print)
+
+
+@pytest.mark.parametrize("what", ["changed", "new", "gone"])
+def test_a_folder_that_changed_since_its_audit(world, what):
+    out = world.root / "out"
+    if what == "changed":
+        config = out / "generation_config.json"
+        config.write_text(config.read_text() + " ") if config.exists() else (out / "config.json").write_text(
+            (out / "config.json").read_text() + " "
+        )
+    elif what == "new":
+        (out / "added_tokens.json").write_text("{}")
+    else:
+        (out / "tokenizer_config.json").unlink()
+    shutil.rmtree(world.expert(1))  # so that it cannot be audited again
+    with pytest.raises(BadInput, match=r"not published, since .*json.* it cannot be audited now without .*e1"):
+        dry(world, licence="mit")
+
+
+def test_one_changed_byte_of_a_weight_is_seen_even_with_its_time_set_back(world):
+    shard = next((world.root / "out").glob("*.safetensors"))
+    dry(world)  # digests are remembered now
+    stat = shard.stat()
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    shutil.rmtree(world.expert(0))
+    with pytest.raises(BadInput, match=f"{shard.name} has changed since it was audited"):
+        dry(world, licence="mit")
+
+
+def test_scores_that_changed_since_the_merge(world):
+    from merge_world import write_random_scores
+
+    write_random_scores(world.score(0), str(world.base), str(world.expert(0)), seed=99)
+    with pytest.raises(BadInput, match=r"e0.scores.safetensors: the merge was made with other numbers"):
+        dry(world)
+    world.score(0).unlink()
+    with pytest.raises(BadInput, match="the recipe names this file"):
+        dry(world)
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def test_the_card(world):
+    # Measured in another folder than it is pushed from: what counts is the fingerprint.
+    results = write_results(world.root / "eval", fingerprint(world), Path("merged/im"), str(world.base))
+    given = [f"{world.base}=meta/base-1b", "e0=bob/maths"]
+    publication = dry(world, results=[results], parents=given)
+    card = publication.card.read_text()
+    data = front_matter(card)
+    (index,) = data.pop("model-index")
+    assert index["name"] == "merge"
+    assert [(r["dataset"]["name"], r["dataset"]["type"], r["metrics"][0]["value"]) for r in index["results"]] == [
+        ("Maths", "maths", 0.75),
+        ("Code", "code", 0.75),
+    ]
+    assert {r["metrics"][0]["type"] for r in index["results"]} == {"acc"}
+    assert index["results"][0]["source"]["url"] == f"https://huggingface.co/{REPO}/blob/main/wp/results/mine.json"
+    assert data == {
+        "base_model": ["meta/base-1b", "bob/maths"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["mergekit", "merge", "weight-patching"],
+    }
+    assert str(world.root) not in card
+    assert "`e1` (not on the Hub)" in card
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["base_model"] == "meta/base-1b"
+    assert [m["model"] for m in recipe["models"]] == ["bob/maths", "e1"]
+    scores = [m["parameters"]["scores"] for m in recipe["models"]]
+    assert all((stage(world) / path).is_file() for path in scores)
+    assert "| bob/maths | t (1) | attr | anchor | 1 of 4 |" in card
+    assert "![Mean share" in card
+    assert (stage(world) / "wp/shares.png").read_bytes().startswith(b"\x89PNG")
+    assert "| **75.00**" in card
+    assert "(+50.00)" in card
+    assert (
+        "This model is the row `wp`. How it was done: lm-eval 0.4.13; torch 2.13.0; dtype float32; device cpu" in card
+    )
+    command = f"wp-eval wp/eval/mine.yaml base=meta/base-1b wp={REPO} --baseline base --out runs/eval"
+    assert f"$ {command}\n" in card
+    assert json.loads((stage(world) / "wp/results/mine.json").read_text())["command"] == command.split()
+    assert [task.column for task in read_suite(stage(world) / "wp/eval/mine.yaml").tasks] == ["Maths", "Code"]
+    assert f'from_pretrained("{REPO}"' in card
+    assert "licences/meta--base-1b/NOTICE.txt" in card
+    paths = {item.path for item in publication.items}
+    assert {"wp/results/mine.json", "licences/meta--base-1b/NOTICE.txt", "mergekit_config.yml", CERTIFICATE} <= paths
+
+
+def test_nothing_published_names_a_folder_of_this_machine(made, world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world.root))
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
+    for item in dry(world, results=[results]).items:
+        content = item.source.read_bytes()
+        for folder in (world.root, made.root):  # the score files know the parents where they were made
+            assert str(folder).encode() not in content, item.path
+        assert b"/home/bob" not in content, item.path
+
+
+LOCAL = {
+    "name_or_path": "/srv/clients/acme/llama",
+    "_name_or_path": "../acme/llama",
+    "tokenizer_file": "C:\\Users\\bob\\acme\\tokenizer.json",
+    "cache": "/srv/clients/acme/cache dir/x",
+    "auto_map": {"AutoConfig": "/srv/clients/acme/llama--configuration_x.XConfig", "AutoModel": "u/m--x.X"},
+    "processor": ["file:///home/bob/acme/p.json"],
+}
+
+
+def test_no_json_of_the_model_names_a_folder_of_a_machine(world):
+    """Fields of older transformers (PR #21483 took name_or_path out) and of whoever saved the parents."""
+    base = world.base / "tokenizer_config.json"
+    kept = {
+        "bos_token": "/s/x",
+        "chat_template": "/a/b/{{ messages }}",
+        "x_content": "/usr/lib",
+        "url": "https://a.b/c/d",
+    }
+    base.write_text(json.dumps({**json.loads(base.read_text()), **LOCAL, **kept}))
+    out = merge(world, world.recipe(), "local")
+    file = out / "tokenizer_config.json"
+    content = {**json.loads(file.read_text()), **LOCAL, **kept}
+    file.write_text(json.dumps(content))  # whatever mergekit makes of it
+    tokenizer, before = out / "tokenizer.json", tree(out)
+    said: list[str] = []
+    publication = prepare(Request(out, REPO, licence="mit"), None, said.append)
+    assert tree(out) == before
+    source = {item.path: item.source for item in publication.items}
+    published = json.loads(source["tokenizer_config.json"].read_text())
+    for word in ("acme", "clients", "bob", "srv"):
+        assert word not in json.dumps(published)
+    assert {name: published[name] for name in kept} == kept
+    assert published["auto_map"] == {"AutoConfig": "configuration_x.XConfig", "AutoModel": "u/m--x.X"}
+    assert published["name_or_path"] == "llama"
+    assert set(published) == set(content)
+    assert source["tokenizer.json"] == tokenizer
+    assert any("published without the folders" in line and "tokenizer_config.json" in line for line in said)
+    assert read_certificate(source[CERTIFICATE]).files["tokenizer_config.json"] == sha(source["tokenizer_config.json"])
+    assert "`tokenizer_config.json` as published" in publication.card.read_text()
+
+
+def test_a_path_within_a_text_is_pointed_out(world):
+    file = world.root / "out" / "generation_config.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, "note": "made from /srv/clients/acme/llama, see https://a.b/c/d"}))
+    said: list[str] = []
+    dry(world, said.append)
+    (note,) = [line for line in said if "generation_config.json names" in line]
+    assert "the folder /srv/clients/acme/llama of a machine" in note
+
+
+@pytest.mark.parametrize("whose", ["model", "parent"])
+def test_a_link_that_leaves_its_folder_is_not_published(world, tmp_path, whose):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("diary")
+    folder = world.root / "out" if whose == "model" else world.expert(0)
+    (folder / "LICENSE.txt").symlink_to(secret)
+    with pytest.raises(BadInput, match=r"LICENSE\.txt: a link to .*secret\.txt, outside of its folder"):
+        dry(world)
+    assert not any("diary" in path.read_text(errors="replace") for path in stage(world).rglob("*") if path.is_file())
+    (folder / "LICENSE.txt").unlink()
+    (folder / "LICENSE.txt").hardlink_to(secret)  # a file like any other
+    dry(world)
+    (folder / "LICENSE.txt").unlink()
+    (folder / "terms").mkdir()
+    (folder / "terms" / "text").write_text("terms")
+    (folder / "LICENSE.txt").symlink_to(folder / "terms" / "text")
+    dry(world)
+
+
+def test_links_of_a_snapshot_in_the_hubs_cache_are_its_own(tmp_path):
+    from mergekit_wp.files import inside
+
+    cache = tmp_path / "models--meta--one"
+    snapshot, blob = cache / "snapshots" / ("a" * 40), cache / "blobs" / ("b" * 64)
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("terms")
+    (snapshot / "LICENSE").symlink_to(f"../../blobs/{blob.name}")
+    assert inside(snapshot, snapshot / "LICENSE").read_text() == "terms"
+    (snapshot / "NOTICE").symlink_to("../../../other")
+    with pytest.raises(BadInput, match="outside of its folder"):
+        inside(snapshot, snapshot / "NOTICE")
+
+
+def test_what_is_sent_is_what_was_checked(world):
+    from mergekit_wp.push.upload import _content
+
+    (world.root / "out" / "LICENSE").write_text("as checked")
+    (item,) = [item for item in dry(world).items if item.path == "LICENSE"]
+    assert _content(item) == b"as checked"
+    item.source.write_text("another one")
+    with pytest.raises(BadInput, match="LICENSE: changed after it was checked"):
+        _content(item)
+
+
+def test_published_recipe_makes_the_same_merge_again(world, monkeypatch):
+    """In a copy of the repository, with the parents under the names of their folders."""
+    dry(world)
+    copy = world.root / "copy"
+    shutil.copytree(stage(world), copy)
+    for name in ("base", "e0", "e1"):
+        (copy / name).symlink_to(world.root / name)
+    monkeypatch.chdir(copy)
+    again = merge(world, copy / "mergekit_config.yml", "again")
+    for path in (world.root / "out").glob("*.safetensors"):
+        assert sha(path) == sha(again / path.name)
+
+
+def test_the_published_mark_fits_the_published_files(world):
+    publication = dry(world)
+    source = {item.path: item.source for item in publication.items}
+    certificate = read_certificate(source[CERTIFICATE])
+    assert "model.safetensors.index.json" in certificate.files or "model.safetensors" in certificate.files
+    for name, digest in certificate.files.items():
+        assert sha(source[name]) == digest
+    from mergekit_wp.merge.certificate import certified_scores
+
+    staged = {certified_scores(path) for name, path in source.items() if name.startswith("wp/scores/")}
+    assert staged == set(certificate.scores)
+
+
+def test_a_push_prepared_twice_is_the_same_to_the_byte(world):
+    first = {item.path: item.sha256 for item in dry(world).items}
+    assert {item.path: item.sha256 for item in dry(world).items} == first
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../victim/precious", "/etc/x", "a\nb", "x\x1b[2J", "n" * 300, "\0", "..", "CON"]
+)
+def test_the_name_of_a_suite_is_no_path(world, name):
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
+    content = json.loads((results / "results.json").read_text())
+    content["suite_content"]["name"] = name
+    (results / "results.json").write_text(json.dumps(content))
+    before = tree(world.root)
+    publication = dry(world, results=[results])
+    (path,) = [item.path for item in publication.items if item.path.startswith("wp/results/")]
+    assert Path(path).parent == Path("wp/results")
+    assert (stage(world) / path).is_file()
+    assert all(tree(world.root)[path] == digest for path, digest in before.items())
+    assert all(path.startswith("out.push/") for path in set(tree(world.root)) - set(before))
+
+
+def test_results_of_another_model_are_refused(world):
+    results = write_results(world.root / "eval", "1" * 64, world.root / "out")
+    with pytest.raises(BadInput, match=r"none of its rows \(base, wp\) was measured on"):
+        dry(world, results=[results])
+
+
+def test_a_merge_without_scores(world):
+    models = [{"model": str(world.expert(k)), "parameters": {"weight": 1}} for k in range(2)]
+    config = {"merge_method": "linear", "models": models, "tokenizer_source": str(world.expert(0))}
+    merge(world, world.recipe(config, "linear.yaml"), "linear")
+    publication = prepare(Request(world.root / "linear", REPO), None, lambda line: None)
+    card = publication.card.read_text()
+    assert "weight-patching" not in front_matter(card)["tags"]
+    assert "## Scores" not in card
+    assert "wp/" not in "".join(item.path for item in publication.items)
+
+
+def test_an_aim_merge_goes_with_its_activations(world):
+    from test_merge_aim import recipe, write_random_activations
+
+    path = write_random_activations(world)
+    merge(world, world.recipe(recipe(world), "aim.yaml"), "aim")
+    publication = prepare(Request(world.root / "aim", REPO), None, lambda line: None)
+    card = publication.card.read_text()
+    assert "activations: wp/scores/activations.safetensors" in card
+    assert str(world.root) not in card
+    published = next(item for item in publication.items if item.path == "wp/scores/activations.safetensors")
+    assert str(world.root).encode() not in published.source.read_bytes()
+    write_random_activations(world, seed=1)
+    assert path.is_file()
+    with pytest.raises(BadInput, match="was made with other numbers"):
+        prepare(Request(world.root / "aim", REPO), None, lambda line: None)
+
+
+def test_what_is_no_part_of_the_model_stays_here(world):
+    out = world.root / "out"
+    (out / "training.log").write_text("x")
+    (out / "pytorch_model.bin").write_bytes(b"x")
+    (out / "checkpoint").mkdir()
+    (out / "LICENSE").write_text("text")
+    publication = dry(world)
+    paths = {item.path for item in publication.items}
+    assert "LICENSE" in paths
+    assert not {"training.log", "pytorch_model.bin"} & paths
+    assert "checkpoint, pytorch_model.bin, training.log" in publication.listing()
+
+
+# ---------------------------------------------------------------------- licences
+
+
+@pytest.mark.parametrize(
+    ("licences", "merged"),
+    [
+        (("apache-2.0", "apache-2.0", "apache-2.0"), "apache-2.0"),
+        (("mit", "apache-2.0", "mit"), "apache-2.0"),
+        (("llama2", "apache-2.0", "mit"), "llama2"),
+        (("llama2", "llama2", "llama2"), "llama2"),
+        (("apache-2.0", "cc-by-nc-4.0", "apache-2.0"), "cc-by-nc-4.0"),
+        (("[mit, apache-2.0]", "[mit]", "MIT"), "apache-2.0"),
+    ],
+)
+def test_licences_that_go_together(world, licences, merged):
+    for folder, name in zip((world.base, world.expert(0), world.expert(1)), licences, strict=True):
+        licence(folder, name)
+    assert front_matter(dry(world).card.read_text())["license"] == merged
+
+
+@pytest.mark.parametrize(
+    ("licences", "sentence"),
+    [
+        (("llama2", "cc-by-nc-4.0", "mit"), "licences disagree .*base under llama2.*e0 under cc-by-nc-4.0"),
+        (("apache-2.0", "cc-by-nc-nd-4.0", "mit"), "e0 under cc-by-nc-nd-4.0, which forbids"),
+        (("apache-2.0", "other", "mit"), "e0 under other, of which wp-push knows nothing"),
+        (("apache-2.0", "[mit, llama3, llama2]", "mit"), "e0 under mit and llama3 and llama2"),
+        (("apache-2.0", "{mit: yes}", "mit"), "e0 without a known licence .its card has a dict"),
+        (("apache-2.0", "3", "mit"), "e0 without a known licence .its card has a int"),
+        (("apache-2.0", None, "mit"), "e0 without a known licence"),
+        (("llama3", "llama3.1", "mit"), "disagree"),
+    ],
+)
+def test_licences_that_stop_a_push(world, licences, sentence):
+    for folder, name in zip((world.base, world.expert(0), world.expert(1)), licences, strict=True):
+        licence(folder, name)
+    with pytest.raises(BadInput, match=sentence + r".*--license ID"):
+        dry(world)
+    said = []
+    assert front_matter(dry(world, said.append, licence="llama2").card.read_text())["license"] == "llama2"
+    assert any(line.startswith("you answer for --license llama2") for line in said)
+
+
+BAD_CARDS = {
+    "a tab": "---\nlicense: apache-2.0\ntags:\n\t- merge\n---\n",
+    "no mapping": "---\n- license\n---\n",
+    "a tag": "---\nlicense: !!python/object/apply:os.system [ls]\n---\n",
+    "deep": "---\nlicense: " + "[" * 3000 + "\n---\n",
+    "not UTF-8": b"---\nlicense: mit \xff\n---\n",
+    "no front matter": "# Model\n",
+    "nothing": "",
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("content", BAD_CARDS.values(), ids=list(BAD_CARDS))
+def test_a_card_that_cannot_be_read_is_a_licence_not_known(world, content):
+    card = world.expert(0) / "README.md"
+    card.unlink()
+    if content is None:
+        card.mkdir()
+    else:
+        card.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=r"e0 without a known licence .*--license ID") as caught:
+        dry(world)
+    assert "\n" not in caught.value.message
+    card_text = dry(world, licence="apache-2.0").card.read_text()
+    assert front_matter(card_text)["license"] == "apache-2.0"
+    assert "- `e0` (not on the Hub): no licence stated" in card_text
+
+
+def terms(folder: Path, name: str, link: str) -> None:
+    text = f"---\nlicense: other\nlicense_name: {name}\nlicense_link: {link}\n---\n"
+    (folder / "README.md").write_text(text)
+
+
+def test_other_terms_keep_their_name_and_link(world):
+    for folder in (world.base, world.expert(0)):
+        terms(folder, "acme-research", "https://example.com/LICENSE")
+    with pytest.raises(BadInput, match=r"base, e0 under other .acme-research, https://example.com/LICENSE."):
+        dry(world)
+    card = dry(world, licence="other").card.read_text()
+    data = front_matter(card)
+    assert (data["license"], data["license_name"]) == ("other", "acme-research")
+    assert data["license_link"] == "https://example.com/LICENSE"
+    given = dry(world, licence="other", licence_name="mine", licence_link="LICENSE").card.read_text()
+    assert (front_matter(given)["license_name"], front_matter(given)["license_link"]) == ("mine", "LICENSE")
+    # A licence of the list says nothing of other terms; the parents' lines still do.
+    listed = dry(world, licence="apache-2.0").card.read_text()
+    assert "license_name" not in front_matter(listed)
+    assert listed.count("acme-research") == 2
+    terms(world.expert(0), "another", "https://example.com/2")
+    with pytest.raises(BadInput, match="the parents name acme-research and another; add --license-name"):
+        dry(world, licence="other")
+
+
+def test_a_link_beside_a_parents_card_leads_to_its_repository(world):
+    terms(world.base, "qwen-research", "LICENSE")
+    link = front_matter(dry(world, parents=[f"{world.base}=Qwen/base"], licence="other").card.read_text())
+    assert link["license_link"] == "https://huggingface.co/Qwen/base/blob/main/LICENSE"
+    assert "license_link" not in front_matter(dry(world, licence="other").card.read_text())
+
+
+def test_llama_3_asks_for_its_name(world):
+    for folder in (world.base, world.expert(0), world.expert(1)):
+        licence(folder, "llama3.1")
+    said = []
+    dry(world, said.append)
+    assert any("begin with Llama" in line for line in said)
+    said.clear()
+    prepare(Request(world.root / "out", "alice/Llama-merge"), None, said.append)
+    assert not any("begin with" in line for line in said)
+
+
+# ---------------------------------------------------------------------- words for the person
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"parents": ["nothing"]}, "expected FOLDER=USER/NAME"),
+        ({"parents": ["e7=bob/x"]}, "the recipe has no such model"),
+        ({"licence": "My Licence"}, "no id of the Hub's list"),
+        ({"licence": "Apache 2.0"}, "no id of the Hub's list .*; is it apache-2.0"),
+        ({"licence": "unknown"}, "no id of the Hub's list"),
+        ({"licence": "other"}, "its terms need a name, and no parent has any"),
+        ({"licence": "mit", "licence_name": "acme"}, "go with --license other, found --license mit"),
+        ({"licence_link": "https://x.y"}, "go with --license other"),
+        ({"recipe": Path("no.yaml")}, "no.yaml: cannot read this recipe"),
+        ({"results": [Path("nowhere")]}, "nowhere"),
+    ],
+)
+def test_bad_flags(world, more, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        dry(world, **more)
+
+
+def test_another_recipe_is_refused_and_a_missing_one_named(world):
+    other = world.recipe({**world.config(), "dtype": "bfloat16"}, "other.yaml")
+    with pytest.raises(BadInput, match="not the recipe that this merge was made by"):
+        dry(world, recipe=other)
+    (world.root / "out" / "mergekit_config.yml").unlink()
+    with pytest.raises(BadInput, match="name it with --recipe"):
+        dry(world)
+
+
+def test_a_folder_of_somebody_else_beside_the_model_is_left_alone(world):
+    stage(world).mkdir()
+    (stage(world) / "thesis.tex").write_text("x")
+    with pytest.raises(BadInput, match="holds something else"):
+        dry(world)
+
+
+def test_names_that_are_published(tmp_path, monkeypatch):
+    from mergekit_wp.push.names import Names
+    from mergekit_wp.push.parents import find_parents
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/alice")
+    for name in ("models/base", "models/lora", "models/old/base"):
+        (tmp_path / name).mkdir(parents=True)
+    snapshot = tmp_path / "hub" / "models--meta--one" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    recipe = {
+        "base_model": "models/base",
+        "models": [{"model": "models/base+models/lora"}, {"model": "models/old/base"}, {"model": str(snapshot)}],
+        "tokenizer": {"source": "models/old/base"},
+        "merge_method": "linear",
+    }
+    parents = find_parents(recipe, ["models/lora=bob/lora"])
+    assert [(p.role, p.shown, p.hub) for p in parents] == [
+        ("base", "base", None),
+        ("expert", "bob/lora", "bob/lora"),
+        ("expert", "base-2", None),
+        ("expert", "meta/one", "meta/one"),
+    ]
+    names = Names(tmp_path / "out", REPO, parents, {})
+    assert names.recipe(recipe) == {
+        "base_model": "base",
+        "models": [{"model": "base+bob/lora"}, {"model": "base-2"}, {"model": f"meta/one@{'a' * 40}"}],
+        "tokenizer": {"source": "base-2"},
+        "merge_method": "linear",
+    }
+    assert names.of("meta-llama/Llama-2-13b-hf") == "meta-llama/Llama-2-13b-hf"
+    assert names.of("/data/alice/secret/model") == "model"
+    assert names.of(str(tmp_path / "out")) == REPO
+    assert names.content({"a": ["/home/alice/x.json", "see /home/alice/notes, /home/alice2/x"]}) == {
+        "a": ["x.json", "see ~/notes, /home/alice2/x"]
+    }
+
+
+def test_a_token_of_any_form_is_cleaned_away(monkeypatch):
+    from mergekit_wp.push.retry import clean
+
+    monkeypatch.setenv("HF_TOKEN", "oauth.Part-One.part_two")
+    text = clean(
+        "401 for Bearer oauth.Part-One.part_two and hf_abcdefghijklmnop at https://s3/x?X-Amz-Signature=12 now"
+    )
+    assert text == "401 for Bearer <token> and <token> at https://s3/x?... now"
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_a_dry_run_needs_no_network_and_can_be_repeated(world):
+    before = tree(world.root / "out")
+    text = wp_push(world.root / "out", REPO, "--dry-run", HF_TOKEN="")  # nobody listens at the endpoint
+    assert tree(world.root / "out") == before
+    sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in text.splitlines()
+             if line[:1] == " " and "bytes in" not in line}  # fmt: skip
+    assert sizes["config.json"] == (world.root / "out" / "config.json").stat().st_size
+    assert f"{sum(sizes.values()):,}  bytes in {len(sizes)} files" in text
+    assert "nothing was sent" in text
+    card = (stage(world) / "README.md").read_text()
+    again = dry(world)
+    assert again.card.read_text() == card
+    assert {item.path: item.size for item in again.items} == sizes
+
+
+def test_from_the_command_line_to_the_hub_and_back(hub, world, tmp_path):
+    hub.faults += [Fault(r"PUT /storage/\w+$", "drop", after=100), Fault("GET /api/whoami-v2", "status", status=503)]
+    hub.cards["bob/maths"] = {"license": "apache-2.0"}
+    results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
+    arguments = [world.root / "out", REPO, "--results", results, "--parent", "e0=bob/maths", "--private"]
+    text = wp_push(*arguments, url=hub.url)
+    assert hub.repos[REPO].private
+    commits = len(hub.repos[REPO].commits)
+    assert commits == 2
+    sent = hub.bytes_sent()
+    again = wp_push(*arguments[:-1], url=hub.url)
+    assert (len(hub.repos[REPO].commits), hub.bytes_sent()) == (commits, sent)
+    # Every file of the model as it is here; config and weights load from what the Hub gives back.
+    for path in (world.root / "out").iterdir():
+        if path.name not in ("README.md", "mergekit_config.yml", CERTIFICATE):
+            assert hub.content(REPO, path.name) == path.read_bytes()
+    assert front_matter(hub.content(REPO, "README.md").decode())["base_model"] == ["bob/maths"]
+    # The token is nowhere: not in the output (a retry was logged), not in a file here or there.
+    for output in (text, again):
+        assert TOKEN not in output
+        assert "X-Amz-Signature" not in output
+    assert "Retrying" in text
+    for path in world.root.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+    assert not any(TOKEN.encode() in hub.content(REPO, path) for path in hub.repos[REPO].files)
+
+
+def test_a_wrong_token_is_not_repeated_and_debug_does_not_show_it(hub, world):
+    wrong = "hf_AnotherTokenWithoutAnyRight77"
+    text = wp_push(world.root / "out", REPO, url=hub.url, code=2, HF_TOKEN=wrong, HF_DEBUG="1")
+    assert "the Hub does not know this token" in text
+    assert wrong not in text
+    assert not hub.repos
+
+
+def test_a_token_in_a_file_stops_the_push(world, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (world.root / "out" / "LICENSE.txt").write_text(f"export HF_TOKEN={TOKEN}\n")
+    with pytest.raises(BadInput, match=r"LICENSE\.txt: holds your Hub token") as caught:
+        dry(world)
+    assert TOKEN not in caught.value.message
+
+
+def test_help_names_and_network():
+    assert "USER/NAME" in wp_push("--help")
+    assert "expected USER/NAME" in wp_push(".", "just-a-name", code=2)

@@ -1,0 +1,134 @@
+"""Checks: their JSON, IFEval's own graders on the built-in instructions, and what is refused before a run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring import requests as words
+from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
+from mergekit_wp.scoring.batching import tokenize_tasks
+from mergekit_wp.scoring.pairs import instruction_pairs, load_pairs, read_pairs, split_pairs
+from mergekit_wp.scoring.prompt_format import Wording
+
+PLAIN = "The harbour is quiet this morning, and the boats are still asleep, waiting for the tide."
+FOLLOWED = {
+    "english_capital": PLAIN.upper(),
+    "title": f"<<A quiet harbour>>\n{PLAIN}",
+    "multiple_sections": "".join(f"SECTION {i}\n{PLAIN}\n" for i in (1, 2, 3, 4)),
+    "quotation": f'"{PLAIN}"',
+    "number_highlighted_sections": "*The* harbour is *quiet* this *morning* and the *boats* sleep.",
+    "no_comma": PLAIN.replace(",", ""),
+}
+
+
+@pytest.mark.parametrize("task", FOLLOWED)
+def test_built_in_instructions_are_graded_by_ifeval(task):
+    pairs = [pair for pair in instruction_pairs(len(words.REQUESTS), seed=0) if pair.task == task]
+    checks = [parse_check(pair.check, "pair") for pair in pairs]
+    preflight(checks, task)
+    for check in checks:
+        assert check.grader == "ifeval"
+        assert check.passes(FOLLOWED[task])
+        assert not check.passes(PLAIN)
+        assert not check.passes("")
+
+
+@pytest.mark.parametrize("task", ["multiple_sections", "number_highlighted_sections"])
+def test_the_number_in_the_wording_is_the_number_that_is_checked(task):
+    """One fewer than asked for fails; the wordings say it in figures or in letters."""
+    said = {"two": 2, "three": 3, "four": 4} | {str(i): i for i in range(2, 5)}
+    for wording in words.INSTRUCTIONS[task]:
+        arguments = words.IFEVAL_ARGUMENTS[wording]
+        count = next(value for key, value in arguments.items() if key.startswith("num"))
+        listed = "SECTION 1, SECTION 2 and SECTION 3" in wording
+        asked = 3 if listed else next(said[w] for w in wording.replace(".", " ").split() if w in said)
+        # "4 sections that begin with SECTION 1": the first number is the one that is asked for.
+        assert count == asked, wording
+        check = Check("ifeval", words.IFEVAL_TYPES[task], arguments)
+        part = "SECTION {}\ntext\n" if task == "multiple_sections" else "*word{}* "
+        pieces = [part.format(i) for i in itertools.chain(range(1, count + 1))]
+        assert check.passes("".join(pieces))
+        assert not check.passes("".join(pieces[:-1]))
+
+
+def test_prefix_and_until_belong_to_the_answer():
+    check = parse_check(
+        {"miniature": "maths", "kwargs": {"answer": 12}, "prefix": "The answer", "until": ["Request:"]}, "row"
+    )
+    assert check.passes(" is: 12")
+    assert not check.passes(" is: 13")
+    assert check.passes(" is: 12\nRequest: 1 + 1\nThe answer is: 2")
+    assert not check.runs_code
+    assert parse_check({"miniature": "code"}, "row").runs_code
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ("title", "must be an object"),
+        ({}, "must name one grader"),
+        ({"ifeval": "a", "miniature": "maths"}, "must name one grader"),
+        ({"ifeval": 3}, "must name one grader"),
+        ({"ifeval": "a", "args": {}}, "unknown field 'args'"),
+        ({"ifeval": "a", "kwargs": [1]}, "kwargs of check"),
+        ({"ifeval": "a", "prefix": 1}, "prefix of check"),
+        ({"ifeval": "a", "until": "x"}, "until of check"),
+        ({"ifeval": "a", "until": [""]}, "until of check"),
+    ],
+)
+def test_malformed_checks_are_refused_with_their_line(tmp_path, check, message):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"task": "t", "prompt": "p"}, {"task": "t", "prompt": "q", "check": check}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(BadInput, match=message) as error:
+        read_pairs(path)
+    assert "line 2" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ({"ifeval": "detectable_format:titel"}, "IFEval has no type"),
+        ({"ifeval": "detectable_format:multiple_sections"}, "takes the kwargs"),
+        ({"ifeval": "punctuation:no_comma", "kwargs": {"count": 3}}, "takes the kwargs"),
+        ({"miniature": "poetry"}, "has no capability"),
+        ({"miniature": "maths", "kwargs": {"total": 3}}, "cannot take these kwargs"),
+    ],
+)
+def test_checks_that_cannot_run_are_refused_before_anything_is_generated(check, message):
+    with pytest.raises(BadInput, match=message):
+        preflight([parse_check(check, "row")], "title")
+
+
+def test_nltk_data_is_asked_for_by_the_types_that_need_it_alone(monkeypatch):
+    import nltk
+
+    def absent(name, *_args):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", absent)
+    preflight([Check("ifeval", "punctuation:no_comma")], "no_comma")
+    counted = {"num_sentences": 3, "relation": "at least"}
+    with pytest.raises(BadInput, match="punkt_tab"):
+        preflight([Check("ifeval", "length_constraints:number_sentences", counted)], "sentences")
+
+
+def test_checks_travel_from_the_file_to_the_tokens(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"task": "t", "prompt": f"p{i}", "contrast": "c", "check": {"ifeval": f"x:{i}"}} for i in range(6)]
+    rows.append({"task": "t", "prompt": "p6", "contrast": "c"})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (task,) = split_pairs(load_pairs(str(path), None, 0), "half", 0)
+
+    class Letters:
+        def __call__(self, text, **_how):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    (tokens,) = tokenize_tasks(Wording(Letters()), [task], 10)
+    for ids, check in zip(tokens.scoring, tokens.checks, strict=True):
+        number = chr(ids[-1])
+        assert check == (None if number == "6" else {"ifeval": f"x:{number}"})
