@@ -4,9 +4,8 @@ Ctrl-C says `Aborted!` (exit code 1) wherever it strikes, also while packages ar
 another error. SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left (exit code 143). Output that cannot
 be written, because its disk is full, is one sentence (exit code 1). Nothing heavy is imported here.
 
-What our commands share: help with options under headings, a command as it was typed, a check of names.
-
-Silence what the libraries say about themselves.
+And what commands share: help with options under headings, a command as it was typed, a check of names, the progress
+bar, and silence from the libraries.
 """
 
 from __future__ import annotations

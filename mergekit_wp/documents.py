@@ -8,8 +8,7 @@ each of these is a `ValueError` whose text is a clause for the person who wrote 
 What comes out is text, numbers that are finite, true, false, null, lists, and mappings of at most `MOST_LEVELS`
 levels, so that what works on it later may recurse, hash, compare and print.
 
-JSON and YAML that this package wrote, back as dataclasses: every field of the type and the meaning that it says.
-
+What this package wrote comes back as dataclasses (`read_record`), every field of the type and the meaning that it says.
 A dataclass is the schema: its annotations are checked by pydantic, strictly (`"1"` is no number, `1.5` no count, a
 field that nobody knows is one too many). The aliases below are the meanings that occur in more than one file.
 """

@@ -3,7 +3,8 @@
 Outputs are written beside their final name and renamed at the end, so a killed run never leaves a half file
 under a name that a later stage would trust.
 
-Tensors with a JSON document under a metadata key, in one safetensors file: what our own files have in common.
+Our own files of tensors have in common a JSON document under a metadata key, in one safetensors file
+(`write_tensors`, `read_tensors`).
 """
 
 from __future__ import annotations

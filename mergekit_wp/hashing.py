@@ -1,13 +1,11 @@
 """SHA-256 of files, remembered: what comes again and finds nothing changed does not read tens of GB again.
 
 A file is known by its path, size, times of modification and of change, and inode. The time of change cannot be set
-by copying tools, so a file that was rewritten is read again.
+by copying tools, so a file that was rewritten is read again (`FileDigests`).
 
-What a file, a folder or a model holds, as SHA-256, without reading again what has not been touched.
-
-Content, not dates, decides whether a step is still right. But a merge of 13B models is 26 GB, and reading all of it
-to say "nothing to do" would take a minute a model: so the digests of large files are remembered
-(`mergekit_wp.hashing`), and a file of the Hub's cache is known by its name there, which is its SHA-256.
+`Digests` is of a file, a folder or a model. Content, not dates, decides whether a step is still right. But a merge of
+13B models is 26 GB, and reading all of it to say "nothing to do" would take a minute a model: so the digests of large
+files are remembered (`FileDigests`), and a file of the Hub's cache is known by its name there, which is its SHA-256.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""How many bytes this process may still take: of a GPU, of the machine, of its control group."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""What every HTML page of the project shares: its frame, its style sheet, sections and plain tables.
+"""What every page and picture of the project shares: frame, style sheet, sections, tables; the look of figures.
 
-Pages hold everything they need: no scripts, no requests to anywhere.
-
-The look that all pictures share, and the picture that both the demo's report and a model card show.
+Pages hold everything they need: no scripts, no requests to anywhere. `draw_shares` is the picture that reports and
+model cards show.
 
 Legend: K experts, L layers.
 """

@@ -1,10 +1,4 @@
-"""The recovery curve: how much of the expert's capability steering the base brings back, layer by layer.
-
-    R(l) = (level of the base steered after layer l - level of the base) / (level of the expert - level of the base)
-
-A plain record that goes into the score file; `recovery` makes it.
-
-The score file: what `wp-score` writes and everything later reads.
+"""The score file: what `wp-score` writes and everything later reads.
 
 A safetensors file, all tensors float32:
 
@@ -18,6 +12,9 @@ A safetensors file, all tensors float32:
 
 with a JSON document under the metadata key `wp` (`ScoreMeta`). A score is the share of the gap between base
 and expert that the component alone restores (1 = all of it); it has no unit.
+
+Among the metadata is the recovery curve of `--layer auto`: how much of the expert's capability steering the base brings
+back, R(l) = (level of the base steered after layer l - level of the base) / (level of the expert - that of the base).
 
 Legend: L layers, H query heads, F neurons a layer, D residual width.
 """

@@ -1,4 +1,4 @@
-"""Exact patching in stacked restarts against replacing the weights in place, on one pair, in one run.
+"""Exact patching, many components stacked, against replacing the weights in place, on one pair, in one run.
 
     python experiments/benchmarks/exact.py                              # 16 layers x 1024, anchor at layer 10
     python experiments/benchmarks/exact.py --world runs/worlds/<hash>   # the miniature's pair: overhead rules

@@ -1,14 +1,14 @@
 """How well does each cheap method find what exact patching finds? On the miniature's three trained pairs.
 
-    python -m experiments.miniature                               # once, four minutes: prints the world's folder
-    python experiments/benchmarks/fidelity.py runs/worlds/<hash>              # about 15 minutes, nearly all of it `exact`
+    python -m experiments.miniature  # once, four minutes: prints the world's folder
+    python experiments/benchmarks/fidelity.py runs/worlds/<hash>  # about 15 minutes, nearly all of it `exact`
 
 Every pair is scored by every method with the same pairs and utility (`wp-score`'s own engine; score files are kept in
 --out and used again). Against `exact`, over all heads and neurons of the mean over tasks: the overlap of the top K,
 Spearman's rank correlation, and the error by layer |s - exact| / |exact|. `+2K exact` is the screen-then-validate
 ranking: the method's top 2K, put in order by exact.
 
-    python experiments/benchmarks/fidelity.py --precision                     # storage and products in 16 bits: see precision.py
+    python experiments/benchmarks/fidelity.py --precision  # storage and products in 16 bits: see precision.py
 """
 
 from __future__ import annotations

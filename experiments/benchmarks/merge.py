@@ -1,9 +1,9 @@
 """Time and memory of this package's merge methods against mergekit's own, on the same random models.
 
-    python experiments/benchmarks/merge.py                         # 1.2 B parameters, wp against linear, about 3 minutes
-    python experiments/benchmarks/merge.py --size small            # seconds; says little beyond "it runs"
-    python experiments/benchmarks/merge.py --methods wp,wp-scaled,widen,aim,linear   # all of ours against linear
-    python experiments/benchmarks/merge.py --methods all           # with ties and dare_ties, about 10 minutes more
+    python experiments/benchmarks/merge.py  # 1.2 B parameters, wp against linear, about 3 minutes
+    python experiments/benchmarks/merge.py --size small  # seconds; says little beyond "it runs"
+    python experiments/benchmarks/merge.py --methods wp,wp-scaled,widen,aim,linear  # all of ours against linear
+    python experiments/benchmarks/merge.py --methods all  # with ties and dare_ties, about 10 minutes more
 
 A random bfloat16 Llama, three experts and their score files are made in --folder (and reused if they are
 there: about 10 GB for 1.2b). Each method then runs as the stock `mergekit-yaml` in a process of its own, the

@@ -1,6 +1,6 @@
 """Which changes of the paper's fusion rule earn their place? Merges in memory, graded on validation items alone.
 
-    python experiments/benchmarks/rules.py runs/worlds/<seed 0> runs/worlds/<seed 1>      # about 20 minutes on one quiet core
+    python experiments/benchmarks/rules.py runs/worlds/<seed 0> runs/worlds/<seed 1>  # 20 minutes, one quiet core
 
 Every rule merges the experts of the four combinations of Table 3 in every world; a number is the mean over the
 capabilities that are merged, in percent right. What a rule may change, one or more at a time:

@@ -1,15 +1,15 @@
 """Time and memory of first-order scoring against plain autograd, on one random pair, in one run.
 
-    python experiments/benchmarks/scoring.py                   # 16 layers x 1024, 16 prompts x 48 tokens, about 3 minutes
-    python experiments/benchmarks/scoring.py --size small      # seconds
+    python experiments/benchmarks/scoring.py  # 16 layers x 1024, 16 prompts x 48 tokens, about 3 minutes
+    python experiments/benchmarks/scoring.py --size small  # seconds
     python experiments/benchmarks/scoring.py --size 1.2b --dtype bfloat16 --methods batched,attr,writeback
-    python experiments/benchmarks/scoring.py --growth growth.png   # seconds against tokens and against layers, as a picture
+    python experiments/benchmarks/scoring.py --growth growth.png  # seconds against tokens and layers, as a picture
 
 Anchor utility; two scores a component:
 
     per-sample   one backward pass a prompt with weight gradients, then sum(dtheta * gradient)
     batched      the same with one backward pass for all prompts
-    attr, writeback   this package, --batch prompts a passes
+    attr, writeback   this package, --batch prompts a pass
 
 in turn, --repeat times; medians, ratios, the peak of memory above the weights, and the share of the floor: the time
 that the floating-point operations alone would take at the matmul rate measured here (expert and base forward passes
@@ -120,7 +120,7 @@ def _status(key: str) -> float:
 @click.option("--methods", default=",".join(METHODS), show_default=True)
 @click.option("--prompts", default=16, show_default=True)
 @click.option("--tokens", default=48, show_default=True)
-@click.option("--batch", "batch_size", default=8, show_default=True, help="Prompts a passes of attr and writeback.")
+@click.option("--batch", "batch_size", default=8, show_default=True, help="Prompts a pass of attr and writeback.")
 @click.option("--layer", type=int, help="Anchor layer (default: two thirds of the depth).")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", default="auto", show_default=True)
@@ -146,7 +146,7 @@ def main(
         report(results, floor)
         click.echo(
             f"\n{fine_print(pair)}; anchor layer {anchor} of {pair.geometry.layers}, {prompts} prompts x {tokens} "
-            f"tokens, {batch_size} a passes; medians of {repeat}; matmul {rate / 1e9:,.0f} GFLOP/s."
+            f"tokens, {batch_size} a pass; medians of {repeat}; matmul {rate / 1e9:,.0f} GFLOP/s."
         )
 
 

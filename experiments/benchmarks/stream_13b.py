@@ -1,6 +1,6 @@
 """A pair of Llama-2-13B's shape, 26 GB each in bfloat16, scored with layers streamed from disk: time and memory.
 
-    python experiments/benchmarks/stream_13b.py --folder /data/13b --keep     # writes 52 GB, then scores; again: only scores
+    python experiments/benchmarks/stream_13b.py --folder /data/13b --keep  # writes 52 GB, then scores
     python experiments/benchmarks/stream_13b.py --folder /tmp/trial --layers 2
 
 The models are random and sharded at 9.9 GB as the original is; the expert has one vocabulary row more. For speed, their

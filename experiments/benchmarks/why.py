@@ -1,6 +1,6 @@
 """Why does wp lose to task arithmetic on the miniature: the wrong experts or too small a step? Are other scores better?
 
-    python experiments/benchmarks/why.py runs/worlds/<seed 0> runs/worlds/<seed 1>      # a quarter of an hour a world, busy
+    python experiments/benchmarks/why.py runs/worlds/<seed 0> runs/worlds/<seed 1>  # a quarter of an hour a world, busy
 
 The first time in a world, exact scores take nearly as long again.
 

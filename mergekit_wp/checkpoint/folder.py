@@ -3,7 +3,7 @@
 Only safetensors are opened: a checkpoint in pickled `.bin` files is refused, since unpickling runs code.
 
 A fingerprint answers "are these scores of this very model?". It has two halves, each a SHA-256: `config` over
-what transformers builds from config.json (`modelconfig`), and `tensors` over every tensor's name, dtype and
+what transformers builds from config.json (`model_config`), and `tensors` over every tensor's name, dtype and
 shape plus three 4 KiB windows of its data. The headers alone would not do: two fine-tunes of one base have
 equal headers. Sharding and tensor order do not enter, so a re-sharded copy keeps its fingerprint. The windows
 of a 13B model are about 4 MB of I/O.
@@ -94,7 +94,7 @@ class Checkpoint:
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """The fields of `config` that describe the decoder (see `components.text_config`)."""
+        """The fields of `config` that describe the decoder (see `geometry.text_config`)."""
         return text_config(self.config, where=str(self.folder / "config.json"))
 
     @cached_property
@@ -125,7 +125,7 @@ class Checkpoint:
 
     @cached_property
     def resolved_config(self) -> dict[str, Any]:
-        """The fields that change a forward pass, as transformers understands them (see `modelconfig.resolved`)."""
+        """The fields that change a forward pass, as transformers understands them (see `model_config.resolved`)."""
         return modelconfig.resolved(self.config, str(self.folder / "config.json"))
 
     @cached_property

@@ -1,6 +1,6 @@
 """Models on the Hub: of a repository only the files of the model are downloaded, and every refusal is one sentence.
 
-The model's files are its config, those of its tokenizer, and the weights that `weightfiles` reads: not other formats'
+The model's files are its config, those of its tokenizer, and the weights that `weights` reads: not other formats'
 copies of the weights (consolidated, original/, .bin), nor a training run's checkpoints. Without a network the Hub's
 cache on this machine serves, if all of them are there.
 """

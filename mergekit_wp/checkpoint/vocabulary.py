@@ -14,10 +14,9 @@ Rows: an expert may have more than its base (added tokens, padding to a multiple
 Scores are read off the rows that both have; a merge has the base's rows, and an expert has changed nothing in those
 that it does not have (`align_rows`).
 
-The tokenizers of two models side by side, from their files.
-
-A merge mixes row i of one model's embeddings with row i of another's, and scores come from prompts that the base's
-tokenizer has cut: both take it that an id means the same token in both.
+Tokenizers of two models side by side, from their files (`differences`): a merge mixes row i of one model's embeddings
+with row i of another's, and scores come from prompts that the base's tokenizer has cut: both take it that an id means
+the same token in both.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ every tensor of a shard, mergekit those that the index lists. A folder in which 
 is refused, so that scores, fingerprint, merge and evaluation are of one model. So is a file that lies elsewhere than in
 its folder (a link or a shard's name may say so), except in the Hub's cache, where snapshots link to blobs.
 
-Names of a checkpoint's tensors that only some programs understand, told before anything is read.
-
-transformers fills a tensor that it does not find with random numbers; others it finds under a name that mergekit and
-vLLM do not know (without `model.`, say). `components.text_name` says which names are right.
+And names of tensors that only some programs understand (`name_trouble`): transformers fills a tensor that it does not
+find with random numbers; others it finds under a name that mergekit and vLLM do not know (without `model.`, say).
+`geometry.text_name` says which names are right.
 """
 
 from __future__ import annotations

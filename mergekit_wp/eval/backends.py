@@ -1,10 +1,10 @@
-"""Prompts against the model's context length: lm-eval cuts what does not fit, from the left and without a word.
-
-Which engine runs the models, vLLM or transformers, and how lm-eval's class for it is made.
+"""Which engine runs the models, vLLM or transformers, and how lm-eval's class for it is made.
 
 The two agree on greedy answers in float32. In bfloat16 they part here and there by rounding, and transformers'
 drops the first space of a completion under a Llama-style decoder (which breaks HumanEval's indentation): so the
 backend is part of what a result is kept under, and rows measured on different ones are marked.
+
+lm-eval cuts prompts that do not fit a model's context, from the left and without a word; `count_cut` counts them.
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-"""How models are run, and which part of that a result is kept under.
+"""Run tasks on one model, in this very process: load it, ask it, grade it, one task after another.
 
-What is kept of a run: a file a model and settings, with the results of each task that is finished.
+First `Settings`, how models are run and which part of that a result is kept under; then the cache, a file a model and
+settings with the results of each task that is finished; then the run. Both wp-eval's child processes (see `process`)
+and workers that grade many models in one process call `measure`.
 
-Keep the first space of an answer under transformers, as vLLM does.
-
-A Llama-style tokenizer writes a space as part of the word after it and leaves it out where a text begins. lm-eval
-decodes an answer by itself, so one space is lost at its beginning; HumanEval's answers begin with an indentation,
-and every program is then a syntax error.
-
-Run tasks on one model, in this very process: load it, ask it, grade it, one task after another.
-
-Both wp-eval's child processes (see `process`) and workers that grade many models in one process call `measure`.
+`keep_first_space`: a Llama-style tokenizer writes a space as part of the word after it and leaves it out where a text
+begins. lm-eval decodes an answer by itself, so one space is lost at its beginning; HumanEval's answers begin with an
+indentation, and every program is then a syntax error.
 """
 
 from __future__ import annotations

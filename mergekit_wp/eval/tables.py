@@ -1,8 +1,7 @@
-"""The results table: one row a model, one column a task and their mean, as text, Markdown, CSV and JSON.
+"""The results table: one row a model, one column a task and their mean, as text, Markdown, CSV, JSON and HTML.
 
-results.json keeps lm-eval's fractions; the tables for people show them in percent and differences in points.
-
-A results table as one HTML page, with how every cell was measured; nothing from elsewhere.
+results.json keeps lm-eval's fractions; the tables for people show them in percent and differences in points. The page
+also says how every cell was measured, and holds nothing from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""lm-eval's index of tasks: finding names, and the configurations behind a task, a group or a tag.
-
-The word lists of NLTK that graders read; lm-eval misses them only when all answers are there.
-
-The tasks of a suite, found and checked in lm-eval before any model loads.
+"""The tasks of a suite, found and checked in lm-eval before any model loads.
 
 Everything that lm-eval would notice only after hours of generation is looked at here first: unknown tasks and
-metrics, missing data, tasks that run model-written code.
+metrics, missing data, NLTK's word lists, tasks that run model-written code. First comes lm-eval's index: names, and the
+configurations behind a task, a group or a tag.
 """
 
 from __future__ import annotations

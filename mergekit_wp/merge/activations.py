@@ -4,7 +4,7 @@ A safetensors file, float32, with one vector for every weight of a base model bu
 name: the mean of |x_c| over the calibration tokens, x being the input of the weight's module and c its channels. A JSON
 document under the metadata key `wp_aim` says where they come from (`Calibration`).
 
-Activations files as the merge uses them: read once, checked against the base, turned into what a column keeps.
+A merge reads it once, checks it against the base, and turns it into what a column keeps (`kept_share`).
 
 Legend: C input channels of a module, the columns of its weight.
 """

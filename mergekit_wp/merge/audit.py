@@ -4,8 +4,8 @@ Three independent looks at the written folder:
 
 1. A seeded sample of slices of every kind of tensor is recomputed from the inputs in float64, sharing no code with
    the kernel, and compared within the rounding of the dtype: for wp here, from the score files and straight from
-   theta_base + sum_k scale_k alpha_k (theta_k - theta_base) of METHOD.md 4; for widen in `audit_widen`, for aim in
-   `audit_aim`.
+   theta_base + sum_k scale_k alpha_k (theta_k - theta_base) of METHOD.md 4; for widen and aim in
+   `audit_methods`.
 2. Every tensor is read once and holds no NaN and no infinity.
 3. transformers loads the folder with no weight missing or left over, and it generates one token.
 """

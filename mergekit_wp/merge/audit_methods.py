@@ -1,8 +1,6 @@
-"""The audit's own AIM: straight from the formula at the top of `aim`, in float64, on a few rows of some tensors.
+"""The audit's own AIM and WIDEN: straight from the formulas of `methods`, in float64, on some rows and columns.
 
-The audit's own WIDEN: straight from the formulas at the top of `widen_math`, in float64, block by block of columns.
-
-The kernel works in float32, so two columns whose changes are nearly equal may come in another order there. One
+The kernel of WIDEN works in float32, so two columns whose changes are nearly equal may come in another order there. One
 place more or less moves a softmax by at most 1 / (4C), for which there is slack; across the average it moves the
 weight to s, so columns whose rank may lie on either side are left out of the sample.
 

@@ -1,7 +1,7 @@
-"""The certificate that a passed audit leaves in the merged folder: what was checked, and the SHA-256 of every file then.
+"""The certificate of a passed audit, in the merged folder: what was checked, and the SHA-256 of every file then.
 
-wp-push publishes only files that the certificate vouches for. It is a YAML, not a JSON: wp-eval tells models apart by their
-.json files among others, and the certificate changes no answer. It holds no path, since it is published too.
+wp-push publishes only files that it vouches for. It is a YAML, not a JSON: wp-eval tells models apart by their .json
+files among others, and the certificate changes no answer. It holds no path, since it is published too.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def mean_shares(plan: MergePlan) -> MeanShares | None:
 
 
 def read_certificate(path: Path) -> Certificate | None:
-    """The certificate at `path`, or None where there is none. Raises `BadInput` when the file is no such certificate."""
+    """The certificate at `path`, or None where there is none. Raises `BadInput` when it is another file."""
     if not path.is_file():
         return None
     content = read_yaml_mapping(path, "certificate of an audit")
     if content.get("format") != FORMAT:
         raise BadInput(
-            f"{path}: a certificate of format {shown(content.get('format'))}, this program reads {FORMAT}; delete it to have "
-            "the merge audited again."
+            f"{path}: a certificate of format {shown(content.get('format'))}, this program reads {FORMAT}; delete it "
+            "to have the merge audited again."
         )
     try:
         return read_record(Certificate, content)
@@ -150,7 +150,7 @@ def certified_scores(path: str | Path) -> CertifiedScores:
 
 
 def certified_files(folder: Path) -> list[Path]:
-    """The files of the folder that a certificate covers: all but hidden ones, the card and the certificate itself, by name."""
+    """The files that a certificate covers, by name: all but hidden ones, the card and the certificate itself."""
     return sorted(
         path
         for path in folder.iterdir()

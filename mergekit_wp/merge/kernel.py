@@ -15,19 +15,15 @@ Two options of ours go beyond the paper; each is one number an expert, and 1 for
     scale x_k   multiplies what an expert gives, as in task arithmetic: theta_base + sum_k x_k alpha_k (theta_k -
                 theta_base). The same x for all multiplies the whole task vector.
 
-`fuse` walks the output in tiles (`tiles`): each expert's tile is converted to float32 in one reused scratch,
+`fuse` walks the output in tiles: each expert's tile is converted to float32 in one reused scratch,
 weighted into a second one, and the sum is rounded once, straight into the output. Every input is read once.
 
+Tiles fit the processor's cache, scratch memory is reused, and there is never a temporary of the size of a tensor: fresh
+pages cost as much as the arithmetic. On a CPU a few worker threads take stripes of tiles, each running torch's
+operations on itself alone. torch's own threads would meet at a barrier after every tile; with another process on the
+machine, each such meeting waits for a core, and the merge takes several times as long.
+
 Legend: K experts, L layers, H heads, F neurons, n components of a layer, R rows, C columns.
-
-Walking a tensor in tiles that fit the cache, on worker threads, with scratch memory that is reused.
-
-There is never a temporary of the size of a tensor: fresh pages cost as much as the arithmetic. On a CPU a few
-worker threads take stripes of tiles, each running torch's operations on itself alone. torch's own threads would
-meet at a barrier after every tile; with another process on the machine, each such meeting waits for a core, and
-the merge takes several times as long.
-
-Legend: R rows, C columns.
 """
 
 from __future__ import annotations

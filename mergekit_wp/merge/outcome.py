@@ -1,11 +1,12 @@
-"""What mergekit copies from the base into the merged folder though the merged tensors contradict it.
+"""What of the result is not arithmetic: its config and code made to fit its tensors, and why one is not finite.
 
 mergekit writes the base's config.json, with another dtype and vocabulary size at most, and copies the files of its
 tokenizer. Here the rest is brought in line with what was written: the dtype is that of the tensors; an entry about
 quantised weights goes, since those that were merged are not quantised; code of its own that the base names (`auto_map`)
 comes along, or, where the base itself lacks it, is not named; and no folder of the machine that made the base is left.
 
-Why a merged tensor came out with a NaN or an infinity: a damaged input, or a value that the dtype does not hold.
+A merged tensor with a NaN or an infinity comes of a damaged input, or of a value that the dtype does not hold
+(`why_not_finite`).
 """
 
 from __future__ import annotations

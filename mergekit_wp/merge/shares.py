@@ -24,7 +24,7 @@ Not at the top of the folder: vLLM takes every .safetensors there for weights.
 def load_scores(path: str) -> Scores:
     """The validated score file at `path`; read again only when it has changed.
 
-    Raises `BadInput`, naming the file, as `scorefile.read_scores` does, and when only some components were scored:
+    Raises `BadInput`, naming the file, as `scores.read_scores` does, and when only some components were scored:
     the others' zeros would give them to the other experts.
     """
     scores = _read(stamp(path, "score file", "make it with wp-score or mend the path"))

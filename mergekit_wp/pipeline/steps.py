@@ -1,9 +1,7 @@
-"""mergekit recipes written by program: by a pipeline, and by the table of `make table3`.
-
-From a pipeline to its steps: every expert is scored, every merge made, all graded, one pushed.
+"""From a pipeline to its steps: every expert is scored, every merge made, all graded, one pushed.
 
 What a step needs beside models is written under OUT first: OUT/scoring/EXPERT.yaml, OUT/recipes/MERGE.yaml. The
-commands are those a person would type with these files.
+commands are those a person would type with these files. `build_recipe` also serves the table of `make table3`.
 """
 
 from __future__ import annotations

@@ -206,7 +206,8 @@ Prompt it in the format that the experts were trained with."""
         cleaned = _listed([code(name) for name in self.cleaned])
         but = f", of {cleaned} as published, without folders of the machine it was made on" if cleaned else ""
         return (
-            f"## Checks\n\nBefore it was published, on {markdown(self.certificate.date[:10])}, with {markdown(versions)}:"
+            f"## Checks\n\nBefore it was published, on {markdown(self.certificate.date[:10])}, "
+            f"with {markdown(versions)}:"
             f"\n\n{lines}\n\n"
             f"[{CERTIFICATE}]({CERTIFICATE}) has the SHA-256 of every file of the model as it was then{but}."
         )

@@ -1,9 +1,8 @@
-"""The licences that the Hub knows by an id; of all others it takes `other` with a name and a link.
+"""What is known about a few licences, and which one a merge of models under several may carry.
 
-Source: https://huggingface.co/docs/hub/repositories-licenses (huggingface/hub-docs, docs/hub/repositories-licenses.md),
-as of 22 August 2026, in its order, without `unknown`, which is no licence to publish under, and without `other`.
-
-What is known about a few licences, and which one a merge of models under several may carry.
+`LICENCE_IDS` are those that the Hub knows; of all others it takes `other` with a name and a link. Source:
+https://huggingface.co/docs/hub/repositories-licenses (huggingface/hub-docs, docs/hub/repositories-licenses.md), as of
+22 August 2026, in its order, without `unknown`, which is no licence to publish under, and without `other`.
 
 This is bookkeeping, not legal advice: it knows a short list of licence ids, stops at everything else, and whoever
 publishes decides. The ids are the Hub's (https://huggingface.co/docs/hub/repositories-licenses).

@@ -145,7 +145,7 @@ def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Seq
 
 
 def stage_certificate(stage: Path, certificate: Certificate, cleaned: dict[str, Path]) -> None:
-    """The certificate as it is published: for the files that are, as they are; `cleaned` are those that differ by a path.
+    """The certificate as it is published: for those files, as they are; `cleaned` are those that differ by a path.
 
     The recipe is not among them, its paths are rewritten.
     """

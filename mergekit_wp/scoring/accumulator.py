@@ -67,7 +67,7 @@ class TaskAccumulator:
         self.sums[kind]["whole"][layer, components_C.to(self.device)] += values_C
 
     def gather(self, processes: ProcessGroup) -> None:
-        """Add up what the processes's processes found on different prompts."""
+        """Add up what the processes found on different prompts."""
         for ledger in self.ledgers.values():
             ledger.gather(processes, self.device)
         for parts in self.sums.values():

@@ -2,17 +2,16 @@
 
 Padding stands on the right and the models are causal, so no real token ever attends to a pad token: the batch
 runs without an attention mask, and every prompt's numbers equal those of the prompt alone. Where a rotary embedding
-looks at the length of the batch, prompts that it would treat apart are kept apart (`rotary`). The anchor position t_a
+looks at the length of the batch, prompts that it would treat apart are kept apart (`together`). The anchor position t_a
 of a prompt is its own last token.
 
+Rotary embeddings whose angles depend on how long the sequence is: transformers takes the length of a batch for that of
+each of its rows: `longrope` has one set of frequencies up to the length of the original training and another above it,
+`dynamic` (NTK) has other frequencies for every length past the context, and keeps those of the longest batch seen. A
+prompt's numbers must be those of the prompt alone, so only prompts of one `group` share a batch, and every batch starts
+from what the config says.
+
 Legend: B prompts in a batch, T padded length.
-
-Rotary embeddings whose angles depend on how long the sequence is: which prompts may share a batch.
-
-transformers takes the length of a batch for that of each of its rows: `longrope` has one set of frequencies up to the
-length of the original training and another above it, `dynamic` (NTK) has other frequencies for every length past the
-context, and keeps those of the longest batch seen. A prompt's numbers must be those of the prompt alone, so only
-prompts of one `group` share a batch, and every batch starts from what the config says.
 """
 
 from __future__ import annotations

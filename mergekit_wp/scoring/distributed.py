@@ -1,4 +1,4 @@
-"""Several processes that score together, under `accelerate launch`; one process is a processes of one.
+"""Several processes that score together, under `accelerate launch`; one process is a group of one.
 
 accelerate (and torch.distributed under it) does the talking. Every process holds the same job; work that can be
 split is dealt out by rank, and sums are added up over the processes.
@@ -27,7 +27,7 @@ class ProcessGroup:
 
     @classmethod
     def join(cls, device: str = "auto") -> ProcessGroup:
-        """The processes that `accelerate launch` (or torchrun) started, or a processes of one; `device` is the job's.
+        """The processes that `accelerate launch` (or torchrun) started, or a group of one; `device` is the job's.
 
         Raises `BadInput` for a device that is not there, and where the processes cannot talk to one another.
         """
@@ -38,8 +38,8 @@ class ProcessGroup:
 
         from mergekit_wp.scoring.models.precision import pick_device
 
-        # Unless it is told to use the CPU, accelerate makes a processes of accelerators only: where there are none, every
-        # process would be a processes of its own, do the whole job, and write the same file.
+        # Unless it is told to use the CPU, accelerate makes a group of accelerators only: where there are none, every
+        # process would be a group of its own, do the whole job, and write the same file.
         state = PartialState(cpu=pick_device(device).type == "cpu")
         if state.num_processes != started:
             raise BadInput(

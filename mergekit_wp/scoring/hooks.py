@@ -1,8 +1,7 @@
-"""Modules that stand in for a model's own while it runs, so that one code serves every architecture.
+"""Run one decoder layer and keep what scoring needs of it; modules that stand in for its own while it runs.
 
-Legend: B prompts, T tokens, D residual width.
-
-Run one decoder layer and keep what scoring needs of it.
+The architecture's own code runs, so that one engine serves every family: hooks read it (`run_layer`), and stand-ins
+(`substituted`) give it a known output, or a fused projection in its parts.
 
 Parameters stay frozen, so autograd computes gradients of activations only. Hooks keep the inputs and outputs of
 the projections (references, no copies: autograd holds most of them anyway); one call of autograd gives the

@@ -1,25 +1,15 @@
-"""Utilities: how far a run has recovered the expert, one number a prompt.
+"""Metrics: how far a run has recovered the expert, one number a prompt, read above one layer at the anchor position.
 
-    anchor   F = cos(z_a(x | M), v)                          Eq. 5, read at the anchor layer
-    projection   the same at the last layer                  Eq. 74
-    kl       F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, read at the output
-    staged   anchor for components up to the anchor layer, kl for those above (METHOD.md 2);
-             staged-projection: projection for those
+    anchor       F = cos(z_a(x | M), v)                          Eq. 5, at the anchor layer
+    projection   F = cos(z(x | M), v)                            Eq. 74, at the last layer
+    kl           F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, at the output
 
-and the gap G(x) = F(expert, x) - F(base, x) (Eq. 6) that scores are divided by. The mean of ratios (`sample`)
+A utility is one metric, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for those above
+it, which the anchor cannot see; `staged-projection` reads `projection` there.
+
+The gap is G(x) = F(expert, x) - F(base, x) (Eq. 6), and scores are divided by it. The mean of ratios (`sample`)
 drops prompts whose |G| is below a floor: they say nothing, and 1/G would let them dominate. The ratio of means
 (`mean`) keeps every prompt.
-
-Legend: B prompts, D residual width, V vocabulary rows.
-
-Metrics: a utility read off the residual stream above one layer, at the anchor position.
-
-    anchor       cos(z, v) at the anchor layer                                   Eq. 5
-    projection   cos(z, v) at the last layer                                     Eq. 74
-    kl           -KL(p_sft || p_M) of the next token, at the last layer, nats    Eq. 72
-
-A scoring utility is one metric, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for
-those above it, which the anchor cannot see (METHOD.md 2); `staged-projection` reads `projection` there.
 
 Legend: B prompts, D residual width, V vocabulary rows; ... any leading dimensions.
 """
@@ -82,7 +72,7 @@ class GapLedger:
         return inverse_B if self.gap == "sample" else torch.ones_like(gap_B)
 
     def gather(self, processes: ProcessGroup, device: torch.device) -> None:
-        """Add up the counts of a processes whose processes saw different prompts."""
+        """Add up the counts of processes that saw different prompts."""
         counts = [self.used, self.dropped, self.negative, self.total]
         *whole, self.total = processes.add_up(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
         self.used, self.dropped, self.negative = map(int, whole)

@@ -7,7 +7,7 @@ and the base on the same prompt (METHOD.md 2). A third field, `check`, may say h
 (see `graders`); `--layer auto` uses it. A fourth, `chat`, says that the prompt is a message to a chat model, to be put
 into a chat template where a tokenizer has one.
 
-Built-in prompt sets for real models, drawn by seed in any number.
+Built-in sets for real models (`builtin:NAME`), drawn by seed in any number:
 
     instructions   six verifiable instruction types of IFEval, each with its contrast and IFEval's check
     maths          word problems, no contrast

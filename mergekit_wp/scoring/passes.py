@@ -1,11 +1,12 @@
-"""A passes: some batches of scoring prompts taken through both models together.
+"""The passes of some batches of prompts through both models: what every method does with them.
 
-    measure       expert up, base up: gaps, and each prompt's weight and metric gradient (the gradient that starts the way down)
-    first_order   base down with gradients: attr, writeback, atp
-    patch_all     base restarted in every layer with patched components: exact, ap
+    Passes        1. expert forward: what each metric reads there    2. base forward: F of the base, the gap, and from
+                  it each prompt's weight and the gradient that its metric starts the backward pass with
+    first_order   3. base backward, layer by layer, the expert's layer alongside: attr, writeback, atp
+    patch_layer   3. base forward again from one layer, with its components patched one by one: exact, ap
 
-A resident pair takes one batch a passes and keeps the base's graphs; a streamed pair takes all prompts in one passes, so
-that each layer is read once on the way up and once on the way down, and recomputes.
+Of a resident pair one batch goes through at a time, and the base's graphs are kept; of a streamed pair as many as
+memory holds, so that each layer is read once forward and once backward, and the backward pass recomputes.
 
 Legend: C components, B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 """
@@ -52,8 +53,8 @@ _ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEADS: attr_heads, Kind.NEURONS:
 
 @dataclass
 class Item:
-    """One batch of a task, with what the sweeps up leave: by metric name, F of the base [B], what the metric compares
-    with, the prompts' weights [B], and the weighted gradient of F at the anchors [B, D]."""
+    """One batch of a task, with what the forward passes leave: by metric name, F of the base [B], what the metric
+    compares with, the prompts' weights [B], and the weighted gradient of F at the anchors [B, D]."""
 
     run: TaskAccumulator
     batch: Batch
@@ -66,12 +67,12 @@ class Item:
 
 @dataclass
 class Passes:
-    """The items and the sweeps up of both models; `depth` layers are run.
+    """The items and the forward passes of both models; `depth` layers are run.
 
     `write`: ap and atp put in the place of what a component writes what the expert's writes; else its activation alone
     (`ScoringJob.object`).
-    `tick` hears of the prompts that are done, layer by layer: a quarter of each for either way up, a half for the way
-    down.
+    `tick` hears of the prompts that are done, layer by layer: a quarter of each for either forward pass, a half for
+    the backward pass.
     """
 
     pair: ModelPair

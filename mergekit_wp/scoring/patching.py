@@ -1,4 +1,4 @@
-"""What a component writes to the residual stream before and after it is patched, for one layer and batch.
+"""Patching components of one layer: what each writes then (`Patch`), and the run from there on (`PatchedForward`).
 
 Heads do not mix before o_proj, nor neurons before down_proj. So the activations of *all* patched components come
 from one run of the layer's own code (METHOD.md 3), `Patch`, and the write of component c, with a the input of o_proj
@@ -15,17 +15,14 @@ Where a norm runs over the queries of all heads (OLMo), they do mix: with c's ow
 the same but louder or softer. There, `MixedPatch`, the attention runs once for every head c, and what o_proj writes
 changes by (a' - a) W over the columns of all heads, and by a'_c (W'_c - W_c).
 
-Legend: C components, B prompts, T tokens, D residual width, Q = H*d_h, d = d_h, F neurons, W either of Q and F,
-w columns of a component.
-
-Patch components one by one, many at a time: `exact` (Eq. 10) and `ap` (Eq. 12).
-
-Patching component c in layer l changes nothing below l. So the base restarts inside layer l from its own stored
+`exact` (Eq. 10) and `ap` (Eq. 12) patch components one by one, many at a time. Patching component c in layer l
+changes nothing below l. So the base starts again inside layer l from its own stored
 activations, with the exact change of what c writes added to the output of o_proj or down_proj, and runs on to
 where the utility is read, with many components stacked in the batch dimension (METHOD.md 3). Equal to replacing
 the weights in place, at the cost of the layers between l and the metric alone.
 
-Legend: C components, B prompts, T tokens, D residual width, w columns of a component, W columns of all.
+Legend: C components, B prompts, T tokens, D residual width, Q = H*d_h, d = d_h, F neurons, W either of Q and F,
+w columns of a component.
 """
 
 from __future__ import annotations
@@ -61,7 +58,7 @@ class Patch:
     patched_BTW: torch.Tensor
     moved_DW: torch.Tensor | None
 
-    @cached_property  # every stacked step of `restart` asks for it
+    @cached_property  # every stacked step of `PatchedForward` asks for it
     def change_BTW(self) -> torch.Tensor:
         return sum(list(self.changes.values())[1:], start=next(iter(self.changes.values())))
 

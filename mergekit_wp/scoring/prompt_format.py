@@ -158,7 +158,7 @@ def _choose(
 
 
 def alone(name: str, tokenizer: Any, asked: str, system: str | None) -> PromptFormat:
-    """The prompt_format of one model by itself; `asked`: on, off or the name of a template. Raises as `prompt_format_of`."""
+    """That of one model by itself; `asked`: on, off or the name of a template. Raises as `prompt_format_of`."""
     if asked == "off":
         if system is not None:
             raise BadInput(_NO_CHAT)

@@ -3,7 +3,7 @@
 Every method takes the same way (METHOD.md 2 and 3). Of every task the direction v comes from the extraction pairs,
 unless the utility is `kl`, which reads along none. Then the scoring prompts go up through the expert and through the
 base (`passes.Passes`), which gives each prompt's gap. First-order methods sweep back down and score all components of a
-layer as they pass it; `exact` and `ap` restart from each layer with the components patched one by one. Nothing above
+layer as they pass it; `exact` and `ap` run again from each layer with the components patched one by one. Nothing above
 the topmost metric is run.
 
 Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
@@ -72,10 +72,10 @@ def score(
 ) -> Scores:
     """Run a whole scoring job.
 
-    progress  called as (total, what, unit) at the start of each part; returns a function that is told what is done
-    processes      the processes that share the work; alone by default
-    resume    where `exact` and `ap` keep their finished layers and go on from them (the first of the processes); nowhere by
-              default. The caller calls its `forget` once the file is written
+    progress   called as (total, what, unit) at the start of each part; returns a function that is told what is done
+    processes  those that share the work; alone by default
+    resume     where `exact` and `ap` keep their finished layers and go on from them (in the first process); nowhere
+               by default. The caller calls its `forget` once the file is written
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
     processes, resume = processes or ProcessGroup(), resume or Resume()

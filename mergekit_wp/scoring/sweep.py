@@ -1,7 +1,7 @@
-"""Sweeps over the layers of a stack: up without gradients, and back down with them, a layer at a time.
+"""Sweeps over the layers of a stack: forward without gradients, and backward with them, a layer at a time.
 
 Layers are the outer loop and batches the inner one, so a streamed layer is read once however many batches there
-are. The way down recomputes each layer from its stored input, unless its graph was kept on the way up (which
+are. The backward sweep recomputes each layer from its stored input, unless its graph was kept on the forward one (which
 saves a forward pass and costs memory). Two layers of weights are needed at a time (METHOD.md 3).
 
 Legend: B prompts, T tokens, D residual width.
@@ -28,7 +28,7 @@ def batch_groups(stack: Stack, items: Sequence[T], tokens_of: Callable[[T], int]
     """Cut batches into what goes through the layers together.
 
     One at a time where the model is resident; where layers are streamed, as many as memory holds: the streams on the
-    device (a quarter of what is free there), the cache of all layers in host memory (half of it).
+    device (a quarter of what is free there), the activation cache of all layers in host memory (half of it).
     """
     if not stack.streamed:
         yield from ([item] for item in items)
@@ -67,7 +67,7 @@ def forward_sweep(
 
 @dataclass
 class ActivationCache:
-    """What the base's way up leaves for the way back: the input of every layer for every batch, or its graph.
+    """What a forward sweep leaves for the backward one: the input of every layer for every batch, or its graph.
 
     `inputs[layer][batch]` [B, T, D] lies in host memory if `offload`, else where it was computed. `graphs` holds
     (stream above, record) instead where they were kept.
@@ -86,7 +86,7 @@ class ActivationCache:
         return self.anchors[batch] if layer == self.depth - 1 else None
 
     def forward(self, stack: Stack) -> Iterator[tuple[int, Streams]]:
-        """Sweep up as `forward_sweep` does, and remember."""
+        """As `forward_sweep`, and remember."""
         streams = [start.stream_BTD for start in self.starts]
         order = range(self.depth)
         for index, layer in zip(order, stack.layers(order), strict=True):

@@ -8,10 +8,9 @@ import peft
 import pytest
 import tiny
 import torch
+from merge_checks import edit_config, rewrite, run
 from merge_world import World, merge, tensors_of, write_random_scores
 from mergekit.common import ModelReference
-from test_merge_bad_input import edit_config, rewrite
-from test_merge_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_wp.checkpoint.adapters import adds_to_an_end, merged_folder, vocabulary_rows

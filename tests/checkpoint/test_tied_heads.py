@@ -9,10 +9,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from merge_checks import assert_merged, edit_config, refused, rewrite
 from merge_world import World, merge, tensors_of
 from streamed_world import assert_same, resident, streamed
-from test_merge_bad_input import edit_config, refused, rewrite
-from test_merge_method import assert_merged
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.vocabulary import head_against_config, head_equals_embeddings, head_is_tied

@@ -9,12 +9,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from aim_inputs import recipe as aim
+from aim_inputs import write_random_activations
+from merge_checks import assert_merged, edit_config, refused, rewrite, run, written_config
 from merge_world import World, merge, reference, tensors_of
-from test_merge_aim import recipe as aim
-from test_merge_aim import write_random_activations
-from test_merge_bad_input import edit_config, refused, rewrite
-from test_merge_cli import run
-from test_merge_method import assert_merged, written_config
 from transformers import AutoTokenizer
 
 from mergekit_wp.checkpoint.vocabulary import align_rows, differences

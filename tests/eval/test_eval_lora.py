@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from lora_files import write
 from safetensors.torch import load_file
-from test_streamed_lora import write
 from transformers import AutoModelForCausalLM
 
 from mergekit_wp.errors import BadInput

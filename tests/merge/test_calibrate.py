@@ -16,7 +16,7 @@ from mergekit_wp.merge.activations import Activations, read_activations, write_a
 from mergekit_wp.merge.calibrate import cut, main, mean_inputs, read_texts
 from mergekit_wp.scoring import sweep
 from mergekit_wp.scoring.batching import batches
-from mergekit_wp.scoring.prompt_format import Wording
+from mergekit_wp.scoring.prompt_format import PromptFormat
 
 BLOCKS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -75,7 +75,7 @@ def test_against_plain_hooks(kind, size, saved, monkeypatch):
 
 def tokenizer_of(words):
     """Every word is a token, after a 1 as a Llama's tokenizer puts one."""
-    return Wording(
+    return PromptFormat(
         lambda text, add_special_tokens=True: {
             "input_ids": [1] * add_special_tokens + [words[word] for word in text.split()]
         }

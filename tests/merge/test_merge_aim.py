@@ -11,51 +11,14 @@ import pytest
 import tiny
 import torch
 import yaml
+from aim_inputs import EMBEDDING, recipe, write_random_activations
+from merge_checks import assert_merged, change, refused, rewrite, run, same_files
 from merge_world import World, merge, tensors_of
 from mergekit.io.tasks import LoaderCache
-from test_merge_bad_input import refused, rewrite
-from test_merge_cli import change, run
-from test_merge_method import assert_merged
-from test_merge_prior import same_files
 
-from mergekit_wp.checkpoint.folder import Checkpoint
-from mergekit_wp.merge.activations import Activations, Calibration, read_activations, write_activations
+from mergekit_wp.merge.activations import Activations, read_activations, write_activations
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.recipe import read_recipe
-from mergekit_wp.scores import ModelId
-
-EMBEDDING = "model.embed_tokens.weight"
-
-
-def write_random_activations(world, seed=0):
-    """Of every weight but the embedding; 0 in the first channel and in all of one module, as if nothing came there."""
-    base = Checkpoint.open(str(world.base))
-    generator = torch.Generator().manual_seed(seed)
-    means = {
-        name: torch.rand(header.shape[-1], generator=generator)
-        for name, header in base.tensors.items()
-        if name.endswith("weight") and name != EMBEDDING
-    }
-    for mean_C in means.values():
-        mean_C[0] = 0
-    means["model.layers.1.mlp.down_proj.weight"].zero_()
-    about = ModelId(str(world.base), None, base.fingerprint.config, base.fingerprint.tensors)
-    path = world.root / "activations.safetensors"
-    write_activations(
-        Activations(Calibration(about, "texts", 1, 1, 8, "float32", "cpu", {}, "2026-11-21"), means), path
-    )
-    return path
-
-
-def recipe(world, omega=None, **more):
-    given = {"activations": str(world.root / "activations.safetensors")}
-    return {
-        "merge_method": "aim",
-        "base_model": str(world.base),
-        "models": [{"model": str(world.expert(0))}],
-        "parameters": given if omega is None else given | {"omega": omega},
-        **more,
-    }
 
 
 def reference(world, omega=0.4):

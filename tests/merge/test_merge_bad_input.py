@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import namedtuple
 
 import pytest
 import torch
+from merge_checks import edit_config, refused, rewrite, slices
 from merge_world import World, merge, tensors_of, write_random_scores
 from safetensors.torch import save_file
-from test_merge_method import slices
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
@@ -28,28 +27,6 @@ def built(tmp_path_factory):
 def world(built, tmp_path):
     shutil.copytree(built.root, tmp_path / "w")
     return World(tmp_path / "w", "llama")
-
-
-def refused(world, config=None, **options):
-    """The sentence of the refusal; nothing may have been written."""
-    with pytest.raises(BadInput) as caught:
-        merge(world, config, **options)
-    assert not (world.root / "out").exists()
-    assert "\n" not in caught.value.message
-    return caught.value.message
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def rewrite(folder, change):
-    """Change the tensors of a folder: `change` maps the dict of them to another; one file afterwards."""
-    tensors = change(tensors_of(folder))
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def with_scores(world, value):

@@ -7,12 +7,9 @@ import shutil
 import pytest
 import torch
 import yaml
+from merge_checks import assert_merged, make_lora, refused, rewrite, run, same_files
 from merge_world import World, merge, reference, tensors_of, write_random_scores
 from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
-from test_merge_bad_input import refused, rewrite
-from test_merge_cli import run
-from test_merge_method import assert_merged, make_lora
-from test_merge_prior import same_files
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.merge import register

@@ -8,41 +8,16 @@ import re
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
+from merge_checks import assert_merged, change, files_under, make_lora, plan_of, run
 from merge_world import World, reference, tensors_of
 from safetensors.torch import save_file
-from test_merge_method import assert_merged, make_lora
 
-from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.merge.audit import AuditFailed, audit
-from mergekit_wp.merge.cli import main
-from mergekit_wp.merge.recipe import read_recipe
 
 
 @pytest.fixture
 def world(tmp_path):
     return World(tmp_path / "w", "llama", experts=3, extra_rows=[0, 1, 0]).build()
-
-
-def run(*arguments, code=0):
-    from mergekit.io.tasks import LoaderCache
-
-    LoaderCache.loaders.clear()
-    result = CliRunner().invoke(main, [str(a) for a in arguments] + ["--quiet"], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def files_under(root):
-    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*")}
-
-
-def plan_of(world, out, config=None):
-    from mergekit.options import MergeOptions
-
-    recipe = read_recipe(str(world.recipe(config)))
-    recipe.prepare(MergeOptions(), merge_loras=False)
-    return recipe.plan(out, MergeOptions())
 
 
 def test_merge_with_audit(world):
@@ -134,16 +109,6 @@ def test_tokenizer_config_keeps_the_generation_config(world):
     run(world.recipe(world.config(tokenizer={"source": "base"})), world.root / "out")
     name = "generation_config.json"
     assert (world.root / "out" / name).read_bytes() == (world.base / name).read_bytes()
-
-
-def change(folder, name, where, value):
-    """Overwrite one element of a merged folder."""
-    header = Checkpoint.open(str(folder)).tensors[name]
-    tensors = {
-        k: v for k, v in tensors_of(folder).items() if Checkpoint.open(str(folder)).tensors[k].file == header.file
-    }
-    tensors[name][where] = value
-    save_file(tensors, header.file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", ["model.layers.{}.self_attn.v_proj.weight", "model.layers.{}.mlp.down_proj.weight"])

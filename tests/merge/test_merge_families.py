@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import transformers
+from merge_checks import assert_merged, written_config
 from merge_world import World, merge, reference, tensors_of, write_random_scores
-from test_merge_method import assert_merged, written_config
 
 from mergekit_wp.errors import BadInput
 

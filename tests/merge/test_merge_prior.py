@@ -8,10 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_checks import assert_merged, plan_of, refused, run, same_files
 from merge_world import World, merge, reference, tensors_of
-from test_merge_bad_input import refused
-from test_merge_cli import plan_of, run
-from test_merge_method import assert_merged
 
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.kernel import component_weights, prior_shares
@@ -106,11 +104,6 @@ def test_half_precision_is_rounded_once(tmp_path):
 @pytest.fixture
 def world(tmp_path):
     return World(tmp_path / "w", "llama").build()
-
-
-def same_files(one, other):
-    a, b = tensors_of(one), tensors_of(other)
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_equal_weights_and_scale_1_write_the_same_bits(world):

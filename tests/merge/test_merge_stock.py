@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from merge_checks import assert_merged
 from merge_world import World, reference, tensors_of
 from safetensors.torch import save_file
-from test_merge_method import assert_merged
 
 
 @dataclass

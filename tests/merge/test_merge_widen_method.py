@@ -16,12 +16,20 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
+from merge_checks import (
+    assert_merged,
+    change,
+    edit_config,
+    files_under,
+    make_lora,
+    refused,
+    rewrite,
+    run,
+    written_config,
+)
 from merge_world import World, merge, tensors_of
+from plain_widen import plain
 from safetensors.torch import save_file
-from test_merge_bad_input import edit_config, refused, rewrite
-from test_merge_cli import change, files_under, run
-from test_merge_method import assert_merged, make_lora, written_config
-from test_merge_widen import plain
 
 from mergekit_wp.merge.audit import AuditFailed, audit
 from mergekit_wp.merge.cli import main

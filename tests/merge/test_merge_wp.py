@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny
 import torch
 import transformers
+from merge_checks import assert_merged, make_lora, slices, written_config
 from merge_world import World, merge, reference, tensors_of, write_random_scores
 
 from mergekit_wp.checkpoint.folder import Checkpoint
-
-
-def assert_merged(got, want, dtype=torch.float32):
-    """The same tensors, each within the rounding of `dtype` and of a float32 sum."""
-    assert set(got) == set(want)
-    for name, tensor in want.items():
-        assert got[name].shape == tensor.shape, name
-        assert got[name].dtype == dtype, name
-        allowed = torch.finfo(dtype).eps / 2 * tensor.abs() + 1e-6
-        assert ((got[name].double() - tensor).abs() <= allowed).all(), name
-
-
-def written_config(folder):
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
@@ -84,22 +69,6 @@ def test_scale_multiplies_the_task_vector(kind, tmp_path):
     assert_merged(tensors_of(out), want)
 
 
-def slices(world, ranges, shift=0):
-    """A recipe of output slices; `shift` moves the first expert's layers against the others'."""
-
-    def source(model, a, b, **parameters):
-        return {"model": str(model), "layer_range": [a, b], **({"parameters": parameters} if parameters else {})}
-
-    listed = []
-    for a, b in ranges:
-        sources = [
-            source(world.expert(k), a + shift * (k == 0), b + shift * (k == 0), scores=str(world.score(k)))
-            for k in range(world.experts)
-        ]
-        listed.append({"sources": [*sources, source(world.base, a, b)]})
-    return {"merge_method": "wp", "base_model": str(world.base), "slices": listed}
-
-
 @pytest.mark.parametrize(
     ("kind", "ranges"),
     [("llama", [(2, 4), (0, 2)]), ("llama", [(0, 3), (1, 4)]), ("llama", [(3, 4)]), ("gemma2", [(2, 4), (0, 2)])],
@@ -129,18 +98,6 @@ def test_mergekits_own_ways_with_vocabularies(route, tmp_path):
     out = merge(world, world.config(**route), unsafe_truncate_embeddings=unsafe)
     assert_merged(tensors_of(out), reference(world))
     assert written_config(out)["vocab_size"] == tiny.SHAPE["vocab_size"]
-
-
-def make_lora(base, folder, seed):
-    """A random adapter, as peft saves it, and the state dict of the model that it makes of the base."""
-    import peft
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    torch.manual_seed(seed)
-    adapted = peft.get_peft_model(model, config)
-    adapted.save_pretrained(folder)
-    return adapted.merge_and_unload().state_dict()
 
 
 def test_lora_expert(tmp_path):

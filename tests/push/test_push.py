@@ -386,7 +386,7 @@ def test_a_merge_without_scores(world):
 
 
 def test_an_aim_merge_goes_with_its_activations(world):
-    from test_merge_aim import recipe, write_random_activations
+    from aim_inputs import recipe, write_random_activations
 
     path = write_random_activations(world)
     merge(world, world.recipe(recipe(world), "aim.yaml"), "aim")

@@ -11,7 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
-from test_scoring import job_for
+from score_jobs import job_for
 
 from mergekit_wp.scores import Scores, write_scores
 from mergekit_wp.scoring.anchor.cli import main

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from score_jobs import Reference, assert_close, job_for
 from streamed_world import assert_same, resident, streamed
-from test_scoring import Reference, assert_close, job_for
 
 from mergekit_wp.scores import METHODS
 from mergekit_wp.scoring.score import score

@@ -12,7 +12,7 @@ from mergekit_wp.scoring import requests as words
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.batching import tokenize_tasks
 from mergekit_wp.scoring.pairs import instruction_pairs, load_pairs, read_pairs, split_pairs
-from mergekit_wp.scoring.prompt_format import Wording
+from mergekit_wp.scoring.prompt_format import PromptFormat
 
 PLAIN = "The harbour is quiet this morning, and the boats are still asleep, waiting for the tide."
 FOLLOWED = {
@@ -128,7 +128,7 @@ def test_checks_travel_from_the_file_to_the_tokens(tmp_path):
         def __call__(self, text, **_how):
             return {"input_ids": [ord(letter) for letter in text]}
 
-    (tokens,) = tokenize_tasks(Wording(Letters()), [task], 10)
+    (tokens,) = tokenize_tasks(PromptFormat(Letters()), [task], 10)
     for ids, check in zip(tokens.scoring, tokens.checks, strict=True):
         number = chr(ids[-1])
         assert check == (None if number == "6" else {"ifeval": f"x:{number}"})

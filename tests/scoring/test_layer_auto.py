@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scoring import job_for
+from score_jobs import job_for
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import TaskRecovery, read_scores, write_scores

@@ -7,9 +7,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_commands import run
+from score_jobs import write_pairs
 from streamed_world import resident, streamed
-from test_score_cli import run
-from test_scoring import write_pairs
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import read_scores

@@ -12,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from score_commands import refused, run
 
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.cli import main
@@ -26,25 +27,6 @@ def world(tmp_path_factory):
     rows = [{"task": "t", "prompt": f"w{i} w{i + 1} w5", "contrast": f"w{i} w{i + 1}"} for i in range(8)]
     (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root
-
-
-def run(world, *arguments, out="out.safetensors", **changes):
-    """Run wp-score in-process; returns (result, output path). A flag set to None is left out."""
-    flags = {"base": world / "base", "expert": world / "expert", "pairs": world / "pairs.jsonl", "device": "cpu"}
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in {**flags, **changes}.items() if v is not None]
-    path = world / out
-    return CliRunner().invoke(main, [*map(str, arguments), *options, "--out", str(path)]), path
-
-
-def refused(result, path, *said):
-    assert result.exit_code == 2, result.output
-    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, result.output
-    for part in said:
-        assert part in errors[0], errors[0]
-    assert "Traceback" not in result.output
-    assert not path.exists()
-    assert not list(path.parent.glob(".*partial*"))
 
 
 def test_flags_write_a_valid_file(world):

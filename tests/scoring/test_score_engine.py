@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_scoring import job_for, write_pairs
+from score_jobs import job_for, write_pairs
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import METHODS, Scores, read_scores, write_scores

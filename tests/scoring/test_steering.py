@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_scoring import job_for
+from score_jobs import job_for
 from torch.nn import functional
 
 from mergekit_wp.documents import read_record

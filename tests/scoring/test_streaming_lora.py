@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from lora_files import write
 from safetensors.torch import load_file, save_file
 from streamed_world import assert_same, resident, streamed, swept
 
@@ -16,25 +17,6 @@ from mergekit_wp.scoring.models.load import _lora_merged
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny.save(tiny.random_model("llama"), tmp_path_factory.mktemp("streamed") / "llama")
-
-
-PROJECTIONS = ("q_proj", "o_proj", "up_proj", "down_proj")
-
-
-def write(folder, base, save_embedding_layers=False, **options):
-    """A random LoRA over `base`."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    options = {"r": 2, "lora_alpha": 4, "target_modules": list(PROJECTIONS), **options}
-    model = AutoModelForCausalLM.from_pretrained(base)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype)
-    wrapped.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
-    return folder
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)

@@ -15,7 +15,7 @@ makes the file. As in the authors' program (github.com/ahnobari/ActivationInform
 not an embedding: projections, norms and the output head. Embeddings, a head tied to them, and biases stay as merged.
 omega 1 changes nothing; omega 0 takes the column of the largest input from the base.
 
-Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`).
+Of mergekit it may import `merge_methods.base` alone, at the top (see `base`).
 """
 
 from __future__ import annotations

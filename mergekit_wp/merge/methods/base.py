@@ -19,7 +19,7 @@ from mergekit_wp.errors import BadInput, NotFinite, shown
 
 
 class CheckedMethod(GroupMergeMethod):
-    """A method with a base, whose recipe and models are checked before the first tensor is read (`seams`).
+    """A method with a base, whose recipe and models are checked before the first tensor is read (`mergekit_patch`).
 
     A subclass gives `spec`, with a base required, and `merge_group`, which takes `source_name`, the tensor's name
     in the inputs (under `slices:` the output's name has another layer), and `out_dtype` beside its parameters.

@@ -9,15 +9,14 @@ Recipe:
       - model: EXPERT_B
     parameters: {t: 1.0, s: 1.0}    # the defaults, and the authors' choice for Llama-2-13B
 
-The arithmetic is in `widen_math`. Its authors' program holds all models in float32 at once; here a tensor is read
+Its authors' program holds all models in float32 at once; here a tensor is read
 twice, and beyond the inputs there is the output and a few tiles.
 
-Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`).
+Of mergekit it may import `merge_methods.base` alone, at the top (see `base`).
 
-How much of each expert's change WIDEN takes, column by column (Yu et al., arXiv 2408.03092, section 4).
-
-A weight W (out x in, as Hugging Face stores it) is taken apart into the length m_j = |W_:j| of every column and its
-direction D_:j = W_:j / m_j. With W0 the base and Wn expert n:
+How much of each expert's change is taken (section 4 there): a weight W (out x in, as Hugging Face stores it) is taken
+apart into the length m_j = |W_:j| of every column and its direction D_:j = W_:j / m_j. With W0 the base and Wn expert
+n:
 
     dm_j = |m_j^n - m_j^0|        dd_j = 1 - cos(D_:j^n, D_:j^0)
     r_j  = place of dm_j (dd_j) among the C columns of its expert, ascending and stable, over C: 0 <= r_j < 1
@@ -68,7 +67,7 @@ def by_token(name: str) -> bool:
 
 
 class WidenMerge(CheckedMethod):
-    """W* = W0 + sum_n 1/2 (S_m + S_d)_n (Wn - W0), column by column (`widen_math`).
+    """W* = W0 + sum_n 1/2 (S_m + S_d)_n (Wn - W0), column by column.
 
     `t` (shared, default 1): a column whose rank is above t times the average is taken as important. `s` (shared,
     default 1): the weight of an important column. As with every number of a mergekit recipe, a list is a gradient
@@ -139,7 +138,7 @@ def column_weights(
     base, experts: tensors of one shape on one device, dtypes free. by_row: the matrix is taken transposed (the
     embeddings), so weights are of its rows. t, s: the paper's ratio to the average and score calibration.
 
-    NaN and infinite inputs give arbitrary or NaN weights; `fusion.fuse` notices them. Raises `ValueError` for
+    NaN and infinite inputs give arbitrary or NaN weights; `kernel.fuse` notices them. Raises `ValueError` for
     tensors that are neither matrix nor vector, or not of one shape.
     """
     if base.ndim not in (1, 2) or any(expert.shape != base.shape for expert in experts):

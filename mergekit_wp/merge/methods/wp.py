@@ -11,9 +11,9 @@ Recipe:
         parameters: {scores: b.safetensors, weight: 0.5}
     parameters: {scale: 1.5}
 
-`weight` and `scale` are ours and 1 by default; what they do is written at the top of `fusion`.
+`weight` and `scale` are ours and 1 by default; what they do is written at the top of `kernel`.
 
-Of mergekit it may import `merge_methods.base` alone, at the top (see `checked`).
+Of mergekit it may import `merge_methods.base` alone, at the top (see `base`).
 """
 
 from __future__ import annotations

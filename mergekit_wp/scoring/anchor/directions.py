@@ -87,7 +87,7 @@ def mean_residuals(
 ) -> list[torch.Tensor]:
     """Of every set of prompts, the mean of z_l(x) after every layer: float64 [depth, D] on the stack's device.
 
-    All sets share one sweep; that of an empty set is zero. A processes shares the batches.
+    All sets share one sweep; that of an empty set is zero. Several processes share the batches.
     """
     processes = processes or ProcessGroup()
     every = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, stack)]

@@ -5,14 +5,11 @@ layer answer held-out prompts, and R is the share of the gap in right answers th
 no grader, no gap in behaviour, or no way to generate in sensible time (weights that stream), by the next token:
 R = (F(steered) - F(base)) / (0 - F(base)), F = -KL(expert || model), for all candidate layers in one sweep.
 
-Legend: L layers, D residual width.
+The next token of the base steered at many layers, in one sweep: above each candidate layer a steered copy of the base's
+stream branches off, and all branches go up together. So every layer is read once, and it works with weights that
+stream.
 
-The next token of the base steered at many layers, in one sweep.
-
-Above each candidate layer a steered copy of the base's stream branches off, and all branches go up together. So
-every layer is read once, and it works with weights that stream.
-
-Legend: B prompts, T tokens, D residual width, V vocabulary rows.
+Legend: L layers, B prompts, T tokens, D residual width, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -168,8 +165,8 @@ def find_anchor(
 ) -> RecoveryCurve:
     """Steer the base at the candidate layers and choose the best; `directions` reach at least up to the highest.
 
-    Of many candidates some are tried, and then those around the best of them. A processes deals the layers out. The checks
-    are taken to be sound (`check_graders`). Raises `BadInput` when no task tells the expert from the base.
+    Of many candidates some are tried, and then those around the best of them. Several processes share the layers. The
+    checks are taken to be sound (`check_graders`). Raises `BadInput` when no task tells the expert from the base.
     """
     processes, layers = processes or ProcessGroup(), search.first_of(base.depth)
     run = _Behaviour(base, expert, tokenizer, search, processes)
@@ -288,7 +285,7 @@ class _Behaviour:
         return TaskRecovery("behaviour", prompts, base, expert, tuple(steered), recovery)
 
     def levels(self, rows: Graded, runs: Sequence[tuple[Stack, Steering | None]], tick: Tick) -> list[float]:
-        """The share of right answers in each run; the processes deals the runs out."""
+        """The share of right answers in each run; several processes share the runs."""
         passed = torch.zeros(len(runs), dtype=torch.float64, device=self.base.device)
         for i in self.processes.share(range(len(runs))):
             passed[i] = self.share(rows, *runs[i], tick)
@@ -331,8 +328,8 @@ def kl_levels(
 ) -> list[tuple[float, tuple[float, ...]]]:
     """For every set of prompts, the mean F = -KL(expert || model) of the base, and of it steered at each layer.
 
-    In nats. Each set has its own `directions`; `layers` forward_sweep. Memory: (len(layers) + 1) float32 streams [B, T, D]
-    of every prompt, on the device, or in host memory where weights stream.
+    In nats. Each set has its own `directions`; `layers` in rising order. Memory: (len(layers) + 1) float32 streams [B,
+    T, D] of every prompt, on the device, or in host memory where weights stream.
     """
     if not sets:
         return []

@@ -2,7 +2,7 @@
 
 Scores need layers singly: to stop at the anchor, to start again in the middle, to read weights only when their
 turn comes. A `Stack` gives `start` (embeddings and what each layer is called with), `layers` (the modules, in any
-order), `call` (run one) and `logits`. `ResidentStack` holds the whole model; `streamed.StreamedStack` holds a layer.
+order), `call` (run one) and `logits`. `ResidentStack` holds the whole model; `streaming.StreamedStack` holds a layer.
 
 The residual stream is float32 whatever the dtype of the weights: matrix products run in `dtype` under autocast, which
 rounds weights that are held in another (see `precision`); their results are added in float32. What one neuron writes is

@@ -1,13 +1,12 @@
-"""Reading a checkpoint tensor by tensor, through a small buffer, with nothing mapped into memory.
-
-Memory-mapped shards count as resident memory for as long as they are open, the whole file of them (measured: 1.1 GB
-for a 1 GB shard, against 150 MB read this way, at the same speed). So tensors are read with plain reads, a block at a
-time, straight into a tensor of the wanted dtype on the wanted device; a block is converted while the cache holds it.
-
-A model whose decoder layers are read from its shards when their turn comes, and dropped after it.
+"""A model whose decoder layers are read from its shards when their turn comes, and dropped after it.
 
 What lies outside the layers (embeddings, final norm, rotary tables) is held; the output head is read when logits are
 first asked for. While one layer computes, a thread reads the next, so a sweep holds the weights of two layers.
+
+Shards are read tensor by tensor, through a small buffer, with nothing mapped into memory. Memory-mapped shards count as
+resident memory for as long as they are open, the whole file of them (measured: 1.1 GB for a 1 GB shard, against 150 MB
+read this way, at the same speed). So tensors are read with plain reads, a block at a time, straight into a tensor of
+the wanted dtype on the wanted device; a block is converted while the cache holds it.
 """
 
 from __future__ import annotations
