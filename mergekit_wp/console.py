@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -25,9 +25,11 @@ from click.core import ParameterSource
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo
 
-if TYPE_CHECKING:
-    pass
-
+Tick = Callable[[float], object]
+"""Told of what is done, in the units of a part."""
+StartProgress = Callable[[int, str, str], Tick]
+"""Called with (total, what, unit) at the start of a part."""
+no_progress: StartProgress = lambda _total, _what, _unit: lambda _done: None  # noqa: E731
 
 MODULES = {
     "wp-score": "mergekit_wp.scoring.cli",
@@ -137,17 +139,17 @@ def names_safetensors(_context: click.Context, option: click.Parameter, path: st
     return path
 
 
-class Progress:
+class ProgressBars:
     """A tqdm bar for each part of the run, with the time left; lines now and then where nobody watches."""
 
     def __init__(self, shown: bool):
         self.shown = shown
         self.bar: Any = None
 
-    def __enter__(self) -> Callable[[int, str, str], Callable[[float], object]] | None:
+    def __enter__(self) -> StartProgress | None:
         return self.start if self.shown else None
 
-    def start(self, total: int, what: str, unit: str) -> Callable[[float], object]:
+    def start(self, total: int, what: str, unit: str) -> Tick:
         from tqdm import tqdm
 
         self.close()
@@ -167,8 +169,8 @@ class Progress:
         self.close()
 
 
-def _quieten(watched: bool, shown: bool) -> None:
-    """Leave the terminal to our own lines and bar."""
+def take_terminal(watched: bool, shown: bool) -> None:
+    """Leave the terminal to our own lines and bar: `watched` by a person, `shown` unless errors alone are asked for."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -28,7 +28,7 @@ from mergekit_wp.scoring.batching import TaskTokens, batches
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.layerwise import ResidentStack
 from mergekit_wp.scoring.models.load import ModelPair
-from mergekit_wp.scoring.passes import Item, Passes, first_order
+from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.score import task_run
 from mergekit_wp.scoring.subset import Subset
 
@@ -114,7 +114,7 @@ def linear(base: Any, expert: Any, products: torch.dtype, method: str, utility: 
     pair = ModelPair(one, other, geometry, cpu, products)
     v_LD = v_D.expand(LAYERS, -1)
     run = task_run(job, pair, TaskTokens("t", [], None, prompts()), ANCHOR, Directions(v_LD, v_LD))
-    items = [Item(run, batch) for batch in batches(prompts(), 8, one, other)]
+    items = [BatchState(run, batch) for batch in batches(prompts(), 8, one, other)]
     first_order(Passes(pair, method, items, keep_graphs=True), Subset.choose(geometry, "all", None, None))
     return {kind: sum(parts.values(), start=torch.zeros(())) for kind, parts in run.sums.items()}
 

@@ -27,7 +27,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import CosineMetric, anchor_utility
 from mergekit_wp.scoring.models.load import ModelPair, check_pair, load_pair, load_tokenizer
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-from mergekit_wp.scoring.passes import Item, Passes, patch_layer
+from mergekit_wp.scoring.passes import BatchState, Passes, patch_layer
 from mergekit_wp.scoring.prompt_format import PromptFormat
 from mergekit_wp.scoring.score import MOST_TOKENS, anchor_layer, patch_plan
 from mergekit_wp.scoring.subset import Subset
@@ -77,7 +77,7 @@ def restarts(
     )
     synchronize(pair.device)
     started = time.perf_counter()
-    passes = Passes(pair, "exact", [Item(run, batch)], keep_graphs=False)
+    passes = Passes(pair, "exact", [BatchState(run, batch)], keep_graphs=False)
     plan = patch_plan(pair, subset, ProcessGroup(), lambda _done: None)
     plan = replace(plan, most_tokens=tokens or plan.most_tokens)
     for layer in range(anchor, -1, -1):

@@ -29,7 +29,7 @@ from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.load import check_pair, load_pair, load_tokenizer
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
-from mergekit_wp.scoring.passes import Item, Passes, patch_layer
+from mergekit_wp.scoring.passes import BatchState, Passes, patch_layer
 from mergekit_wp.scoring.prompt_format import PromptFormat
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import anchor_layer, patch_plan, score, task_run
@@ -161,7 +161,7 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     total = {str(kind): torch.zeros(mask.shape, dtype=torch.float64) for kind, mask in subset.masks.items()}
     for task, found in zip(tasks, directions, strict=True):
         run = task_run(job, models, task, anchor, found)
-        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, models.base, models.expert)]
+        items = [BatchState(run, batch) for batch in batches(task.scoring, job.batch_size, models.base, models.expert)]
         passes = Passes(models, "exact", items, keep_graphs=False)
         for layer in range(models.geometry.layers):
             layers = (stack.model.model.layers[layer] for stack in (models.base, models.expert))

@@ -34,7 +34,7 @@ from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.metrics import CosineMetric, anchor_utility
 from mergekit_wp.scoring.models.load import ModelPair
-from mergekit_wp.scoring.passes import Item, Passes, first_order
+from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.score import anchor_layer
 from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import forward_sweep
@@ -82,7 +82,9 @@ def by_groups(method: str, pair: ModelPair, batch: Batch, layer: int, direction_
     run = TaskAccumulator("benchmark", method, pair.geometry, metrics, "mean", 0.0, pair.device)
     for start in range(0, len(batch.last_B), size):
         rows = slice(start, start + size)
-        passes = Passes(pair, method, [Item(run, Batch(batch.ids_BT[rows], batch.last_B[rows]))], keep_graphs=True)
+        passes = Passes(
+            pair, method, [BatchState(run, Batch(batch.ids_BT[rows], batch.last_B[rows]))], keep_graphs=True
+        )
         first_order(passes, Subset.choose(pair.geometry))
     run.finish()
 

@@ -96,7 +96,7 @@ class Scored(World):
         }
 
     def encoded(self, texts: list[Text]) -> list[Encoded]:
-        return sorted(encode(texts, self.tokenizer), key=lambda row: len(row.ids))  # type: ignore[arg-type]
+        return sorted(encode(texts, self.tokenizer), key=lambda row: len(row.ids))
 
     def fresh(self, count: int, purpose: str) -> Texts:
         """Right answers to requests of the training split, from streams of their own."""

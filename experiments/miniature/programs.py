@@ -18,7 +18,7 @@ KINDS = ("list", "number", "text")
 
 
 @dataclass(frozen=True)
-class Step:
+class ProgramStep:
     """One step: how a request says it, the Python expression on `x`, and the same as a callable of x and k."""
 
     words: str
@@ -31,76 +31,80 @@ class Step:
         return self.function(x, self.k)
 
 
-def _for_each(constants: Iterable[int], *steps: Step) -> list[Step]:
+def _for_each(constants: Iterable[int], *steps: ProgramStep) -> list[ProgramStep]:
     """Each step once for each constant, which replaces {k} in its words and its code."""
-    return [Step(step.words.format(k=k), step.code.format(k=k), step.function, k) for k in constants for step in steps]
+    return [
+        ProgramStep(step.words.format(k=k), step.code.format(k=k), step.function, k)
+        for k in constants
+        for step in steps
+    ]
 
 
 STEPS = {
     "list": [
-        Step("keep the even numbers", "[v for v in x if v % 2 == 0]", lambda x, k: [v for v in x if v % 2 == 0]),
-        Step("keep the odd numbers", "[v for v in x if v % 2 == 1]", lambda x, k: [v for v in x if v % 2 == 1]),
-        Step("square each", "[v * v for v in x]", lambda x, k: [v * v for v in x]),
-        Step("drop the first", "x[1:]", lambda x, k: x[1:]),
-        Step("drop the last", "x[:-1]", lambda x, k: x[:-1]),
+        ProgramStep("keep the even numbers", "[v for v in x if v % 2 == 0]", lambda x, k: [v for v in x if v % 2 == 0]),
+        ProgramStep("keep the odd numbers", "[v for v in x if v % 2 == 1]", lambda x, k: [v for v in x if v % 2 == 1]),
+        ProgramStep("square each", "[v * v for v in x]", lambda x, k: [v * v for v in x]),
+        ProgramStep("drop the first", "x[1:]", lambda x, k: x[1:]),
+        ProgramStep("drop the last", "x[:-1]", lambda x, k: x[:-1]),
         *_for_each(
             range(2, 10),
-            Step("keep those above {k}", "[v for v in x if v > {k}]", lambda x, k: [v for v in x if v > k]),
-            Step("keep those below {k}", "[v for v in x if v < {k}]", lambda x, k: [v for v in x if v < k]),
-            Step("add {k} to each", "[v + {k} for v in x]", lambda x, k: [v + k for v in x]),
-            Step("multiply each by {k}", "[v * {k} for v in x]", lambda x, k: [v * k for v in x]),
+            ProgramStep("keep those above {k}", "[v for v in x if v > {k}]", lambda x, k: [v for v in x if v > k]),
+            ProgramStep("keep those below {k}", "[v for v in x if v < {k}]", lambda x, k: [v for v in x if v < k]),
+            ProgramStep("add {k} to each", "[v + {k} for v in x]", lambda x, k: [v + k for v in x]),
+            ProgramStep("multiply each by {k}", "[v * {k} for v in x]", lambda x, k: [v * k for v in x]),
         ),
     ],
     "number": [
-        Step("square it", "x * x", lambda x, k: x * x),
+        ProgramStep("square it", "x * x", lambda x, k: x * x),
         *_for_each(
             range(2, 10),
-            Step("add {k}", "x + {k}", lambda x, k: x + k),
-            Step("subtract {k}", "x - {k}", lambda x, k: x - k),
-            Step("multiply by {k}", "x * {k}", lambda x, k: x * k),
+            ProgramStep("add {k}", "x + {k}", lambda x, k: x + k),
+            ProgramStep("subtract {k}", "x - {k}", lambda x, k: x - k),
+            ProgramStep("multiply by {k}", "x * {k}", lambda x, k: x * k),
         ),
     ],
     "text": [
-        Step("make it upper case", "x.upper()", lambda x, k: x.upper()),
-        Step("reverse it", "x[::-1]", lambda x, k: x[::-1]),
+        ProgramStep("make it upper case", "x.upper()", lambda x, k: x.upper()),
+        ProgramStep("reverse it", "x[::-1]", lambda x, k: x[::-1]),
         *_for_each(
             range(2, 10),
-            Step("repeat it {k} times", "x * {k}", lambda x, k: x * k),
-            Step("add the digit {k}", 'x + "{k}"', lambda x, k: x + str(k)),
+            ProgramStep("repeat it {k} times", "x * {k}", lambda x, k: x * k),
+            ProgramStep("add the digit {k}", 'x + "{k}"', lambda x, k: x + str(k)),
         ),
         *_for_each(
             range(2, 6),
-            Step("keep the first {k} letters", "x[:{k}]", lambda x, k: x[:k]),
-            Step("drop the first {k} letters", "x[{k}:]", lambda x, k: x[k:]),
+            ProgramStep("keep the first {k} letters", "x[:{k}]", lambda x, k: x[:k]),
+            ProgramStep("drop the first {k} letters", "x[{k}:]", lambda x, k: x[k:]),
         ),
     ],
 }
 
 RESULTS = {
     "list": [
-        Step("the sum", "sum(x)", lambda x, k: sum(x)),
-        Step("the count", "len(x)", lambda x, k: len(x)),
-        Step("the largest", "max(x)", lambda x, k: max(x)),
-        Step("the smallest", "min(x)", lambda x, k: min(x)),
-        Step("the list sorted", "sorted(x)", lambda x, k: sorted(x)),
-        Step("the list reversed", "x[::-1]", lambda x, k: x[::-1]),
+        ProgramStep("the sum", "sum(x)", lambda x, k: sum(x)),
+        ProgramStep("the count", "len(x)", lambda x, k: len(x)),
+        ProgramStep("the largest", "max(x)", lambda x, k: max(x)),
+        ProgramStep("the smallest", "min(x)", lambda x, k: min(x)),
+        ProgramStep("the list sorted", "sorted(x)", lambda x, k: sorted(x)),
+        ProgramStep("the list reversed", "x[::-1]", lambda x, k: x[::-1]),
     ],
     "number": [
-        *_for_each(range(2, 10), Step("the remainder by {k}", "x % {k}", lambda x, k: x % k)),
-        Step("its double", "x * 2", lambda x, k: x * 2),
-        Step("its opposite", "-x", lambda x, k: -x),
+        *_for_each(range(2, 10), ProgramStep("the remainder by {k}", "x % {k}", lambda x, k: x % k)),
+        ProgramStep("its double", "x * 2", lambda x, k: x * 2),
+        ProgramStep("its opposite", "-x", lambda x, k: -x),
     ],
     "text": [
-        Step("its length", "len(x)", lambda x, k: len(x)),
-        Step("its first letter", "x[0]", lambda x, k: x[0]),
-        Step("its last letter", "x[-1]", lambda x, k: x[-1]),
-        Step("it in lower case", "x.lower()", lambda x, k: x.lower()),
-        Step("it twice", "x + x", lambda x, k: x + x),
+        ProgramStep("its length", "len(x)", lambda x, k: len(x)),
+        ProgramStep("its first letter", "x[0]", lambda x, k: x[0]),
+        ProgramStep("its last letter", "x[-1]", lambda x, k: x[-1]),
+        ProgramStep("it in lower case", "x.lower()", lambda x, k: x.lower()),
+        ProgramStep("it twice", "x + x", lambda x, k: x + x),
     ],
 }
 
 
-def _source(steps: list[Step], result: Step) -> str:
+def _source(steps: list[ProgramStep], result: ProgramStep) -> str:
     lines = "".join(f"    x = {step.code}\n" for step in steps)
     return f"def f(x):\n{lines}    return {result.code}"
 
@@ -113,7 +117,7 @@ def _argument(kind: str, rng: random.Random) -> Any:
     return [rng.randint(0, 15) for _ in range(rng.randint(4, 8))]
 
 
-def _run(steps: list[Step], result: Step, argument: Any) -> Any:
+def _run(steps: list[ProgramStep], result: ProgramStep, argument: Any) -> Any:
     """What the composition returns, or None where it raises (the largest of no numbers, say)."""
     for step in steps:
         argument = step.apply(argument)
@@ -123,7 +127,7 @@ def _run(steps: list[Step], result: Step, argument: Any) -> Any:
         return None
 
 
-def program_item(kind: str, first: Step, second: Step, result: Step) -> Item | None:
+def program_item(kind: str, first: ProgramStep, second: ProgramStep, result: ProgramStep) -> Item | None:
     """The item for one composition, or None where test cases do not tell it from the careless function."""
     key = f"code {kind}: {first.words}, {second.words}, {result.words}"
     rng = random.Random(key)

@@ -6,16 +6,7 @@ verdict earns nothing.
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from mergekit_wp.sandbox import call_function
+from mergekit_wp.scoring.anchor.graders import returns_right as passes
 
 __all__ = ["call_function", "passes"]
-
-
-def passes(code: str, function: str, cases: list[list[Any]]) -> bool:
-    """Whether the function returns the expected result, and of the same type, in every [argument, expected]."""
-    results = call_function(code, function, [argument for argument, _ in cases])
-    # JSON text tells 1 from true and 4 from 4.0, which == does not.
-    return results is not None and json.dumps(results) == json.dumps([expected for _, expected in cases])

@@ -39,6 +39,7 @@ from experiments.miniature.train import (
 from experiments.miniature.training import RECIPE, Schedule, WorldConfig
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
+from mergekit_wp.scoring.pairs import builtin_words
 
 MODELS = ("base", *CAPABILITIES)
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -241,13 +242,29 @@ def scoring_row(item: Item, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any
     capability (a function always with `def`), so the prompt goes on with the worked answer up to the token where
     the right and the careless answer part; the check has that beginning too, so that it grades whole answers.
     """
-    check = {"miniature": item.capability, "kwargs": item.grading, "until": [tasks.ANSWER_END]}
+    check = {**_check(item), "until": [tasks.ANSWER_END]}
     if item.contrast is not None:
         return {"task": item.task, "prompt": item.prompt, "contrast": item.contrast, "check": check}
     right, careless = tokenizer([item.right, item.careless], add_special_tokens=False)["input_ids"]
     alike = next(i for i, (a, b) in enumerate(zip(right, careless, strict=False)) if a != b)
     begun = str(tokenizer.decode(right[:alike]))
     return {"task": item.task, "prompt": item.prompt + begun, "check": {**check, "prefix": begun}}
+
+
+def _check(item: Item) -> dict[str, Any]:
+    """The grader of wp-score that says of an answer what the world's own says.
+
+    Of 720 instructions it takes three right answers for wrong, all in capitals, whose language it does not know, and
+    no careless one for right.
+    """
+    if item.capability == "maths":
+        return {"number": str(item.grading["answer"])}
+    if item.capability == "code":
+        return {"python": item.grading["function"], "kwargs": {"cases": item.grading["cases"]}}
+    kind = builtin_words()["instructions"][item.task]
+    arguments = {"num_sections": 2, "section_spliter": "SECTION", "num_highlights": item.grading["number"]}
+    named = kind["wordings"][0].get("kwargs", {})
+    return {"ifeval": kind["ifeval"], "kwargs": {name: arguments[name] for name in named}}
 
 
 def _llama_config(config: WorldConfig, vocabulary: int) -> LlamaConfig:

@@ -20,8 +20,8 @@ from experiments.table3.formats import search_text, to_csv, to_markdown, to_text
 from experiments.table3.frozen import CHANGES, KINDS, Disjoint
 from experiments.table3.grid import read_variants
 from experiments.table3.jobs import SECONDS, SeedResult, Setup, expected, seed_plan
-from experiments.table3.schedule import Progress, pool, run
-from experiments.table3.table import Table, by_setting
+from experiments.table3.schedule import TableProgress, pool, run
+from experiments.table3.table import RivalTable, by_setting
 from experiments.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Variant
 from experiments.table3.work import prepare
 from mergekit_wp.errors import BadInput
@@ -87,7 +87,7 @@ def main(
     plans = [seed_plan(seed, setup, disjoint) for seed in numbers]
     with pool(workers, prepare) as runner:
         try:
-            results = run(plans, runner, Progress(SECONDS, dict(left), workers))
+            results = run(plans, runner, TableProgress(SECONDS, dict(left), workers))
         except BaseException:
             runner.shutdown(cancel_futures=True)
             raise
@@ -105,7 +105,7 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
         "seeds": [asdict(result) for result in results],
     }
     validation = by_setting([entry for result in results for entry in result.validation])
-    searched = Table(seeds, validation, "validation")
+    searched = RivalTable(seeds, validation, "validation")
     name = "search" if setup.validation_only else "results"
     write_text(setup.out / f"{name}.json", json.dumps(content, indent=2) + "\n")
     write_text(setup.out / "validation.txt", search_text(searched))
@@ -115,7 +115,7 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
         return
     from experiments.table3.html import to_html
 
-    table = Table(seeds, tuple(entry for result in results for entry in result.test), "test")
+    table = RivalTable(seeds, tuple(entry for result in results for entry in result.test), "test")
     worlds = ", ".join(f"{result.seed}: {result.world['hash']}" for result in results)
     notes = [f"Worlds, by their configuration hash: {worlds}."]
     write_text(setup.out / "table3.md", to_markdown(table, notes))

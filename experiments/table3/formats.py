@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from experiments.table3.table import COLUMNS, MEAN, MERGED, Row, Spread, Table, best, item_error, less, ranked
+from experiments.table3.table import COLUMNS, MEAN, MERGED, RivalRow, RivalTable, Spread, best, item_error, less, ranked
 from experiments.table3.variants import BASELINE
 
 GROUPS = {
@@ -37,7 +37,7 @@ def difference(spread: Spread | None) -> str:
     )  # fmt: skip
 
 
-def caption(table: Table) -> list[str]:
+def caption(table: RivalTable) -> list[str]:
     """What the numbers are, and what they cannot say; sentences."""
     n, items = len(table.seeds), table.items
     seeds = ", ".join(map(str, table.seeds))
@@ -58,7 +58,7 @@ def caption(table: Table) -> list[str]:
     return lines
 
 
-def verdict(table: Table) -> list[str]:
+def verdict(table: RivalTable) -> list[str]:
     """Which method is first in each combination, where WP stands, and what lies between; said whoever wins."""
     return [
         f"{combination}: "
@@ -68,7 +68,7 @@ def verdict(table: Table) -> list[str]:
     ]
 
 
-def _said(rows: Sequence[Row], column: str) -> str:
+def _said(rows: Sequence[RivalRow], column: str) -> str:
     ranked_rows = sorted(rows, key=lambda row: -row.cells[column].mean)
     ours = [row for row in ranked_rows if row.name.startswith("WP")]
     others = [row for row in ranked_rows if row not in ours]
@@ -80,7 +80,7 @@ def _said(rows: Sequence[Row], column: str) -> str:
     return f"{text}, {places}, and {ours[0].name} less {others[0].name}, the best other, is {difference(paired)}"
 
 
-def grid_of(table: Table, combination: str, group: str) -> list[list[str]]:
+def grid_of(table: RivalTable, combination: str, group: str) -> list[list[str]]:
     """Header and rows of one block; the difference of the mean in a column of its own."""
     columns = [c for c in COLUMNS if any(c in row.cells for row in table.of(combination, group))]
     main = MEAN if MEAN in columns else MERGED
@@ -91,7 +91,7 @@ def grid_of(table: Table, combination: str, group: str) -> list[list[str]]:
     return lines
 
 
-def summary(table: Table, column: str = MEAN) -> list[list[str]]:
+def summary(table: RivalTable, column: str = MEAN) -> list[list[str]]:
     """The paper's layout, turned: a row a method, a column a combination."""
     lines = [["", *table.combinations]]
     names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
@@ -104,12 +104,12 @@ def summary(table: Table, column: str = MEAN) -> list[list[str]]:
     return lines
 
 
-def _with_difference(row: Row, column: str) -> str:
+def _with_difference(row: RivalRow, column: str) -> str:
     text = number(row.cells[column])
     return f"{text} ({difference(row.differences[column])})" if row.differences else text
 
 
-def models(table: Table) -> list[list[str]]:
+def models(table: RivalTable) -> list[list[str]]:
     """Header and rows of the base and the experts themselves; the header alone where they were not graded."""
     rows = table.of("", "models")
     columns = [c for c in COLUMNS if any(c in row.cells for row in rows)]
@@ -119,7 +119,7 @@ def models(table: Table) -> list[list[str]]:
     ]
 
 
-def to_text(table: Table, notes: Sequence[str] = ()) -> str:
+def to_text(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """Aligned columns: the summaries, then block by block."""
     parts = []
     for column, title in SUMMARIES.items():
@@ -132,7 +132,7 @@ def to_text(table: Table, notes: Sequence[str] = ()) -> str:
     return "\n\n".join([*parts, "\n".join([*caption(table), *verdict(table), *notes])]) + "\n"
 
 
-def to_markdown(table: Table, notes: Sequence[str] = ()) -> str:
+def to_markdown(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """GitHub tables: the summaries, then a section a combination; the best method of each column is bold."""
     parts = ["# Merges on the miniature world"]
     for column, title in SUMMARIES.items():
@@ -148,7 +148,7 @@ def to_markdown(table: Table, notes: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _bold(table: Table, combination: str, group: str) -> list[list[str]]:
+def _bold(table: RivalTable, combination: str, group: str) -> list[list[str]]:
     grid, rows = grid_of(table, combination, group), table.of(combination, group)
     columns = [c for c in COLUMNS if any(c in row.cells for row in rows)]
     for at, column in enumerate(columns, start=1):
@@ -158,7 +158,7 @@ def _bold(table: Table, combination: str, group: str) -> list[list[str]]:
     return grid
 
 
-def to_csv(table: Table) -> str:
+def to_csv(table: RivalTable) -> str:
     """Long: one line a cell, with the value of every seed."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -175,7 +175,7 @@ def to_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def search_text(table: Table) -> str:
+def search_text(table: RivalTable) -> str:
     """Variants and settings by their mean on validation items, best first."""
     lines = [["variant", *table.combinations, "mean"]]
     for name, _setting, cells, mean in ranked(table):

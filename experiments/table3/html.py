@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.demo.pictures import INK, to_svg
 from experiments.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
-from experiments.table3.table import MEAN, Table
+from experiments.table3.table import MEAN, RivalTable
 from experiments.table3.variants import BASELINE
 from mergekit_wp.foreign import html
 from mergekit_wp.report import frame, grid, section
@@ -20,7 +20,7 @@ _LEAD = (
 )
 
 
-def to_html(table: Table, notes: Sequence[str] = ()) -> str:
+def to_html(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """The whole page."""
     words = "".join(f"<p>{html(line)}</p>" for line in [*caption(table), *notes])
     verdicts = "".join(f"<p>{html(line)}</p>" for line in verdict(table))
@@ -40,7 +40,7 @@ def to_html(table: Table, notes: Sequence[str] = ()) -> str:
     return frame("Merges on the miniature world", _LEAD, "\n".join(sections))
 
 
-def picture(table: Table) -> str:
+def picture(table: RivalTable) -> str:
     """A panel a combination: the mean of each method with its standard error over seeds, and each seed as a dot."""
     names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
     combinations = table.combinations

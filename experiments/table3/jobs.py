@@ -15,9 +15,9 @@ from experiments.miniature.items import CAPABILITIES
 from experiments.table3.frozen import KINDS, MODELS, Disjoint, TrainedWorld, check_frozen
 from experiments.table3.grade import Grade, ValidationGrade, choose, grade_settings
 from experiments.table3.keys import grade_key, merge_key, recipe, score_key
-from experiments.table3.schedule import Job, Plan
+from experiments.table3.schedule import Plan, TableJob
 from experiments.table3.variants import COMBINATIONS, Point, Variant, slug
-from experiments.table3.work import Grading, Merge, grade_model, read_grade, train_world, write_score
+from experiments.table3.work import Grading, MergeJob, grade_model, read_grade, train_world, write_score
 
 SECONDS = {"world": 230.0, "score": 3.0, "validation": 3.5, "test": 6.0}
 """What a job of each kind takes on one quiet thread of the machine of experiments/benchmarks/RESULTS.md."""
@@ -134,11 +134,11 @@ def _identity(world: TrainedWorld) -> dict[str, str]:
     return {"hash": world.hash12, "content": world.digest}
 
 
-def _world_job(seed: int, setup: Setup) -> Job:
+def _world_job(seed: int, setup: Setup) -> TableJob:
     config = KINDS[setup.kind](seed)
     check_frozen(setup.kind, seed, config.hash12)
     folder = setup.worlds.absolute() / config.hash12
-    return Job(f"world {seed}", "world", f"seed {seed}: training the world", train_world,
+    return TableJob(f"world {seed}", "world", f"seed {seed}: training the world", train_world,
                (config, setup.worlds),
                lambda: folder if (folder / "world.json").is_file() else None)  # fmt: skip
 
@@ -152,7 +152,7 @@ def _settings(setup: Setup) -> list[dict[str, Any]]:
     return found
 
 
-def _score_jobs(setup: Setup, world: TrainedWorld) -> list[Job]:
+def _score_jobs(setup: Setup, world: TrainedWorld) -> list[TableJob]:
     wanted = {name for combination in setup.combinations for name in COMBINATIONS[combination]}
     return [
         _score_job(setup, world, settings, expert)
@@ -162,10 +162,10 @@ def _score_jobs(setup: Setup, world: TrainedWorld) -> list[Job]:
     ]
 
 
-def _score_job(setup: Setup, world: TrainedWorld, settings: Mapping[str, Any], expert: str) -> Job:
+def _score_job(setup: Setup, world: TrainedWorld, settings: Mapping[str, Any], expert: str) -> TableJob:
     file = _score_file(setup, world, settings, expert)
     how = ", ".join(f"{k} {v}" for k, v in settings.items()) or "defaults"
-    return Job(str(file), "score", f"seed {world.seed}: scored {expert} ({how})", write_score,
+    return TableJob(str(file), "score", f"seed {world.seed}: scored {expert} ({how})", write_score,
                (world.folder, expert, dict(settings), file, setup.allow_code),
                lambda: file if file.is_file() else None)  # fmt: skip
 
@@ -176,14 +176,14 @@ def _score_file(setup: Setup, world: TrainedWorld, settings: Mapping[str, Any], 
     return setup.out / "scores" / f"seed{world.seed}" / f"{name}.safetensors"
 
 
-def _merge_job(setup: Setup, world: TrainedWorld, combination: str, point: Point, split: str) -> Job:
-    """Merge and grade. On validation items only what was merged is graded, on test items everything."""
+def _merge_job(setup: Setup, world: TrainedWorld, combination: str, point: Point, split: str) -> TableJob:
+    """MergeJob and grade. On validation items only what was merged is graded, on test items everything."""
     experts = COMBINATIONS[combination]
     scores = {}
     if point.scores is not None:
         scores = {name: _score_file(setup, world, point.scores, name) for name in experts}
     key, place = merge_key(point, experts, world), f"{slug(combination)}-{slug(point.method)}"
-    task = Merge(
+    task = MergeJob(
         recipe(point, experts, world, scores),
         setup.out / "recipes" / f"seed{world.seed}" / f"{place}-{key}.yaml",
         setup.out / "merged" / f"seed{world.seed}" / f"{place}-{key}",
@@ -196,7 +196,7 @@ def _merge_job(setup: Setup, world: TrainedWorld, combination: str, point: Point
     return _grading(setup, world, task, split, capabilities, f"{place}-", key, title, about)
 
 
-def _model_job(setup: Setup, world: TrainedWorld, name: str) -> Job:
+def _model_job(setup: Setup, world: TrainedWorld, name: str) -> TableJob:
     title = f"seed {world.seed}: test, {name} itself"
     return _grading(
         setup, world, world.folder / name, "test", CAPABILITIES, f"{name}-", world.digests[name], title, {"model": name}
@@ -206,16 +206,16 @@ def _model_job(setup: Setup, world: TrainedWorld, name: str) -> Job:
 def _grading(
     setup: Setup,
     world: TrainedWorld,
-    model: Merge | Path,
+    model: MergeJob | Path,
     split: str,
     capabilities: tuple[str, ...],
     prefix: str,
     key: str,
     title: str,
     about: Mapping[str, Any],
-) -> Job:
+) -> TableJob:
     full = grade_key(key, split, capabilities, world, grade_settings())
     result = setup.out / "grades" / f"seed{world.seed}" / split / f"{prefix}{full}.json"
     about = {**about, "seed": world.seed, "world": world.hash12, "world_content": world.digest}
     task = Grading(result, model, world.folder, split, capabilities, setup.out / "cache", setup.allow_code, about)
-    return Job(str(result), split, title, grade_model, (task,), lambda: read_grade(result, split))
+    return TableJob(str(result), split, title, grade_model, (task,), lambda: read_grade(result, split))

@@ -22,7 +22,7 @@ from mergekit_wp.autoload import METHODS
 from mergekit_wp.hashing import digest, readable
 from mergekit_wp.pipeline.steps import build_recipe
 
-_PACKAGE = Path(mergekit_wp.__file__).parent
+_PACKAGE, _EXPERIMENTS = Path(mergekit_wp.__file__).parent, Path(__file__).parents[1]
 _MERGE_VERSIONS = ("mergekit", "torch")
 _GRADE_VERSIONS = ("lm-eval", "transformers", "torch")
 
@@ -65,8 +65,9 @@ def grade_key(model: str, split: str, capabilities: tuple[str, ...], world: Trai
 
 @cache
 def source(part: str) -> str:
-    """SHA-256 of this package's shared modules and of one of its subpackages, as they were when first asked for."""
-    files = sorted([*_PACKAGE.glob("*.py"), *(_PACKAGE / part).glob("*.py")])
+    """SHA-256 of the package's shared modules and of one part of it or of experiments, as first asked for."""
+    own = _PACKAGE / part if (_PACKAGE / part).is_dir() else _EXPERIMENTS / part
+    files = sorted([*_PACKAGE.glob("*.py"), *(_PACKAGE / "checkpoint").glob("*.py"), *own.rglob("*.py")])
     return _key(*(f"{file.name}={digest(file)}" for file in files))
 
 

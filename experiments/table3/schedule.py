@@ -24,7 +24,7 @@ _HEARTBEAT_S = 30
 
 
 @dataclass(frozen=True)
-class Job:
+class TableJob:
     """One piece of work. `function(*arguments)` runs in a worker; `kept` gives the result of an earlier run, or None.
 
     `name` tells the same job in two plans apart from another; `kind` is what jobs of like duration share.
@@ -38,7 +38,7 @@ class Job:
     kept: Callable[[], Any]
 
 
-Plan = Generator[list[Job], list[Any], Any]
+Plan = Generator[list[TableJob], list[Any], Any]
 """Yields the jobs of a stage, receives their results, returns what came of it all."""
 
 
@@ -48,7 +48,7 @@ class Runner(Protocol):
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]: ...
 
 
-def run(plans: Sequence[Plan], runner: Runner, progress: Progress) -> list[Any]:
+def run(plans: Sequence[Plan], runner: Runner, progress: TableProgress) -> list[Any]:
     """Run all plans to their ends; their outcomes in order. What a job raises is raised here."""
     stages = [_Stage(plan) for plan in plans]
     running: dict[Future[Any], str] = {}
@@ -82,7 +82,7 @@ class _Stage:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.outcome, self.over = plan, None, False
-        self.jobs: list[Job] = []
+        self.jobs: list[TableJob] = []
         self._send(None)
 
     def advance(self, results: dict[str, Any], asked: set[str]) -> None:
@@ -95,7 +95,7 @@ class _Stage:
                 return
             self._send([results[job.name] for job in self.jobs])
 
-    def take_new(self, results: dict[str, Any], asked: set[str]) -> list[Job]:
+    def take_new(self, results: dict[str, Any], asked: set[str]) -> list[TableJob]:
         """The jobs that nobody has asked for yet; the same job twice is one."""
         new = {job.name: job for job in self.jobs if job.name not in results and job.name not in asked}
         asked.update(new)
@@ -120,7 +120,7 @@ def pool(workers: int, prepare: Callable[[], None]) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=prepare)
 
 
-class Progress:
+class TableProgress:
     """One line that says what was finished last and how long the rest will take; now and then where nobody watches.
 
     seconds: what a job of each kind takes, until enough have been measured. expected: how many of each will be run.
@@ -128,12 +128,12 @@ class Progress:
 
     def __init__(self, seconds: dict[str, float], expected: dict[str, int], workers: int, quiet: bool = False) -> None:
         self.seconds, self.left, self.workers, self.quiet = dict(seconds), dict(expected), workers, quiet
-        self.jobs: dict[str, tuple[Job, float]] = {}
+        self.jobs: dict[str, tuple[TableJob, float]] = {}
         self.done, self.total, self.measured = 0, sum(expected.values()), dict.fromkeys(seconds, 0)
         self.shown = 0.0
         self.terminal = sys.stderr.isatty()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: TableJob) -> None:
         self.jobs[job.name] = (job, time.monotonic())
 
     def end(self, name: str, seconds: float, result: Any) -> None:

@@ -53,7 +53,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class RivalRow:
     """One method in one combination, over seeds; `settings` are those that were graded, by seed."""
 
     combination: str
@@ -65,7 +65,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class RivalTable:
     """The rows of `entries`, in their order; only those that every seed has."""
 
     seeds: tuple[int, ...]
@@ -73,7 +73,7 @@ class Table:
     split: str
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RivalRow]:
         groups: dict[tuple[str, str, str], dict[int, Entry]] = {}
         for entry in self.entries:
             name, group = _place(entry)
@@ -85,7 +85,7 @@ class Table:
                 rows.append(self._row(combination, group, name, found, base.get(combination)))
         return rows
 
-    def of(self, combination: str, *groups: str) -> list[Row]:
+    def of(self, combination: str, *groups: str) -> list[RivalRow]:
         return [row for row in self.rows if row.combination == combination and row.group in groups]
 
     @property
@@ -105,7 +105,7 @@ class Table:
 
     def _row(
         self, combination: str, group: str, name: str, found: dict[int, Entry], base: dict[int, Entry] | None
-    ) -> Row:
+    ) -> RivalRow:
         mine = {seed: values(found[seed]) for seed in self.seeds}
         cells = {
             c: Spread(tuple(mine[seed][c] for seed in self.seeds)) for c in self.columns if c in mine[self.seeds[0]]
@@ -114,7 +114,7 @@ class Table:
         if base is not None and (group, name) != ("methods", BASELINE) and set(base) == set(self.seeds):
             theirs = {seed: values(base[seed]) for seed in self.seeds}
             differences = {c: less(cells[c], Spread(tuple(theirs[s][c] for s in self.seeds))) for c in cells}
-        return Row(combination, name, group, tuple(found[seed].setting for seed in self.seeds), cells, differences)
+        return RivalRow(combination, name, group, tuple(found[seed].setting for seed in self.seeds), cells, differences)
 
 
 def values(entry: Entry) -> dict[str, float]:
@@ -138,12 +138,12 @@ def item_error(items: int, columns: int = 1) -> float:
     return 100 * math.sqrt(0.25 / max(items, 1) / columns)
 
 
-def best(rows: Iterable[Row], column: str) -> Row | None:
+def best(rows: Iterable[RivalRow], column: str) -> RivalRow | None:
     """The row with the highest mean in a column."""
     return max((row for row in rows if column in row.cells), key=lambda row: row.cells[column].mean, default=None)
 
 
-def ranked(table: Table, column: str = MERGED) -> list[tuple[str, str, dict[str, Spread], float]]:
+def ranked(table: RivalTable, column: str = MERGED) -> list[tuple[str, str, dict[str, Spread], float]]:
     """For a search: (name, setting, spread by combination, mean over combinations), best first."""
     found: dict[tuple[str, str], dict[str, Spread]] = {}
     for row in table.rows:

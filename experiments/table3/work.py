@@ -25,7 +25,7 @@ from mergekit_wp.files import write_text
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeJob:
     """A merge to be made: its recipe, where the recipe is to be written, where the model goes for a while."""
 
     recipe: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Grading:
     """One model on one split. `about` is kept with the result; `model` is a merge, or a folder that is there."""
 
     result: Path
-    model: Merge | Path
+    model: MergeJob | Path
     world: Path
     split: str
     capabilities: tuple[str, ...]
@@ -71,7 +71,7 @@ def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Pat
     return file
 
 
-def merge(task: Merge) -> Path:
+def merge(task: MergeJob) -> Path:
     """Run mergekit's command on the recipe. Raises what mergekit raises, `BadInput` from our own methods."""
     command = _mergekit_yaml()
     _check_parameters(task.recipe)
@@ -83,9 +83,9 @@ def merge(task: Merge) -> Path:
 
 
 def grade_model(task: Grading) -> Grade:
-    """Merge if need be, grade, keep the result, and remove the merged model unless it is to be kept."""
+    """MergeJob if need be, grade, keep the result, and remove the merged model unless it is to be kept."""
     started = time.monotonic()
-    folder = merge(task.model) if isinstance(task.model, Merge) else task.model
+    folder = merge(task.model) if isinstance(task.model, MergeJob) else task.model
     merged = time.monotonic()
     found = grade(folder, task.world, task.split, task.capabilities, task.cache, task.allow_code)
     content = {
@@ -97,7 +97,7 @@ def grade_model(task: Grading) -> Grade:
         "grade_seconds": round(time.monotonic() - merged, 1),
     }
     write_text(task.result, json.dumps(content, indent=2) + "\n")
-    if isinstance(task.model, Merge) and not task.model.keep:
+    if isinstance(task.model, MergeJob) and not task.model.keep:
         shutil.rmtree(folder)
     return found
 
@@ -146,6 +146,6 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from mergekit_wp.eval.cli import _quieten
+    from mergekit_wp.console import quieten
 
-    _quieten(False)
+    quieten(False)

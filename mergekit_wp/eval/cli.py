@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand, typed
-from mergekit_wp.console import quieten as _quieten
+from mergekit_wp.console import GroupedCommand, quieten, typed
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.options import BACKENDS
 from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
@@ -112,7 +111,7 @@ def main(
 
     refuse_inputs(out, [suite_file, *name_models(models).values()], holds=False)
     bars = not quiet and sys.stderr.isatty()  # only where somebody watches; lines of ours say what runs
-    _quieten(bars)
+    quieten(bars)
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     from mergekit_wp.eval.rows import Settings

@@ -41,7 +41,7 @@ _FAREWELL_S = 30.0  # what a child that is done may take to shut down
 
 
 @dataclass(frozen=True)
-class Job:
+class ModelRun:
     """What a child is given. `keys` are the tasks to run, `environment` the parent's as it is now."""
 
     model: EvalModel
@@ -84,7 +84,7 @@ def measure_in_child(
     by_key = {task.key: task for task in tasks}
     wanted = [task.spec for task in tasks]
     few = replace(suite, tasks=tuple(spec for spec in suite.tasks if spec in wanted))
-    job = Job(model, few, include_path, settings, tuple(by_key), dict(os.environ), torch.get_num_threads())
+    job = ModelRun(model, few, include_path, settings, tuple(by_key), dict(os.environ), torch.get_num_threads())
     receiver, sender = _context().Pipe(duplex=False)
     process = _context().Process(target=_work, args=(job, sender), name=f"wp-eval {model.name}")
     at = ""
@@ -219,7 +219,7 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(job: Job, sender: Any) -> None:
+def _work(job: ModelRun, sender: Any) -> None:
     """The child."""
 
     def tell(*message: Any) -> None:

@@ -1,4 +1,4 @@
-"""What results.json holds, as far as something reads it again: the fields of `tables.to_json`, checked by `documents`."""
+"""What results.json holds, as far as something reads it again: the fields of `tables.to_json`."""
 
 from __future__ import annotations
 

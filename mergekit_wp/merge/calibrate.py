@@ -89,7 +89,7 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
 def main(base: str, texts: str, documents: int, tokens: int | None, out: str, quiet: bool, **how: Any) -> None:
     """Measure the inputs of every module of BASE on plain text, and write the file that `merge_method: aim` reads."""
     from mergekit_wp.checkpoint.folder import Checkpoint
-    from mergekit_wp.console import Progress, _quieten
+    from mergekit_wp.console import ProgressBars, take_terminal
     from mergekit_wp.documents import now
     from mergekit_wp.merge.activations import METADATA_KEY, Activations, Calibration, write_activations
     from mergekit_wp.scores import ModelId
@@ -99,7 +99,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.scoring.prompt_format import alone
 
     target = check_file(out, METADATA_KEY, "activations", [base, texts])
-    _quieten(sys.stderr.isatty() and not quiet, not quiet)
+    take_terminal(sys.stderr.isatty() and not quiet, not quiet)
     claim(target)
     checkpoint = Checkpoint.open(base)
     length = block_length(checkpoint, tokens)
@@ -111,7 +111,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     dtype = pick_dtype(how["dtype"], device, [stored_dtype(checkpoint.tensors)])
     stack = load_one(checkpoint, dtype, device, how["offload"], how["trust_remote_code"])
     too_much = f"--batch-size: {how['batch_size']} blocks of {length} tokens do not fit on {device}; lower it."
-    with enough_memory(too_much), Progress(not quiet) as progress:
+    with enough_memory(too_much), ProgressBars(not quiet) as progress:
         tick = progress(len(blocks) * stack.depth, "measuring", "block layer") if progress else lambda _done: None
         means = mean_inputs(stack, list(batches(blocks, how["batch_size"], stack)), tick)
     fingerprint = checkpoint.fingerprint

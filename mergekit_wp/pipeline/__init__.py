@@ -1,1 +1,3 @@
-"""From experts to a published model: a pipeline file, its steps, and `wp-run`."""
+"""wp-run: a pipeline file (`spec`) becomes steps (`steps`), which are looked ahead at (`look_ahead`) and carried out
+(`execute`) where their inputs have changed.
+"""

@@ -34,7 +34,7 @@ _DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `stage` is what --until and --redo name; `code` the subpackages that its result depends on."""
+    """One command. `stage` is what --until and --redo name; `code` the parts of the package that it depends on."""
 
     name: str
     stage: str
@@ -131,10 +131,14 @@ class Stamps:
         return sha256(self.texts[path].encode()).hexdigest() if path in self.texts else self.digests.of(path)
 
 
-def code_digest(subpackages: Iterable[str]) -> str:
-    """SHA-256 of this package's shared modules and of the source of some of its subpackages."""
-    files = [*_PACKAGE.glob("*.py"), *(file for name in subpackages for file in (_PACKAGE / name).rglob("*.py"))]
-    return digest_of(f"{file.relative_to(_PACKAGE)}={Digests().of(file)}" for file in sorted(files))
+def code_digest(parts: Iterable[str]) -> str:
+    """SHA-256 of this package's shared modules and of the source of some parts, a checkout's experiments too."""
+    folders = [_PACKAGE / "checkpoint"]
+    folders += [
+        path if (path := _PACKAGE / name).is_dir() else _PACKAGE.parent / "experiments" / name for name in parts
+    ]
+    files = [*_PACKAGE.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
+    return digest_of(f"{file.relative_to(_PACKAGE.parent)}={Digests().of(file)}" for file in sorted(files))
 
 
 def program(name: str) -> list[str]:

@@ -217,9 +217,7 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
         *_folders(map(read_reference, rows.values())),
     ]
     outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
-    return _step(
-        "evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox", "miniature")
-    )
+    return _step("evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox"))
 
 
 def _push_step(pipeline: Pipeline) -> Step:

@@ -30,7 +30,7 @@ from mergekit_wp.push.parents import UNASKED, Parent, find_parents, licence_of
 from mergekit_wp.push.retry import clean_logs, explain
 from mergekit_wp.push.secrets import check_secrets
 from mergekit_wp.push.stage import RECIPE
-from mergekit_wp.push.upload import Item
+from mergekit_wp.push.upload import UploadFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,7 +56,7 @@ class Request:
 class Publication:
     """Every file that goes to the repository, and where the card lies."""
 
-    items: Sequence[Item]
+    items: Sequence[UploadFile]
     left_out: Sequence[str]
     card: Path
 
@@ -280,7 +280,7 @@ def _draw(certificate: Certificate, stage: Path) -> None:
         partial.write_bytes(shares_png(shares, certificate.shares["experts"]))
 
 
-def _check_secrets(items: Sequence[Item], say: Say) -> None:
+def _check_secrets(items: Sequence[UploadFile], say: Say) -> None:
     from huggingface_hub import get_token
 
     for path, named in check_secrets(items, get_token()).items():

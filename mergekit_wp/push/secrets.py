@@ -9,14 +9,14 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.push.names import paths_in, without_home
 from mergekit_wp.push.retry import first
 from mergekit_wp.push.stage import VOCABULARIES
-from mergekit_wp.push.upload import Item
+from mergekit_wp.push.upload import UploadFile
 
 _TEXTS = (".json", ".md", ".txt", ".yml", ".yaml", ".jinja", ".py", "")
 _NAMING = (".json", ".md", ".yml", ".yaml", ".safetensors")  # programs and licence texts have paths of their own
 _SMALL = 50_000_000
 
 
-def check_secrets(items: Sequence[Item], token: str | None) -> dict[str, str]:
+def check_secrets(items: Sequence[UploadFile], token: str | None) -> dict[str, str]:
     """The files that name folders of a machine, and which. Raises `BadInput` for one that holds the token."""
     named: dict[str, str] = {}
     for item in items:

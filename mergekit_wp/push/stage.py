@@ -28,7 +28,7 @@ from mergekit_wp.push.bundle import Bundle
 from mergekit_wp.push.gate import is_licence_text, is_model_file
 from mergekit_wp.push.names import FILE_KEYS, Names, without_home
 from mergekit_wp.push.parents import Parent
-from mergekit_wp.push.upload import Item
+from mergekit_wp.push.upload import UploadFile
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 DIGESTS = ".digests.json"
@@ -203,7 +203,7 @@ def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
 
 def collect(
     folder: Path, stage: Path, digests: FileDigests, certificate: Certificate, cleaned: dict[str, Path]
-) -> tuple[list[Item], list[str]]:
+) -> tuple[list[UploadFile], list[str]]:
     """Every file that is published, by path, and the names in `folder` that are not.
 
     Raises `BadInput` for a file that the Hub would not take, for a link that leaves `folder`, and for a file that is
@@ -228,7 +228,7 @@ def collect(
             if path.is_file():
                 published[str(path.relative_to(stage))] = path
     found = digests(list(published.values()))
-    items = [Item(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]
+    items = [UploadFile(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]
     for item in items:
         if (
             item.source.parent == folder

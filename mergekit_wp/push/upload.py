@@ -28,7 +28,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 
 
 @dataclass(frozen=True)
-class Item:
+class UploadFile:
     """One file of the repository: its path there, where it lies now, its size in bytes and hex SHA-256."""
 
     path: str
@@ -59,7 +59,7 @@ def check_card(text: str) -> None:
         raise BadInput(f"README.md: the Hub does not take the metadata of this card: {error}") from error
 
 
-def upload(api: HfApi, repo_id: str, items: Sequence[Item], *, private: bool, say: Callable[[str], None]) -> str:
+def upload(api: HfApi, repo_id: str, items: Sequence[UploadFile], *, private: bool, say: Callable[[str], None]) -> str:
     """Make the repository hold exactly these model files; the address of the commit, or of the one that had them.
 
     Raises what huggingface_hub raises (see `retry.explain`), and `BadInput` for what the person can mend.
@@ -115,7 +115,7 @@ def _state(api: HfApi, repo_id: str) -> tuple[str, dict[str, Any]]:
     return head, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
 
-def _is_there(item: Item, entry: Any) -> bool:
+def _is_there(item: UploadFile, entry: Any) -> bool:
     """Whether the Hub has this very content under this path."""
     if entry is None or entry.size != item.size:
         return False
@@ -125,7 +125,7 @@ def _is_there(item: Item, entry: Any) -> bool:
     return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
 
 
-def _obsolete(items: Sequence[Item], remote: dict[str, Any]) -> list[str]:
+def _obsolete(items: Sequence[UploadFile], remote: dict[str, Any]) -> list[str]:
     """What an earlier push left and the model must not have: transformers would load a stray weight file, or mix."""
     ours = {item.path for item in items}
     return sorted(
@@ -138,7 +138,7 @@ def _obsolete(items: Sequence[Item], remote: dict[str, Any]) -> list[str]:
 def _send_large(
     api: HfApi,
     repo_id: str,
-    items: Sequence[Item],
+    items: Sequence[UploadFile],
     additions: dict[str, CommitOperationAdd],
     say: Callable[[str], None],
 ) -> None:
@@ -157,7 +157,7 @@ def _send_large(
         api.preupload_lfs_files(repo_id, [additions[item.path]], free_memory=False)
 
 
-def _content(item: Item) -> str | bytes:
+def _content(item: UploadFile) -> str | bytes:
     """What is sent: of a large file its path (its storage refuses bytes of another SHA-256), of a small one the bytes.
 
     Raises `BadInput` when they are not those that were checked.
@@ -178,7 +178,7 @@ def _commit(api: HfApi, repo_id: str, head: str, additions: list[CommitOperation
     return api.create_commit(repo_id, [*deletions, *additions], commit_message=message, parent_commit=head)
 
 
-def _verify(api: HfApi, repo_id: str, commit: str, items: Sequence[Item]) -> None:
+def _verify(api: HfApi, repo_id: str, commit: str, items: Sequence[UploadFile]) -> None:
     """Raises `BadInput` when the commit does not hold every file as it is here."""
     tree = retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     remote = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand, Progress, _quieten, names_safetensors
+from mergekit_wp.console import GroupedCommand, ProgressBars, names_safetensors, take_terminal
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scores import CHOICES
@@ -119,7 +119,7 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
 
     processes = ProcessGroup.join(job.device)
     shown = not quiet and processes.first
-    _quieten(sys.stderr.isatty() and shown, shown)
+    take_terminal(sys.stderr.isatty() and shown, shown)
     if processes.first:
         claim(target)
     from mergekit_wp.scores import write_scores
@@ -131,7 +131,7 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
         echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
     if shown and processes.size > 1:
         echo(f"Shared by {processes.size} processes.", err=True)
-    with Progress(shown) as progress:
+    with ProgressBars(shown) as progress:
         scores = score(job, progress, processes, resume)
     if processes.first:
         write_scores(scores, target)

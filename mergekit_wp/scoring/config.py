@@ -47,7 +47,8 @@ class ScoringJob:
     samples       pairs a task, drawn with `seed`; None: all of a file, 100 of a built-in set
     batch_size    prompts a forward pass
     anchor_layers, anchor_prompts, anchor_tokens   with `layer: auto`, the candidates ("10-38"; None: a spread, then
-                  those around its best, see `anchor.search`), how many prompts a task are answered, and the longest answer
+                  those around its best, see `anchor.search`), how many prompts a task are answered, and the longest
+                  answer
     allow_code_execution   with `layer: auto`, grade code by running it, in a limited process
     offload       none: both models on the device; stream: read layer by layer; auto: by free memory
     """

@@ -26,16 +26,16 @@ import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import parse_json, parse_yaml
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text
 from mergekit_wp.foreign import echo
-from mergekit_wp.scoring import requests as words
 from mergekit_wp.scoring.anchor.graders import parse_check
 
 _FIELDS = {"task", "prompt", "contrast", "check", "chat"}
@@ -168,35 +168,45 @@ def _parse_row(line: str, where: str) -> Pair:
     return Pair(row["task"], row["prompt"], row.get("contrast"), row.get("check"), row.get("chat", False))
 
 
+@cache
+def builtin_words() -> dict[str, Any]:
+    """What the built-in sets are made of (`builtin_prompts.yaml`)."""
+    words: dict[str, Any] = parse_yaml(Path(__file__).with_name("builtin_prompts.yaml").read_text(encoding="utf-8"))
+    return words
+
+
 def instruction_pairs(samples: int, seed: int) -> list[Pair]:
     """`samples` distinct pairs of each of the six instruction types; prompt = contrast + instruction."""
-    pairs = []
-    for task, wordings in words.INSTRUCTIONS.items():
-        for request, remark, wording in _draw([words.REQUESTS, words.REMARKS, wordings], samples, seed, task):
+    words, pairs = builtin_words(), []
+    for task, kind in words["instructions"].items():
+        for request, remark, wording in _draw(
+            [words["requests"], words["remarks"], kind["wordings"]], samples, seed, task
+        ):
             contrast = f"{request} {remark}".strip()
-            check = {"ifeval": words.IFEVAL_TYPES[task], "kwargs": words.IFEVAL_ARGUMENTS.get(wording, {})}
-            pairs.append(Pair(task, f"{contrast} {wording}", contrast, check, chat=True))
+            check = {"ifeval": kind["ifeval"], "kwargs": wording.get("kwargs", {})}
+            pairs.append(Pair(task, f"{contrast} {wording['text']}", contrast, check, chat=True))
     return pairs
 
 
 def maths_prompts(samples: int, seed: int) -> list[Pair]:
     """`samples` distinct word problems with seeded names and numbers."""
-    random_source = random.Random(f"{seed}/maths")
+    words, random_source = builtin_words()["maths"], random.Random(f"{seed}/maths")
     found: dict[str, None] = {}  # a set that keeps its order
     while len(found) < samples:
-        name, other = random_source.sample(words.NAMES, 2)
+        name, other = random_source.sample(words["names"], 2)
         a = random_source.randint(60, 99)
         b, c, d = random_source.randint(11, 40), random_source.randint(3, 9), random_source.randint(2, 9)
-        problem = random_source.choice(words.MATHS_PROBLEMS).format(
-            name=name, other=other, thing=random_source.choice(words.THINGS), a=a, b=b, c=c, d=d
+        problem = random_source.choice(words["problems"]).format(
+            name=name, other=other, thing=random_source.choice(words["things"]), a=a, b=b, c=c, d=d
         )
-        found[random_source.choice(words.MATHS_WORDINGS).format(problem=problem)] = None
+        found[random_source.choice(words["wordings"]).format(problem=problem)] = None
     return [Pair("maths", prompt, chat=True) for prompt in found]
 
 
 def code_prompts(samples: int, seed: int) -> list[Pair]:
     """`samples` distinct requests for a Python function."""
-    drawn = _draw([words.CODE_TASKS, words.CODE_WORDINGS, words.REMARKS], samples, seed, "code")
+    words = builtin_words()
+    drawn = _draw([words["code"]["tasks"], words["code"]["wordings"], words["remarks"]], samples, seed, "code")
     return [Pair("code", f"{wording.format(task=task)} {remark}".strip(), chat=True) for task, wording, remark in drawn]
 
 
@@ -207,7 +217,7 @@ BUILTIN: dict[str, Callable[[int, int], list[Pair]]] = {
 }
 
 
-def _draw(choices: list[tuple[str, ...]], samples: int, seed: int, task: str) -> list[tuple[str, ...]]:
+def _draw(choices: list[list[Any]], samples: int, seed: int, task: str) -> list[tuple[Any, ...]]:
     combinations = list(itertools.product(*choices))
     if samples > len(combinations):
         raise BadInput(f"samples: {samples} asked for, the built-in set {task} has {len(combinations)} a task.")

@@ -52,7 +52,7 @@ _ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEADS: attr_heads, Kind.NEURONS:
 
 
 @dataclass
-class Item:
+class BatchState:
     """One batch of a task, with what the forward passes leave: by metric name, F of the base [B], what the metric
     compares with, the prompts' weights [B], and the weighted gradient of F at the anchors [B, D]."""
 
@@ -77,7 +77,7 @@ class Passes:
 
     pair: ModelPair
     method: str
-    items: Sequence[Item]
+    items: Sequence[BatchState]
     keep_graphs: bool
     tick: Callable[[float], object] = lambda _done: None
     write: bool = True

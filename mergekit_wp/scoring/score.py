@@ -12,13 +12,14 @@ Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from mergekit_wp import __version__
+from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.documents import now
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
@@ -52,7 +53,7 @@ from mergekit_wp.scoring.models.load import (
     warn_of_other_ids,
 )
 from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
-from mergekit_wp.scoring.passes import PATCHING, Item, Passes, PatchPlan, first_order, patch_layer
+from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
@@ -60,13 +61,11 @@ from mergekit_wp.scoring.sweep import batch_groups
 
 LOG = logger(__name__)
 MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
-Tick = Callable[[float], object]
-Progress = Callable[[int, str, str], Tick]
 
 
 def score(
     job: ScoringJob,
-    progress: Progress | None = None,
+    progress: StartProgress | None = None,
     processes: ProcessGroup | None = None,
     resume: Resume | None = None,
 ) -> Scores:
@@ -84,7 +83,7 @@ def score(
     tokenizer, tasks = ready.tokenizer, ready.tasks
     pair = load_pair(job, checked, processes)  # only now, when nothing but the weights themselves can be wrong
     LOG.info(pair.reason)
-    start = progress or (lambda _total, _what, _unit: lambda _done: None)
+    start = progress or no_progress
     with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."):
         layer, directions, curve = _anchors(job, pair, tokenizer, tasks, asked, search, processes, start)
         date = now()
@@ -156,7 +155,7 @@ def pairs_of(job: ScoringJob) -> list[TaskPairs]:
 
 def _anchors(
     job: ScoringJob, pair: ModelPair, tokenizer: Any, tasks: Sequence[TaskTokens], asked: int | None,
-    search: Search | None, processes: ProcessGroup, start: Progress,
+    search: Search | None, processes: ProcessGroup, start: StartProgress,
 ) -> tuple[int | None, Sequence[Directions | None], RecoveryCurve | None]:  # fmt: skip
     """As `locate`; of a utility that reads along no direction, nothing."""
     if not job.directed:
@@ -232,11 +231,11 @@ def task_run(
 
 def _sweep(
     job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskAccumulator], subset: Subset,
-    processes: ProcessGroup, start: Progress,
+    processes: ProcessGroup, start: StartProgress,
 ) -> None:  # fmt: skip
     """First order: each process takes its share of the batches."""
     items = [
-        Item(r, b)
+        BatchState(r, b)
         for t, r in zip(tasks, runs, strict=True)
         for b in batches(t.scoring, job.batch_size, pair.base, pair.expert)
     ]
@@ -251,7 +250,7 @@ def _sweep(
 
 def _patch(
     job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskAccumulator], subset: Subset,
-    processes: ProcessGroup, resume: Resume, start: Progress,
+    processes: ProcessGroup, resume: Resume, start: StartProgress,
 ) -> None:  # fmt: skip
     """One component at a time: each process takes its share of the components, all prompts of each."""
     seen = [layer for layer in range(pair.geometry.layers) if metric_of(runs[0].metrics, layer)]
@@ -261,7 +260,7 @@ def _patch(
     tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
     plan = patch_plan(pair, subset, processes, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
-        items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
+        items = [BatchState(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
         passes = Passes(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
         done = processes.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]

@@ -23,7 +23,7 @@ from experiments.table3.grade import TestGrade, ValidationGrade, choose, suite_o
 from experiments.table3.grid import read_variants
 from experiments.table3.jobs import AUTHORS, CHOSEN, ONLY, SECONDS, Setup, expected, seed_plan
 from experiments.table3.keys import merge_key, recipe, score_key
-from experiments.table3.schedule import Job, Progress, run
+from experiments.table3.schedule import TableJob, TableProgress, run
 from experiments.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Point, Variant
 from mergekit_wp.errors import BadInput
 
@@ -105,7 +105,7 @@ def setup_of(worlds: Path, out: Path, **changes: Any) -> Setup:
 def execute(setup: Setup, runner: Any, seeds: tuple[int, ...] = (0,)) -> list[Any]:
     disjoint = Disjoint()
     plans = [seed_plan(seed, setup, disjoint) for seed in seeds]
-    return run(plans, runner, Progress(SECONDS, {}, 1, quiet=True))
+    return run(plans, runner, TableProgress(SECONDS, {}, 1, quiet=True))
 
 
 def test_the_point_that_is_best_on_validation_items_is_tested_whatever_the_test_items_say(
@@ -253,7 +253,7 @@ def test_two_plans_that_want_the_same_job_share_it() -> None:
     calls = []
 
     def plan() -> Any:
-        results = yield [Job("one", "score", "one", calls.append, (1,), lambda: None)]
+        results = yield [TableJob("one", "score", "one", calls.append, (1,), lambda: None)]
         return results
 
     class Now:
@@ -262,7 +262,7 @@ def test_two_plans_that_want_the_same_job_share_it() -> None:
             future.set_result(function(*arguments))
             return future
 
-    assert run([plan(), plan()], Now(), Progress({}, {}, 1, quiet=True)) == [[None], [None]]
+    assert run([plan(), plan()], Now(), TableProgress({}, {}, 1, quiet=True)) == [[None], [None]]
     assert calls == [1]
 
 

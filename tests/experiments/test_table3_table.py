@@ -26,7 +26,7 @@ from experiments.table3.formats import (
 from experiments.table3.grade import TestGrade, ValidationGrade
 from experiments.table3.html import to_html
 from experiments.table3.jobs import AUTHORS, CHOSEN, ONLY, Entry
-from experiments.table3.table import COLUMNS, MEAN, MERGED, Spread, Table, by_setting, item_error, ranked
+from experiments.table3.table import COLUMNS, MEAN, MERGED, RivalTable, Spread, by_setting, item_error, ranked
 from experiments.table3.variants import BASELINE, COMBINATIONS
 
 SEEDS = (0, 1, 2)
@@ -41,7 +41,7 @@ def entry(seed: int, combination: str, name: str, right: np.ndarray, role: str =
     return Entry(seed, combination, name, "methods", f"setting of {name}", role, grade)
 
 
-def make_table(seeds: tuple[int, ...] = SEEDS) -> Table:
+def make_table(seeds: tuple[int, ...] = SEEDS) -> RivalTable:
     entries = []
     for s in seeds:
         for c, combination in enumerate(COMBINATIONS):
@@ -50,7 +50,7 @@ def make_table(seeds: tuple[int, ...] = SEEDS) -> Table:
                 entries.append(entry(s, combination, name, RIGHT[s, c, m], role))
             entries.append(entry(s, combination, "TIES", RIGHT[s, c, 1] / 2, AUTHORS))
         entries.append(Entry(s, "", "base", "models", "", ONLY, entry(s, "", "", RIGHT[s, 0, 0]).grade))
-    return Table(seeds, tuple(entries), "test")
+    return RivalTable(seeds, tuple(entries), "test")
 
 
 def test_means_errors_and_paired_differences_are_numpys() -> None:
@@ -84,7 +84,7 @@ def test_the_authors_setting_has_a_row_of_its_own() -> None:
 def test_a_row_that_a_seed_lacks_is_left_out() -> None:
     whole = make_table()
     less = tuple(e for e in whole.entries if not (e.seed == 2 and e.variant == "WP" and e.combination == "all three"))
-    names = [row.name for row in Table(SEEDS, less, "test").of("all three", "methods")]
+    names = [row.name for row in RivalTable(SEEDS, less, "test").of("all three", "methods")]
     assert names == [BASELINE, "TIES"]
 
 
@@ -206,7 +206,7 @@ def test_a_search_is_ranked_by_the_mean_over_combinations() -> None:
             for scale, value in ((1.0, 0.5), (2.0, 0.7 + 0.1 * seed), (3.0, 0.6)):
                 grade = ValidationGrade(dict.fromkeys(experts, value), dict.fromkeys(experts, 120))
                 entries.append(Entry(seed, combination, "wp", "methods", f"scale {scale:g}", ONLY, grade))
-    table = Table((0, 1), by_setting(entries), "validation")
+    table = RivalTable((0, 1), by_setting(entries), "validation")
     found = ranked(table)
     assert [setting for _, setting, _, _ in found] == ["scale 2", "scale 3", "scale 1"]
     assert found[0][3] == pytest.approx(75.0)

@@ -20,7 +20,7 @@ from experiments.table3.frozen import TrainedWorld
 from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade
 from experiments.table3.keys import recipe
 from experiments.table3.variants import Point
-from experiments.table3.work import Grading, Merge, grade_model, merge, read_grade, write_score
+from experiments.table3.work import Grading, MergeJob, grade_model, merge, read_grade, write_score
 from mergekit_wp.errors import BadInput
 
 BOTH = ("instruction", "maths")
@@ -38,8 +38,8 @@ def world(root: Path) -> TrainedWorld:
     return TrainedWorld(0, root / WorldConfig.smoke().hash12)
 
 
-def merge_of(point: Point, world: TrainedWorld, out: Path, scores: dict[str, Path] | None = None) -> Merge:
-    return Merge(recipe(point, BOTH, world, scores or {}), out / "recipe.yaml", out / "merged", 3, False)
+def merge_of(point: Point, world: TrainedWorld, out: Path, scores: dict[str, Path] | None = None) -> MergeJob:
+    return MergeJob(recipe(point, BOTH, world, scores or {}), out / "recipe.yaml", out / "merged", 3, False)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

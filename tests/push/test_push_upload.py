@@ -17,7 +17,7 @@ from loopback_hub import PART, Fault, LoopbackHub, regular
 from mergekit_wp.errors import BadInput
 from mergekit_wp.push import upload as uploading
 from mergekit_wp.push.retry import explain
-from mergekit_wp.push.upload import Item
+from mergekit_wp.push.upload import UploadFile
 
 TOKEN = "hf_LoopbackTokenThatIsNoSecret1234"
 REPO = "alice/merge"
@@ -49,7 +49,7 @@ def api(hub):
     return HfApi(endpoint=hub.url)
 
 
-def write(folder: Path, sizes: dict[str, int], seed: int = 0) -> list[Item]:
+def write(folder: Path, sizes: dict[str, int], seed: int = 0) -> list[UploadFile]:
     draw = random.Random(seed)
     items = []
     for name, size in sizes.items():
@@ -59,9 +59,9 @@ def write(folder: Path, sizes: dict[str, int], seed: int = 0) -> list[Item]:
     return items
 
 
-def item_of(folder: Path, name: str) -> Item:
+def item_of(folder: Path, name: str) -> UploadFile:
     content = (folder / name).read_bytes()
-    return Item(name, folder / name, len(content), hashlib.sha256(content).hexdigest())
+    return UploadFile(name, folder / name, len(content), hashlib.sha256(content).hexdigest())
 
 
 SIZES = {
@@ -301,9 +301,10 @@ import sys
 from pathlib import Path
 from huggingface_hub import HfApi
 from mergekit_wp.push import upload as uploading
-from mergekit_wp.push.upload import Item
+from mergekit_wp.push.upload import UploadFile
 uploading._LARGE = 1000
-items = [Item(a, Path(b), int(c), d) for a, b, c, d in (line.split("\\t") for line in sys.stdin.read().splitlines())]
+rows = [line.split("\\t") for line in sys.stdin.read().splitlines()]
+items = [UploadFile(a, Path(b), int(c), d) for a, b, c, d in rows]
 print(uploading.upload(HfApi(), sys.argv[1], items, private=False, say=print))
 """
 

@@ -8,10 +8,9 @@ import json
 import pytest
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scoring import requests as words
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.batching import tokenize_tasks
-from mergekit_wp.scoring.pairs import instruction_pairs, load_pairs, read_pairs, split_pairs
+from mergekit_wp.scoring.pairs import builtin_words, instruction_pairs, load_pairs, read_pairs, split_pairs
 from mergekit_wp.scoring.prompt_format import PromptFormat
 
 PLAIN = "The harbour is quiet this morning, and the boats are still asleep, waiting for the tide."
@@ -27,7 +26,7 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("task", FOLLOWED)
 def test_built_in_instructions_are_graded_by_ifeval(task):
-    pairs = [pair for pair in instruction_pairs(len(words.REQUESTS), seed=0) if pair.task == task]
+    pairs = [pair for pair in instruction_pairs(len(builtin_words()["requests"]), seed=0) if pair.task == task]
     checks = [parse_check(pair.check, "pair") for pair in pairs]
     preflight(checks, task)
     for check in checks:
@@ -41,14 +40,15 @@ def test_built_in_instructions_are_graded_by_ifeval(task):
 def test_the_number_in_the_wording_is_the_number_that_is_checked(task):
     """One fewer than asked for fails; the wordings say it in figures or in letters."""
     said = {"two": 2, "three": 3, "four": 4} | {str(i): i for i in range(2, 5)}
-    for wording in words.INSTRUCTIONS[task]:
-        arguments = words.IFEVAL_ARGUMENTS[wording]
+    kind = builtin_words()["instructions"][task]
+    for entry in kind["wordings"]:
+        wording, arguments = entry["text"], entry["kwargs"]
         count = next(value for key, value in arguments.items() if key.startswith("num"))
         listed = "SECTION 1, SECTION 2 and SECTION 3" in wording
         asked = 3 if listed else next(said[w] for w in wording.replace(".", " ").split() if w in said)
         # "4 sections that begin with SECTION 1": the first number is the one that is asked for.
         assert count == asked, wording
-        check = Check("ifeval", words.IFEVAL_TYPES[task], arguments)
+        check = Check("ifeval", kind["ifeval"], arguments)
         part = "SECTION {}\ntext\n" if task == "multiple_sections" else "*word{}* "
         pieces = [part.format(i) for i in itertools.chain(range(1, count + 1))]
         assert check.passes("".join(pieces))
@@ -56,14 +56,50 @@ def test_the_number_in_the_wording_is_the_number_that_is_checked(task):
 
 
 def test_prefix_and_until_belong_to_the_answer():
-    check = parse_check(
-        {"miniature": "maths", "kwargs": {"answer": 12}, "prefix": "The answer", "until": ["Request:"]}, "row"
-    )
+    check = parse_check({"number": "12", "prefix": "The answer", "until": ["Request:"]}, "row")
     assert check.passes(" is: 12")
     assert not check.passes(" is: 13")
     assert check.passes(" is: 12\nRequest: 1 + 1\nThe answer is: 2")
     assert not check.runs_code
-    assert parse_check({"miniature": "code"}, "row").runs_code
+    assert parse_check({"python": "f", "kwargs": {"cases": [[1, 2]]}}, "row").runs_code
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("97", True),
+        ("It is $97.", True),
+        ("1,097 less 1,000 are 97", True),
+        ("97.0", True),
+        ("-97", False),
+        ("97 of 100", False),
+        ("ninety-seven", False),
+        ("970", False),
+    ],
+)
+def test_the_last_number_counts(answer, right):
+    assert parse_check({"number": "97"}, "row").passes(answer) is right
+
+
+def test_thousands_are_read_with_and_without_their_separator():
+    assert parse_check({"number": "1,200"}, "row").passes("1200")
+    assert parse_check({"number": "-1200.5"}, "row").passes("-1,200.5 in all")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("def f(x):\n    return 2 * x", True),
+        ("def f(x):\n    return 2.0 * x", False),
+        ("def f(x):\n    return 4", False),
+        ("def g(x):\n    return 2 * x", False),
+        ("raise SystemExit", False),
+    ],
+)
+def test_a_function_is_judged_by_what_it_returns(answer, right):
+    check = parse_check({"python": "f", "kwargs": {"cases": [[2, 4], [-1, -2]]}}, "row")
+    preflight([check], "code")
+    assert check.passes(answer) is right
 
 
 @pytest.mark.parametrize(
@@ -71,7 +107,7 @@ def test_prefix_and_until_belong_to_the_answer():
     [
         ("title", "must be an object"),
         ({}, "must name one grader"),
-        ({"ifeval": "a", "miniature": "maths"}, "must name one grader"),
+        ({"ifeval": "a", "number": "1"}, "must name one grader"),
         ({"ifeval": 3}, "must name one grader"),
         ({"ifeval": "a", "args": {}}, "unknown field 'args'"),
         ({"ifeval": "a", "kwargs": [1]}, "kwargs of check"),
@@ -95,8 +131,11 @@ def test_malformed_checks_are_refused_with_their_line(tmp_path, check, message):
         ({"ifeval": "detectable_format:titel"}, "IFEval has no type"),
         ({"ifeval": "detectable_format:multiple_sections"}, "takes the kwargs"),
         ({"ifeval": "punctuation:no_comma", "kwargs": {"count": 3}}, "takes the kwargs"),
-        ({"miniature": "poetry"}, "has no capability"),
-        ({"miniature": "maths", "kwargs": {"total": 3}}, "cannot take these kwargs"),
+        ({"number": "twelve"}, "takes a text such as '97'"),
+        ({"number": "12", "kwargs": {"total": 3}}, "no kwargs"),
+        ({"python": "f(x)", "kwargs": {"cases": [[1, 2]]}}, "the name of a function"),
+        ({"python": "f"}, "the name of a function and kwargs"),
+        ({"python": "f", "kwargs": {"cases": [[1]]}}, "the name of a function and kwargs"),
     ],
 )
 def test_checks_that_cannot_run_are_refused_before_anything_is_generated(check, message):

@@ -22,7 +22,7 @@ from mergekit_wp.scoring.metrics import KLMetric
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.models.offload import parameter_bytes, pick_offload
 from mergekit_wp.scoring.models.precision import held_dtype, loss_scale, pick_dtype, stored_dtype
-from mergekit_wp.scoring.passes import Item, Passes, first_order
+from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.patching import response_difference, weight_difference
 from mergekit_wp.scoring.score import task_run
 from mergekit_wp.scoring.subset import Subset
@@ -90,7 +90,7 @@ def scores(folders, products, method):
     pair = ModelPair(base, expert, geometry, CPU, products)
     v_LD = torch.randn(4, 24, generator=torch.Generator().manual_seed(3))
     run = task_run(job, pair, TaskTokens("t", [], None, PROMPTS), 3, Directions(v_LD, v_LD))
-    items = [Item(run, batch) for batch in batches(PROMPTS, 2, base, expert)]
+    items = [BatchState(run, batch) for batch in batches(PROMPTS, 2, base, expert)]
     first_order(Passes(pair, method, items, keep_graphs=True), Subset.choose(geometry, "all", None, None))
     return {kind: sum(parts.values()) for kind, parts in run.sums.items()}
 

@@ -11,13 +11,13 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from mergekit_wp.scoring.requests import REQUESTS
 from safetensors.torch import load_file, save_file
 from score_commands import refused, run
 
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.cli import main
 from mergekit_wp.scoring.pairs import BUILTIN, by_task, load_pairs, split_pairs
-from mergekit_wp.scoring.requests import REQUESTS
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def random_tasks(base, checks=True, names=("first", "second")):
     def prompts(count):
         return [torch.randint(4, 97, (3 + row % 3,), generator=generator).tolist() for row in range(count)]
 
-    passing = {"miniature": "maths", "kwargs": {"answer": 1}}
+    passing = {"number": "1"}
     return [TaskTokens(name, prompts(4), prompts(4), prompts(4), [passing] * 4 if checks else []) for name in names]
 
 
@@ -290,7 +290,7 @@ def test_without_behaviour_the_next_token_decides_and_the_curve_says_why(monkeyp
     if case == "streamed":
         monkeypatch.setattr(base, "streamed", True, raising=False)
     if case == "code":
-        code = {"miniature": "code", "kwargs": {"function": "f", "cases": []}}
+        code = {"python": "f", "kwargs": {"cases": [[0, 0]]}}
         tasks = [dataclasses.replace(tasks[0], checks=[code] * 4)]
     directions = extract_all(base, expert, tasks, 4, 4)
     curve = find_anchor(base, expert, tiny.tokenizer(), tasks, directions, Search(layers=(1, 3)))
@@ -305,7 +305,7 @@ def test_without_behaviour_the_next_token_decides_and_the_curve_says_why(monkeyp
 
 def test_code_runs_only_with_consent(monkeypatch, pair):
     base, expert = pair
-    code = {"miniature": "code", "kwargs": {"function": "f", "cases": [[2, 4]]}}
+    code = {"python": "f", "kwargs": {"cases": [[2, 4]]}}
     tasks = [dataclasses.replace(task, checks=[code] * 4) for task in random_tasks(base, names=("code",))]
 
     def answers(self, model, prompts, until=(), steering=None, tick=lambda _n: None):

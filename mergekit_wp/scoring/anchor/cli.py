@@ -136,8 +136,8 @@ def _from_scores(path: str, task: str | None) -> Anchor:
 
 
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:
-    from mergekit_wp.console import Progress
-    from mergekit_wp.scoring.anchor.search import SILENT, check_graders, locate
+    from mergekit_wp.console import ProgressBars
+    from mergekit_wp.scoring.anchor.search import check_graders, locate, no_progress
     from mergekit_wp.scoring.batching import check_rows, tokenize_tasks
     from mergekit_wp.scoring.config import load_job
     from mergekit_wp.scoring.models.load import check_pair, load_pair, load_tokenizer
@@ -164,8 +164,8 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
         check_graders(tasks, search)
     pair = load_pair(job, checked)
     too_much = f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."
-    with enough_memory(too_much), Progress(not quiet) as progress:
-        start = progress or SILENT
+    with enough_memory(too_much), ProgressBars(not quiet) as progress:
+        start = progress or no_progress
         layer, directions, curve = locate(pair.base, pair.expert, tokenizer, tasks, asked, search, start=start)
     if curve is not None and not quiet:
         echo_lines(curve.summary(), err=True)

@@ -10,18 +10,17 @@ Legend: L layers swept, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mergekit_wp.console import Tick
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batching import TaskTokens, Tokens, batches
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
-
-Tick = Callable[[float], object]
 
 
 @dataclass(frozen=True)

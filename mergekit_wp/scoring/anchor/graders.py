@@ -1,33 +1,40 @@
 """Is an answer right? The check that a pair carries, run on what a model generated.
 
     {"ifeval": "detectable_format:multiple_sections", "kwargs": {"section_spliter": "SECTION", "num_sections": 2}}
-    {"miniature": "maths", "kwargs": {"answer": 97}, "prefix": "8 + 9 = 17\\ncarry", "until": ["Request:"]}
+    {"number": "97", "prefix": "8 + 9 = 17\\ncarry", "until": ["Request:"]}
+    {"python": "double", "kwargs": {"cases": [[2, 4], [-1, -2]]}}
 
-`ifeval` names a type of lm-eval's registry, graded by lm-eval's own code (strict); `miniature` a capability of the
-miniature world, whose code answers are programs and are run in its sandbox. `kwargs` is what that grader needs.
-`prefix`: the beginning of the answer, where the prompt already holds it. `until`: texts at which an answer ends.
+`ifeval` names a type of lm-eval's registry, graded by lm-eval's own code (strict). `number` is the last number of the
+answer, as GSM8K's flexible match reads it (separators of thousands and a currency sign do not count). `python` names a
+function of one argument that the answer defines: it must return what each case [argument, result] says, and of the
+same type; the answer is run for that, in the sandbox. `kwargs` is what the grader needs. `prefix`: the beginning of
+the answer, where the prompt already holds it. `until`: texts at which an answer ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import io
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.sandbox import call_function
 
+GRADERS = ("ifeval", "number", "python")
 _FIELDS = ("kwargs", "prefix", "until")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # These two IFEval types look words and sentences up in data that NLTK downloads; no other needs them.
 _NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """How one answer is graded: `grader` is ifeval or miniature, `name` the type or capability."""
+    """How one answer is graded: `grader` is one of `GRADERS`, `name` the type, the number or the function."""
 
     grader: str
     name: str
@@ -38,12 +45,12 @@ class Check:
     @property
     def runs_code(self) -> bool:
         """Whether grading executes what the model wrote."""
-        return self.grader == "miniature" and self.name == "code"
+        return self.grader == "python"
 
     def passes(self, answer: str) -> bool:
         """Whether `prefix` and `answer`, cut where the answer ends, is right."""
         text = self.prefix + cut(answer, self.until)
-        return (_ifeval if self.grader == "ifeval" else _miniature)(self, text)
+        return {"ifeval": _ifeval, "number": _number, "python": _python}[self.grader](self, text)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
@@ -62,15 +69,15 @@ def parse_check(raw: Any, where: str) -> Check:
         raise BadInput(
             f"{where}: check must be an object such as {{'ifeval': 'punctuation:no_comma'}}, found {shown(raw)}."
         )
-    graders = [name for name in ("ifeval", "miniature") if name in raw]
-    if unknown := set(raw) - {*_FIELDS, "ifeval", "miniature"}:
+    graders = [name for name in GRADERS if name in raw]
+    if unknown := set(raw) - {*_FIELDS, *GRADERS}:
         raise BadInput(
-            f"{where}: unknown field {shown(sorted(unknown)[0])} in check; expected ifeval or miniature, and "
+            f"{where}: unknown field {shown(sorted(unknown)[0])} in check; expected one of {', '.join(GRADERS)}, and "
             f"{', '.join(_FIELDS)}."
         )
     if len(graders) != 1 or not isinstance(raw[graders[0]], str):
         raise BadInput(
-            f"{where}: check must name one grader, ifeval or miniature, with a text; found {shown(dict(raw))}."
+            f"{where}: check must name one grader ({', '.join(GRADERS)}) with a text; found {shown(dict(raw))}."
         )
     kwargs, prefix, until = raw.get("kwargs", {}), raw.get("prefix", ""), raw.get("until", [])
     if not isinstance(kwargs, Mapping):
@@ -89,7 +96,9 @@ def preflight(checks: Sequence[Check], task: str) -> None:
     that a type in use needs and that is not there.
     """
     for check in checks:
-        (_preflight_ifeval if check.grader == "ifeval" else _preflight_miniature)(check, f"task {task}")
+        {"ifeval": _preflight_ifeval, "number": _preflight_number, "python": _preflight_python}[check.grader](
+            check, f"task {task}"
+        )
 
 
 def _ifeval(check: Check, text: str) -> bool:
@@ -146,23 +155,39 @@ def check_punkt(who: str) -> None:
         ) from None
 
 
-def _miniature(check: Check, text: str) -> bool:
-    from experiments.miniature.grading import grade
+def _number(check: Check, text: str) -> bool:
+    found = _NUMBER.findall(text)
+    return bool(found) and float(found[-1].replace(",", "")) == float(check.name.replace(",", ""))
 
-    return grade(check.name, text, check.kwargs)
+
+def _preflight_number(check: Check, where: str) -> None:
+    if not _NUMBER.fullmatch(check.name) or check.kwargs:
+        raise BadInput(
+            f"{where}: the check number takes a text such as '97' or '-1.5' and no kwargs, found {shown(check.name)} "
+            f"with kwargs {sorted(check.kwargs)}."
+        )
 
 
-def _preflight_miniature(check: Check, where: str) -> None:
-    from experiments.miniature import grading
+def _python(check: Check, text: str) -> bool:
+    return returns_right(text, check.name, check.kwargs["cases"])
 
-    graders: dict[str, Callable[..., bool]] = {
-        "instruction": grading.grade_instruction,
-        "maths": grading.grade_maths,
-        "code": grading.grade_code,
-    }
-    if check.name not in graders:
-        raise BadInput(f"{where}: the miniature has no capability {shown(check.name)}; it has {', '.join(graders)}.")
-    try:
-        inspect.signature(graders[check.name]).bind("", **check.kwargs)
-    except TypeError as error:
-        raise BadInput(f"{where}: the miniature's {check.name} grader cannot take these kwargs ({error}).") from None
+
+def returns_right(code: str, function: str, cases: Sequence[Sequence[Any]]) -> bool:
+    """Whether `function`, as `code` defines it, returns the result, of the same type, in every [argument, result].
+
+    Runs the code in the sandbox. Results stay here and are compared here, so printing a verdict earns nothing.
+    """
+    results = call_function(code, function, [argument for argument, _expected in cases])
+    # JSON text tells 1 from true and 4 from 4.0, which == does not.
+    return results is not None and json.dumps(results) == json.dumps([expected for _argument, expected in cases])
+
+
+def _preflight_python(check: Check, where: str) -> None:
+    cases = check.kwargs.get("cases")
+    fits = isinstance(cases, list) and cases and all(isinstance(case, list) and len(case) == 2 for case in cases)
+    if not check.name.isidentifier() or set(check.kwargs) != {"cases"} or not fits:
+        raise BadInput(
+            f"{where}: the check python takes the name of a function and kwargs "
+            f"{{'cases': [[argument, result], ...]}}, found {shown(check.name)} with "
+            f"kwargs {shown(dict(check.kwargs))}."
+        )

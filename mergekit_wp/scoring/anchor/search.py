@@ -14,12 +14,13 @@ Legend: L layers, B prompts, T tokens, D residual width, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
 from mergekit_wp.scores import RecoveryCurve, TaskRecovery
@@ -34,9 +35,6 @@ from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.sweep import forward_sweep
 
 LOG = logger(__name__)
-Tick = Callable[[float], object]
-Start = Callable[[int, str, str], Tick]
-SILENT: Start = lambda _total, _what, _unit: lambda _done: None  # noqa: E731
 Graded = list[tuple[list[int], Check]]  # prompts and how their answers are graded
 
 _STREAMED = "judged by the next token: with weights that stream, generating takes too long"
@@ -132,7 +130,7 @@ def locate(
     layer: int | None,
     search: Search,
     processes: ProcessGroup | None = None,
-    start: Start = SILENT,
+    start: StartProgress = no_progress,
     also: Sequence[int] = (),
 ) -> tuple[int, list[Directions], RecoveryCurve | None]:
     """The anchor layer, every task's directions up to it at least, and the curve if it was looked for.
@@ -161,7 +159,7 @@ def find_anchor(
     directions: Sequence[Directions],
     search: Search,
     processes: ProcessGroup | None = None,
-    start: Start = SILENT,
+    start: StartProgress = no_progress,
 ) -> RecoveryCurve:
     """Steer the base at the candidate layers and choose the best; `directions` reach at least up to the highest.
 
@@ -181,7 +179,7 @@ def find_anchor(
 
 def _try(
     run: _Behaviour, tasks: Sequence[TaskTokens], directions: Sequence[Directions], layers: tuple[int, ...],
-    known: Mapping[str, TaskRecovery], start: Start,
+    known: Mapping[str, TaskRecovery], start: StartProgress,
 ) -> dict[str, TaskRecovery]:  # fmt: skip
     """Recovery of every task, in order, at `layers`; `known`: what other layers gave, whose way of grading is kept."""
     search, base, expert = run.search, run.base, run.expert

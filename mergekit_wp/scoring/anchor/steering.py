@@ -14,7 +14,7 @@ Legend: B prompts, T tokens, D residual width, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -24,12 +24,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from mergekit_wp.console import Tick
 from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.geometry import text_tower
 from mergekit_wp.scoring.anchor.graders import cut
 from mergekit_wp.scoring.batching import Lengths, forget_lengths, together
 
-Tick = Callable[[float], object]
 POSITIONS = ("prompt", "all", "anchor", "answer")
 
 
