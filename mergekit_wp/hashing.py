@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import write_text
+from mergekit_wp.files import open_file, read_text, write_text
 from mergekit_wp.foreign import echo
 
 _WORTH_A_WORD = 1e9  # bytes
@@ -34,7 +34,7 @@ class FileDigests:
         self._path, self._say, self.keep = path, say, keep
         self._known: dict[str, list[object]] = {}
         try:
-            content = parse_json(path.read_bytes()) if path is not None else {}
+            content = parse_json(read_text(path, MOST_JSON_BYTES)) if path is not None else {}
             self._known = {name: entry for name, entry in content.items() if _is_entry(entry)}
         except (OSError, ValueError, AttributeError):
             pass
@@ -84,7 +84,7 @@ def sha256_of(paths: Sequence[Path]) -> list[str]:
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as stream:
+        with open_file(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise BadInput(f"{path}: cannot read this file ({error.strerror or error}).") from error
@@ -120,12 +120,12 @@ class Digests:
 
         Raises `BadInput` for a file that cannot be read.
         """
-        if path.is_dir():
+        if os.path.isdir(path):
             below = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
             kept = [file for file in below if not _BESIDE & set(file.parts)]
             found = self._files([path / file for file in kept])
             return digest_of(f"{file}={value}" for file, value in zip(kept, found, strict=True))
-        return self._files([path])[0] if path.is_file() else ""
+        return self._files([path])[0] if os.path.isfile(path) else ""
 
     def _files(self, files: Sequence[Path]) -> list[str]:
         """One digest a file; large ones are read several at a time."""

@@ -17,12 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.rows import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.eval.tables import Table, to_csv, to_html, to_markdown, to_text
-from mergekit_wp.foreign import code, echo, fenced, file_part, html, logger, markdown, one_line
+from mergekit_wp.foreign import code, csv_cell, echo, fenced, file_part, file_parts, html, logger, markdown, one_line
 
 # Everything that text can hold, lone surrogates too, and often what does harm.
 HARM = [
@@ -195,6 +195,23 @@ def test_foreign_names_in_every_table():
     assert [row["model"] for row in rows] == [one_line(NASTY), "plain"]
 
 
+@given(st.lists(st.sampled_from(["a", "A", "a-2", "A-2", "a b", "A B", "", "é", "É", "con", "CON"]), max_size=9))
+def test_several_parts_are_several_files_where_case_does_not_count(texts):
+    parts = file_parts(texts)
+    assert len({part.lower() for part in parts}) == len(texts)
+    assert parts[:1] == [file_part(text) for text in texts[:1]]
+    assert all(file_part(part) == part for part in parts if "~" not in part)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\u00a0=1"])
+def test_no_cell_of_a_csv_is_a_formula(name):
+    rows = list(csv.reader(io.StringIO(to_csv(table_of([name, "a"], [name, "b"], name)))))
+    texts = [cell for line in (rows[0], *([row[0], row[-1]] for row in rows[1:])) for cell in line]
+    assert any(cell.endswith(one_line(name)) for cell in texts)
+    assert not [cell for cell in texts if cell.strip()[:1] in ("=", "+", "-", "@")]
+    assert csv_cell("a=b-c") == "a=b-c"
+
+
 def test_tables_grow_with_their_rows(monkeypatch):
     """Counted, not timed: cells looked at, and characters written."""
     looked = [0]
@@ -208,3 +225,20 @@ def test_tables_grow_with_their_rows(monkeypatch):
             cost.append((looked[0], size))
         for first, second, third in zip(*cost, strict=True):
             assert third - second <= 2.1 * (second - first) + 10, write
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("one\n  two.\n"), "one two"),
+        (KeyError("rope_theta"), "KeyError: 'rope_theta'"),
+        (TypeError("int() argument must be\na string"), "TypeError: int() argument must be a string"),
+        (RuntimeError(), "RuntimeError"),
+        (AssertionError(), "AssertionError"),
+        (MemoryError(), "MemoryError"),
+        (OSError("x" * 1000), "x" * 200 + "..."),
+    ],
+)
+def test_what_another_librarys_error_says(error, said):
+    assert reason_of(error) == said
+    assert "\x1b" not in BadInput(f"m: ({reason_of(ValueError('a' + chr(27) + '[2J'))})").message

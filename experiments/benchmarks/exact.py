@@ -19,13 +19,14 @@ import click
 import torch
 from common import SIZES, fine_print, layer_flops, matmul_rate, random_batch, random_pair, synchronize
 
+from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.geometry import Kind
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.batching import Batch, batches, tokenize_tasks
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import CosineMetric, anchor_utility
-from mergekit_wp.scoring.models.load import ModelPair, check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.models.load import ModelPair, check_pair, load_pair
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.passes import BatchState, Passes, patch_layer
 from mergekit_wp.scoring.prompt_format import PromptFormat
@@ -109,7 +110,8 @@ def world_pair(world: Path, prompts: int) -> tuple[ModelPair, Batch]:
     checked = check_pair(job)
     pair = load_pair(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, None, 0), "half", 0)
-    task = tokenize_tasks(PromptFormat(load_tokenizer(checked.base, False)), pairs, checked.context_limit)[0]
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, False)
+    task = tokenize_tasks(PromptFormat(tokenizer), pairs, checked.context_limit)[0]
     return pair, next(batches(task.scoring, prompts, pair.base, pair.expert))
 
 

@@ -22,12 +22,13 @@ import torch
 from common import spearman
 from precision import main as precision_tables
 
+from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.scores import Scores, read_scores, write_scores
 from mergekit_wp.scoring.anchor.directions import Directions, extract_all
 from mergekit_wp.scoring.batching import batches, tokenize_tasks
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
-from mergekit_wp.scoring.models.load import check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.models.load import check_pair, load_pair
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.passes import BatchState, Passes, patch_layer
 from mergekit_wp.scoring.prompt_format import PromptFormat
@@ -153,7 +154,8 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     models = load_pair(job, checked)
     anchor = anchor_layer(None, checked.base.geometry.layers)
     texts = split_pairs(load_pairs(job.pairs, None, 0), job.split if job.directed else None, 0)
-    tasks = tokenize_tasks(PromptFormat(load_tokenizer(checked.base, False)), texts, checked.context_limit)
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, False)
+    tasks = tokenize_tasks(PromptFormat(tokenizer), texts, checked.context_limit)
     directions: list[Directions | None] = [None] * len(tasks)
     if job.directed:
         directions = [*extract_all(models.base, models.expert, tasks, models.geometry.layers, job.batch_size)]

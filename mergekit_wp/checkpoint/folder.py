@@ -33,7 +33,7 @@ from mergekit_wp.checkpoint.weights import (
     read_tensors,
 )
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import inside, read_json_mapping
+from mergekit_wp.files import check_files, inside, read_json_mapping
 from mergekit_wp.geometry import Geometry, text_config
 
 _WINDOW_BYTES = 4096
@@ -206,6 +206,7 @@ def local_folder(source: Source, cache: str | None = None) -> Path:
     """The folder behind a source; what is on the Hub is downloaded (see `hub`). Raises `BadInput`."""
     source.check()
     if source.kind == "folder":
+        check_files(Path(source.path), "a model's folder")
         return Path(source.path)
     return download(source, cache)
 

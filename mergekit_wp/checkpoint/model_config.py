@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 # Every field that the config class declares counts, but for these: so a field that a later transformers adds makes two
 # models differ, and is not overlooked. A field that the class does not declare is not read by the class's own model
@@ -58,6 +58,12 @@ _ROPE_READS = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
+# Whose own code for `default` turns whole heads, whatever partial_rotary_factor says (a test compares). Of types that
+# are not named here the field counts.
+_WHOLE_ROTARY = frozenset({
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite", "ministral",
+    "ministral3",
+})  # fmt: skip
 _ROPE_KNOWN = frozenset({"type", "mscale", "mscale_all_dim"}.union(*_ROPE_READS.values()))
 
 
@@ -99,6 +105,11 @@ def decoder(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
+def says_tied(config: Mapping[str, Any], where: str) -> bool:
+    """Whether the output head is to be the embeddings, by the whole model's config. Raises `BadInput` as `resolved`."""
+    return bool(getattr(_build(config, where), "tie_word_embeddings", False))
+
+
 def digest(fields: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what `resolved` gives."""
     return hashlib.sha256(json.dumps(_canonical(dict(fields)), sort_keys=True).encode()).hexdigest()
@@ -124,7 +135,7 @@ def _build(config: Mapping[str, Any], where: str) -> Any:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         kind = _type_of_architecture(config, where)
-    with _quiet():
+    with quiet():
         try:
             return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(config)))
         except Exception as error:  # each class checks its fields in its own way
@@ -145,7 +156,7 @@ def _type_of_architecture(config: Mapping[str, Any], where: str) -> str:
     kinds = [kind for mapping in (TEXT, WRAPPER) for kind, architecture in mapping.items() if architecture == first]
     if not kinds:
         raise BadInput(
-            f"{where}: found model_type {config.get('model_type')!r} and architectures {names!r}, of which "
+            f"{where}: found model_type {shown(config.get('model_type'))} and architectures {shown(names)}, of which "
             "transformers knows neither; take the config.json of the model that this one was made from."
         )
     # Several types may share an architecture; one of them has a config class of its name.
@@ -169,19 +180,19 @@ def _rope(text: Any, parameters: Any, where: str) -> dict[str, Any]:
 
 def _rotary(text: Any, group: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = group.get("rope_type")
-    if kind not in _ROPE_READS:
+    if not isinstance(kind, str) or kind not in _ROPE_READS:
         raise BadInput(
-            f"{where}: found the rope_type {kind!r}, expected one of {', '.join(_ROPE_READS)}; mend rope_parameters "
-            "(or rope_scaling)."
+            f"{where}: found the rope_type {shown(kind)}, expected one of {', '.join(_ROPE_READS)}; mend "
+            "rope_parameters (or rope_scaling)."
         )
     for name in ("rope_theta", *(set(_ROPE_READS[kind]) & {"factor"} & set(group))):
         value = group.get(name)
         if name == "factor" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise BadInput(f"{where}: found the rotary parameter {name} {value!r}, expected a number above 0.")
+            raise BadInput(f"{where}: found the rotary parameter {name} {shown(value)}, expected a number above 0.")
     kept = {name: value for name, value in group.items() if name in _ROPE_READS[kind] or name not in _ROPE_KNOWN}
-    if kept.get("partial_rotary_factor") in (1, None):
+    if kept.get("partial_rotary_factor") in (1, None) or (kind == "default" and text.model_type in _WHOLE_ROTARY):
         kept.pop("partial_rotary_factor", None)
     if kind in ("linear", "proportional") and kept.get("factor", 1) == 1 and "partial_rotary_factor" not in kept:
         kept = {**kept, "rope_type": "default", "factor": None}  # scales by 1
@@ -223,7 +234,7 @@ def _check_buildable(fields: Mapping[str, Any], where: str) -> None:
     for name in sorted(_SHAPES - {"head_dim"}):
         value = fields.get(name)
         if type(value) is not int or value < 1:
-            raise BadInput(f"{where}: found {name} {value!r}, expected a positive whole number.")
+            raise BadInput(f"{where}: found {name} {shown(value)}, expected a positive whole number.")
     padding, rows = fields.get("pad_token_id"), fields["vocab_size"]
     if padding is not None and not -rows <= padding < rows:
         raise BadInput(
@@ -237,7 +248,7 @@ def _activation(field: str, name: str, where: str) -> str:
     from transformers.activations import ACT2CLS
 
     if name not in ACT2CLS:
-        raise BadInput(f"{where}: found {field} {name!r}, which transformers does not know.")
+        raise BadInput(f"{where}: found {field} {shown(name)}, which transformers does not know.")
     return {"swish": "silu"}.get(name, name)
 
 
@@ -261,8 +272,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers about this config, which come once more when the model is loaded."""
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers about a model, which come once more when it is loaded."""
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from mergekit_wp.checkpoint import model_config as modelconfig
 from mergekit_wp.checkpoint.folder import Checkpoint
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.geometry import SUPPORTED
 
 _EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end in
@@ -38,13 +39,14 @@ _ROWS = 1024  # compared at a time
 
 
 def says_tied(checkpoint: Checkpoint) -> bool:
-    """What the config says; where it leaves the field out, its class decides (Gemma's heads are tied)."""
-    said = checkpoint.config.get("tie_word_embeddings")
-    if said is None:
-        from transformers import AutoConfig
+    """What the config says, as its class reads it.
 
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
-        said = getattr(config, "tie_word_embeddings", False)
+    Where the file leaves the field out, the class decides (Gemma's heads are tied); of a wrapper, some classes take the
+    language model's word where their own is no (Llava). Raises `BadInput` for a config that no class reads.
+    """
+    said = checkpoint.config.get("tie_word_embeddings")
+    if said is None or _known(checkpoint):
+        return modelconfig.says_tied(checkpoint.config, str(checkpoint.folder / "config.json"))
     return bool(said)
 
 
@@ -172,8 +174,11 @@ def load_other(base: Path, expert: Path) -> tuple[Any, Any]:
     """Both tokenizers; (None, None) where the files are the same, or one does not load."""
     if all(_content(base / name) == _content(expert / name) for name in _FILES):
         return None, None
-    loaded = _load(base), _load(expert)
-    return loaded if all(loaded) else (None, None)
+    try:
+        loaded = tokenizer_in(base), tokenizer_in(expert)
+    except BadInput:  # whoever needs this tokenizer says what is wrong with it
+        return None, None
+    return loaded if all(each is not None for each in loaded) else (None, None)
 
 
 def listed(tokens: Iterable[str]) -> str:
@@ -186,12 +191,17 @@ def _content(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _load(folder: Path) -> Any:
+def tokenizer_in(folder: Path, remote_code: bool = False) -> Any:
+    """The tokenizer of a folder; None where the folder has none. Raises `BadInput` when it does not load."""
+    has_one = any((folder / name).is_file() for name in _FILES)
+    return load_tokenizer(str(folder), folder, remote_code) if has_one else None
+
+
+def load_tokenizer(name: str, folder: Path, remote_code: bool) -> Any:
+    """The tokenizer of the model that the user calls `name`. Raises `BadInput` when there is none that loads."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in _FILES):
-        return None
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception:  # whoever needs this tokenizer says what is wrong with it
-        return None
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=remote_code)
+    except Exception as error:  # transformers and tokenizers raise many types; each means "not a usable tokenizer"
+        raise BadInput(f"{name}: its tokenizer could not be loaded ({reason_of(error)}).") from error

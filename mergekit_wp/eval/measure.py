@@ -24,14 +24,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.documents import now, parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, now, parse_json
 from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.eval import backends
 from mergekit_wp.eval import standard_error as stderr
 from mergekit_wp.eval.backends import Backend, count_cut, resolve_dtype
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.tasks import ReadyTask
-from mergekit_wp.files import write_text
+from mergekit_wp.files import read_text, write_text
 from mergekit_wp.foreign import file_part
 
 _VERSIONS = ("lm-eval", "transformers", "torch")
@@ -85,7 +85,7 @@ def cache_file(cache: Path, model: EvalModel, key: str) -> Path:
 def read_cache(path: Path) -> dict[str, Entry]:
     """Finished tasks by key; a file that is not ours or was damaged counts as nothing done."""
     try:
-        tasks = parse_json(path.read_bytes())["tasks"]
+        tasks = parse_json(read_text(path, MOST_JSON_BYTES))["tasks"]
         return {key: entry for key, entry in tasks.items() if _is_entry(entry)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -296,4 +296,23 @@ def _check_finite(model: EvalModel, weights: Any) -> None:
 
     for name, weight in weights:
         if not torch.isfinite(weight).all():
-            raise BadInput(f"{model.reference}: the weight {name} holds a NaN or an infinity; make it again.")
+            raise _not_finite(model, name, weight.dtype)
+
+
+def _not_finite(model: EvalModel, name: str, dtype: Any) -> BadInput:
+    """Whether a weight is so in its file, or only in the dtype that it was brought to."""
+    import torch
+    from safetensors import safe_open
+
+    from mergekit_wp.checkpoint.folder import Checkpoint
+
+    header = Checkpoint.open(str(model.folder)).tensors.get(name)
+    if header is not None:
+        with safe_open(header.file, framework="pt") as stream:
+            if torch.isfinite(stream.get_tensor(name)).all():
+                kind, end = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+                return BadInput(
+                    f"{model.reference}: the weight {name} holds numbers that {kind} does not, which ends at {end:g}; "
+                    f"use --dtype {'float32' if kind == 'bfloat16' else 'bfloat16'}."
+                )
+    return BadInput(f"{model.reference}: the weight {name} holds a NaN or an infinity; make it again.")

@@ -15,8 +15,8 @@ from mergekit_wp.checkpoint.folder import Checkpoint, content_digest, fingerprin
 from mergekit_wp.checkpoint.hub import is_tokenizer_file
 from mergekit_wp.checkpoint.references import Reference, read_reference
 from mergekit_wp.checkpoint.weights import ADAPTER, TensorHeader, read_tensors
-from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
+from mergekit_wp.errors import BadInput, reason_of
+from mergekit_wp.files import check_writable_parent, open_file
 
 # Beside the weights, the files that change what a model answers: the Hub's names for config, generation
 # defaults, tokenizer and chat template.
@@ -108,7 +108,8 @@ def _digest(tensors: Mapping[str, TensorHeader], folder: Path) -> str:
     digest = hashlib.sha256(content_digest(tensors).encode())
     for path in sorted({path for pattern in _ANSWERING_FILES for path in folder.glob(pattern)}):
         if not path.name.endswith(".index.json"):  # a re-sharded copy is the same model
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+            with open_file(path) as stream:
+                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -146,7 +147,6 @@ def _check_loadable(reference: str, folder: Path, trust_remote_code: bool) -> No
         try:
             auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises many types; each means "not a usable model"
-            reason = " ".join(str(error).split())[:200].rstrip(".")
             raise BadInput(
-                f"{reference}: transformers cannot load the {what} in this folder ({type(error).__name__}: {reason})."
+                f"{reference}: transformers cannot load the {what} in this folder ({reason_of(error)})."
             ) from error

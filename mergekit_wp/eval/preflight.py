@@ -15,9 +15,10 @@ import torch
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.vocabulary import head_against_config
 from mergekit_wp.checkpoint.weights import strays
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval import process
 from mergekit_wp.eval.backends import Backend, answer_tokens, context_length
+from mergekit_wp.eval.completeness import check_complete
 from mergekit_wp.eval.measure import Settings
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.tasks import ReadyTask, check_word_lists
@@ -62,7 +63,7 @@ def _folders(leaf: Any) -> set[Path]:
 
 
 def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) -> None:
-    """Chat template, context length and how the model divides among GPUs. Raises `BadInput`."""
+    """Chat template, tensors, context length and how the model divides among GPUs. Raises `BadInput`."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(str(model.folder), trust_remote_code=settings.trust_remote_code)
@@ -76,6 +77,7 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
         if task.spec.apply_chat_template:
             _check_template(model, task, tokenizer)
     _check_head(model, settings.backend)
+    check_complete(Checkpoint(model.reference, model.folder), settings.trust_remote_code)
     _check_context(model, tasks, settings.backend, context_length(config, tokenizer), _stretch(config))
     _check_heads(model, getattr(config, "text_config", None) or config, settings)
 
@@ -124,7 +126,7 @@ def _template_error(tokenizer: Any, chat: list[dict[str, str]]) -> str | None:
     try:
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the model's author
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".")
+        return reason_of(error)
     return None
 
 

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.console import quieten
-from mergekit_wp.errors import BadInput, OneSentence
-from mergekit_wp.eval.datafiles import first_line
+from mergekit_wp.errors import BadInput, OneSentence, reason_of
 from mergekit_wp.eval.measure import OnDone, Say, Settings, measure
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.suite import Suite
@@ -250,7 +249,7 @@ def _work(job: ModelRun, sender: Any) -> None:
         pass  # the parent is gone, and so is this process in a moment
     except Exception as error:
         sentence = (
-            f"{job.model.reference}: evaluating it failed ({type(error).__name__}: {first_line(error)}); the "
+            f"{job.model.reference}: evaluating it failed ({type(error).__name__}: {reason_of(error, 300)}); the "
             "traceback is above, finished tasks are kept."
         )
         tell("failed", sentence, traceback.format_exc())

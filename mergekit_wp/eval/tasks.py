@@ -7,6 +7,7 @@ configurations behind a task, a group or a tag.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp import sandbox
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval.code_eval import sandboxed
-from mergekit_wp.eval.datafiles import check_data, first_line, function_modules, task_key
+from mergekit_wp.eval.datafiles import check_data, function_modules, task_key
 from mergekit_wp.eval.suite import Suite, SuiteTask
+from mergekit_wp.files import check_files
 from mergekit_wp.scoring.anchor.graders import check_punkt
 
 if TYPE_CHECKING:
@@ -39,11 +41,12 @@ def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
 
     folders: list[str | Path] = [str(PROTOCOL)]
     if include_path is not None:
-        if not include_path.is_dir():
+        if not os.path.isdir(include_path):
             raise BadInput(
                 f"{include_path}: the suite's include_path is not a folder; "
                 "make it, or name another with --include-path."
             )
+        check_files(include_path, "the tasks' folder", below=True)
         folders.append(str(include_path))
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not any(_missing(manager, name) for name in names):
@@ -198,7 +201,7 @@ def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[di
         found: Any = manager.load(spec.task)
     except Exception as error:  # task files run arbitrary code: any exception can come out
         raise BadInput(
-            f"task {spec.task}: lm-eval cannot load it ({type(error).__name__}: {first_line(error)})."
+            f"task {spec.task}: lm-eval cannot load it ({type(error).__name__}: {reason_of(error, 300)})."
         ) from error
     named = found["groups"].get(spec.task) or found["tasks"].get(spec.task)
     if named is None:

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
+from itertools import count, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +30,9 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.console import GroupedCommand, names_safetensors
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.files import open_file
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scores import CHOICES
@@ -89,12 +92,13 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
 def main(base: str, texts: str, documents: int, tokens: int | None, out: str, quiet: bool, **how: Any) -> None:
     """Measure the inputs of every module of BASE on plain text, and write the file that `merge_method: aim` reads."""
     from mergekit_wp.checkpoint.folder import Checkpoint
+    from mergekit_wp.checkpoint.vocabulary import load_tokenizer
     from mergekit_wp.console import ProgressBars, take_terminal
     from mergekit_wp.documents import now
     from mergekit_wp.merge.activations import METADATA_KEY, Activations, Calibration, write_activations
     from mergekit_wp.scores import ModelId
     from mergekit_wp.scoring.batching import batches, check_rows
-    from mergekit_wp.scoring.models.load import load_one, load_tokenizer
+    from mergekit_wp.scoring.models.load import load_one
     from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
     from mergekit_wp.scoring.prompt_format import alone
 
@@ -103,7 +107,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     claim(target)
     checkpoint = Checkpoint.open(base)
     length = block_length(checkpoint, tokens)
-    tokenizer = load_tokenizer(checkpoint, how["trust_remote_code"])
+    tokenizer = load_tokenizer(base, checkpoint.folder, how["trust_remote_code"])
     prompt_format = alone(base, tokenizer, how["chat_template"], how["system"])
     used, blocks = cut(prompt_format, read_texts(texts), documents, length, texts)
     check_rows(blocks, tokenizer, checkpoint.geometry.vocabulary)
@@ -127,6 +131,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
         device.type,
         versions,
         now(),
+        prompts=prompt_format.style,
     )
     write_activations(Activations(about, means), target)
     if not quiet:
@@ -135,16 +140,28 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
 
 def read_texts(path: str) -> Iterator[str]:
     """The documents of a file, one by one. Raises `BadInput`, naming file and line, for what cannot be read."""
-    lines = Path(path).suffix == ".jsonl"
+    numbered = _numbered(path)
     try:
-        with open(path, encoding="utf-8") as stream:
-            if not lines:
-                yield from (part.strip() for part in stream.read().split("\n\n") if part.strip())
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _text_of(line, f"{path}, line {number}")
+        if Path(path).suffix == ".jsonl":
+            yield from (_text_of(line, f"{path}, line {number}") for number, line in numbered if line.strip())
+            return
+        parts = groupby((line for _, line in numbered), key=lambda line: line == "\n")
+        whole = ("".join(part).strip() for empty, part in parts if not empty)
+        yield from (text for text in whole if text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot read the texts ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _numbered(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file, which may be larger than the memory; none of them may be."""
+    with TextIOWrapper(open_file(path), encoding="utf-8") as stream:
+        for number in count(1):
+            line = stream.readline(MOST_JSON_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MOST_JSON_BYTES:
+                raise BadInput(f"{path}, line {number}: longer than {MOST_JSON_BYTES:,} characters; cut it up.")
+            yield number, line
 
 
 def _text_of(line: str, where: str) -> str:
@@ -197,9 +214,11 @@ def mean_inputs(stack: Stack, prompts: Sequence[Batch], tick: Callable[[float], 
     """Mean over all tokens of |x_C| at the input of every module with a weight, by the weight's name, float32 [C].
 
     prompts: batches without padding. A streamed model's layers are read once for as many batches as memory holds.
+    Raises `BadInput` for a mean that is not finite.
     """
     import torch
 
+    from mergekit_wp.scoring.models.precision import not_finite
     from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
 
     accumulator = _Accumulator()
@@ -213,7 +232,11 @@ def mean_inputs(stack: Stack, prompts: Sequence[Batch], tick: Callable[[float], 
                 accumulator.add("model.norm.weight", final_BTD)
                 if not tied:
                     accumulator.add("lm_head.weight", stack.tower.norm(final_BTD))
-    return accumulator.means()
+    means = accumulator.means()
+    for name, mean_C in means.items():
+        if not torch.isfinite(mean_C).all():
+            raise not_finite(f"the input of {name}", stack.dtype)
+    return means
 
 
 class _Accumulator:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_wp.checkpoint.adapters import adds_to_an_end
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.quantised import MARKS
 from mergekit_wp.checkpoint.vocabulary import (
     differences,
     embeddings_of,
@@ -35,7 +36,6 @@ from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import EMBEDDINGS, FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
 from mergekit_wp.merge.activations import check_activations
-from mergekit_wp.merge.outcome import QUANTISED
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scores import ModelId
@@ -189,7 +189,7 @@ def _check_config(plan: MergePlan, model: ModelReference) -> None:
             f"{model}: config.json says vocab_size {base.geometry.vocabulary}, and {name} has {rows} rows; put the "
             "right number into the config."
         )
-    for name in QUANTISED:
+    for name in MARKS:
         if base.config.get(name):
             LOG.warning(
                 "%s: config.json has a %s, and the tensors are not quantised; the merged model gets none.", model, name

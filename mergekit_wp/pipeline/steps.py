@@ -6,6 +6,7 @@ commands are those a person would type with these files. `build_recipe` also ser
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def absent_models(pipeline: Pipeline) -> list[Source]:
 
 def _here(folder: Path) -> bool:
     try:
-        return folder.is_dir() and bool(Checkpoint(str(folder), folder).tensors)
+        return os.path.isdir(folder) and bool(Checkpoint(str(folder), folder).tensors)
     except BadInput:
         return False
 
@@ -231,7 +232,9 @@ def _push_step(pipeline: Pipeline) -> Step:
     for name, hub_name in push.parents.items():
         command += ["--parent", f"{model_of(pipeline, name)}={hub_name}"]
     command += ["--private"] if push.private else []
-    command += ["--license", push.license] if push.license else []
+    for flag in ("license", "license_name", "license_link"):
+        if (value := getattr(push, flag)) is not None:
+            command += [f"--{flag.replace('_', '-')}", value]
     command += ["--dry-run"] if push.dry_run else []
     title = f"{'Show what would be pushed' if push.dry_run else 'Push'} to {push.to}"
     staged = merged.with_name(f"{merged.name}.push")  # where the card is; the rest of a push is on the Hub
@@ -270,7 +273,7 @@ def _folder(source: Source) -> Path:
 def _beside(name: str, recipe: Path) -> Path:
     """A score file as wp-merge finds it: in the working directory, else beside the recipe."""
     beside = recipe.parent / name
-    return beside if not Path(name).exists() and beside.exists() else Path(name)
+    return beside if not os.path.exists(name) and os.path.exists(beside) else Path(name)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

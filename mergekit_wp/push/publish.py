@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import click
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
-from mergekit_wp.foreign import file_part
+from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import auto_name
 from mergekit_wp.hashing import FileDigests
 from mergekit_wp.merge.certificate import Certificate, certified_files
@@ -129,7 +130,7 @@ def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
 def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
     """Check everything and write what is added to the model into FOLDER.push. api: None leaves the network alone."""
     folder = request.folder
-    merged = Checkpoint.open(str(folder)) if folder.is_dir() else None
+    merged = Checkpoint.open(str(folder)) if os.path.isdir(folder) else None
     if merged is None:
         raise BadInput(f"{folder}: no such folder; name the folder that wp-merge wrote.")
     path, recipe = _read_recipe(request)
@@ -162,7 +163,10 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
         loader=auto_name(merged.config),
         scores=[(target, _score_meta(stage / target)) for target in placed.values() if certificate.method == WP],
-        results=[_card_results(stage, n, one, names, request.repo_id, say) for n, one in enumerate(found, start=1)],
+        results=[
+            _card_results(stage, name, one, names, request.repo_id, say)
+            for name, one in zip(file_parts(one.suite.name for one in found), found, strict=True)
+        ],
         cleaned=tuple(cleaned),
         licence_texts=staging.stage_licences(stage, parents),
     )
@@ -178,11 +182,11 @@ def _read_recipe(request: Request) -> tuple[Path, dict[str, Any]]:
     """The recipe that the merge was made by. Raises `BadInput` when there is none, or two that differ."""
     inside = request.folder / RECIPE
     if request.recipe is None:
-        if not inside.is_file():
+        if not os.path.isfile(inside):
             raise BadInput(f"{inside}: missing, so the recipe of this merge is not known; name it with --recipe.")
         return inside, read_yaml_mapping(inside, "recipe")
     recipe = read_yaml_mapping(request.recipe, "recipe")
-    if inside.is_file() and read_yaml_mapping(inside, "recipe") != recipe:
+    if os.path.isfile(inside) and read_yaml_mapping(inside, "recipe") != recipe:
         raise BadInput(
             f"{request.recipe}: not the recipe that this merge was made by, which is {inside}; leave --recipe out, or "
             "merge again."
@@ -233,17 +237,15 @@ def _read_results(results: Path, folder: Path, digests: FileDigests) -> evaluati
 
 
 def _card_results(
-    stage: Path, number: int, results: evaluations.Results, names: Names, repo_id: str, say: Say
+    stage: Path, name: str, results: evaluations.Results, names: Names, repo_id: str, say: Say
 ) -> CardResults:
     from mergekit_wp.eval.tables import to_markdown
 
     names.learn(results.row.model.reference, repo_id)
-    name = file_part(results.suite.name)
-    name = f"{number}-{name}" if number > 1 else name
     include = evaluations.include_path(results.content, results.suite)
     made = bundle(name, results.suite, include)
     staging.stage_suite(stage, made)
-    if include is not None and not include.is_dir():
+    if include is not None and not os.path.isdir(include):
         say(f"note: {include} is not here, so the tasks of the suite {results.suite.name} are not published with it.")
     command = evaluations.command(results.content, names, made.suite)
     return CardResults(

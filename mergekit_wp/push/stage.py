@@ -7,6 +7,7 @@ inputs, byte for byte, so that a second push of the same merge has nothing to co
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_text, write_text
-from mergekit_wp.foreign import file_part, one_line
+from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.hashing import FileDigests, sha256_of
 from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores
 from mergekit_wp.merge.plan import OURS, WP
@@ -38,7 +39,7 @@ PICTURE = "wp/shares.png"
 
 def stage_of(folder: Path) -> Path:
     """`FOLDER.push`."""
-    return folder.absolute().with_name(folder.absolute().name + ".push")
+    return folder.absolute().parent / f"{folder.absolute().name}.push"
 
 
 def open_stage(folder: Path) -> Path:
@@ -67,7 +68,7 @@ def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path
 
     found: dict[str, Path] = {}
     for name in _named_files(recipe) if recipe.get("merge_method") in OURS else ():
-        place = next((path for path in (Path(name), beside / name) if path.is_file()), None)
+        place = next((path for path in (Path(name), beside / name) if os.path.isfile(path)), None)
         if place is None:
             raise BadInput(
                 f"{name}: the recipe names this file, and it is neither in the working directory nor in {beside}; "
@@ -96,14 +97,8 @@ def check_scores(files: dict[str, Path], certificate: Certificate) -> dict[str, 
 
 def place(files: dict[str, Path]) -> dict[str, str]:
     """The path in the repository of every score or activations file."""
-    placed: dict[str, str] = {}
-    for name, path in files.items():
-        stem = file_part(path.name.removesuffix(".safetensors"))
-        target, number = f"wp/scores/{stem}.safetensors", 2
-        while target.lower() in map(str.lower, placed.values()):
-            target, number = f"wp/scores/{stem}-{number}.safetensors", number + 1
-        placed[name] = target
-    return placed
+    stems = file_parts(path.name.removesuffix(".safetensors") for path in files.values())
+    return {name: f"wp/scores/{stem}.safetensors" for name, stem in zip(files, stems, strict=True)}
 
 
 def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
@@ -125,9 +120,9 @@ def _public(document: Any, names: Names) -> Any:
     if not isinstance(document, dict):
         return document
     models = {
-        key: {**document[key], "name": names.of(str(document[key].get("name")))}
-        for key in ("base", "expert")
-        if isinstance(document.get(key), dict)
+        key: {**document[key], field: names.of(str(document[key][field]))}
+        for key, field in (("base", "name"), ("expert", "name"), ("prompts", "chat_owner"))
+        if isinstance(document.get(key), dict) and document[key].get(field) is not None
     }
     return {**names.content(document), **models}
 
@@ -177,7 +172,7 @@ def stage_model_files(stage: Path, folder: Path, names: Names) -> dict[str, Path
     """
     cleaned: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name in VOCABULARIES or path.name.endswith(".index.json") or not path.is_file():
+        if path.name in VOCABULARIES or path.name.endswith(".index.json") or not os.path.isfile(path):
             continue
         try:
             found = parse_json(read_text(inside(folder, path), MOST_JSON_BYTES))
@@ -192,12 +187,13 @@ def stage_model_files(stage: Path, folder: Path, names: Names) -> dict[str, Path
 def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
     """Copy the licence texts that lie in the parents' folders; their paths in the repository."""
     copied: list[str] = []
-    for parent in parents:
-        for path in sorted(parent.folder.iterdir()) if parent.folder is not None else []:
-            if path.is_file() and is_licence_text(path) and inside(parent.folder or path.parent, path):
-                target = f"licences/{file_part(parent.shown.replace('/', '--'))}/{file_part(path.name)}"
-                shutil.copyfile(path, check_writable_parent(stage / target))
-                copied.append(target)
+    for parent, place in zip(parents, file_parts(parent.shown.replace("/", "--") for parent in parents), strict=True):
+        there = sorted(parent.folder.iterdir()) if parent.folder is not None else []
+        texts = [inside(path.parent, path) for path in there if path.is_file() and is_licence_text(path)]
+        for path, name in zip(texts, file_parts(path.name for path in texts), strict=True):
+            target = f"licences/{place}/{name}"
+            shutil.copyfile(path, check_writable_parent(stage / target))
+            copied.append(target)
     return copied
 
 
@@ -214,7 +210,7 @@ def collect(
     for path in sorted(folder.iterdir()):
         if path.name in ("README.md", CERTIFICATE, RECIPE) or path.name.startswith("."):
             continue
-        if path.is_file() and (is_model_file(path) or is_licence_text(path)):
+        if os.path.isfile(path) and (is_model_file(path) or is_licence_text(path)):
             published[path.name] = cleaned.get(path.name, inside(folder, path))
         else:
             left_out.append(path.name)
@@ -225,7 +221,7 @@ def collect(
     }
     for root in ("wp", "licences"):
         for path in sorted((stage / root).rglob("*")):
-            if path.is_file():
+            if os.path.isfile(path):
                 published[str(path.relative_to(stage))] = path
     found = digests(list(published.values()))
     items = [UploadFile(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Geometry, Kind
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.first_order import Parts
 from mergekit_wp.scoring.metrics import GapLedger, Metric, metric_of
+from mergekit_wp.scoring.models.precision import not_finite
 
 _Parts = dict[Kind, tuple[str, ...]]
 _WEIGHT_PARTS: _Parts = {Kind.HEADS: ("q", "o"), Kind.NEURONS: ("gate", "up", "down")}
@@ -39,11 +39,13 @@ class TaskAccumulator:
     gap: str
     gap_floor: float
     device: torch.device
+    dtype: torch.dtype = torch.float32
     ledgers: dict[str, GapLedger] = field(init=False)
     sums: dict[Kind, dict[str, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ledgers = {metric.name: GapLedger(metric.name, self.gap, self.gap_floor) for metric in self.metrics}
+        kept = self.gap, self.gap_floor, self.dtype
+        self.ledgers = {metric.name: GapLedger(metric.name, *kept) for metric in self.metrics}
         depth = self.geometry.layers
         self.sums = {
             kind: {
@@ -65,6 +67,10 @@ class TaskAccumulator:
     def add_some(self, kind: Kind, layer: int, components_C: torch.Tensor, values_C: torch.Tensor) -> None:
         """Add the scores of some components of a layer."""
         self.sums[kind]["whole"][layer, components_C.to(self.device)] += values_C
+
+    def of(self, layer: int) -> dict[str, torch.Tensor]:
+        """What was added up in a layer by a method whose scores are whole: float64 [H], [F]."""
+        return {str(kind): parts["whole"][layer] for kind, parts in self.sums.items()}
 
     def gather(self, processes: ProcessGroup) -> None:
         """Add up what the processes found on different prompts."""
@@ -89,5 +95,5 @@ class TaskAccumulator:
             kind: {part: table.cpu() / divisor_L for part, table in parts.items()} for kind, parts in self.sums.items()
         }
         if not all(torch.isfinite(table).all() for parts in tables.values() for table in parts.values()):
-            raise BadInput(f"task {self.task}: a score is not finite; use --dtype float32 or bfloat16.")
+            raise not_finite(f"task {self.task}: a score", self.dtype)
         return tables

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mergekit_wp import __version__
+from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.documents import now
 from mergekit_wp.errors import BadInput, enough_memory
@@ -44,14 +45,7 @@ from mergekit_wp.scoring.batching import TaskTokens, batches, check_rows, tokeni
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import make_metrics, metric_of
-from mergekit_wp.scoring.models.load import (
-    CheckedPair,
-    ModelPair,
-    check_pair,
-    load_pair,
-    load_tokenizer,
-    warn_of_other_ids,
-)
+from mergekit_wp.scoring.models.load import CheckedPair, ModelPair, check_pair, load_pair, warn_of_other_ids
 from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
@@ -138,7 +132,7 @@ def prepare(job: ScoringJob) -> Prepared:
         asked = shape.layers - 1
     subset = choose_subset(job, checked)
     pairs = pairs_of(job)
-    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     prompt_format = prompt_format_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(prompt_format, pairs, checked.context_limit)
     check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
@@ -226,7 +220,7 @@ def task_run(
     """Empty sums of a task whose metrics read the anchor at `layer`; of a utility with a direction, that is."""
     shape = pair.geometry
     metrics = make_metrics(job.utility, shape.layers, pair.vocabulary, layer, found.v_LD if found else None)
-    return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device)
+    return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device, pair.dtype)
 
 
 def _sweep(
@@ -262,7 +256,7 @@ def _patch(
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
         items = [BatchState(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
         passes = Passes(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
-        done = processes.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
+        done = processes.tell([resume.load(number, layer, run.of(layer)) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]
         for layer in order:
             if done[layer]:
@@ -274,7 +268,7 @@ def _patch(
             patch_layer(passes, plan, layer, base, expert)
             for table in run.sums.values():
                 table["whole"][layer] = processes.add_up(table["whole"][layer])
-            resume.save(number, layer, {kind: table["whole"][layer] for kind, table in run.sums.items()})
+            resume.save(number, layer, run.of(layer))
 
 
 def patch_plan(pair: ModelPair, subset: Subset, processes: ProcessGroup, tick: Tick) -> PatchPlan:

@@ -179,6 +179,7 @@ def test_fields_are_those_that_the_models_read():
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
     ({"rope_parameters": {"rope_type": 3}}, "rope_type 3"),
+    ({"rope_parameters": {"rope_type": ["linear"], "rope_theta": 1e4}}, "rope_type ['linear']"),
     ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "rope_type 'su'"),
     ({"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}}, "factor '2'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "8"}}, "'str'"),
@@ -266,3 +267,31 @@ def test_scores_of_either_hash_serve_every_spelling(tmp_path):
 def edit(folder: Path, **changes: object) -> None:
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        (kind, rope)
+        for kind in [*tiny.VARIANTS, *tiny.FAMILIES]
+        for rope in ("default", "linear")
+        if (kind, rope) != ("phi3", "linear")  # its class takes no linear scaling
+    ],
+)
+def test_a_part_of_each_head_counts_where_the_model_turns_a_part(kind, rope):
+    """A stray field makes equal models equal, and no others: by the frequencies that the model's own code computes."""
+    found = []
+    for part in (1.0, 0.5):
+        config = tiny._config(kind, {}).to_dict() | {"architectures": [type(tiny.random_model(kind)).__name__]}
+        group = {"rope_type": rope, "rope_theta": 100.0, "partial_rotary_factor": part}
+        group |= {} if rope == "default" else {"factor": 2.0}
+        nested = config["rope_parameters"].keys() & {"full_attention", "sliding_attention"}
+        config["rope_parameters"] = dict.fromkeys(nested, group) if nested else group
+        built = AutoModelForCausalLM.from_config(modelconfig._build(config, "c"))
+        tables = {name: table for name, table in built.model.rotary_emb.named_buffers() if "original" not in name}
+        found.append((tables, digest(resolved(config, "c"))))
+    (one, one_digest), (other, other_digest) = found
+    equal = all(table.shape == other[name].shape and torch.equal(table, other[name]) for name, table in one.items())
+    assert (one_digest == other_digest) == equal
+    if rope == "default":
+        assert equal == (kind != "phi3")

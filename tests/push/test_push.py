@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -368,6 +369,23 @@ def test_the_name_of_a_suite_is_no_path(world, name):
     assert all(path.startswith("out.push/") for path in set(tree(world.root)) - set(before))
 
 
+def test_every_table_and_licence_is_a_file_of_its_own(world):
+    (world.base / "LICENSE").write_text("one")
+    (world.base / "license").write_text("two")
+    given = [write_results(world.root / f"eval{k}", fingerprint(world), world.root / "out") for k in range(3)]
+    for folder, name in zip(given, ("mine-2", "mine", "Mine"), strict=True):
+        content = json.loads((folder / "results.json").read_text())
+        content["suite_content"]["name"] = name
+        (folder / "results.json").write_text(json.dumps(content))
+    paths = [item.path for item in dry(world, results=given).items]
+    assert [path for path in paths if path.startswith("wp/results/")] == [
+        "wp/results/Mine-3.json", "wp/results/mine-2.json", "wp/results/mine.json",
+    ]  # fmt: skip
+    texts = [stage(world) / path for path in paths if path.lower().startswith("licences/") and "NOTICE" not in path]
+    assert {"one", "two"} <= {path.read_text() for path in texts}
+    assert len({path.lower() for path in paths}) == len(paths)
+
+
 def test_results_of_another_model_are_refused(world):
     results = write_results(world.root / "eval", "1" * 64, world.root / "out")
     with pytest.raises(BadInput, match=r"none of its rows \(base, wp\) was measured on"):
@@ -383,6 +401,28 @@ def test_a_merge_without_scores(world):
     assert "weight-patching" not in front_matter(card)["tags"]
     assert "## Scores" not in card
     assert "wp/" not in "".join(item.path for item in publication.items)
+
+
+def test_the_card_says_what_was_patched_and_how_prompts_were_put(world):
+    from mergekit_wp.push.card import Card
+    from mergekit_wp.push.licences import Terms
+    from mergekit_wp.scores import PromptStyle, read_scores
+
+    meta = read_scores(world.score(0)).meta
+    style = PromptStyle("Q: {prompt}", "a" * 64, "u/`x`", "be | good")
+    metas = (meta, replace(meta, method="atp", object="activation", prompts=style))
+    certificate = read_certificate(world.root / "out" / CERTIFICATE)
+    card = Card(
+        REPO, (), (), Terms("mit"), "", certificate, "float32", scores=[("wp/scores/a.safetensors", m) for m in metas]
+    )
+    (section,) = (part for part in card.text().split("\n## ") if part.startswith("Scores\n"))
+    *_, plain, patched, _empty, put = section.strip().split("\n")
+    assert f"| {meta.method} |" in plain
+    assert "| atp, object activation |" in patched
+    assert put == (
+        f"How prompts were put: `{meta.expert.name}` as `Q: {{prompt}}`, in the chat template of `` u/`x` `` (SHA-256 "
+        "aaaaaaaaaaaa), with the system prompt `be | good`."
+    )
 
 
 def test_an_aim_merge_goes_with_its_activations(world):

@@ -136,11 +136,12 @@ def _from_scores(path: str, task: str | None) -> Anchor:
 
 
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:
-    from mergekit_wp.console import ProgressBars
-    from mergekit_wp.scoring.anchor.search import check_graders, locate, no_progress
+    from mergekit_wp.checkpoint.vocabulary import load_tokenizer
+    from mergekit_wp.console import ProgressBars, no_progress
+    from mergekit_wp.scoring.anchor.search import check_graders, locate
     from mergekit_wp.scoring.batching import check_rows, tokenize_tasks
     from mergekit_wp.scoring.config import load_job
-    from mergekit_wp.scoring.models.load import check_pair, load_pair, load_tokenizer
+    from mergekit_wp.scoring.models.load import check_pair, load_pair
     from mergekit_wp.scoring.pairs import load_pairs, split_pairs
     from mergekit_wp.scoring.prompt_format import prompt_format_of
     from mergekit_wp.scoring.score import anchor_layer, search_of
@@ -155,7 +156,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     name = _choose(task, [each.task for each in pairs], path)
     # The layer that wp-score would choose is a choice over all tasks.
     pairs = [each for each in pairs if auto or each.task == name]
-    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     prompt_format = prompt_format_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(prompt_format, pairs, checked.context_limit)
     check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
