@@ -18,6 +18,7 @@ from mergekit_wp.pipeline.cli import main
 from mergekit_wp.pipeline.plan import derived_files, hub_models, pipeline_steps, write_derived
 from mergekit_wp.pipeline.recipes import scores_of
 from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.push.cli import main as wp_push
 from mergekit_wp.references import recipe_models
 from mergekit_wp.scoring.job import ScoringJob
 
@@ -131,6 +132,15 @@ def test_every_input_is_there_before_it_is_read(world: Path, monkeypatch: pytest
     assert [recipe["out_dtype"] for recipe in recipes] == ["float32", "float32"]  # as the experts are stored
 
 
+def test_terms_of_their_own_reach_the_push(tmp_path: Path) -> None:
+    terms = {"license": "other", "license_name": "A 'b' licence", "license_link": "https://example.org/b"}
+    push = {"merge": "average", "to": "me/x", **terms}
+    step = pipeline_steps(read_pipeline(write(tmp_path, {**MINIMAL, "push": push})))[-1]
+    with wp_push.make_context("wp-push", list(step.command[1:])) as context:
+        found = {name: context.params[name] for name in ("licence", "licence_name", "licence_link")}
+    assert list(found.values()) == list(terms.values())
+
+
 def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
     content = {
         **MINIMAL,
@@ -205,6 +215,9 @@ def _without(name: str) -> dict:
         ({**MINIMAL, "push": {"merge": "average"}}, "`push.to` is missing"),
         ({**MINIMAL, "push": {"merge": "wp", "to": "me/x"}}, "`push.merge`: there is no 'wp' here; there are average"),
         ({**MINIMAL, "push": {"merge": "average", "to": "m/x", "private": "yes"}}, "expected true or false"),
+        ({**MINIMAL, "push": {"merge": "average", "to": "m/x", "license": ""}}, "`push.license`: found '', expected a"),
+        ({**MINIMAL, "push": {"merge": "average", "to": "--private"}}, "`push.to`: found '--private', which a command"),
+        ({**MINIMAL, "out": "-out"}, "`out`: found '-out', which a command takes for a flag"),
         (
             {**MINIMAL, "push": {"merge": "average", "to": "m/x", "parents": {"c": "u/c"}}},
             "`push.parents`: there is no",

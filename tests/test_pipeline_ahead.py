@@ -92,6 +92,9 @@ TASK_ARITHMETIC = {"merge_method": "task_arithmetic", "expert_parameters": {"wei
         ("push", pushed(to="me", dry_run=True), "`push`: me: expected USER/NAME"),
         ("push", pushed(to="me/x", dry_run=True), "`push`: the licence of the merge cannot be told"),
         ("push", pushed(to="me/x", license="A B"), "`push`: --license A B"),
+        ("push", pushed(to="me/x", license="mit", license_name="X"), "`push`: --license-name and --license-link go"),
+        ("push", pushed(to="me/x", license_link="https://x"), "`push`: --license-name and --license-link go"),
+        ("push", pushed(to="me/x", license="other"), "`push`: --license other: its terms need a name"),
         ("push", pushed(to="me/x", parents={"one": "x"}, license="mit"), "`push`: --parent"),
     ],
 )

@@ -187,7 +187,9 @@ def _push_step(pipeline: Pipeline) -> Step:
     for name, hub_name in push.parents.items():
         command += ["--parent", f"{model_of(pipeline, name)}={hub_name}"]
     command += ["--private"] if push.private else []
-    command += ["--license", push.license] if push.license else []
+    for flag in ("license", "license_name", "license_link"):
+        if (value := getattr(push, flag)) is not None:
+            command += [f"--{flag.replace('_', '-')}", value]
     command += ["--dry-run"] if push.dry_run else []
     title = f"{'Show what would be pushed' if push.dry_run else 'Push'} to {push.to}"
     staged = merged.with_name(f"{merged.name}.push")  # where the card is; the rest of a push is on the Hub

@@ -78,6 +78,8 @@ class Push:
     parents: Mapping[str, str] = field(default_factory=dict)
     private: bool = False
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     dry_run: bool = False
 
 
@@ -201,6 +203,8 @@ def _push(raw: Any) -> Push | None:
         kind, expected = _PUSH_KINDS.get(name, (str, "a text"))
         if not isinstance(value, kind):
             raise BadInput(f"`push.{name}`: found {shown(value)}, expected {expected}.")
+        if kind is str:
+            _text(f"push.{name}", value)
     return Push(**values)
 
 
@@ -272,6 +276,8 @@ def _mapping(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"`{where}`: found {shown(value)}, expected a non-empty text.")
+    if value.startswith("-"):  # it becomes a word of a stage's command
+        raise BadInput(f"`{where}`: found {shown(value)}, which a command takes for a flag; choose another name.")
     return value
 
 
