@@ -17,7 +17,7 @@ import torch
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.records import Count, Date, Positive, Text, Versions, one_of, read_record, strict
-from mergekit_wp.scorefile import DTYPES, ModelId
+from mergekit_wp.scorefile import DTYPES, ModelId, PromptStyle
 from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 FORMAT = 1
@@ -27,7 +27,10 @@ METADATA_KEY = "wp_aim"
 @strict
 @dataclass(frozen=True)
 class Calibration:
-    """Where activations come from: documents, put end to end and cut into `blocks` of `tokens` each; `date` is UTC."""
+    """Where activations come from: documents, put end to end and cut into `blocks` of `tokens` each; `date` is UTC.
+
+    prompts: how documents were put, where not as they are; otherwise left out of the file, as before it was kept.
+    """
 
     base: ModelId
     texts: Text
@@ -39,6 +42,7 @@ class Calibration:
     versions: Versions
     date: Date
     format: Count = FORMAT
+    prompts: PromptStyle | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -49,6 +53,13 @@ class Calibration:
         if raw.get("format") != FORMAT:
             raise ValueError(f"format version {shown(raw.get('format'))}, this program reads {FORMAT}")
         return read_record(cls, raw)
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        content = asdict(self)
+        if self.prompts is None:
+            del content["prompts"]
+        return json.dumps(content, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Activations:
 
 def write_activations(activations: Activations, path: str | Path) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
-    write_tensors(path, activations.means, METADATA_KEY, json.dumps(asdict(activations.meta), sort_keys=True))
+    write_tensors(path, activations.means, METADATA_KEY, activations.meta.to_json())
 
 
 def read_activations(path: str | Path) -> Activations:

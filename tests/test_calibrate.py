@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from safetensors import safe_open
 from streamed_world import resident, streamed
 
 from mergekit_wp.activations import Activations, read_activations, write_activations
@@ -163,6 +165,24 @@ def test_out_of_memory_is_a_sentence(tmp_path, texts, monkeypatch):
     said = run(tmp_path / "base", "--texts", texts, "--out", tmp_path / "a.safetensors", "--tokens", 16, code=2)
     assert "--batch-size: 8 blocks of 16 tokens do not fit on" in said
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_the_file_says_how_documents_were_put(tmp_path, texts):
+    tiny.save(tiny.random_model("llama", seed=3), tmp_path / "base", torch.float32)
+    template = "w1 {{ messages[-1]['content'] }} w2"
+    (tmp_path / "base/chat_template.jinja").write_text(template)
+    out, said = tmp_path / "a.safetensors", {}
+    for asked in ("off", "on"):
+        run(tmp_path / "base", "--texts", texts, "--out", out, "--tokens", 16, "--device", "cpu",
+            "--chat-template", asked)  # fmt: skip
+        with safe_open(out, framework="pt") as file:
+            said[asked] = json.loads(file.metadata()["wp_aim"])
+    assert "prompts" not in said["off"], "a program before this field reads it"
+    digest = hashlib.sha256(template.encode()).hexdigest()
+    assert said["on"]["prompts"] == {
+        "template": "{prompt}", "chat_template": digest, "chat_owner": str(tmp_path / "base"), "system": None,
+    }  # fmt: skip
+    assert read_activations(out).meta.prompts.chat_template == digest
 
 
 def test_the_file_is_checked(tmp_path, texts):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,26 @@ def test_a_merge_without_scores(world):
     assert "weight-patching" not in front_matter(card)["tags"]
     assert "## Scores" not in card
     assert "wp/" not in "".join(item.path for item in publication.items)
+
+
+def test_the_card_says_what_was_patched_and_how_prompts_were_put(world):
+    from mergekit_wp.push.card import Card
+    from mergekit_wp.push.licences import Terms
+    from mergekit_wp.scorefile import PromptStyle, read_scores
+
+    meta = read_scores(world.score(0)).meta
+    style = PromptStyle("Q: {prompt}", "a" * 64, "u/`x`", "be | good")
+    metas = (meta, replace(meta, method="atp", object="activation", prompts=style))
+    mark = read_mark(world.root / "out" / MARK)
+    card = Card(REPO, (), (), Terms("mit"), "", mark, "float32", scores=[("wp/scores/a.safetensors", m) for m in metas])
+    (section,) = (part for part in card.text().split("\n## ") if part.startswith("Scores\n"))
+    *_, plain, patched, _empty, put = section.strip().split("\n")
+    assert f"| {meta.method} |" in plain
+    assert "| atp, object activation |" in patched
+    assert put == (
+        f"How prompts were put: `{meta.expert.name}` as `Q: {{prompt}}`, in the chat template of `` u/`x` `` (SHA-256 "
+        "aaaaaaaaaaaa), with the system prompt `be | good`."
+    )
 
 
 def test_an_aim_merge_goes_with_its_activations(world):

@@ -13,11 +13,12 @@ from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.results import Figure
 from mergekit_wp.push.stage import PICTURE, RECIPE
+from mergekit_wp.scoring.job import PLAIN
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from mergekit_wp.scorefile import ScoreMeta
+    from mergekit_wp.scorefile import PromptStyle, ScoreMeta
 
 _METHODS = {
     "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
@@ -171,9 +172,11 @@ Prompt it in the format that the experts were trained with."""
             tasks = ", ".join(f"{name} ({task.scoring})" for name, task in meta.tasks.items())
             layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
             name = path.rpartition("/")[2]
-            cells = [meta.expert.name, tasks, meta.method, meta.utility, layer, meta.dtype, meta.date[:10]]
+            method = meta.method + (f", object {meta.object}" if meta.object else "")
+            cells = [meta.expert.name, tasks, method, meta.utility, layer, meta.dtype, meta.date[:10]]
             lines.append(f"| {' | '.join(map(markdown, cells))} | [{markdown(name)}]({path}) |")
-        return "\n".join(lines)
+        put = [f"{code(meta.expert.name)} {_put(meta.prompts)}" for _, meta in self.scores if meta.prompts]
+        return "\n".join([*lines, *(["", f"How prompts were put: {'; '.join(put)}."] if put else [])])
 
     def _picture(self) -> str:
         if not self.mark.shares:
@@ -224,6 +227,17 @@ Prompt it in the format that the experts were trained with."""
         parts = ["## Licence", f"Published under {under}. The models it was made of:", "\n".join(lines)]
         parts += notices + ([f"Their licence texts: {', '.join(texts)}."] if texts else [])
         return "\n\n".join(parts)
+
+
+def _put(style: PromptStyle) -> str:
+    """How the prompts of a score file were put, as Markdown."""
+    parts = [f"as {code(style.template)}"] if style.template != PLAIN else []
+    if style.chat_template:
+        owner = f" of {code(style.chat_owner)}" if style.chat_owner else ""
+        parts.append(f"in the chat template{owner} (SHA-256 {style.chat_template[:12]})")
+    if style.system is not None:
+        parts.append(f"with the system prompt {code(style.system)}")
+    return ", ".join(parts)
 
 
 def _link(parent: Parent) -> str:

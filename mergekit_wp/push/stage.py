@@ -125,9 +125,9 @@ def _public(document: Any, names: Names) -> Any:
     if not isinstance(document, dict):
         return document
     models = {
-        key: {**document[key], "name": names.of(str(document[key].get("name")))}
-        for key in ("base", "expert")
-        if isinstance(document.get(key), dict)
+        key: {**document[key], field: names.of(str(document[key][field]))}
+        for key, field in (("base", "name"), ("expert", "name"), ("prompts", "chat_owner"))
+        if isinstance(document.get(key), dict) and document[key].get(field) is not None
     }
     return {**names.content(document), **models}
 

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
+from itertools import count, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +30,9 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.click_help import GroupedCommand, names_safetensors
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.files import open_file
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import check_file, claim
 from mergekit_wp.scoring.job import CHOICES
@@ -127,6 +130,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
         device.type,
         versions,
         now(),
+        prompts=wording.style,
     )
     write_activations(Activations(about, means), target)
     if not quiet:
@@ -135,16 +139,28 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
 
 def read_texts(path: str) -> Iterator[str]:
     """The documents of a file, one by one. Raises `BadInput`, naming file and line, for what cannot be read."""
-    lines = Path(path).suffix == ".jsonl"
+    numbered = _numbered(path)
     try:
-        with open(path, encoding="utf-8") as stream:
-            if not lines:
-                yield from (part.strip() for part in stream.read().split("\n\n") if part.strip())
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _text_of(line, f"{path}, line {number}")
+        if Path(path).suffix == ".jsonl":
+            yield from (_text_of(line, f"{path}, line {number}") for number, line in numbered if line.strip())
+            return
+        parts = groupby((line for _, line in numbered), key=lambda line: line == "\n")
+        whole = ("".join(part).strip() for empty, part in parts if not empty)
+        yield from (text for text in whole if text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot read the texts ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _numbered(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file, which may be larger than the memory; none of them may be."""
+    with TextIOWrapper(open_file(path), encoding="utf-8") as stream:
+        for number in count(1):
+            line = stream.readline(MOST_JSON_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MOST_JSON_BYTES:
+                raise BadInput(f"{path}, line {number}: longer than {MOST_JSON_BYTES:,} characters; cut it up.")
+            yield number, line
 
 
 def _text_of(line: str, where: str) -> str:
