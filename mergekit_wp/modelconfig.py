@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mergekit_wp.components import Geometry
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, shown
 
 # Every field that the config class declares counts, but for these: so a field that a later transformers adds makes two
 # models differ, and is not overlooked. A field that the class does not declare is not read by the class's own model
@@ -146,7 +146,7 @@ def _type_of_architecture(config: Mapping[str, Any], where: str) -> str:
     kinds = [kind for mapping in (TEXT, WRAPPER) for kind, architecture in mapping.items() if architecture == first]
     if not kinds:
         raise BadInput(
-            f"{where}: found model_type {config.get('model_type')!r} and architectures {names!r}, of which "
+            f"{where}: found model_type {shown(config.get('model_type'))} and architectures {shown(names)}, of which "
             "transformers knows neither; take the config.json of the model that this one was made from."
         )
     # Several types may share an architecture; one of them has a config class of its name.
@@ -170,17 +170,17 @@ def _rope(text: Any, parameters: Any, where: str) -> dict[str, Any]:
 
 def _rotary(text: Any, group: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = group.get("rope_type")
-    if kind not in _ROPE_READS:
+    if not isinstance(kind, str) or kind not in _ROPE_READS:
         raise BadInput(
-            f"{where}: found the rope_type {kind!r}, expected one of {', '.join(_ROPE_READS)}; mend rope_parameters "
-            "(or rope_scaling)."
+            f"{where}: found the rope_type {shown(kind)}, expected one of {', '.join(_ROPE_READS)}; mend "
+            "rope_parameters (or rope_scaling)."
         )
     for name in ("rope_theta", *(set(_ROPE_READS[kind]) & {"factor"} & set(group))):
         value = group.get(name)
         if name == "factor" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise BadInput(f"{where}: found the rotary parameter {name} {value!r}, expected a number above 0.")
+            raise BadInput(f"{where}: found the rotary parameter {name} {shown(value)}, expected a number above 0.")
     kept = {name: value for name, value in group.items() if name in _ROPE_READS[kind] or name not in _ROPE_KNOWN}
     if kept.get("partial_rotary_factor") in (1, None):
         kept.pop("partial_rotary_factor", None)
@@ -224,7 +224,7 @@ def _check_buildable(fields: Mapping[str, Any], where: str) -> None:
     for name in sorted(_SHAPES - {"head_dim"}):
         value = fields.get(name)
         if type(value) is not int or value < 1:
-            raise BadInput(f"{where}: found {name} {value!r}, expected a positive whole number.")
+            raise BadInput(f"{where}: found {name} {shown(value)}, expected a positive whole number.")
     padding, rows = fields.get("pad_token_id"), fields["vocab_size"]
     if padding is not None and not -rows <= padding < rows:
         raise BadInput(
@@ -238,7 +238,7 @@ def _activation(field: str, name: str, where: str) -> str:
     from transformers.activations import ACT2CLS
 
     if name not in ACT2CLS:
-        raise BadInput(f"{where}: found {field} {name!r}, which transformers does not know.")
+        raise BadInput(f"{where}: found {field} {shown(name)}, which transformers does not know.")
     return {"swish": "silu"}.get(name, name)
 
 

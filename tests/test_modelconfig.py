@@ -179,6 +179,7 @@ def test_fields_are_those_that_the_models_read():
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
     ({"rope_parameters": {"rope_type": 3}}, "rope_type 3"),
+    ({"rope_parameters": {"rope_type": ["linear"], "rope_theta": 1e4}}, "rope_type ['linear']"),
     ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "rope_type 'su'"),
     ({"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}}, "factor '2'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "8"}}, "'str'"),
