@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_scoring import job_for, write_pairs
 
 from mergekit_wp.errors import BadInput
@@ -263,6 +265,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert not root.exists()
 
 
+def write_layer(file, tensors):
+    """A finished layer as a run leaves it, with this content."""
+    number, layer = (int(part) for part in file.stem.replace("task-", "").split("-layer-"))
+    run = Resume(file.parent)
+    run.folder = file.parent
+    run.save(number, layer, tensors)
+
+
 class TestResume:
     """Nothing is forgotten here: that is the caller's part, after writing. So every run below is an interrupted one."""
 
@@ -301,6 +311,35 @@ class TestResume:
         assert self.found(job, out) == 0
         write_pairs(job.pairs, rows=4)
         assert self.found(job, out) == 0
+
+    def test_damaged_layers_are_computed_again(self, job, out, caplog):
+        """Whatever became of one: bytes, a bit that safetensors does not see, and files like it with other content."""
+        assert self.found(job, out) == 0
+        first, *others = sorted(out.parent.rglob("task-*.safetensors"))
+        with safe_open(others[0], framework="pt") as file:
+            said, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        first.write_bytes(first.read_bytes()[:-1] + bytes([first.read_bytes()[-1] ^ 1]))
+        others[0].write_bytes(others[0].read_bytes()[:-9])
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, others[1], metadata=said)
+        write_layer(others[2], {name: tensor.float() for name, tensor in tensors.items()})
+        with caplog.at_level("WARNING", logger="mergekit_wp"):
+            assert self.found(job, out) == 4
+        assert all(f"{file}: damaged" in caplog.text for file in (first, *others))
+        caplog.clear()
+        wrong = (
+            {"heads": tensors["heads"]},
+            {**tensors, "more": torch.zeros(1)},
+            {**tensors, "heads": tensors["heads"][:-1]},
+            {**tensors, "heads": tensors["heads"] / 0},
+        )
+        for file, content in zip((first, *others), wrong, strict=True):
+            write_layer(file, content)
+        with caplog.at_level("WARNING", logger="mergekit_wp"):
+            assert self.found(job, out) == 4
+        assert caplog.text.count(": damaged") == 4
+        caplog.clear()
+        self.found(job, out)
+        assert "damaged" not in caplog.text
 
     def test_few_are_kept_and_it_says_where(self, out, caplog):
         for seed in range(6):

@@ -252,7 +252,7 @@ def _patch(
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
         items = [Item(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
         wave = Wave(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
-        done = team.tell([resume.load(number, layer) for layer in range(pair.geometry.layers)])
+        done = team.tell([resume.load(number, layer, run.of(layer)) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]
         for layer in order:
             if done[layer]:
@@ -264,7 +264,7 @@ def _patch(
             patch_layer(wave, plan, layer, base, expert)
             for table in run.sums.values():
                 table["whole"][layer] = team.add_up(table["whole"][layer])
-            resume.save(number, layer, {kind: table["whole"][layer] for kind, table in run.sums.items()})
+            resume.save(number, layer, run.of(layer))
 
 
 def patch_plan(pair: ModelPair, subset: Subset, team: Team, tick: Tick) -> PatchPlan:

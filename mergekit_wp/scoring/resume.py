@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from mergekit_wp.documents import parse_json
-from mergekit_wp.files import atomic_path, write_text
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import read_text, write_text
 from mergekit_wp.foreign import logger
 from mergekit_wp.records import Date, Sha256, read_record, strict
+from mergekit_wp.tensorfile import read_tensors, write_tensors
 
 LOG = logger(__name__)
 KEPT = 3  # runs with other settings whose finished layers are kept
+_DIGEST = "sha256"
 
 
 class Resume:
@@ -77,23 +78,44 @@ class Resume:
         if self.root is not None and self.root.is_dir() and not any(self.root.iterdir()):
             self.root.rmdir()
 
-    def load(self, task: int, layer: int) -> dict[str, torch.Tensor] | None:
-        """The tensors saved for a task (by its place in the job) and a layer; None if it is not done."""
-        if self.folder is None:
+    def load(self, task: int, layer: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """The tensors saved for a task (by its place in the job) and a layer; None if it is not done.
+
+        like: tensors of the names, dtypes and shapes that they must have. What is not like them, not finite, or not
+        what was saved, counts as not done, and is told.
+        """
+        if self.folder is None or not (file := self._file(task, layer)).exists():
             return None
         try:
-            return load_file(self._file(task, layer))
-        except (OSError, SafetensorError):
+            said, tensors = read_tensors(file, _DIGEST, "finished layer", "wp-score")
+            finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+            sound = finite and said == _digest(tensors) and _layout(tensors) == _layout(like)
+        except BadInput:
+            sound = False
+        if not sound:
+            LOG.warning("%s: damaged; this layer is computed again.", file)
             return None
+        return tensors
 
     def save(self, task: int, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         if self.folder is not None:
-            with atomic_path(self._file(task, layer)) as partial:
-                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+            write_tensors(self._file(task, layer), tensors, _DIGEST, _digest(tensors))
 
     def _file(self, task: int, layer: int) -> Path:
         assert self.folder is not None
         return self.folder / f"task-{task}-layer-{layer}.safetensors"
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {str(name): (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values: of a flipped bit, safetensors knows nothing."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors, key=str):
+        digest.update(f"{name}\0".encode() + tensors[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @strict
@@ -108,6 +130,6 @@ class State:
 def _read_state(path: Path) -> State | None:
     """None where there is none, or nothing that this program wrote."""
     try:
-        return read_record(State, parse_json(path.read_bytes()))
+        return read_record(State, parse_json(read_text(path, MOST_JSON_BYTES)))
     except (OSError, ValueError):
         return None

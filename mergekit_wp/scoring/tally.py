@@ -67,6 +67,10 @@ class TaskRun:
         """Add the scores of some components of a layer."""
         self.sums[kind]["whole"][layer, components_C.to(self.device)] += values_C
 
+    def of(self, layer: int) -> dict[str, torch.Tensor]:
+        """What was added up in a layer by a method whose scores are whole: float64 [H], [F]."""
+        return {str(kind): parts["whole"][layer] for kind, parts in self.sums.items()}
+
     def gather(self, team: Team) -> None:
         """Add up what the team's processes found on different prompts."""
         for ledger in self.ledgers.values():
