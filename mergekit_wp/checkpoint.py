@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -206,8 +207,20 @@ def local_folder(source: Source, cache: str | None = None) -> Path:
     """The folder behind a source; what is on the Hub is downloaded (see `hub`). Raises `BadInput`."""
     source.check()
     if source.kind == "folder":
+        _check_files(Path(source.path))
         return Path(source.path)
     return download(source, cache)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `BadInput` for what is neither file nor folder in it: whoever opened a pipe would wait for ever."""
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot read this folder ({error.strerror or error}).") from error
+    for path in there:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise BadInput(f"{path}: a pipe, a socket or a device in a model's folder; take it away.")
 
 
 def _check_kind(name: str, folder: Path) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import write_text
+from mergekit_wp.files import open_file, read_text, write_text
 
 _WORTH_A_WORD = 1e9  # bytes
 
@@ -28,7 +28,7 @@ class Digests:
         self._path, self._say, self.keep = path, say, keep
         self._known: dict[str, list[object]] = {}
         try:
-            content = parse_json(path.read_bytes()) if path is not None else {}
+            content = parse_json(read_text(path, MOST_JSON_BYTES)) if path is not None else {}
             self._known = {name: entry for name, entry in content.items() if _is_entry(entry)}
         except (OSError, ValueError, AttributeError):
             pass
@@ -78,7 +78,7 @@ def sha256_of(paths: Sequence[Path]) -> list[str]:
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as stream:
+        with open_file(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise BadInput(f"{path}: cannot read this file ({error.strerror or error}).") from error

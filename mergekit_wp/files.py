@@ -14,7 +14,8 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,23 @@ def check_writable_parent(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path).absolute()
     try:
+        beside(target, f".partial-{os.getpid()}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):  # without a name, so that a kill cannot leave it
             pass
     except OSError as error:
-        raise BadInput(
-            f"{target.parent}: cannot write there ({error.strerror or error}); choose another output folder."
-        ) from error
+        raise BadInput(f"{target}: cannot write there ({error.strerror or error}); choose another output.") from error
     return target
+
+
+def beside(target: Path, ending: str) -> Path:
+    """`.NAME.ending` beside an output. Raises OSError where such a name cannot be: it is too long, or `/` has none."""
+    if not target.name:
+        raise OSError(errno.EINVAL, "it has no folder around it", str(target))
+    hidden = target.with_name(f".{target.name}{ending}")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(hidden)
+    return hidden
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
@@ -64,7 +74,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises `BadInput` when the folder cannot be written, or its disk is full.
     """
     target = check_writable_parent(path)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = beside(target, f".partial-{os.getpid()}")
     with explained(target):
         try:
             yield partial
@@ -159,9 +169,20 @@ def _mapping(
     return content
 
 
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
+    """A file, open to be read. Raises OSError, also for what is none: a pipe may stay silent, /dev/zero never ends.
+
+    Everything that may come from elsewhere is opened by this, or seen to be a file before another library opens it.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, the system says it better
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, where a file is wanted", str(path))
+    return open(path, "rb")
+
+
 def read_text(path: str | os.PathLike[str], most: int) -> str:
     """A UTF-8 text of at most `most` bytes. Raises OSError, or ValueError with a clause for what it holds."""
-    with open(path, "rb") as stream:  # never more than that, whatever /dev/zero holds
+    with open_file(path) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is larger than {most:,} bytes")
@@ -191,13 +212,13 @@ Stamp = tuple[str, int, int]
 def stamp(path: str, what: str, remedy: str) -> Stamp:
     """The key of a file for a cache. Raises `BadInput` ("cannot read this `what` ...; `remedy`.") if there is none."""
     try:
-        stat = os.stat(path)
+        found = os.stat(path)
     except OSError as error:
         raise BadInput(
             f"{path}: cannot read this {what} ({error.strerror or error}; relative paths start at {os.getcwd()}); "
             f"{remedy}."
         ) from error
-    return path, stat.st_mtime_ns, stat.st_size
+    return path, found.st_mtime_ns, found.st_size
 
 
 def shipped(name: str) -> Path:

@@ -66,6 +66,12 @@ def _one_line(record: logging.LogRecord) -> bool:
     return True
 
 
+def csv_cell(text: object) -> str:
+    """Text in a cell of a CSV: a spreadsheet takes what begins with one of these for a formula, and carries it out."""
+    line = one_line(text)
+    return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line
+
+
 def html(text: object) -> str:
     """Text of an HTML page, or of an attribute in it."""
     return escape(one_line(text))

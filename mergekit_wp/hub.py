@@ -7,6 +7,7 @@ cache on this machine serves, if all of them are there.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -113,12 +114,12 @@ def _cached(source: Source, cache: str) -> Path | None:
 def _missing(folder: Path) -> str:
     """The weight files that an incomplete snapshot lacks; empty when it has them, or has none to read."""
     stem = MODEL if (folder / "config.json").is_file() else ADAPTER
-    if any((folder / name).is_file() for name in (f"{stem}{SUFFIX}", "pytorch_model.bin", f"{ADAPTER}{SUFFIX}")):
+    if any(os.path.isfile(folder / name) for name in (f"{stem}{SUFFIX}", "pytorch_model.bin", f"{ADAPTER}{SUFFIX}")):
         return ""
     index = folder / f"{stem}{INDEX_SUFFIX}"
     if not index.is_file():
         return f"{stem}{SUFFIX}"
-    return ", ".join(sorted(name for name in set(read_index(index).values()) if not (folder / name).is_file()))
+    return ", ".join(sorted(name for name in set(read_index(index).values()) if not os.path.isfile(folder / name)))
 
 
 def _why(error: Exception, offline: bool) -> str:

@@ -21,9 +21,10 @@ import click
 from filelock import FileLock, Timeout
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
+from mergekit_wp.files import beside, check_writable_parent, open_file
 from mergekit_wp.foreign import echo
 
+_LOCK = ".lock"
 _INSIDE_A_MODEL = "wp"  # the folder of a model where what belongs to it may lie, such as its scores
 
 
@@ -39,9 +40,9 @@ def refuse_inputs(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLik
         if not os.path.exists(source):
             continue
         found = Path(os.path.realpath(source))
-        if found == real or (target.exists() and os.path.samefile(target, source)):
+        if found == real or (os.path.exists(target) and os.path.samefile(target, source)):
             how = "is itself what is read"
-        elif found.is_dir() and found in real.parents and real.relative_to(found).parts[0] != _INSIDE_A_MODEL:
+        elif os.path.isdir(found) and found in real.parents and real.relative_to(found).parts[0] != _INSIDE_A_MODEL:
             how = f"lies inside what is read, {source}"
         elif holds and real in found.parents:
             how = f"holds what is read, {source}"
@@ -71,6 +72,7 @@ def _refuse_foreign(out: str | os.PathLike[str], ours: str, what: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_file(out).close()
         with safe_open(out, framework="pt") as file:
             mine = ours in (file.metadata() or {})
     except (OSError, SafetensorError):
@@ -87,7 +89,7 @@ def claimed(out: str | os.PathLike[str]) -> Iterator[str]:
     `BadInput` when another run is at work on it, or its folder cannot be written.
     """
     target = check_writable_parent(out)
-    with _held(_lock_of(target), out) as lock:
+    with _held(beside(target, _LOCK), out) as lock:
         try:
             yield clear_partials(target)
         finally:
@@ -97,14 +99,13 @@ def claimed(out: str | os.PathLike[str]) -> Iterator[str]:
 
 def refuse_busy(out: str | os.PathLike[str]) -> None:
     """As `claimed` where another run is at work, for one that writes nothing (yet). Raises `BadInput`."""
-    lock = _lock_of(Path(out).absolute())
+    try:
+        lock = beside(Path(out).absolute(), _LOCK)
+    except OSError as error:
+        raise BadInput(f"{out}: cannot write there ({error.strerror or error}); choose another output.") from error
     if lock.exists():
         with _held(lock, out):
             pass
-
-
-def _lock_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.lock")
 
 
 @contextmanager

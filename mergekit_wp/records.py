@@ -14,10 +14,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
-from mergekit_wp.errors import shown
+from mergekit_wp.errors import BadInput, shown
 
 T = TypeVar("T")
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+_MOST_SECONDS = 253_402_300_799  # the last of the year 9999
 MOST_TEXT = 4096  # characters; a path has no more
 
 Text = Annotated[StrictStr, Field(min_length=1, max_length=MOST_TEXT)]
@@ -35,10 +36,20 @@ def _is_date(text: str) -> str:
     return text
 
 
+def environment_count(name: str, most: int) -> int | None:
+    """The whole number in an environment variable, None where it is not set. Raises `BadInput` for another text."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise BadInput(f"the environment variable {name} is {shown(text)}, expected a whole number up to {most:,}.")
+    return int(text)
+
+
 def now() -> str:
     """A `Date`: ISO 8601, UTC. SOURCE_DATE_EPOCH, where set, stands for the clock (reproducible-builds.org)."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    epoch = environment_count("SOURCE_DATE_EPOCH", _MOST_SECONDS)
+    moment = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(epoch, UTC)
     return moment.isoformat(timespec="seconds")
 
 

@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_wp.errors import BadInput, shown
@@ -204,7 +203,7 @@ def _hub(text: str) -> Source | None:
     name, at, revision = text.removeprefix(_SCHEME).partition("@")
     if text.startswith(_LOCAL) or _HUB_NAME.fullmatch(name) is None or (at and not _REVISION.fullmatch(revision)):
         return None
-    if Path(text).exists() or (at and os.path.isdir(name)):  # a file, or a folder with a revision that it cannot have
+    if os.path.exists(text) or (at and os.path.isdir(name)):  # a file, or a folder with a revision that it cannot have
         return None
     return Source(name, revision or None, "hub")
 

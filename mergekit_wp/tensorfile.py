@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import atomic_path
+from mergekit_wp.files import atomic_path, open_file
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], key: str, document: str) -> None:
@@ -25,6 +25,7 @@ def read_tensors(path: str | Path, key: str, what: str, maker: str) -> tuple[str
     Raises `BadInput` when the file is missing, is not safetensors, or has no document under the key.
     """
     try:
+        open_file(path).close()
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(key)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import inside, read_json_mapping
+from mergekit_wp.files import inside, open_file, read_json_mapping
 
 MODEL, ADAPTER = "model", "adapter_model"
 """The stems of weight files: of a model, of a LoRA."""
@@ -117,7 +117,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     """
     try:
         size = file.stat().st_size
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             # The library checks offsets against each other, dtypes, shapes and size, and has its limits.
             with safe_open(file, framework="np"):

@@ -89,7 +89,7 @@ def check(form: Format, number: int) -> tuple[bool, Failure | None]:
     form.path.write_bytes(content)
     begun = time.process_time()
     try:
-        with _not_longer_than(HUNG):
+        with not_longer_than(HUNG):
             value = form.read(form.path)
     except BadInput as error:
         return False, _fail(form, number, _sentence(error.format_message()) or _slow(begun))
@@ -196,7 +196,7 @@ class _HangsError(Exception):
 
 
 @contextmanager
-def _not_longer_than(seconds: int) -> Iterator[None]:
+def not_longer_than(seconds: int) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise _HangsError
 

@@ -135,8 +135,10 @@ def test_a_file_is_named_and_never_read_without_end(tmp_path: Path) -> None:
     file.write_text("[1]")
     with pytest.raises(BadInput, match=r"a\.json: not a state, which is a JSON object; found list"):
         read_json_mapping(file, "state")
+    with open(tmp_path / "sparse.yaml", "wb") as stream:
+        stream.truncate(1 << 40)
     with pytest.raises(BadInput, match="larger than"):
-        read_yaml_mapping("/dev/zero", "suite")
+        read_yaml_mapping(tmp_path / "sparse.yaml", "suite")
     file.write_bytes(b'{"a": "\xe9"}')
     with pytest.raises(BadInput, match="byte 7 is not UTF-8"):
         read_json_mapping(file, "state")

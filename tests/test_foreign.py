@@ -23,7 +23,7 @@ from mergekit_wp.eval.page import to_html
 from mergekit_wp.eval.run import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.eval.table import Table, to_csv, to_markdown, to_text
-from mergekit_wp.foreign import code, echo, fenced, file_part, html, logger, markdown, one_line
+from mergekit_wp.foreign import code, csv_cell, echo, fenced, file_part, html, logger, markdown, one_line
 
 # Everything that text can hold, lone surrogates too, and often what does harm.
 HARM = [
@@ -194,6 +194,15 @@ def test_foreign_names_in_every_table():
     assert all(prints_in_order(line) for line in to_html(table, NASTY).splitlines())
     rows = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert [row["model"] for row in rows] == [one_line(NASTY), "plain"]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\u00a0=1"])
+def test_no_cell_of_a_csv_is_a_formula(name):
+    rows = list(csv.reader(io.StringIO(to_csv(table_of([name, "a"], [name, "b"], name)))))
+    texts = [cell for line in (rows[0], *([row[0], row[-1]] for row in rows[1:])) for cell in line]
+    assert any(cell.endswith(one_line(name)) for cell in texts)
+    assert not [cell for cell in texts if cell.strip()[:1] in ("=", "+", "-", "@")]
+    assert csv_cell("a=b-c") == "a=b-c"
 
 
 def test_tables_grow_with_their_rows(monkeypatch):

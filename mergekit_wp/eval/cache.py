@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.eval.models import EvalModel
-from mergekit_wp.files import write_text
+from mergekit_wp.files import read_text, write_text
 from mergekit_wp.foreign import file_part
 
 Entry = dict[str, Any]  # a task's results as lm-eval gave them, and how they came about
@@ -24,7 +24,7 @@ def cache_file(cache: Path, model: EvalModel, key: str) -> Path:
 def read_cache(path: Path) -> dict[str, Entry]:
     """Finished tasks by key; a file that is not ours or was damaged counts as nothing done."""
     try:
-        tasks = parse_json(path.read_bytes())["tasks"]
+        tasks = parse_json(read_text(path, MOST_JSON_BYTES))["tasks"]
         return {key: entry for key, entry in tasks.items() if _is_entry(entry)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

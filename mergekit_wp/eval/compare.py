@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -76,7 +77,7 @@ def _renamed(row: Row, name: str) -> Row:
 
 
 def _file(path: str) -> Path:
-    return Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    return Path(path) / "results.json" if os.path.isdir(path) else Path(path)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def check_data(task: str, config: dict[str, Any]) -> None:
                     f"task {task}: its data file {name} does not exist "
                     f"(a relative path is taken from the current folder, {Path.cwd()})."
                 )
-    elif isinstance(source, str) and not Path(source).exists() and not _is_cached(source):
+    elif isinstance(source, str) and not os.path.exists(source) and not _is_cached(source):
         _check_hub(task, source)
 
 
@@ -109,7 +109,7 @@ def files_read(config: dict[str, Any]) -> Iterator[Path]:
     folders = [Path(str(config.get("dataset_path") or ""))] if config.get("dataset_path") else []
     folders += [module.parent for module in function_modules(config)]
     for folder in folders:
-        if folder.is_dir():
+        if os.path.isdir(folder):
             yield from (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".yaml", ".pyc"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,7 +26,7 @@ def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
 
     folders: list[str | Path] = [str(PROTOCOL)]
     if include_path is not None:
-        if not include_path.is_dir():
+        if not os.path.isdir(include_path):
             raise BadInput(
                 f"{include_path}: the suite's include_path is not a folder; "
                 "make it, or name another with --include-path."

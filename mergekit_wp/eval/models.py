@@ -13,7 +13,7 @@ from pathlib import Path
 from mergekit_wp.adapters import merge_lora
 from mergekit_wp.checkpoint import Checkpoint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import check_writable_parent
+from mergekit_wp.files import check_writable_parent, open_file
 from mergekit_wp.hub import is_tokenizer_file
 from mergekit_wp.references import Reference, read_reference
 from mergekit_wp.weightfiles import ADAPTER, TensorHeader, read_tensors
@@ -108,7 +108,8 @@ def _digest(tensors: Mapping[str, TensorHeader], folder: Path) -> str:
     digest = hashlib.sha256(content_digest(tensors).encode())
     for path in sorted({path for pattern in _ANSWERING_FILES for path in folder.glob(pattern)}):
         if not path.name.endswith(".index.json"):  # a re-sharded copy is the same model
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+            with open_file(path) as stream:
+                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

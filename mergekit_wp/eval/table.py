@@ -22,7 +22,7 @@ from mergekit_wp.eval.run import Cell, Row, plain
 from mergekit_wp.eval.stored import AVERAGE, StoredResults, StoredRow
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.files import read_json_mapping
-from mergekit_wp.foreign import markdown, one_line
+from mergekit_wp.foreign import csv_cell, markdown, one_line
 from mergekit_wp.records import read_record
 
 
@@ -167,14 +167,14 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     differences = [f"{column} - {table.baseline}" for column in table.columns] if table.baseline else []
     errors = [f"{column} stderr" for column in table.columns]
-    writer.writerow(map(one_line, ["model", *table.columns, *differences, *errors, "limit", "warning"]))
+    writer.writerow(map(csv_cell, ["model", *table.columns, *differences, *errors, "limit", "warning"]))
     for row in table.rows:
         values = [table.value(row, column) if table.has(row, column) else None for column in table.columns]
         values += [table.difference(row, column) for column in table.columns] if table.baseline else []
         values += [table.stderr(row, column) for column in table.columns]
         numbers = ["" if value is None else f"{100 * value:.4f}" for value in values]
         writer.writerow(
-            [one_line(row.model.name), *numbers, table.limit_of(row) or "", one_line(" ".join(table.warnings_of(row)))]
+            [csv_cell(row.model.name), *numbers, table.limit_of(row) or "", csv_cell(" ".join(table.warnings_of(row)))]
         )
     return buffer.getvalue()
 

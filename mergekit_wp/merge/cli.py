@@ -79,7 +79,7 @@ def main(
     claim(out)
     with explained(out), _workplace(out) as work:
         _merge(loaded, out, work, merge_options, audited)
-        if out.exists():
+        if os.path.exists(out):
             os.replace(out, work / ".replaced")
         os.replace(work / out.name, out)
     echo(f"wrote {out}")
@@ -147,7 +147,7 @@ def _copy_generation_config(plan: MergePlan, merged: Path) -> None:
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if os.path.isdir(out) and any(out.iterdir()) and not overwrite:
         raise BadInput(f"{out}: exists and is not empty; name another folder, or add --overwrite to replace it.")
 
 

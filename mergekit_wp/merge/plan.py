@@ -8,6 +8,7 @@ one of mergekit's own methods is planned in the same way, so that wp-merge can l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -276,7 +277,7 @@ def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:
         if set("@+") & set(str(path)):
             raise BadInput(f"{path}: mergekit-pytorch cannot take a path that holds `@` or `+`; rename it.")
         return WeightFile(str(path), path.parent)
-    if (model.lora or model.model.revision) and Path(str(model)).is_dir():
+    if (model.lora or model.model.revision) and os.path.isdir(str(model)):
         other = f"the model {model.model}" + (f" with the LoRA {model.lora}" if model.lora else "")
         raise BadInput(
             f"{model}: there is a folder of this name, and mergekit reads {other} instead; write the folder as "

@@ -13,8 +13,9 @@ import click
 
 from mergekit_wp.adapters import merged_folder
 from mergekit_wp.checkpoint import Checkpoint
+from mergekit_wp.documents import MOST_YAML_BYTES
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.files import read_text, read_yaml_mapping
 from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, meaning_of, read_plan
 from mergekit_wp.references import Reference, with_recipe_models
 
@@ -145,10 +146,10 @@ def read_recipe(path: str, text: str | None = None) -> Recipe:
             for name in _FILES:
                 file = parameters.get(name)
                 beside = Path(path).absolute().parent / str(file)
-                if isinstance(file, str) and not Path(file).exists() and beside.exists():
+                if isinstance(file, str) and not os.path.exists(file) and os.path.exists(beside):
                     parameters[name] = str(beside)
     if text is None:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path, MOST_YAML_BYTES)
     return Recipe(Path(path), text, with_recipe_models(content, _for_mergekit))
 
 

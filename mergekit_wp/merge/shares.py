@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_scores(path: str) -> Scores:
 def scores_beside(folder: Path) -> str:
     """The score file that an expert (a LoRA) has in its own folder; empty where there is none."""
     path = folder / BESIDE
-    return str(path) if path.is_file() else ""
+    return str(path) if os.path.isfile(path) else ""
 
 
 def layer_shares(

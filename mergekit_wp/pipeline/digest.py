@@ -38,12 +38,12 @@ class Digests:
 
         Raises `BadInput` for a file that cannot be read.
         """
-        if path.is_dir():
+        if os.path.isdir(path):
             below = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
             kept = [file for file in below if not _BESIDE & set(file.parts)]
             found = self._files([path / file for file in kept])
             return digest_of(f"{file}={value}" for file, value in zip(kept, found, strict=True))
-        return self._files([path])[0] if path.is_file() else ""
+        return self._files([path])[0] if os.path.isfile(path) else ""
 
     def _files(self, files: Sequence[Path]) -> list[str]:
         """One digest a file; large ones are read several at a time."""

@@ -6,6 +6,7 @@ commands are those a person would type with these files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def absent_models(pipeline: Pipeline) -> list[Source]:
 
 def _here(folder: Path) -> bool:
     try:
-        return folder.is_dir() and bool(Checkpoint(str(folder), folder).tensors)
+        return os.path.isdir(folder) and bool(Checkpoint(str(folder), folder).tensors)
     except BadInput:
         return False
 
@@ -228,7 +229,7 @@ def _folder(source: Source) -> Path:
 def _beside(name: str, recipe: Path) -> Path:
     """A score file as wp-merge finds it: in the working directory, else beside the recipe."""
     beside = recipe.parent / name
-    return beside if not Path(name).exists() and beside.exists() else Path(name)
+    return beside if not os.path.exists(name) and os.path.exists(beside) else Path(name)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

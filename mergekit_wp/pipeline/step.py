@@ -22,9 +22,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import mergekit_wp
-from mergekit_wp.documents import parse_json
+from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import OneSentence
-from mergekit_wp.files import write_text
+from mergekit_wp.files import read_text, write_text
 from mergekit_wp.pipeline.digest import Digests, digest_of
 
 _PACKAGE = Path(mergekit_wp.__file__).parent
@@ -90,11 +90,11 @@ class Stamps:
     def why_not_done(self, step: Step) -> str | None:
         """What makes the step due, for a person; None when it is done."""
         try:
-            stamp = parse_json((self.folder / f"{step.name}.json").read_bytes())
+            stamp = parse_json(read_text(self.folder / f"{step.name}.json", MOST_JSON_BYTES))
             before, written = dict(stamp["inputs"]), dict(stamp["outputs"])
         except (OSError, ValueError, KeyError, TypeError):
             return "not run yet"
-        if missing := [path for path in step.outputs if not path.exists()]:
+        if missing := [path for path in step.outputs if not os.path.exists(path)]:
             return f"{missing[0]} is missing"
         if stamp.get("command") != step.identity():
             return "its command is another one"
@@ -116,7 +116,7 @@ class Stamps:
                 shutil.rmtree(output)
         inputs = self._digests(step.inputs)  # before the run: what changes while it runs makes it stale
         code = _run([*program(step.command[0]), *step.command[1:]])
-        missing = [str(path) for path in step.outputs if not path.exists()]
+        missing = [str(path) for path in step.outputs if not os.path.exists(path)]
         if code or missing:
             raise StepFailed(step, f"exit code {code}" if code else f"{', '.join(missing)} missing", max(code, 1))
         stamp = {"command": step.identity(), "inputs": inputs, "outputs": self._digests(step.outputs)}

@@ -7,6 +7,7 @@ define or grade one of its tasks, in their folders. Files that these name elsewh
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ def bundle(name: str, suite: Suite, include_path: Path | None) -> Bundle:
     package need no files.
     """
     made = Bundle(f"wp/eval/{name}.yaml")
-    if include_path is not None and include_path.is_dir():
+    if include_path is not None and os.path.isdir(include_path):
         try:
             _Gatherer(made, include_path.resolve(), f"wp/eval/{name}").add_tasks([task.task for task in suite.tasks])
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -93,12 +94,12 @@ class _Gatherer:
             for module in source.parent.glob("*.py"):  # what `!function` in it refers to
                 self._copy(module)
         for name in data_files(content):
-            if "://" not in name and (found := Path(name)).parent.is_dir():
+            if "://" not in name and os.path.isdir((found := Path(name)).parent):
                 renamed[name] = self._target(found)
         text = path.read_text(encoding="utf-8")
         for name, published in renamed.items():
             text = _replaced(text, r"(?<![\w./~-])", name, published)
-        if isinstance(folder := content.get("dataset_path"), str) and Path(folder).is_dir():
+        if isinstance(folder := content.get("dataset_path"), str) and os.path.isdir(folder):
             text = _replaced(text, r"(?<=dataset_path:)\s*[\"']?", folder, self._target(Path(folder)))
         self._made.texts[target] = text
 

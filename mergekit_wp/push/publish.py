@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
 def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
     """Check everything and write what is added to the model into FOLDER.push. api: None leaves the network alone."""
     folder = request.folder
-    merged = Checkpoint.open(str(folder)) if folder.is_dir() else None
+    merged = Checkpoint.open(str(folder)) if os.path.isdir(folder) else None
     if merged is None:
         raise BadInput(f"{folder}: no such folder; name the folder that wp-merge wrote.")
     path, recipe = _read_recipe(request)
@@ -179,11 +180,11 @@ def _read_recipe(request: Request) -> tuple[Path, dict[str, Any]]:
     """The recipe that the merge was made by. Raises `BadInput` when there is none, or two that differ."""
     inside = request.folder / RECIPE
     if request.recipe is None:
-        if not inside.is_file():
+        if not os.path.isfile(inside):
             raise BadInput(f"{inside}: missing, so the recipe of this merge is not known; name it with --recipe.")
         return inside, read_yaml_mapping(inside, "recipe")
     recipe = read_yaml_mapping(request.recipe, "recipe")
-    if inside.is_file() and read_yaml_mapping(inside, "recipe") != recipe:
+    if os.path.isfile(inside) and read_yaml_mapping(inside, "recipe") != recipe:
         raise BadInput(
             f"{request.recipe}: not the recipe that this merge was made by, which is {inside}; leave --recipe out, or "
             "merge again."
@@ -244,7 +245,7 @@ def _card_results(
     include = evaluations.include_path(results.content, results.suite)
     made = bundle(name, results.suite, include)
     staging.stage_suite(stage, made)
-    if include is not None and not include.is_dir():
+    if include is not None and not os.path.isdir(include):
         say(f"note: {include} is not here, so the tasks of the suite {results.suite.name} are not published with it.")
     command = evaluations.command(results.content, names, made.suite)
     return CardResults(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
     from mergekit_wp.eval.suite import parse_suite
     from mergekit_wp.eval.table import read_results
 
-    path = folder / "results.json" if folder.is_dir() else folder
+    path = folder / "results.json" if os.path.isdir(folder) else folder
     table = read_results(path)
     own = fingerprint()
     row = next((row for row in table.rows if row.model.fingerprint == own), None)

@@ -7,6 +7,7 @@ inputs, byte for byte, so that a second push of the same merge has nothing to co
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ PICTURE = "wp/shares.png"
 
 def stage_of(folder: Path) -> Path:
     """`FOLDER.push`."""
-    return folder.absolute().with_name(folder.absolute().name + ".push")
+    return folder.absolute().parent / f"{folder.absolute().name}.push"
 
 
 def open_stage(folder: Path) -> Path:
@@ -67,7 +68,7 @@ def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path
 
     found: dict[str, Path] = {}
     for name in _named_files(recipe) if recipe.get("merge_method") in OURS else ():
-        place = next((path for path in (Path(name), beside / name) if path.is_file()), None)
+        place = next((path for path in (Path(name), beside / name) if os.path.isfile(path)), None)
         if place is None:
             raise BadInput(
                 f"{name}: the recipe names this file, and it is neither in the working directory nor in {beside}; "
@@ -177,7 +178,7 @@ def stage_model_files(stage: Path, folder: Path, names: Names) -> dict[str, Path
     """
     cleaned: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name in VOCABULARIES or path.name.endswith(".index.json") or not path.is_file():
+        if path.name in VOCABULARIES or path.name.endswith(".index.json") or not os.path.isfile(path):
             continue
         try:
             found = parse_json(read_text(inside(folder, path), MOST_JSON_BYTES))
@@ -194,7 +195,7 @@ def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
     copied: list[str] = []
     for parent in parents:
         for path in sorted(parent.folder.iterdir()) if parent.folder is not None else []:
-            if path.is_file() and is_licence_text(path) and inside(parent.folder or path.parent, path):
+            if os.path.isfile(path) and is_licence_text(path) and inside(parent.folder or path.parent, path):
                 target = f"licences/{file_part(parent.shown.replace('/', '--'))}/{file_part(path.name)}"
                 shutil.copyfile(path, check_writable_parent(stage / target))
                 copied.append(target)
@@ -214,14 +215,14 @@ def collect(
     for path in sorted(folder.iterdir()):
         if path.name in ("README.md", MARK, RECIPE) or path.name.startswith("."):
             continue
-        if path.is_file() and (is_model_file(path) or is_licence_text(path)):
+        if os.path.isfile(path) and (is_model_file(path) or is_licence_text(path)):
             published[path.name] = cleaned.get(path.name, inside(folder, path))
         else:
             left_out.append(path.name)
     published |= {RECIPE: stage / RECIPE, "README.md": stage / "README.md", MARK: stage / "published" / MARK}
     for root in ("wp", "licences"):
         for path in sorted((stage / root).rglob("*")):
-            if path.is_file():
+            if os.path.isfile(path):
                 published[str(path.relative_to(stage))] = path
     found = digests(list(published.values()))
     items = [Item(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]

@@ -6,7 +6,6 @@ split is dealt out by rank, and sums are added up over the team.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.records import environment_count
 
 T = TypeVar("T")
+_MOST_PROCESSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Team:
 
         Raises `BadInput` for a device that is not there, and where the processes cannot talk to one another.
         """
-        started = int(os.environ.get("WORLD_SIZE", "1"))
+        started = environment_count("WORLD_SIZE", _MOST_PROCESSES) or 1
         if started < 2:
             return cls()
         from accelerate import PartialState
@@ -78,5 +79,6 @@ class Team:
     def local_device(self, device: torch.device) -> torch.device:
         """`cuda` becomes this process's own card."""
         if device.type == "cuda" and device.index is None and self.size > 1:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
+            rank = environment_count("LOCAL_RANK", _MOST_PROCESSES)
+            return torch.device("cuda", self.rank if rank is None else rank)
         return device
