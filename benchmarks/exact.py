@@ -24,7 +24,7 @@ from mergekit_wp.scoring.batches import Batch, batches, tokenize_tasks
 from mergekit_wp.scoring.engine import MOST_TOKENS, anchor_layer, patch_plan
 from mergekit_wp.scoring.gauges import CosineGauge
 from mergekit_wp.scoring.job import ScoringJob
-from mergekit_wp.scoring.models import ModelPair, check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.models import ModelPair, check_pair, load_pair
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import ascend
@@ -33,6 +33,7 @@ from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.utilities import anchor_utility
 from mergekit_wp.scoring.wave import Item, Wave, patch_layer
 from mergekit_wp.scoring.wording import Wording
+from mergekit_wp.token_ids import load_tokenizer
 
 
 def in_place(
@@ -110,7 +111,8 @@ def world_pair(world: Path, prompts: int) -> tuple[ModelPair, Batch]:
     checked = check_pair(job)
     pair = load_pair(job, checked)
     pairs = split_pairs(load_pairs(job.pairs, None, 0), "half", 0)
-    task = tokenize_tasks(Wording(load_tokenizer(checked.base, False)), pairs, checked.context_limit)[0]
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, False)
+    task = tokenize_tasks(Wording(tokenizer), pairs, checked.context_limit)[0]
     return pair, next(batches(task.scoring, prompts, pair.base, pair.expert))
 
 

@@ -27,13 +27,14 @@ from mergekit_wp.scoring.batches import batches, tokenize_tasks
 from mergekit_wp.scoring.directions import Directions, extract_all
 from mergekit_wp.scoring.engine import anchor_layer, patch_plan, score, task_run
 from mergekit_wp.scoring.job import ScoringJob
-from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
+from mergekit_wp.scoring.models import check_pair, load_pair
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import Item, Wave, patch_layer
 from mergekit_wp.scoring.wording import Wording
+from mergekit_wp.token_ids import load_tokenizer
 
 PAIRS = ("instruction", "maths", "code")
 METHODS = ("attr", "writeback", "atp", "ap")
@@ -153,7 +154,8 @@ def partly(world: Path, pair: str, utility: str, subset: Subset, fraction: float
     models = load_pair(job, checked)
     anchor = anchor_layer(None, checked.base.geometry.layers)
     texts = split_pairs(load_pairs(job.pairs, None, 0), job.split if job.directed else None, 0)
-    tasks = tokenize_tasks(Wording(load_tokenizer(checked.base, False)), texts, checked.context_limit)
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, False)
+    tasks = tokenize_tasks(Wording(tokenizer), texts, checked.context_limit)
     directions: list[Directions | None] = [None] * len(tasks)
     if job.directed:
         directions = [*extract_all(models.base, models.expert, tasks, models.geometry.layers, job.batch_size)]

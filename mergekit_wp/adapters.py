@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mergekit_wp.checkpoint import local_folder
-from mergekit_wp.errors import BadInput
+from mergekit_wp.checkpoint import Checkpoint, local_folder
+from mergekit_wp.errors import BadInput, out_of_memory, reason_of
+from mergekit_wp.files import explained
+from mergekit_wp.quantised import plain_config
 from mergekit_wp.references import Reference, reference_of
 from mergekit_wp.weightfiles import ADAPTER, TensorHeader, read_tensors
 
@@ -72,10 +74,14 @@ def merged_folder(model: ModelReference, cache: Path, remote_code: bool, dtype: 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _merge(base, adapter, vocabulary_rows(tensors), remote_code, dtype).save_pretrained(partial)
+        with explained(folder):
+            _merge(base, adapter, vocabulary_rows(tensors), remote_code, dtype).save_pretrained(partial)
     except Exception as error:  # peft raises many types for an adapter that does not fit
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{model}: the LoRA could not be merged into its base ({reason}).") from error
+        if isinstance(error, BadInput):
+            raise
+        if out_of_memory(error):
+            raise BadInput(f"{model}: too little memory to merge the LoRA into its base; free some.") from error
+        raise BadInput(f"{model}: the LoRA could not be merged into its base ({reason_of(error)}).") from error
     os.replace(partial, folder)
     return folder
 
@@ -85,8 +91,9 @@ def _merge(base: Path, adapter: Path, rows: int | None, remote_code: bool, dtype
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    config = plain_config(Checkpoint(str(base), base), remote_code)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(base), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=remote_code
+        str(base), config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=remote_code
     )
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -129,9 +129,12 @@ def _register(name: str, module: str) -> None:
 def _warn(what: str, error: Exception) -> None:
     import warnings
 
+    from mergekit_wp.foreign import one_line
+
+    said = one_line(error)[:300]
     # Not logging: a first logging call would configure the root logger before mergekit does.
     warnings.warn(
-        f"mergekit-wp: {what} ({type(error).__name__}: {error}); mergekit's own methods are not affected. Reinstall "
+        f"mergekit-wp: {what} ({type(error).__name__}: {said}); mergekit's own methods are not affected. Reinstall "
         "mergekit-wp, or set MERGEKIT_WP_DISABLE=1 to silence this.",
         RuntimeWarning,
         stacklevel=3,

@@ -55,8 +55,12 @@ def run(module: str) -> None:
     except Exception as error:
         if interrupted:
             _stop("Aborted!")
+        from mergekit_wp.errors import out_of_memory, reason_of
         from mergekit_wp.files import disk_trouble
+        from mergekit_wp.foreign import one_line
 
+        if out_of_memory(error):
+            _stop(f"Error: out of memory ({one_line(reason_of(error))}); free some, or use a larger machine.")
         if (trouble := disk_trouble(error)) is None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer has nowhere to go

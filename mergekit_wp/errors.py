@@ -53,6 +53,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """What an error of another library says, for brackets in a sentence of ours: one line, `most` characters at most.
+
+    With its type where the words are not a sentence by themselves (a KeyError says a key), or there are none.
+    """
+    said, kind = " ".join(str(error).split()).rstrip("."), type(error).__name__
+    if isinstance(error, LookupError | TypeError | AttributeError | NameError | AssertionError | MemoryError):
+        said = f"{kind}: {said}" if said else kind
+    said = said or kind
+    return said if len(said) <= most else f"{said[:most]}..."
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left, of a GPU or of the machine; torch says so in several ways."""
     # By name, since torch takes seconds to import and most commands of ours have not.

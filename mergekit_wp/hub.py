@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.files import disk_trouble
 from mergekit_wp.references import Source
 from mergekit_wp.weightfiles import ADAPTER, ADAPTER_CONFIG, INDEX_SUFFIX, MODEL, SUFFIX, read_index, two_sets
 
@@ -90,6 +91,10 @@ def _download(source: Source, cache: str, endpoint: str, offline: bool) -> Path:
     except RevisionNotFoundError as error:
         raise explain(source, error, endpoint) from error
     except Exception as error:  # the Hub's client and its HTTP library raise many types
+        if trouble := disk_trouble(error):
+            raise BadInput(
+                f"{source}: cannot be written to the Hub's cache {cache} ({trouble}); make room there, or set HF_HOME."
+            ) from error
         if (cached := _cached(source, cache)) is None:
             raise explain(source, error, endpoint) from error
         if missing := _missing(cached):
@@ -123,7 +128,7 @@ def _missing(folder: Path) -> str:
 
 
 def _why(error: Exception, offline: bool) -> str:
-    return "HF_HUB_OFFLINE is set" if offline else f"the Hub does not give it now ({_reason(error)})"
+    return "HF_HUB_OFFLINE is set" if offline else f"the Hub does not give it now ({reason(error)})"
 
 
 def explain(source: Source, error: Exception, endpoint: str) -> BadInput:
@@ -156,18 +161,19 @@ def explain(source: Source, error: Exception, endpoint: str) -> BadInput:
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return BadInput(
-            f"{here}, and the Hub answered {error.response.status_code} ({_reason(error)}); try again later."
+            f"{here}, and the Hub answered {error.response.status_code} ({reason(error)}); try again later."
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return BadInput(
             f"{source}: it cannot be written to the Hub's cache ({error}); make room there, or set HF_HOME."
         )
     return BadInput(
-        f"{here}, nor is it in the Hub's cache on this machine, and the Hub did not give it ({_reason(error)})."
+        f"{here}, nor is it in the Hub's cache on this machine, and the Hub did not give it ({reason(error)})."
     )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What an error of the Hub's client says, with its type and without a secret."""
     return f"{type(error).__name__}: {clean(str(error))[:200]}"
 
 

@@ -100,6 +100,11 @@ def decoder(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
+def says_tied(config: Mapping[str, Any], where: str) -> bool:
+    """Whether the output head is to be the embeddings, by the whole model's config. Raises `BadInput` as `resolved`."""
+    return bool(getattr(_build(config, where), "tie_word_embeddings", False))
+
+
 def digest(fields: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what `resolved` gives."""
     return hashlib.sha256(json.dumps(_canonical(dict(fields)), sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.errors import BadInput, reason_of
+
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
 _SHOWN = 3
 
@@ -58,8 +60,11 @@ def load_other(base: Path, expert: Path) -> tuple[Any, Any]:
     """Both tokenizers; (None, None) where the files are the same, or one does not load."""
     if all(_content(base / name) == _content(expert / name) for name in _FILES):
         return None, None
-    loaded = _load(base), _load(expert)
-    return loaded if all(loaded) else (None, None)
+    try:
+        loaded = tokenizer_in(base), tokenizer_in(expert)
+    except BadInput:  # whoever needs this tokenizer says what is wrong with it
+        return None, None
+    return loaded if all(each is not None for each in loaded) else (None, None)
 
 
 def listed(tokens: Iterable[str]) -> str:
@@ -72,12 +77,17 @@ def _content(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _load(folder: Path) -> Any:
+def tokenizer_in(folder: Path, remote_code: bool = False) -> Any:
+    """The tokenizer of a folder; None where the folder has none. Raises `BadInput` when it does not load."""
+    has_one = any((folder / name).is_file() for name in _FILES)
+    return load_tokenizer(str(folder), folder, remote_code) if has_one else None
+
+
+def load_tokenizer(name: str, folder: Path, remote_code: bool) -> Any:
+    """The tokenizer of the model that the user calls `name`. Raises `BadInput` when there is none that loads."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in _FILES):
-        return None
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception:  # whoever needs this tokenizer says what is wrong with it
-        return None
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=remote_code)
+    except Exception as error:  # transformers and tokenizers raise many types; each means "not a usable tokenizer"
+        raise BadInput(f"{name}: its tokenizer could not be loaded ({reason_of(error)}).") from error

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from safetensors import safe_open
 
+from mergekit_wp import modelconfig
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import SUPPORTED
 from mergekit_wp.errors import BadInput
@@ -29,13 +30,14 @@ _ROWS = 1024  # compared at a time
 
 
 def says_tied(checkpoint: Checkpoint) -> bool:
-    """What the config says; where it leaves the field out, its class decides (Gemma's heads are tied)."""
-    said = checkpoint.config.get("tie_word_embeddings")
-    if said is None:
-        from transformers import AutoConfig
+    """What the config says, as its class reads it.
 
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
-        said = getattr(config, "tie_word_embeddings", False)
+    Where the file leaves the field out, the class decides (Gemma's heads are tied); of a wrapper, some classes take the
+    language model's word where their own is no (Llava). Raises `BadInput` for a config that no class reads.
+    """
+    said = checkpoint.config.get("tie_word_embeddings")
+    if said is None or _known(checkpoint):
+        return modelconfig.says_tied(checkpoint.config, str(checkpoint.folder / "config.json"))
     return bool(said)
 
 

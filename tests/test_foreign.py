@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.page import to_html
 from mergekit_wp.eval.run import Cell, Row
@@ -218,3 +218,20 @@ def test_tables_grow_with_their_rows(monkeypatch):
             cost.append((looked[0], size))
         for first, second, third in zip(*cost, strict=True):
             assert third - second <= 2.1 * (second - first) + 10, write
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("one\n  two.\n"), "one two"),
+        (KeyError("rope_theta"), "KeyError: 'rope_theta'"),
+        (TypeError("int() argument must be\na string"), "TypeError: int() argument must be a string"),
+        (RuntimeError(), "RuntimeError"),
+        (AssertionError(), "AssertionError"),
+        (MemoryError(), "MemoryError"),
+        (OSError("x" * 1000), "x" * 200 + "..."),
+    ],
+)
+def test_what_another_librarys_error_says(error, said):
+    assert reason_of(error) == said
+    assert "\x1b" not in BadInput(f"m: ({reason_of(ValueError('a' + chr(27) + '[2J'))})").message

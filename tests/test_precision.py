@@ -12,9 +12,13 @@ from streamed_world import CPU, resident, streamed
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import PROJECTIONS
+from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.measure import _check_finite, _check_stored_weights
+from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.scoring.batches import TaskTokens, batches
+from mergekit_wp.scoring.calibrate import mean_inputs
 from mergekit_wp.scoring.capture import run_layer
-from mergekit_wp.scoring.directions import Directions
+from mergekit_wp.scoring.directions import Directions, extract_all
 from mergekit_wp.scoring.engine import task_run
 from mergekit_wp.scoring.firstorder import attr_heads, attr_neurons
 from mergekit_wp.scoring.gauges import DivergenceGauge
@@ -22,7 +26,7 @@ from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import ModelPair
 from mergekit_wp.scoring.offload import parameter_bytes, pick_offload
 from mergekit_wp.scoring.patches import response_difference, weight_difference
-from mergekit_wp.scoring.precision import held_dtype, loss_scale, pick_dtype, stored_dtype
+from mergekit_wp.scoring.precision import held_dtype, loss_scale, not_finite, pick_dtype, stored_dtype
 from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.wave import Item, Wave, first_order
 from mergekit_wp.weightfiles import TensorHeader
@@ -214,3 +218,61 @@ def test_responses_keep_their_own_precision(tmp_path):
     weights = [on_disk(folder)["model.layers.0.self_attn.q_proj.weight"].double() for folder in folders]
     wanted = record.inputs["q"].double() @ (weights[1] - weights[0]).T
     assert (got - wanted).norm() / wanted.norm() < 0.01
+
+
+def large(root, size):
+    """Two models whose MLPs work with numbers beyond float16: squares of about `size`."""
+    base = tiny.random_model("llama", seed=1)
+    for layer in base.model.layers:
+        layer.mlp.up_proj.weight.data *= size
+        layer.mlp.down_proj.weight.data /= size
+    return tiny.save(base, root / "base", F32), tiny.save(tiny.fine_tuned(base, seed=2), root / "expert", F32)
+
+
+def test_what_float16_does_not_hold_is_not_called_damaged(tmp_path):
+    folders = large(tmp_path, 1e6)
+    task = TaskTokens("t", PROMPTS[:2], None, PROMPTS[2:])
+    fine = {}
+    for products in (F32, BF16, F16):
+        base, expert = (resident(folder, products) for folder in folders)
+        pair = ModelPair(base, expert, Checkpoint.open(str(folders[0])).geometry, CPU, products)
+        run = task_run(ScoringJob("b", "e", "p", utility="kl"), pair, task, None, None)
+        (part,) = batches(task.scoring, 4, base, expert)
+
+        def directions(base=base, expert=expert):
+            extract_all(base, expert, [task], 4, 4)
+
+        def gaps(pair=pair, run=run, part=part):
+            first_order(
+                Wave(pair, run.method, [Item(run, part)], keep_graphs=True),
+                Subset.choose(pair.geometry, "all", None, None),
+            )
+
+        def inputs(base=base, part=part):
+            mean_inputs(base, [part], lambda _n: None)
+
+        for what in (directions, gaps, inputs):
+            if products == F16:
+                with pytest.raises(BadInput, match=r"not finite: float16 ends at 65504.*bfloat16 or float32"):
+                    what()
+            else:
+                what()
+                fine[what.__name__] = True
+    assert set(fine) == {"directions", "gaps", "inputs"}
+
+
+@given(st.sampled_from([F32, BF16]))
+def test_no_dtype_is_named_that_would_not_help(dtype):
+    assert "--dtype" not in not_finite("it", dtype).message
+
+
+@pytest.mark.parametrize(("size", "said"), [(1e5, "float16 does not, .*--dtype bfloat16"), (torch.inf, "a NaN or")])
+def test_evaluation_tells_too_large_from_damaged(tmp_path, size, said):
+    model = tiny.random_model("llama", seed=1)
+    model.model.norm.weight.data[0] = size
+    folder = tiny.save(model, tmp_path / "m", BF16)
+    with pytest.raises(BadInput, match=rf"m: the weight model.norm.weight holds .*{said}"):
+        _check_stored_weights(EvalModel("m", str(folder), folder, ""), "float16")
+    loaded = type(model).from_pretrained(folder, dtype=F16)
+    with pytest.raises(BadInput, match=rf"m: the weight model.norm.weight holds .*{said}"):
+        _check_finite(EvalModel("m", str(folder), folder, ""), loaded.named_parameters())

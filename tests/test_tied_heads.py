@@ -24,7 +24,7 @@ from mergekit_wp.scoring.batches import batches
 from mergekit_wp.scoring.calibrate import mean_inputs
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.models import check_pair
-from mergekit_wp.vocabulary import head_against_config, head_equals_embeddings, head_is_tied
+from mergekit_wp.vocabulary import head_against_config, head_equals_embeddings, head_is_tied, says_tied
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STORED = ("embeddings", "head", "equal", "apart")
@@ -186,3 +186,20 @@ def test_evaluation_uses_the_head_that_is_stored(tmp_path):
     edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(BadInput, match="without lm_head"):
         _check_head(model, Backend("hf"))
+
+
+@pytest.mark.parametrize("kind", [*tiny.VARIANTS, *tiny.FAMILIES, *tiny.WRAPPERS])
+@pytest.mark.parametrize("text", [None, True, False])
+def test_a_config_that_leaves_the_field_out(tmp_path, kind, text):
+    """Read as its class reads it: Gemma's default is tied, Llava takes its language model's word."""
+    config = tiny._config(kind, {}).to_dict() | {"architectures": [type(tiny.random_model(kind)).__name__]}
+    config.pop("tie_word_embeddings", None)
+    if "text_config" in config:
+        config["text_config"].pop("tie_word_embeddings", None)
+        config["text_config"] |= {} if text is None else {"tie_word_embeddings": text}
+    elif text is not None:
+        config["tie_word_embeddings"] = text
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    assert says_tied(Checkpoint("m", tmp_path)) is bool(wanted)
+    assert text is None or "text_config" in config or wanted == text

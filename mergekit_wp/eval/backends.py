@@ -18,8 +18,7 @@ from typing import Any
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import auto_class
-from mergekit_wp.errors import BadInput
-from mergekit_wp.eval.datafiles import first_line
+from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.eval.options import OPTIONS, split_options
 
 INSTALL_VLLM = "pip install vllm==0.32.0"  # as in pyproject.toml
@@ -132,11 +131,16 @@ def load(
         raise
     except ImportError as error:
         raise BadInput(
-            f"backend {backend.name}: it is installed but cannot be imported ({first_line(error)}); "
+            f"backend {backend.name}: it is installed but cannot be imported ({reason_of(error, 300)}); "
             f"install it anew ({INSTALL_VLLM}), or run with another --backend."
         ) from error
-    except _LOAD_ERRORS as error:
-        raise BadInput(f"{folder}: {backend.name} cannot load this model ({first_line(error)}).") from error
+    except (*_LOAD_ERRORS, MemoryError) as error:
+        if out_of_memory(error):
+            raise BadInput(
+                f"{folder}: does not fit on {device} beside what is there; free some memory, use a smaller --dtype, or "
+                "a larger device."
+            ) from error
+        raise BadInput(f"{folder}: {backend.name} cannot load this model ({reason_of(error, 300)}).") from error
 
 
 def _hf(backend: Backend, folder: Path, device: str, dtype: str, batch_size: int | str, trust: bool) -> Any:

@@ -16,6 +16,7 @@ from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import code_eval
 from mergekit_wp.eval.suite import SuiteTask
+from mergekit_wp.hub import reason
 
 # Names that `datasets` takes for a file format: such a task reads the files it lists.
 _FILE_FORMATS = {"json", "csv", "parquet", "arrow", "text", "xml", "pandas"}
@@ -63,7 +64,7 @@ def _is_cached(dataset: str) -> bool:
 
 def _check_hub(task: str, dataset: str) -> None:
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     advice = "download it where there is network (HF_HOME is the cache), or give the task a local data set"
     if constants.HF_HUB_OFFLINE:
@@ -74,10 +75,15 @@ def _check_hub(task: str, dataset: str) -> None:
         raise BadInput(f"task {task}: its data set {dataset} is gated; log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise BadInput(f"task {task}: there is no data set {dataset} on the Hub (or it is private).") from error
+    except HfHubHTTPError as error:
+        raise BadInput(
+            f"task {task}: its data set {dataset} is not cached and the Hub answered {error.response.status_code} "
+            f"({reason(error)}); log in again with `hf auth login` if that is 401 or 403, else try again later."
+        ) from error
     except Exception as error:  # whatever the HTTP client of the day raises for "no network"
         raise BadInput(
             f"task {task}: its data set {dataset} is not cached and the Hub cannot be reached "
-            f"({first_line(error)}); {advice}."
+            f"({reason(error)}); {advice}."
         ) from error
 
 
@@ -129,8 +135,3 @@ def _code_of(task: Any) -> Iterator[Path]:
     for function in vars(task.config).values():
         if inspect.isfunction(function) and (source := inspect.getsourcefile(function)):
             yield from Path(source).parent.glob("*.py")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, short enough for a sentence of ours."""
-    return (str(error).strip().splitlines() or ["no message"])[0][:300].rstrip(".")

@@ -180,4 +180,23 @@ def _check_finite(model: EvalModel, weights: Any) -> None:
 
     for name, weight in weights:
         if not torch.isfinite(weight).all():
-            raise BadInput(f"{model.reference}: the weight {name} holds a NaN or an infinity; make it again.")
+            raise _not_finite(model, name, weight.dtype)
+
+
+def _not_finite(model: EvalModel, name: str, dtype: Any) -> BadInput:
+    """Whether a weight is so in its file, or only in the dtype that it was brought to."""
+    import torch
+    from safetensors import safe_open
+
+    from mergekit_wp.checkpoint import Checkpoint
+
+    header = Checkpoint.open(str(model.folder)).tensors.get(name)
+    if header is not None:
+        with safe_open(header.file, framework="pt") as stream:
+            if torch.isfinite(stream.get_tensor(name)).all():
+                kind, end = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+                return BadInput(
+                    f"{model.reference}: the weight {name} holds numbers that {kind} does not, which ends at {end:g}; "
+                    f"use --dtype {'float32' if kind == 'bfloat16' else 'bfloat16'}."
+                )
+    return BadInput(f"{model.reference}: the weight {name} holds a NaN or an infinity; make it again.")

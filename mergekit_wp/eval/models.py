@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_wp.adapters import merge_lora
 from mergekit_wp.checkpoint import Checkpoint, content_digest, fingerprint_of, local_folder
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.files import check_writable_parent, open_file
 from mergekit_wp.hub import is_tokenizer_file
 from mergekit_wp.references import Reference, read_reference
@@ -147,7 +147,6 @@ def _check_loadable(reference: str, folder: Path, trust_remote_code: bool) -> No
         try:
             auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises many types; each means "not a usable model"
-            reason = " ".join(str(error).split())[:200].rstrip(".")
             raise BadInput(
-                f"{reference}: transformers cannot load the {what} in this folder ({type(error).__name__}: {reason})."
+                f"{reference}: transformers cannot load the {what} in this folder ({reason_of(error)})."
             ) from error

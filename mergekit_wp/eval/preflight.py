@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mergekit_wp.checkpoint import Checkpoint
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval import process
 from mergekit_wp.eval.backends import Backend
 from mergekit_wp.eval.context import answer_tokens, context_length
@@ -125,7 +125,7 @@ def _template_error(tokenizer: Any, chat: list[dict[str, str]]) -> str | None:
     try:
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the model's author
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".")
+        return reason_of(error)
     return None
 
 

@@ -23,8 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import BadInput, OneSentence
-from mergekit_wp.eval.datafiles import first_line
+from mergekit_wp.errors import BadInput, OneSentence, reason_of
 from mergekit_wp.eval.measure import OnDone, Say, measure
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.quiet import quieten
@@ -251,7 +250,7 @@ def _work(job: Job, sender: Any) -> None:
         pass  # the parent is gone, and so is this process in a moment
     except Exception as error:
         sentence = (
-            f"{job.model.reference}: evaluating it failed ({type(error).__name__}: {first_line(error)}); the "
+            f"{job.model.reference}: evaluating it failed ({type(error).__name__}: {reason_of(error, 300)}); the "
             "traceback is above, finished tasks are kept."
         )
         tell("failed", sentence, traceback.format_exc())

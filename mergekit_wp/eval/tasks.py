@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp import sandbox
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval.code_eval import sandboxed
-from mergekit_wp.eval.datafiles import check_data, first_line, function_modules, task_key
+from mergekit_wp.eval.datafiles import check_data, function_modules, task_key
 from mergekit_wp.eval.index import leaves, task_manager
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.eval.words import check_word_lists
@@ -97,7 +97,7 @@ def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[di
         found: Any = manager.load(spec.task)
     except Exception as error:  # task files run arbitrary code: any exception can come out
         raise BadInput(
-            f"task {spec.task}: lm-eval cannot load it ({type(error).__name__}: {first_line(error)})."
+            f"task {spec.task}: lm-eval cannot load it ({type(error).__name__}: {reason_of(error, 300)})."
         ) from error
     named = found["groups"].get(spec.task) or found["tasks"].get(spec.task)
     if named is None:

@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import auto_class, slot_of
+from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.merge.audit_aim import check_aim
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.audit_widen import check_widen
@@ -168,11 +169,12 @@ def check_loads(out: Path, nbytes: int) -> str:
         if not bool(torch.isfinite(logits).all()):
             raise AuditFailed(f"{out}: the merged model computes NaN; do not use this merge.")
         return f"transformers loads it ({model.dtype}), and it generates a token (id {int(logits.argmax())})"
-    except AuditFailed:
+    except (AuditFailed, BadInput):
         raise
     except Exception as error:  # whatever transformers raises, the folder does not load
-        reason = " ".join(str(error).split())[:300]
-        raise AuditFailed(f"{out}: transformers cannot load it ({type(error).__name__}: {reason}).") from error
+        if out_of_memory(error):
+            raise AuditFailed(f"{out}: too little memory to load it; free some, and audit it again.") from error
+        raise AuditFailed(f"{out}: transformers cannot load it ({reason_of(error, 300)}).") from error
 
 
 def _first_token(model: Any) -> int:

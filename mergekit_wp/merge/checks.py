@@ -25,9 +25,9 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.importance import check_activations
-from mergekit_wp.merge.outcome import QUANTISED
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
+from mergekit_wp.quantised import MARKS
 from mergekit_wp.scorefile import ModelId
 from mergekit_wp.token_ids import differences, listed
 from mergekit_wp.vocabulary import (
@@ -188,7 +188,7 @@ def _check_config(plan: MergePlan, model: ModelReference) -> None:
             f"{model}: config.json says vocab_size {base.geometry.vocabulary}, and {name} has {rows} rows; put the "
             "right number into the config."
         )
-    for name in QUANTISED:
+    for name in MARKS:
         if base.config.get(name):
             LOG.warning(
                 "%s: config.json has a %s, and the tensors are not quantised; the merged model gets none.", model, name

@@ -20,10 +20,10 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import inside, read_json_mapping, write_text
 from mergekit_wp.foreign import logger
 from mergekit_wp.merge.plan import TORCH_DTYPE, MergePlan
+from mergekit_wp.quantised import MARKS
 
 LOG = logger(__name__)
 
-QUANTISED = ("quantization_config", "compression_config")
 _PATHS = ("_name_or_path",)
 # What names code of the model's own: `auto_map: {AutoModelForCausalLM: modeling_acme.AcmeForCausalLM}`.
 _NAMING_CODE = ("config.json", "tokenizer_config.json")
@@ -65,7 +65,7 @@ def _agree(config: dict[str, Any], stored: Counter[str]) -> None:
     said = config.get("dtype") or said
     # Tensors may be mixed (norms in float32): then what the base's config says of them, if one of them is that.
     config["dtype"] = said if said in stored else stored.most_common(1)[0][0]
-    for name in (*_PATHS, *(QUANTISED if stored.keys() <= set(TORCH_DTYPE.values()) else ())):
+    for name in (*_PATHS, *(MARKS if stored.keys() <= set(TORCH_DTYPE.values()) else ())):
         config.pop(name, None)
 
 

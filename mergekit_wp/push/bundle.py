@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mergekit_wp.errors import BadInput
-from mergekit_wp.eval.datafiles import data_files, files_read, first_line
+from mergekit_wp.errors import BadInput, reason_of
+from mergekit_wp.eval.datafiles import data_files, files_read
 from mergekit_wp.eval.index import members
 from mergekit_wp.eval.suite import Suite, suite_text
 from mergekit_wp.files import inside
@@ -49,7 +49,7 @@ def bundle(name: str, suite: Suite, include_path: Path | None) -> Bundle:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise BadInput(
                 f"{include_path}: the suite {suite.name} was measured with the tasks in this folder, and they cannot "
-                f"be read now ({first_line(error)}); bring them back, or leave these results out."
+                f"be read now ({reason_of(error, 300)}); bring them back, or leave these results out."
             ) from error
     include = Path(name) if made.copies or made.texts else None
     made.texts[made.suite] = suite_text(replace(suite, include_path=include))

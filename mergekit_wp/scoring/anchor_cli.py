@@ -140,10 +140,11 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     from mergekit_wp.scoring.cli import Progress
     from mergekit_wp.scoring.engine import anchor_layer, search_of
     from mergekit_wp.scoring.job import load_job
-    from mergekit_wp.scoring.models import check_pair, load_pair, load_tokenizer
+    from mergekit_wp.scoring.models import check_pair, load_pair
     from mergekit_wp.scoring.pairs import load_pairs, split_pairs
     from mergekit_wp.scoring.recovery import SILENT, check_graders, locate
     from mergekit_wp.scoring.wording import wording_of
+    from mergekit_wp.token_ids import load_tokenizer
 
     job = load_job(path, {"allow_code_execution": True} if allow_code_execution else {})
     checked = check_pair(job)
@@ -155,7 +156,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     name = _choose(task, [each.task for each in pairs], path)
     # The layer that wp-score would choose is a choice over all tasks.
     pairs = [each for each in pairs if auto or each.task == name]
-    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(wording, pairs, checked.context_limit)
     check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)

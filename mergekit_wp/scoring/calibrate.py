@@ -97,16 +97,17 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.scorefile import ModelId
     from mergekit_wp.scoring.batches import batches, check_rows
     from mergekit_wp.scoring.cli import Progress, _quieten
-    from mergekit_wp.scoring.models import load_one, load_tokenizer, pick_device
+    from mergekit_wp.scoring.models import load_one, pick_device
     from mergekit_wp.scoring.precision import pick_dtype, stored_dtype
     from mergekit_wp.scoring.wording import alone
+    from mergekit_wp.token_ids import load_tokenizer
 
     target = check_file(out, METADATA_KEY, "activations", [base, texts])
     _quieten(sys.stderr.isatty() and not quiet, not quiet)
     claim(target)
     checkpoint = Checkpoint.open(base)
     length = block_length(checkpoint, tokens)
-    tokenizer = load_tokenizer(checkpoint, how["trust_remote_code"])
+    tokenizer = load_tokenizer(base, checkpoint.folder, how["trust_remote_code"])
     wording = alone(base, tokenizer, how["chat_template"], how["system"])
     used, blocks = cut(wording, read_texts(texts), documents, length, texts)
     check_rows(blocks, tokenizer, checkpoint.geometry.vocabulary)
@@ -211,9 +212,11 @@ def mean_inputs(stack: Stack, prompts: Sequence[Batch], tick: Callable[[float], 
     """Mean over all tokens of |x_C| at the input of every module with a weight, by the weight's name, float32 [C].
 
     prompts: batches without padding. A streamed model's layers are read once for as many batches as memory holds.
+    Raises `BadInput` for a mean that is not finite.
     """
     import torch
 
+    from mergekit_wp.scoring.precision import not_finite
     from mergekit_wp.scoring.sweep import ascend, waves
 
     tally = _Tally()
@@ -227,7 +230,11 @@ def mean_inputs(stack: Stack, prompts: Sequence[Batch], tick: Callable[[float], 
                 tally.add("model.norm.weight", final_BTD)
                 if not tied:
                     tally.add("lm_head.weight", stack.tower.norm(final_BTD))
-    return tally.means()
+    means = tally.means()
+    for name, mean_C in means.items():
+        if not torch.isfinite(mean_C).all():
+            raise not_finite(f"the input of {name}", stack.dtype)
+    return means
 
 
 class _Tally:

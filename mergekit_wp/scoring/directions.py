@@ -17,6 +17,7 @@ import torch
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.batches import TaskTokens, Tokens, batches
+from mergekit_wp.scoring.precision import not_finite
 from mergekit_wp.scoring.stack import Stack
 from mergekit_wp.scoring.sweep import ascend, waves
 from mergekit_wp.scoring.team import Team
@@ -61,7 +62,7 @@ def extract_all(
         without_LD = with_LD[len(tasks) + i] if task.contrasts else bare_LD[i]
         v_LD = with_LD[i] - without_LD
         if not torch.isfinite(v_LD).all():
-            raise BadInput(f"task {task.task}: its anchor direction is not finite; use --dtype float32 or bfloat16.")
+            raise not_finite(f"task {task.task}: its anchor direction", expert.dtype)
         found.append(Directions(v_LD.float(), with_LD[i].float()))
     return found
 

@@ -38,7 +38,7 @@ from mergekit_wp.scoring.curve import RecoveryCurve
 from mergekit_wp.scoring.directions import Directions
 from mergekit_wp.scoring.gauges import gauge_of, make_gauges
 from mergekit_wp.scoring.job import ACTIVATION_SIDE, ScoringJob
-from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, load_tokenizer, warn_of_other_ids
+from mergekit_wp.scoring.models import CheckedPair, ModelPair, check_pair, load_pair, warn_of_other_ids
 from mergekit_wp.scoring.offload import free_memory
 from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
 from mergekit_wp.scoring.recovery import Search, check_graders, locate, usual_layer
@@ -49,6 +49,7 @@ from mergekit_wp.scoring.tally import TaskRun
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.wave import PATCHING, Item, PatchPlan, Wave, first_order, patch_layer
 from mergekit_wp.scoring.wording import wording_of
+from mergekit_wp.token_ids import load_tokenizer
 
 LOG = logger(__name__)
 MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
@@ -128,7 +129,7 @@ def prepare(job: ScoringJob) -> Prepared:
         asked = shape.layers - 1
     subset = choose_subset(job, checked)
     pairs = pairs_of(job)
-    tokenizer = load_tokenizer(checked.base, job.trust_remote_code)
+    tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     wording = wording_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(wording, pairs, checked.context_limit)
     check_rows((ids for each in tasks for ids in each.prompts), tokenizer, checked.vocabulary)
@@ -216,7 +217,7 @@ def task_run(
     """Empty sums of a task whose gauges read the anchor at `layer`; of a utility with a direction, that is."""
     shape = pair.geometry
     gauges = make_gauges(job.utility, shape.layers, pair.vocabulary, layer, found.v_LD if found else None)
-    return TaskRun(task.task, job.method, shape, gauges, job.gap, job.gap_floor, pair.device)
+    return TaskRun(task.task, job.method, shape, gauges, job.gap, job.gap_floor, pair.device, pair.dtype)
 
 
 def _sweep(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mergekit_wp.adapters import vocabulary_rows
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.weightfiles import ADAPTER, read_tensors
 
 _RESIDENT = "use --offload none, which merges it whole"
@@ -85,8 +85,9 @@ def _layers(name: str, adapter: str, skeleton: nn.Module, device: torch.device) 
     except BadInput:
         raise
     except Exception as error:  # peft raises many types for an adapter that does not fit
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{name}: the LoRA could not be merged into its base ({reason}).") from error
+        if out_of_memory(error):
+            raise BadInput(f"{name}: its LoRA does not fit on {device}; use another device.") from error
+        raise BadInput(f"{name}: the LoRA could not be merged into its base ({reason_of(error)}).") from error
     if any(p.data_ptr() != zero.data_ptr() for key, p in model.named_parameters() if "lora_" not in key):
         raise BadInput(
             f"{name}: the LoRA carries weights of the base, such as embeddings (save_embedding_layers), and cannot be "

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +13,10 @@ from torch import nn
 from mergekit_wp.adapters import merge_lora
 from mergekit_wp.checkpoint import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
 from mergekit_wp.components import Geometry, auto_class
-from mergekit_wp.errors import BadInput, out_of_memory
+from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.foreign import logger
 from mergekit_wp.outputs import scratch
+from mergekit_wp.quantised import check_plain, plain_config
 from mergekit_wp.references import read_reference
 from mergekit_wp.scoring.job import ScoringJob
 from mergekit_wp.scoring.offload import RESERVE, free_memory, parameter_bytes, pick_offload
@@ -97,6 +97,8 @@ def check_pair(job: ScoringJob) -> CheckedPair:
     same = checked.base_print.tensors == checked.expert_print.tensors
     if same and content_digest(base.tensors) == content_digest(expert.tensors):
         raise BadInput(f"{job.expert}: the weights equal those of the base {job.base}; there is no gap to explain.")
+    for checkpoint in (base, expert):
+        check_plain(checkpoint)
     for difference in expert.lineage_differences(base):
         LOG.warning("%s may not be a fine-tune of %s: %s", expert.name, base.name, difference)
     for checkpoint in (base, expert):
@@ -132,6 +134,7 @@ def load_one(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, offload: str, remote_code: bool
 ) -> Stack:
     """One model alone, in memory or ready to be read layer by layer; `offload` as for a pair. Raises as `load_pair`."""
+    check_plain(checkpoint)
     head_equals_embeddings(checkpoint)  # refuses a model that lacks one of the two
     held = held_dtype(checkpoint.tensors, dtype)
     fits = parameter_bytes(checkpoint, held) <= (1 - RESERVE) * free_memory(device)
@@ -149,7 +152,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise BadInput(f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda:N.") from error
     return device
 
@@ -167,15 +170,16 @@ def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
     """The frozen model of a folder, its weights as they are held for products in `dtype`."""
-    from transformers import AutoConfig
-
+    checkpoint = Checkpoint(name, Path(folder))
+    held, auto = held_dtype(checkpoint.tensors, dtype), auto_class(checkpoint.config, name)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+        config = plain_config(checkpoint, remote_code)
         # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
-        model, report = auto_class(config.to_dict()).from_pretrained(
+        model, report = auto.from_pretrained(
             folder,
-            dtype=held_dtype(Checkpoint(name, Path(folder)).tensors, dtype),
+            config=config,
+            dtype=held,
             device_map={"": str(device)},
             attn_implementation=attention,
             use_safetensors=True,
@@ -185,8 +189,7 @@ def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device
     except Exception as error:
         if out_of_memory(error):
             raise BadInput(f"{name}: does not fit on {device} beside what is there; use another device.") from error
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+        raise BadInput(f"{name}: transformers could not load this model ({reason_of(error)}).") from error
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers and go on.
         raise BadInput(f"{name}: the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download it again.")
@@ -212,14 +215,3 @@ def warn_of_other_ids(checked: CheckedPair, texts: Sequence[str]) -> None:
             len(texts),
             other[0][:60],
         )
-
-
-def load_tokenizer(base: Checkpoint, remote_code: bool) -> Any:
-    """The base's tokenizer: its ids are valid in both models. Raises `BadInput` when it does not load."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(base.folder), trust_remote_code=remote_code)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{base.name}: its tokenizer could not be loaded ({reason}).") from error

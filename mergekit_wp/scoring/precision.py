@@ -53,6 +53,19 @@ def pick_dtype(name: str, device: torch.device, stored: Iterable[torch.dtype]) -
     return dtype
 
 
+def not_finite(what: str, dtype: torch.dtype) -> BadInput:
+    """`what` came out as a NaN or an infinity though every weight is finite; `dtype` is what products ran in."""
+    if dtype == torch.float16:
+        return BadInput(
+            f"{what} is not finite: float16 ends at {torch.finfo(dtype).max:.0f}, and most likely this model computes "
+            "with more; use --dtype bfloat16 or float32."
+        )
+    return BadInput(
+        f"{what} is not finite, and {str(dtype).removeprefix('torch.')} holds numbers up to 3e38; let base and expert "
+        "generate a text by themselves, since one of them is likely broken."
+    )
+
+
 def loss_scale(gradient: torch.Tensor) -> torch.Tensor:
     """A power of two that brings the largest entry of a float32 gradient into [8, 16), float32 [].
 

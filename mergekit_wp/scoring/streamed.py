@@ -17,7 +17,8 @@ from torch import nn
 
 from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.components import EMBEDDINGS, auto_class, text_name, text_tower
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
+from mergekit_wp.quantised import check_plain, plain_config
 from mergekit_wp.scoring.lora import Adapter
 from mergekit_wp.scoring.precision import held_dtype
 from mergekit_wp.scoring.shards import Shards
@@ -42,8 +43,7 @@ def open_streamed(
     the headers; NaNs and infinities when a tensor is first read. Raises `BadInput` for what transformers cannot
     build, damaged or quantised checkpoints, and adapters that only a whole model can take.
     """
-    if checkpoint.config.get("quantization_config"):
-        raise BadInput(f"{name}: a quantised checkpoint cannot be streamed; use --offload none.")
+    check_plain(checkpoint)
     shards, held = Shards(name, checkpoint.tensors, device), held_dtype(checkpoint.tensors, dtype)
     skeleton = _skeleton(name, checkpoint, held, trust_remote_code)
     if not head_equals_embeddings(checkpoint):
@@ -187,19 +187,15 @@ class _Reading(threading.Thread):
 
 def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
     """The frozen model of the checkpoint's config: parameters on the meta device, tables real, on the CPU."""
-    from transformers import AutoConfig
-
+    auto = auto_class(checkpoint.config, name)
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=remote_code)
+        config = plain_config(checkpoint, remote_code)
         # Only the eager attention knows soft-capping; SDPA elsewhere, for its memory.
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
         with torch.device("meta"):
-            model = auto_class(checkpoint.config).from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code
-            )
+            model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{name}: transformers could not load this model ({reason}).") from error
+        raise BadInput(f"{name}: transformers could not load this model ({reason_of(error)}).") from error
     _compute_tables(name, model)
     return model.requires_grad_(False).eval()
 

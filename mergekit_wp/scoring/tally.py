@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from mergekit_wp.components import Geometry, Kind
-from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.firstorder import Parts
 from mergekit_wp.scoring.gauges import Gauge, gauge_of
+from mergekit_wp.scoring.precision import not_finite
 from mergekit_wp.scoring.team import Team
 from mergekit_wp.scoring.utilities import GapLedger
 
@@ -40,11 +40,13 @@ class TaskRun:
     gap: str
     gap_floor: float
     device: torch.device
+    dtype: torch.dtype = torch.float32
     ledgers: dict[str, GapLedger] = field(init=False)
     sums: dict[Kind, dict[str, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ledgers = {gauge.name: GapLedger(gauge.name, self.gap, self.gap_floor) for gauge in self.gauges}
+        kept = self.gap, self.gap_floor, self.dtype
+        self.ledgers = {gauge.name: GapLedger(gauge.name, *kept) for gauge in self.gauges}
         depth = self.geometry.layers
         self.sums = {
             kind: {
@@ -94,5 +96,5 @@ class TaskRun:
             kind: {part: table.cpu() / divisor_L for part, table in parts.items()} for kind, parts in self.sums.items()
         }
         if not all(torch.isfinite(table).all() for parts in tables.values() for table in parts.values()):
-            raise BadInput(f"task {self.task}: a score is not finite; use --dtype float32 or bfloat16.")
+            raise not_finite(f"task {self.task}: a score", self.dtype)
         return tables

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scorefile import UtilityStats
+from mergekit_wp.scoring.precision import not_finite
 from mergekit_wp.scoring.team import Team
 
 
@@ -44,12 +45,14 @@ class GapLedger:
 
     A score is sum_x w(x) s(x) / `normalizer()`: with `sample`, w = 1/G(x) and the normalizer counts prompts;
     with `mean`, w = 1 and the normalizer is the sum of gaps. Both make it independent of the batching.
-    `negative` counts prompts, of those used, that the base does better on than the expert.
+    `negative` counts prompts, of those used, that the base does better on than the expert. `dtype` is
+    what products run in.
     """
 
     utility: str
     gap: str
     floor: float
+    dtype: torch.dtype = torch.float32
     used: int = 0
     dropped: int = 0
     negative: int = 0
@@ -59,7 +62,7 @@ class GapLedger:
         """w(x) [B], float64, from F(base, x) and F(expert, x), counted here. Raises `BadInput` if not finite."""
         gap_B = (expert_B - base_B).detach().double()
         if not torch.isfinite(gap_B).all():
-            raise BadInput(f"the {self.utility} utility is not finite on a prompt; use --dtype float32 or bfloat16.")
+            raise not_finite(f"utility {self.utility}: its value for a prompt", self.dtype)
         keep_B = gap_B.abs() >= self.floor if self.gap == "sample" else torch.ones_like(gap_B, dtype=torch.bool)
         self.used += int(keep_B.sum())
         self.dropped += int((~keep_B).sum())

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint import Checkpoint, local_folder
-from mergekit_wp.errors import BadInput
+from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.foreign import logger
 from mergekit_wp.references import read_reference
 from mergekit_wp.scorefile import PromptStyle
 from mergekit_wp.scoring.job import PLAIN, ScoringJob
 from mergekit_wp.scoring.pairs import Pair, TaskPairs
+from mergekit_wp.token_ids import tokenizer_in
 
 LOG = logger(__name__)
 _NO_CHAT = "system: a system prompt is part of a chat; use it with --chat-template on."
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Chat:
                 chat, chat_template=self.template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # Jinja raises what the template's author wrote, and many types of its own
-            reason = " ".join(str(error).split())[:200]
             remedy = "leave out --system, or use" if self.system is not None else "use"
             raise BadInput(
-                f"{self.owner}: its chat template fails on such a prompt ({reason}); {remedy} --chat-template off."
+                f"{self.owner}: its chat template fails on such a prompt ({reason_of(error)}); {remedy} "
+                "--chat-template off."
             ) from error
         for what, wanted in (("system prompt", self.system), ("prompt", message)):
             if wanted is not None and wanted.strip() not in text:
@@ -201,21 +201,17 @@ def _owners(job: ScoringJob, base: Checkpoint, expert: Checkpoint, tokenizer: An
     """Who has a chat template, (name, tokenizer): the adapter or the expert first, then the base."""
     lora = read_reference(job.expert).lora
     folders = [(job.expert, local_folder(lora) if lora else expert.folder)]
-    found = [(name, _tokenizer_in(folder, job.trust_remote_code)) for name, folder in folders]
+    found = [(name, _own_tokenizer(folder, job.trust_remote_code)) for name, folder in folders]
     found.append((base.name, tokenizer))
     return [(name, each) for name, each in found if getattr(each, "chat_template", None)]
 
 
-def _tokenizer_in(folder: Path, remote_code: bool) -> Any:
+def _own_tokenizer(folder: Path, remote_code: bool) -> Any:
     """The tokenizer of a folder; None where there is none that loads, since the base's gives the ids."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=remote_code)
-    except Exception as error:
-        LOG.warning("%s: its tokenizer does not load, so its chat template is not used (%s).", folder, error)
+        return tokenizer_in(folder, remote_code)
+    except BadInput as error:
+        LOG.warning("%s Its chat template is not used.", error.message)
         return None
 
 
