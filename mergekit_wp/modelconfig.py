@@ -130,7 +130,7 @@ def _build(config: Mapping[str, Any], where: str) -> Any:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         kind = _type_of_architecture(config, where)
-    with _quiet():
+    with quiet():
         try:
             return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(config)))
         except Exception as error:  # each class checks its fields in its own way
@@ -267,8 +267,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers about this config, which come once more when the model is loaded."""
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers about a model, which come once more when it is loaded."""
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)

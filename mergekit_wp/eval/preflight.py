@@ -16,6 +16,7 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval import process
 from mergekit_wp.eval.backends import Backend
+from mergekit_wp.eval.completeness import check_complete
 from mergekit_wp.eval.context import answer_tokens, context_length
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.settings import Settings
@@ -63,7 +64,7 @@ def _folders(leaf: Any) -> set[Path]:
 
 
 def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) -> None:
-    """Chat template, context length and how the model divides among GPUs. Raises `BadInput`."""
+    """Chat template, tensors, context length and how the model divides among GPUs. Raises `BadInput`."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(str(model.folder), trust_remote_code=settings.trust_remote_code)
@@ -77,6 +78,7 @@ def check_model(model: EvalModel, tasks: list[ReadyTask], settings: Settings) ->
         if task.spec.apply_chat_template:
             _check_template(model, task, tokenizer)
     _check_head(model, settings.backend)
+    check_complete(Checkpoint(model.reference, model.folder), settings.trust_remote_code)
     _check_context(model, tasks, settings.backend, context_length(config, tokenizer), _stretch(config))
     _check_heads(model, getattr(config, "text_config", None) or config, settings)
 
