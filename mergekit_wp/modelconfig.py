@@ -59,6 +59,12 @@ _ROPE_READS = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
+# Whose own code for `default` turns whole heads, whatever partial_rotary_factor says (a test compares). Of types that
+# are not named here the field counts.
+_WHOLE_ROTARY = frozenset({
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite", "ministral",
+    "ministral3",
+})  # fmt: skip
 _ROPE_KNOWN = frozenset({"type", "mscale", "mscale_all_dim"}.union(*_ROPE_READS.values()))
 
 
@@ -187,7 +193,7 @@ def _rotary(text: Any, group: Mapping[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise BadInput(f"{where}: found the rotary parameter {name} {shown(value)}, expected a number above 0.")
     kept = {name: value for name, value in group.items() if name in _ROPE_READS[kind] or name not in _ROPE_KNOWN}
-    if kept.get("partial_rotary_factor") in (1, None):
+    if kept.get("partial_rotary_factor") in (1, None) or (kind == "default" and text.model_type in _WHOLE_ROTARY):
         kept.pop("partial_rotary_factor", None)
     if kind in ("linear", "proportional") and kept.get("factor", 1) == 1 and "partial_rotary_factor" not in kept:
         kept = {**kept, "rope_type": "default", "factor": None}  # scales by 1

@@ -267,3 +267,31 @@ def test_scores_of_either_hash_serve_every_spelling(tmp_path):
 def edit(folder: Path, **changes: object) -> None:
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        (kind, rope)
+        for kind in [*tiny.VARIANTS, *tiny.FAMILIES]
+        for rope in ("default", "linear")
+        if (kind, rope) != ("phi3", "linear")  # its class takes no linear scaling
+    ],
+)
+def test_a_part_of_each_head_counts_where_the_model_turns_a_part(kind, rope):
+    """A stray field makes equal models equal, and no others: by the frequencies that the model's own code computes."""
+    found = []
+    for part in (1.0, 0.5):
+        config = tiny._config(kind, {}).to_dict() | {"architectures": [type(tiny.random_model(kind)).__name__]}
+        group = {"rope_type": rope, "rope_theta": 100.0, "partial_rotary_factor": part}
+        group |= {} if rope == "default" else {"factor": 2.0}
+        nested = config["rope_parameters"].keys() & {"full_attention", "sliding_attention"}
+        config["rope_parameters"] = dict.fromkeys(nested, group) if nested else group
+        built = AutoModelForCausalLM.from_config(modelconfig._build(config, "c"))
+        tables = {name: table for name, table in built.model.rotary_emb.named_buffers() if "original" not in name}
+        found.append((tables, digest(resolved(config, "c"))))
+    (one, one_digest), (other, other_digest) = found
+    equal = all(table.shape == other[name].shape and torch.equal(table, other[name]) for name, table in one.items())
+    assert (one_digest == other_digest) == equal
+    if rope == "default":
+        assert equal == (kind != "phi3")
