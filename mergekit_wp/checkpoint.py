@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,7 @@ from typing import Any
 from mergekit_wp import modelconfig
 from mergekit_wp.components import Geometry, text_config
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import inside, read_json_mapping
+from mergekit_wp.files import check_files, inside, read_json_mapping
 from mergekit_wp.hub import download
 from mergekit_wp.references import Reference, Source, read_reference
 from mergekit_wp.tensornames import name_trouble
@@ -207,20 +206,9 @@ def local_folder(source: Source, cache: str | None = None) -> Path:
     """The folder behind a source; what is on the Hub is downloaded (see `hub`). Raises `BadInput`."""
     source.check()
     if source.kind == "folder":
-        _check_files(Path(source.path))
+        check_files(Path(source.path), "a model's folder")
         return Path(source.path)
     return download(source, cache)
-
-
-def _check_files(folder: Path) -> None:
-    """Raise `BadInput` for what is neither file nor folder in it: whoever opened a pipe would wait for ever."""
-    try:
-        there = sorted(folder.iterdir())
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot read this folder ({error.strerror or error}).") from error
-    for path in there:
-        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            raise BadInput(f"{path}: a pipe, a socket or a device in a model's folder; take it away.")
 
 
 def _check_kind(name: str, folder: Path) -> None:

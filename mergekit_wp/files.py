@@ -180,6 +180,23 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     return open(path, "rb")
 
 
+def check_files(folder: Path, what: str, below: bool = False) -> None:
+    """Raise `BadInput` for what is neither file nor folder in a folder (`below`: or deeper) that other libraries read.
+
+    what: names the folder in the sentence. Links that lead nowhere are left to whoever needs them.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise BadInput(f"{error.filename}: cannot read this folder ({error.strerror or error}).") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        for path in sorted(os.path.join(place, name) for name in names):
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise BadInput(f"{path}: a pipe, a socket or a device in {what}; take it away.")
+        if not below:
+            folders.clear()
+
+
 def read_text(path: str | os.PathLike[str], most: int) -> str:
     """A UTF-8 text of at most `most` bytes. Raises OSError, or ValueError with a clause for what it holds."""
     with open_file(path) as stream:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections.abc import Iterable
 from hashlib import sha256
 from html import escape
+from itertools import count
 from typing import Any
 
 import click
@@ -113,3 +115,18 @@ def file_part(text: str) -> str:
     digest = sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:12]
     head = kept[: _PART_BYTES - 13].rstrip(".") or "_"
     return f"_{head}~{digest}" if _DEVICE.fullmatch(head) else f"{head}~{digest}"
+
+
+def file_parts(texts: Iterable[str]) -> list[str]:
+    """`file_part` of each, a number at the end of those that a file system might take for one before: `a`, `A-2`."""
+    taken: set[str] = set()
+    parts = []
+    for text in texts:
+        part = first = file_part(text)
+        for number in count(2):
+            if part.lower() not in taken:
+                break
+            part = f"{first}-{number}"
+        taken.add(part.lower())
+        parts.append(part)
+    return parts

@@ -23,7 +23,7 @@ from mergekit_wp.eval.page import to_html
 from mergekit_wp.eval.run import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.eval.table import Table, to_csv, to_markdown, to_text
-from mergekit_wp.foreign import code, csv_cell, echo, fenced, file_part, html, logger, markdown, one_line
+from mergekit_wp.foreign import code, csv_cell, echo, fenced, file_part, file_parts, html, logger, markdown, one_line
 
 # Everything that text can hold, lone surrogates too, and often what does harm.
 HARM = [
@@ -194,6 +194,14 @@ def test_foreign_names_in_every_table():
     assert all(prints_in_order(line) for line in to_html(table, NASTY).splitlines())
     rows = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert [row["model"] for row in rows] == [one_line(NASTY), "plain"]
+
+
+@given(st.lists(st.sampled_from(["a", "A", "a-2", "A-2", "a b", "A B", "", "é", "É", "con", "CON"]), max_size=9))
+def test_several_parts_are_several_files_where_case_does_not_count(texts):
+    parts = file_parts(texts)
+    assert len({part.lower() for part in parts}) == len(texts)
+    assert parts[:1] == [file_part(text) for text in texts[:1]]
+    assert all(file_part(part) == part for part in parts if "~" not in part)
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\u00a0=1"])

@@ -203,6 +203,7 @@ def _without(name: str) -> dict:
         ({**MINIMAL, "experts": {"a": "u/a"}}, "`experts.a`: found 'u/a', expected a mapping"),
         ({**MINIMAL, "experts": {"a": {"model": "u/a", "scores": "no.safetensors"}}}, "no.safetensors is neither in"),
         ({**MINIMAL, "experts": {"base": {"model": "u/a"}}}, "two models are named 'base'"),
+        ({**MINIMAL, "experts": {"Average": {"model": "u/a"}}}, "two models are named 'Average', capitals aside"),
         *(
             ({**MINIMAL, "experts": {name: {"model": "u/a"}}}, "will be a file's name; choose one")
             for name in ("a/b", "..", ".a", "-a", "a b", "CON", "a.", "n" * 300, "e\u0301")

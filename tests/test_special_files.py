@@ -17,6 +17,7 @@ from mergekit_wp.checkpoint import Checkpoint
 from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.cache import read_cache
+from mergekit_wp.eval.index import task_manager
 from mergekit_wp.eval.suite import read_suite
 from mergekit_wp.eval.table import read_results
 from mergekit_wp.files import check_writable_parent
@@ -67,11 +68,18 @@ def test_no_reader_waits_for_what_is_no_file(reader: str, places: dict[str, Path
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such files")
-def test_a_pipe_in_a_models_folder(places: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pipe_in_a_folder_that_other_libraries_read(places: dict[str, Path], tmp_path: Path) -> None:
     tiny.save(tiny.random_model("llama", seed=3), tmp_path / "base", torch.float32)
     os.mkfifo(tmp_path / "base/added_tokens.json")  # transformers would open it
     with pytest.raises(BadInput, match=r"added_tokens\.json: a pipe, a socket or a device in a model's folder"):
         Checkpoint.open(str(tmp_path / "base"))
+    (tmp_path / "tasks/deeper").mkdir(parents=True)
+    os.mkfifo(tmp_path / "tasks/deeper/a.yaml")  # and so would lm-eval
+    with (
+        not_longer_than(20),
+        pytest.raises(BadInput, match=r"a\.yaml: a pipe, .* in the tasks' folder"),
+    ):
+        task_manager([], tmp_path / "tasks")
     with not_longer_than(20):
         assert read_cache(places["pipe"]) == {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.files import check_files
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -31,6 +32,7 @@ def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
                 f"{include_path}: the suite's include_path is not a folder; "
                 "make it, or name another with --include-path."
             )
+        check_files(include_path, "the tasks' folder", below=True)
         folders.append(str(include_path))
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not any(_missing(manager, name) for name in names):

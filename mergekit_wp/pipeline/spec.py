@@ -213,8 +213,11 @@ def _check(pipeline: Pipeline) -> None:
     if not pipeline.experts:
         raise BadInput("`experts` is empty; a pipeline needs at least one expert.")
     for name in pipeline.names:
-        if pipeline.names.count(name) > 1:
-            raise BadInput(f"two models are named {shown(name)}; `{BASE}`, experts and merges need names of their own.")
+        if [other.lower() for other in pipeline.names].count(name.lower()) > 1:
+            raise BadInput(
+                f"two models are named {shown(name)}, capitals aside; `{BASE}`, experts and merges need names of their "
+                "own."
+            )
         if file_part(name) != name:
             raise BadInput(
                 f"the name {shown(name)} will be a file's name; choose one of at most 80 ASCII letters, digits, `_`, "

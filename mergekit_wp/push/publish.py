@@ -17,7 +17,7 @@ from mergekit_wp.components import auto_name
 from mergekit_wp.digests import Digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
-from mergekit_wp.foreign import file_part
+from mergekit_wp.foreign import file_parts
 from mergekit_wp.merge.mark import Mark, marked_files
 from mergekit_wp.merge.plan import TORCH_DTYPE, WP
 from mergekit_wp.push import results as evaluations
@@ -164,7 +164,10 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
         loader=auto_name(merged.config),
         scores=[(target, _score_meta(stage / target)) for target in placed.values() if mark.method == WP],
-        results=[_card_results(stage, n, one, names, request.repo_id, say) for n, one in enumerate(found, start=1)],
+        results=[
+            _card_results(stage, name, one, names, request.repo_id, say)
+            for name, one in zip(file_parts(one.suite.name for one in found), found, strict=True)
+        ],
         cleaned=tuple(cleaned),
         licence_texts=staging.stage_licences(stage, parents),
     )
@@ -235,13 +238,11 @@ def _read_results(results: Path, folder: Path, digests: Digests) -> evaluations.
 
 
 def _card_results(
-    stage: Path, number: int, results: evaluations.Results, names: Names, repo_id: str, say: Say
+    stage: Path, name: str, results: evaluations.Results, names: Names, repo_id: str, say: Say
 ) -> CardResults:
     from mergekit_wp.eval.table import to_markdown
 
     names.learn(results.row.model.reference, repo_id)
-    name = file_part(results.suite.name)
-    name = f"{number}-{name}" if number > 1 else name
     include = evaluations.include_path(results.content, results.suite)
     made = bundle(name, results.suite, include)
     staging.stage_suite(stage, made)

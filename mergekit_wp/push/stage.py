@@ -22,7 +22,7 @@ from mergekit_wp.digests import Digests, sha256_of
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_text, write_text
-from mergekit_wp.foreign import file_part, one_line
+from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.merge.mark import MARK, Mark, MarkedScores, mark_scores
 from mergekit_wp.merge.plan import OURS, WP
 from mergekit_wp.push.bundle import Bundle
@@ -97,14 +97,8 @@ def check_scores(files: dict[str, Path], mark: Mark) -> dict[str, Path]:
 
 def place(files: dict[str, Path]) -> dict[str, str]:
     """The path in the repository of every score or activations file."""
-    placed: dict[str, str] = {}
-    for name, path in files.items():
-        stem = file_part(path.name.removesuffix(".safetensors"))
-        target, number = f"wp/scores/{stem}.safetensors", 2
-        while target.lower() in map(str.lower, placed.values()):
-            target, number = f"wp/scores/{stem}-{number}.safetensors", number + 1
-        placed[name] = target
-    return placed
+    stems = file_parts(path.name.removesuffix(".safetensors") for path in files.values())
+    return {name: f"wp/scores/{stem}.safetensors" for name, stem in zip(files, stems, strict=True)}
 
 
 def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
@@ -193,12 +187,13 @@ def stage_model_files(stage: Path, folder: Path, names: Names) -> dict[str, Path
 def stage_licences(stage: Path, parents: Sequence[Parent]) -> list[str]:
     """Copy the licence texts that lie in the parents' folders; their paths in the repository."""
     copied: list[str] = []
-    for parent in parents:
-        for path in sorted(parent.folder.iterdir()) if parent.folder is not None else []:
-            if os.path.isfile(path) and is_licence_text(path) and inside(parent.folder or path.parent, path):
-                target = f"licences/{file_part(parent.shown.replace('/', '--'))}/{file_part(path.name)}"
-                shutil.copyfile(path, check_writable_parent(stage / target))
-                copied.append(target)
+    for parent, place in zip(parents, file_parts(parent.shown.replace("/", "--") for parent in parents), strict=True):
+        there = sorted(parent.folder.iterdir()) if parent.folder is not None else []
+        texts = [inside(path.parent, path) for path in there if path.is_file() and is_licence_text(path)]
+        for path, name in zip(texts, file_parts(path.name for path in texts), strict=True):
+            target = f"licences/{place}/{name}"
+            shutil.copyfile(path, check_writable_parent(stage / target))
+            copied.append(target)
     return copied
 
 
