@@ -369,6 +369,23 @@ def test_the_name_of_a_suite_is_no_path(world, name):
     assert all(path.startswith("out.push/") for path in set(tree(world.root)) - set(before))
 
 
+def test_every_table_and_licence_is_a_file_of_its_own(world):
+    (world.base / "LICENSE").write_text("one")
+    (world.base / "license").write_text("two")
+    given = [write_results(world.root / f"eval{k}", fingerprint(world), world.root / "out") for k in range(3)]
+    for folder, name in zip(given, ("mine-2", "mine", "Mine"), strict=True):
+        content = json.loads((folder / "results.json").read_text())
+        content["suite_content"]["name"] = name
+        (folder / "results.json").write_text(json.dumps(content))
+    paths = [item.path for item in dry(world, results=given).items]
+    assert [path for path in paths if path.startswith("wp/results/")] == [
+        "wp/results/Mine-3.json", "wp/results/mine-2.json", "wp/results/mine.json",
+    ]  # fmt: skip
+    texts = [stage(world) / path for path in paths if path.lower().startswith("licences/") and "NOTICE" not in path]
+    assert {"one", "two"} <= {path.read_text() for path in texts}
+    assert len({path.lower() for path in paths}) == len(paths)
+
+
 def test_results_of_another_model_are_refused(world):
     results = write_results(world.root / "eval", "1" * 64, world.root / "out")
     with pytest.raises(BadInput, match=r"none of its rows \(base, wp\) was measured on"):
