@@ -59,7 +59,7 @@ def reason_of(error: BaseException, most: int = 200) -> str:
     With its type where the words are not a sentence by themselves (a KeyError says a key), or there are none.
     """
     said, kind = " ".join(str(error).split()).rstrip("."), type(error).__name__
-    if isinstance(error, LookupError | TypeError | AttributeError | NameError | AssertionError | MemoryError):
+    if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
         said = f"{kind}: {said}" if said else kind
     said = said or kind
     return said if len(said) <= most else f"{said[:most]}..."
