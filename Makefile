@@ -29,7 +29,7 @@ test-vllm: .venv-vllm/ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm
 
 fuzz: .venv/ready
-	$(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/helpers/fuzz.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ bin=$work/venv/bin
 "$bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$work/dist" "$root"
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$work"/dist/*.whl
 cd "$work"
-cp "$root/tests/tiny.py" "$root/tests/wheel_models.py" .
+cp "$root/tests/helpers/tiny.py" "$root/tests/helpers/wheel_models.py" .
 export HF_HUB_OFFLINE=1
 "$bin/python" wheel_models.py
 for expert in one two; do

@@ -1,7 +1,7 @@
 """Damaged files of every format, and what may come of reading one: the value that it says, or one sentence.
 
-    python tests/fuzz.py --mutants 10000          (`make fuzz`; about an hour)
-    python tests/fuzz.py --only score --from 4711 --mutants 1
+    python tests/helpers/fuzz.py --mutants 10000          (`make fuzz`; about an hour)
+    python tests/helpers/fuzz.py --only score --from 4711 --mutants 1
 
 A mutant is made from a valid file by its number alone, so each can be had again. Wrong is: any exception but
 `BadInput`, a sentence that is long or cannot be printed, more than a second of computing, and a value that is taken

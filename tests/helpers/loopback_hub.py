@@ -393,7 +393,7 @@ def _error(status: int, message: str, code: str | None = None) -> tuple[Any, ...
     return status, {"error": message}, {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
 
 
-if __name__ == "__main__":  # to try a push by hand: python tests/loopback_hub.py
+if __name__ == "__main__":  # to try a push by hand: python tests/helpers/loopback_hub.py
     with LoopbackHub() as loopback:
         loopback.add_user("alice", "hf_loopback")
         print(f"export HF_ENDPOINT={loopback.url} HF_TOKEN=hf_loopback HF_HUB_DISABLE_XET=1", flush=True)
