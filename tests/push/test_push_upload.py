@@ -1,4 +1,4 @@
-"""Uploads through huggingface_hub's own client to the Hub of tests/helpers/loopback_hub.py, with what goes wrong on the way."""
+"""Uploads through huggingface_hub's own client to a Hub on this machine, with what goes wrong on the way."""
 
 from __future__ import annotations
 

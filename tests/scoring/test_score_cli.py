@@ -11,13 +11,12 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
-from mergekit_wp.scoring.requests import REQUESTS
 from safetensors.torch import load_file, save_file
 from score_commands import refused, run
 
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.cli import main
-from mergekit_wp.scoring.pairs import BUILTIN, by_task, load_pairs, split_pairs
+from mergekit_wp.scoring.pairs import BUILTIN, builtin_words, by_task, load_pairs, split_pairs
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +214,7 @@ def test_prompt_too_long(world):
 
 class TestBuiltIn:
     def test_enough_material(self):
-        assert len(set(REQUESTS)) >= 60
+        assert len(set(builtin_words()["requests"])) >= 60
 
     @pytest.mark.parametrize("name", sorted(BUILTIN))
     def test_any_number_by_seed_and_no_repeats(self, name):
