@@ -245,11 +245,11 @@ def test_a_pipeline_needs_no_scores_for_other_methods(tmp_path: Path) -> None:
         read_pipeline(path)
 
 
-def test_the_readmes_example_is_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorials_example_is_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
-    text = (root / "README.md").read_text(encoding="utf-8")
-    (example,) = [part for part in text.split("```") if part.startswith("yaml\n# 13b.yaml")]
-    (tmp_path / "13b.yaml").write_text(example.removeprefix("yaml\n"))
+    text = (root / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (example,) = [part for part in text.split("```") if part.startswith('yaml title="13b.yaml"')]
+    (tmp_path / "13b.yaml").write_text(example.partition("\n")[2])
     monkeypatch.chdir(root)
     pipeline = read_pipeline(tmp_path / "13b.yaml")
     assert [step.stage for step in pipeline_steps(pipeline)] == ["score", "score", "merge", "merge", "evaluate", "push"]
