@@ -33,6 +33,7 @@ no_progress: StartProgress = lambda _total, _what, _unit: lambda _done: None  # 
 
 MODULES = {
     "wp-score": "mergekit_wp.scoring.cli",
+    "wp-scores": "mergekit_wp.scores_cli",
     "wp-anchor": "mergekit_wp.scoring.anchor.cli",
     "wp-aim": "mergekit_wp.merge.calibrate",
     "wp-merge": "mergekit_wp.merge.cli",

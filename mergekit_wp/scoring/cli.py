@@ -143,6 +143,9 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
 
 def summary(scores: Scores) -> str:
     """What a user checks first: prompts used and dropped, the gap, and the leading heads and neurons."""
+    from mergekit_wp.geometry import Kind
+    from mergekit_wp.ranking import strongest
+
     meta = scores.meta
     layer = meta.anchor_layer
     where = "No anchor" if layer is None else f"Anchor layer {layer} of {meta.geometry.layers}"
@@ -156,15 +159,9 @@ def summary(scores: Scores) -> str:
             for utility, stats in about.utilities.items()
         ]
         lines.append(f"  {task}: {'; '.join(parts)}")
-    for name, letter, table in (("heads", "H", scores.heads), ("neurons", "N", scores.neurons)):
-        seen = scores.seen(name)
-        values, places = table.masked_fill(~seen, -float("inf")).flatten().topk(min(5, int(seen.sum())))
-        width = table.shape[1]
-        leaders = [
-            f"L{int(p) // width}{letter}{int(p) % width} {float(v):.3f}" for v, p in zip(values, places, strict=True)
-        ]
-        if leaders:
-            lines.append(f"Leading {name}: {', '.join(leaders)}")
+    for kind in Kind:
+        if leaders := [f"{c.name} {c.score:.3f}" for c in strongest(scores, kind, 5)]:
+            lines.append(f"Leading {kind}: {', '.join(leaders)}")
     return "\n".join(lines)
 
 

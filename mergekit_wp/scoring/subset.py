@@ -15,9 +15,10 @@ import torch
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text
 from mergekit_wp.geometry import Geometry, Kind
+from mergekit_wp.ranking import LETTERS
 from mergekit_wp.scores import Scores
 
-LETTERS = {"H": Kind.HEADS, "N": Kind.NEURONS}
+_KINDS = {letter: kind for kind, letter in LETTERS.items()}
 _NAME = re.compile(r"L(\d{1,9})([HN])(\d{1,9})")
 _MOST_BYTES = 1 << 26  # every neuron of a 405B model fits
 
@@ -133,7 +134,7 @@ def read_components(path: str, geometry: Geometry) -> dict[Kind, torch.Tensor]:
                 raise BadInput(
                     f"{path}, line {number}: found {shown(word)}, expected a head (L5H3) or a neuron (L5N97)."
                 )
-            layer, kind, index = int(match[1]), LETTERS[match[2]], int(match[3])
+            layer, kind, index = int(match[1]), _KINDS[match[2]], int(match[3])
             if layer >= geometry.layers or index >= geometry.count(kind):
                 raise BadInput(
                     f"{path}, line {number}: {word} is not in this model, which has layers 0 to {geometry.layers - 1}, "

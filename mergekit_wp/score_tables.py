@@ -1,0 +1,128 @@
+"""What `ranking` finds in score files, as grids of text and as data; a grid's first line is its head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations, zip_longest
+from typing import Any
+
+from mergekit_wp.foreign import one_line
+from mergekit_wp.geometry import Kind
+from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, totals
+from mergekit_wp.scores import Scores
+
+Grid = list[list[str]]
+ALL_TASKS = "all tasks"
+
+
+def aligned(grid: Sequence[Sequence[str]]) -> str:
+    """A grid for a terminal: its first column on the left, the others on the right, a rule below the head."""
+    lines = [[one_line(cell) for cell in line] for line in grid]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    texts = (
+        [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))] for line in lines
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in texts)
+
+
+def as_text(found: Mapping[str, Scores], top: int) -> str:
+    """All of it, for a terminal."""
+    parts = []
+    for name, scores in found.items():
+        facts = about(scores)
+        width = max(map(len, facts))
+        lines = [one_line(name), *(f"  {label.ljust(width)}  {one_line(value)}" for label, value in facts.items())]
+        parts.append("\n".join([*lines, "", *map(one_line, findings(scores))]))
+        parts += [aligned(grid) for grid in (of_tasks(scores), of_layers(scores), of_components(scores, top))]
+    if len(found) > 1:
+        parts.append(aligned(comparison(found)))
+    return "\n\n".join(parts)
+
+
+def of_tasks(scores: Scores) -> Grid:
+    """A line a task and what is read off: prompts, gap, and what the scores add up to, in percent of the gap."""
+    lines = [["task", "read off", "prompts", "dropped", "mean gap", "heads", "neurons", "sum", "negative"]]
+    for task in _tasks(scores):
+        each = [totals(scores, kind, task) for kind in Kind]
+        sums = [*(t.total for t in each), sum(t.total for t in each), sum(t.negative for t in each)]
+        shown = [f"{100 * value:.1f} %" for value in sums]
+        if task is None:
+            lines.append([ALL_TASKS, "", "", "", "", *shown])
+            continue
+        for place, (utility, stats) in enumerate(scores.meta.tasks[task].utilities.items()):
+            numbers = [str(stats.used), str(stats.dropped), f"{stats.mean_gap:.4g}"]
+            lines.append([task, utility, *numbers, *(shown if place == 0 else [""] * 4)])
+    return lines
+
+
+def of_layers(scores: Scores) -> Grid:
+    """A line a layer: its share of all positive score (mean over tasks) in heads, in neurons, and in both."""
+    shares = layer_shares_of(scores)
+    rows = zip(*(share_L.tolist() for share_L in shares.values()), strict=True)
+    lines = [["layer", *shares, "both"]]
+    for layer, row in enumerate(rows):
+        lines.append([str(layer), *(f"{100 * value:.1f} %" for value in (*row, sum(row)))])
+    return lines
+
+
+def of_components(scores: Scores, top: int) -> Grid:
+    """A line a rank; of every task, its heads and neurons."""
+    columns = {
+        f"{ALL_TASKS if task is None else task}: {kind}": strongest(scores, kind, top, task)
+        for task in _tasks(scores)
+        for kind in Kind
+    }
+    rows = enumerate(zip_longest(*columns.values()), start=1)
+    return [["rank", *columns], *([str(n), *(f"{c.name} {c.score:.4f}" if c else "" for c in row)] for n, row in rows)]
+
+
+def comparison(found: Mapping[str, Scores]) -> Grid:
+    """A line for each two files, task and kind."""
+    lines = [["files", "task", "kind", "overlap", "by chance", "Spearman"]]
+    for one, other in combinations(found, 2):
+        for a in compare(found[one], found[other]):
+            overlap = [f"top {k}: {'-' if share is None else f'{share:.2f}'}" for k, share in a.overlap.items()]
+            chance = [f"{k / a.components:.2f}" for k in a.overlap]
+            rank = "-" if a.spearman is None else f"{a.spearman:.3f}"
+            task = ALL_TASKS if a.task is None else a.task
+            lines.append([f"{one}, {other}", task, a.kind, ", ".join(overlap), ", ".join(chance), rank])
+    return lines
+
+
+def as_data(found: Mapping[str, Scores], top: int) -> dict[str, Any]:
+    """The same as numbers. Scores and their sums are shares of the gap; `layers` are shares of all positive score."""
+    return {
+        "files": {name: _data(scores, top) for name, scores in found.items()},
+        "comparison": [
+            {"files": [one, other], **asdict(agreement)}
+            for one, other in combinations(found, 2)
+            for agreement in compare(found[one], found[other])
+        ],
+    }
+
+
+def _data(scores: Scores, top: int) -> dict[str, Any]:
+    tasks = {task: _task_data(scores, top, task) for task in scores.tasks}
+    return {
+        "meta": json.loads(scores.meta.to_json()),
+        "findings": findings(scores),
+        "all_tasks": _task_data(scores, top, None),
+        "tasks": tasks,
+    }
+
+
+def _task_data(scores: Scores, top: int, task: str | None) -> dict[str, Any]:
+    best = {kind: strongest(scores, kind, top, task) for kind in Kind}
+    return {
+        "top": {kind: [{"name": c.name, "score": c.score} for c in found] for kind, found in best.items()},
+        "sums": {kind: asdict(totals(scores, kind, task)) for kind in Kind},
+        "layers": {kind: share_L.tolist() for kind, share_L in layer_shares_of(scores, task).items()},
+    }
+
+
+def _tasks(scores: Scores) -> list[str | None]:
+    """Every task, and their mean where there are several."""
+    return [*scores.tasks, *([None] if len(scores.tasks) > 1 else [])]
