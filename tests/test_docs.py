@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
@@ -295,6 +296,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), target
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", DOCS / "security.md"], ids=lambda page: page.stem)
+def test_code_that_is_named_is_there(page: Path) -> None:
+    """Files (`scoring/score.py`, `tests/sandbox/`) and what is in them (`files.open_file`) are where a page says."""
+    text = page.read_text(encoding="utf-8")
+    package = Path(mergekit_wp.__file__).parent
+    for name in re.findall(r"`([\w*./-]+(?:\.py|/))`", text):
+        assert any(any(place.glob(name)) for place in (ROOT, package)) or name == "EXPERT/wp/", name
+    for name in re.findall(r"`([a-z_]+/[a-z_/]+[a-z_])[`.]", text):
+        places = [package / name, package / f"{name}.py", ROOT / name]
+        assert any(place.exists() for place in places) or (ROOT / f"{name}.py").is_file(), name
+    for module, attribute in re.findall(r"`([a-z_]+(?:/[a-z_]+)*)\.(?!py`|md`|yaml`|txt`|yml`)([A-Za-z_]+)`", text):
+        if module not in sys.stdlib_module_names:
+            defined = (package / f"{module}.py").read_text()
+            assert re.search(rf"^(def|class) {attribute}\b", defined, re.MULTILINE), f"{module}.{attribute}"
+
+
 def sentences() -> list[str]:
     """Every text in the package's code, with a mark in the place of each value that is put in."""
     found = []
@@ -372,3 +389,9 @@ def test_the_first_commands_of_readme(tmp_path: Path, monkeypatch: pytest.Monkey
             ran.append(name)
     assert ran == ["wp-score", "wp-score", "wp-merge"]
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_versions_are_the_same_everywhere() -> None:
+    citation = parse_yaml((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == mergekit_wp.__version__
+    assert f"\n## {mergekit_wp.__version__} " in (ROOT / "CHANGELOG.md").read_text()
