@@ -52,6 +52,7 @@ class TaskTokens:
     """Token ids of one task: extraction prompts, their contrasts (None: contrast the models), scoring prompts.
 
     `checks`: how the answer to each scoring prompt is graded, where pairs say it (see `graders`); empty: nowhere.
+    `scoring_contrasts`: the contrasts of the scoring prompts, in their order; empty where pairs have none.
     """
 
     task: str
@@ -59,11 +60,12 @@ class TaskTokens:
     contrasts: Tokens | None
     scoring: Tokens
     checks: list[Mapping[str, Any] | None] = field(default_factory=list)
+    scoring_contrasts: Tokens = field(default_factory=list)
 
     @property
     def prompts(self) -> Tokens:
         """All of them, contrasts too."""
-        return [*self.extraction, *(self.contrasts or ()), *self.scoring]
+        return [*self.extraction, *(self.contrasts or ()), *self.scoring, *self.scoring_contrasts]
 
 
 def tokenize_tasks(prompt_format: PromptFormat, tasks: Sequence[TaskPairs], limit: int) -> list[TaskTokens]:
@@ -80,6 +82,7 @@ def tokenize_tasks(prompt_format: PromptFormat, tasks: Sequence[TaskPairs], limi
             [_ids(prompt_format, pair.contrast, pair.chat, limit) for pair in task.extraction if pair.contrast] or None,
             [_ids(prompt_format, pair.prompt, pair.chat, limit) for pair in task.scoring],
             [pair.check for pair in task.scoring],
+            [_ids(prompt_format, pair.contrast, pair.chat, limit) for pair in task.scoring if pair.contrast],
         )
         for task in tasks
     ]
@@ -109,6 +112,11 @@ def batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iter
 
     Shortest first, so that little is padded; the order is immaterial, since everything computed from prompts is a sum.
     """
+    yield from (batch for _chosen, batch in numbered_batches(prompts, size, *stacks))
+
+
+def numbered_batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iterator[tuple[list[int], Batch]]:
+    """As `batches`, each with the numbers of its prompts."""
     device = stacks[0].device
     lengths = list(map(len, prompts))
     for chosen in together(lengths, size, lambda length: [stack.lengths.group(length) for stack in stacks]):
@@ -117,7 +125,7 @@ def batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iter
         for row, tokens in enumerate(rows):
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
         last_B = torch.tensor([len(tokens) - 1 for tokens in rows])
-        yield Batch(ids_BT.to(device), last_B.to(device))
+        yield chosen, Batch(ids_BT.to(device), last_B.to(device))
 
 
 def together(lengths: Sequence[int], size: int, group: Callable[[int], Any]) -> Iterator[list[int]]:

@@ -7,6 +7,9 @@
 A utility is one metric, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for those above
 it, which the anchor cannot see; `staged-projection` reads `projection` there.
 
+`instruction_effect` is no metric of recovery: it says how much a model heeds what a prompt asks for, and so whether
+base and expert may have changed places, which kl cannot see (by it, the expert is right by definition).
+
 The gap is G(x) = F(expert, x) - F(base, x) (Eq. 6), and scores are divided by it. The mean of ratios (`sample`)
 drops prompts whose |G| is below a floor: they say nothing, and 1/G would let them dominate. The ratio of means
 (`mean`) keeps every prompt.
@@ -17,6 +20,7 @@ Legend: B prompts, D residual width, V vocabulary rows; ... any leading dimensio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +28,11 @@ from torch.nn import functional
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import UtilityStats
+from mergekit_wp.scoring.batching import numbered_batches
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.models.precision import not_finite
+from mergekit_wp.scoring.sweep import forward_sweep
 
 
 def anchor_utility(z_BD: torch.Tensor, direction_D: torch.Tensor) -> torch.Tensor:
@@ -178,3 +184,25 @@ def make_metrics(
 def metric_of(metrics: tuple[Metric, ...], layer: int) -> Metric | None:
     """The metric that scores the components of `layer`: the lowest that sees it; None if none does."""
     return next((metric for metric in metrics if layer <= metric.layer), None)
+
+
+@torch.no_grad()
+def instruction_effect(
+    stack: Stack, prompts: Sequence[Sequence[int]], contrasts: Sequence[Sequence[int]], vocabulary: int, size: int
+) -> torch.Tensor:
+    """KL(p(. | x+) || p(. | x-)) of the next token, nats, float64 [N], for every prompt x+ and its contrast x-."""
+    with_N, without_N = (_next_logits(stack, texts, vocabulary, size) for texts in (prompts, contrasts))
+    return -kl_utility(without_N, with_N)
+
+
+def _next_logits(stack: Stack, prompts: Sequence[Sequence[int]], vocabulary: int, size: int) -> torch.Tensor:
+    """[N, V], in the order of the prompts, on the CPU."""
+    found: dict[int, torch.Tensor] = {}
+    for chosen, batch in numbered_batches(prompts, size, stack):
+        (final_BTD,) = next(
+            streams
+            for layer, streams in forward_sweep(stack, [stack.start(batch)], stack.depth, at=[batch.last_B])
+            if layer == stack.depth - 1
+        )
+        found |= zip(chosen, stack.logits(batch.at_anchor(final_BTD), vocabulary).cpu(), strict=True)
+    return torch.stack([found[i] for i in range(len(prompts))])

@@ -12,6 +12,7 @@ Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -44,7 +45,7 @@ from mergekit_wp.scoring.anchor.search import Search, check_graders, locate, usu
 from mergekit_wp.scoring.batching import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
-from mergekit_wp.scoring.metrics import make_metrics, metric_of
+from mergekit_wp.scoring.metrics import instruction_effect, make_metrics, metric_of
 from mergekit_wp.scoring.models.load import CheckedPair, ModelPair, check_pair, load_pair, warn_of_other_ids
 from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
@@ -54,6 +55,7 @@ from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
 from mergekit_wp.scoring.sweep import batch_groups
 
 LOG = logger(__name__)
+DOUBTED = 16  # prompts of a task whose contrasts are looked at
 MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # of patched prompts in a step; more are no faster
 
 
@@ -94,6 +96,9 @@ def score(
             _patch(job, pair, tasks, runs, subset, processes, resume, start)
         else:
             _sweep(job, pair, tasks, runs, subset, processes, start)
+        if not job.directed and pair.offload == "none":
+            for task in tasks:
+                _doubt_order(pair, task, job.batch_size)
     for run in runs:
         _doubt(run)
     finished = [_finish(job, task, run, found, layer) for task, run, found in zip(tasks, runs, directions, strict=True)]
@@ -162,13 +167,34 @@ def _anchors(
 
 
 def _doubt(run: TaskAccumulator) -> None:
-    """Warn where the base has more of the capability than the expert; by kl, the expert is right by definition."""
+    """Warn where the base has more of the capability than the expert, by a metric that can say so (kl cannot)."""
     for ledger in run.ledgers.values():
         if 2 * ledger.negative > ledger.used:
             LOG.warning(
                 "task %s: on %d of %d prompts the base lies nearer to the expert's own direction than the expert does "
                 "(%s); are base and expert swapped?", run.task, ledger.negative, ledger.used, ledger.utility,
             )  # fmt: skip
+
+
+def _doubt_order(pair: ModelPair, task: TaskTokens, batch_size: int) -> None:
+    """Warn where what the prompts ask for moves the base's next token more than the expert's (`instruction_effect`).
+
+    Of some prompts only, and of models in memory only: a doubt must not cost what the scores do. A sign test decides,
+    at 1 %, so that a pair in its right order whose prompts tell the models apart by nothing is seldom accused.
+    """
+    count = min(DOUBTED, len(task.scoring))
+    if len(task.scoring_contrasts) != len(task.scoring):
+        return  # no contrasts, or some are missing
+    texts = task.scoring[:count], task.scoring_contrasts[:count]
+    base_N, expert_N = (
+        instruction_effect(stack, *texts, pair.vocabulary, batch_size) for stack in (pair.base, pair.expert)
+    )
+    more = int((base_N > expert_N).sum())
+    if sum(math.comb(count, k) for k in range(more, count + 1)) <= 0.01 * 2**count:
+        LOG.warning(
+            "task %s: on %d of %d prompts what they ask for moves the base's next token more than the expert's; are "
+            "base and expert swapped?", task.task, more, count,
+        )  # fmt: skip
 
 
 def anchor_layer(asked: int | str | None, layers: int) -> int:
