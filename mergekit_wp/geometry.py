@@ -21,6 +21,8 @@ D residual width, V vocabulary rows.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -38,6 +40,53 @@ class Kind(StrEnum):
 
     HEADS = "heads"
     NEURONS = "neurons"
+
+
+_LETTERS = {"H": Kind.HEADS, "N": Kind.NEURONS}
+_COMPONENT = re.compile(r"L(\d{1,9})([HN])(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A head or a neuron; `index` counts within the layer, both from 0.
+
+    score: where it comes from a ranking, else NaN; components are equal whatever theirs are.
+
+    >>> Component.parse("L5N97").kind
+    <Kind.NEURONS: 'neurons'>
+    >>> Component(Kind.HEADS, 5, 3, score=0.25)
+    L5H3 (0.25)
+    """
+
+    kind: Kind
+    layer: int
+    index: int
+    score: float = dataclasses.field(default=math.nan, compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Component:
+        """The component of this name. Raises `BadInput` for any other text."""
+        match = _COMPONENT.fullmatch(text)
+        if match is None:
+            raise BadInput(f"found {shown(text)}, expected a head (L5H3) or a neuron (L5N97).")
+        return cls(_LETTERS[match[2]], int(match[1]), int(match[3]))
+
+    @property
+    def name(self) -> str:
+        """`L5H3`, `L5N97`: what `wp-score --components FILE` reads."""
+        letter = next(letter for letter, kind in _LETTERS.items() if kind == self.kind)
+        return f"L{self.layer}{letter}{self.index}"
+
+    def __repr__(self) -> str:
+        return self.name if math.isnan(self.score) else f"{self.name} ({self.score:.3g})"
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise `BadInput` for one that a model of this geometry does not have."""
+        if self.layer >= geometry.layers or self.index >= geometry.count(self.kind):
+            raise BadInput(
+                f"{self.name} is not in this model, which has layers 0 to {geometry.layers - 1}, heads 0 to "
+                f"{geometry.heads - 1} and neurons 0 to {geometry.neurons - 1}."
+            )
 
 
 @dataclass(frozen=True)
@@ -248,9 +297,9 @@ class Geometry:
         if architecture not in SUPPORTED:
             raise BadInput(f"{where}: {_unsupported(architecture)}")
         family, config = FAMILIES[architecture], text_config(config, where)
-        for field, trouble in _REFUSED.items():
-            if config.get(field):
-                raise BadInput(f"{where}: `{field}` is {config[field]!r}; {trouble}.")
+        for name, trouble in _REFUSED.items():
+            if config.get(name):
+                raise BadInput(f"{where}: `{name}` is {config[name]!r}; {trouble}.")
         try:
             heads = config["num_attention_heads"]
             hidden = config["hidden_size"]

@@ -13,31 +13,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergekit_wp.errors import BadInput
-from mergekit_wp.geometry import Kind
-from mergekit_wp.scores import ModelId, Scores
+from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.geometry import Component, Kind
 
-LETTERS = {Kind.HEADS: "H", Kind.NEURONS: "N"}
+if TYPE_CHECKING:
+    import pandas
+
+    from mergekit_wp.scores import ModelId, Scores
+
 TOP_COUNT = 20
-
-
-@dataclass(frozen=True)
-class Component:
-    """A head or a neuron with its score; `index` counts within the layer, both from 0."""
-
-    kind: Kind
-    layer: int
-    index: int
-    score: float
-
-    @property
-    def name(self) -> str:
-        """`L5H3`, `L5N97`: what `wp-score --components FILE` reads."""
-        return f"L{self.layer}{LETTERS[self.kind]}{self.index}"
 
 
 def table_of(scores: Scores, kind: Kind, task: str | None = None) -> torch.Tensor:
@@ -54,6 +42,46 @@ def strongest(scores: Scores, kind: Kind, count: int, task: str | None = None) -
     count, width = min(count, int(scores.seen(kind).sum())), table_Ln.shape[1]
     places = zip(ranked.values[:count].tolist(), ranked.indices[:count].tolist(), strict=True)
     return [Component(kind, place // width, place % width, score) for score, place in places]
+
+
+def top(scores: Scores, k: int, kind: str | None) -> list[Component]:
+    """The `k` strongest of one kind, or (None) of both together: see `Scores.top`."""
+    _check_count(k)
+    found = [component for each in _kinds(kind) for component in strongest(scores, each, k)]
+    return sorted(found, key=lambda component: -component.score)[:k]
+
+
+def frame(scores: Scores, kind: str | None) -> pandas.DataFrame:
+    """A row a component: see `Scores.to_frame`."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise BadInput("to_frame needs pandas, which is not installed here; `pip install pandas`.") from error
+    parts = []
+    for each in _kinds(kind):
+        layers, width = getattr(scores, each).shape
+        unseen_n = ~scores.seen(each).flatten()
+        columns: dict[str, Any] = {
+            "kind": str(each),
+            "layer": torch.arange(layers).repeat_interleave(width).numpy(),
+            "index": torch.arange(width).repeat(layers).numpy(),
+        }
+        tables = {"score": scores, **{f"tasks/{name}": task for name, task in scores.tasks.items()}}
+        for name, source in tables.items():
+            columns[name] = getattr(source, each).flatten().masked_fill(unseen_n, math.nan).numpy()
+        parts.append(pandas.DataFrame(columns))
+    return pandas.concat(parts, ignore_index=True)
+
+
+def _kinds(kind: str | None) -> tuple[Kind, ...]:
+    if kind is not None and kind not in tuple(Kind):
+        raise BadInput(f"kind: found {shown(kind)}, expected {' or '.join(Kind)}, or none for both.")
+    return tuple(Kind) if kind is None else (Kind(kind),)
+
+
+def _check_count(k: int) -> None:
+    if type(k) is not int or k < 1:
+        raise BadInput(f"k: found {shown(k)}, expected a whole number of at least 1.")
 
 
 def layer_shares_of(scores: Scores, task: str | None = None) -> dict[Kind, torch.Tensor]:
@@ -84,8 +112,8 @@ def totals(scores: Scores, kind: Kind, task: str | None = None) -> Totals:
 class Agreement:
     """Two score files on one task (None: the mean over tasks) and kind, over the components that both have a score of.
 
-    overlap: {k: share of the k highest of one among those of the other}, for k of 20 and of 1 %; only of positive
-        scores, so k may be fewer; by chance it is k / `components`. None where neither has a positive score.
+    overlap: {k: share of the k highest of one among those of the other}, for k of 20 and of 1 % (or as asked); only of
+        positive scores, so k may be fewer; by chance it is k / `components`. None where neither has a positive score.
     spearman: rank correlation; None where one file has the same score everywhere.
     """
 
@@ -96,22 +124,28 @@ class Agreement:
     spearman: float | None
 
 
-def compare(one: Scores, other: Scores) -> list[Agreement]:
-    """Agreement on every task of both and on the mean over tasks, for each kind. Both must be of one shape."""
+def compare(one: Scores, other: Scores, k: int | None = None) -> list[Agreement]:
+    """Agreement on every task of both and on the mean over tasks, for each kind. Both must be of one shape.
+
+    k: of how many leaders the overlap is; None: of 20 and of 1 %.
+    """
+    if k is not None:
+        _check_count(k)
     common: list[str | None] = [task for task in one.tasks if task in other.tasks]
     if max(len(one.tasks), len(other.tasks)) > len(common) or len(common) > 1:
         common.append(None)
-    return [_agreement(one, other, task, kind) for task in common for kind in Kind]
+    return [_agreement(one, other, task, kind, k) for task in common for kind in Kind]
 
 
-def _agreement(one: Scores, other: Scores, task: str | None, kind: Kind) -> Agreement:
+def _agreement(one: Scores, other: Scores, task: str | None, kind: Kind, k: int | None) -> Agreement:
     both = one.seen(kind) & other.seen(kind)
     a_n, b_n = (table_of(scores, kind, task)[both] for scores in (one, other))
     count = len(a_n)
     overlap: dict[int, float | None] = {}
-    for wanted in sorted({min(TOP_COUNT, count), min(math.ceil(count / 100), count)} - {0}):
-        k = min(wanted, max(int((a_n > 0).sum()), int((b_n > 0).sum())))
-        overlap[k or wanted] = _overlap(a_n, b_n, k) if k else None
+    asked = (TOP_COUNT, math.ceil(count / 100)) if k is None else (k,)
+    for wanted in sorted({min(each, count) for each in asked} - {0}):
+        size = min(wanted, max(int((a_n > 0).sum()), int((b_n > 0).sum())))
+        overlap[size or wanted] = _overlap(a_n, b_n, size) if size else None
     return Agreement(task, kind, count, overlap, spearman(a_n, b_n))
 
 

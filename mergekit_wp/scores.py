@@ -22,18 +22,23 @@ Legend: L layers, H query heads, F neurons a layer, D residual width.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
+from mergekit_wp import ranking
 from mergekit_wp.checkpoint.folder import Fingerprint
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, parse_json, read_record, strict
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_tensors, write_tensors
-from mergekit_wp.geometry import Geometry
+from mergekit_wp.geometry import Component, Geometry
+
+if TYPE_CHECKING:
+    import pandas
 
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
 UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
@@ -268,7 +273,7 @@ class TaskScores:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """A whole score file; checks itself, so a `Scores` that exists is valid (raises ValueError)."""
 
@@ -297,6 +302,54 @@ class Scores:
     def complete(self) -> bool:
         """Whether every component was scored, as a merge needs it."""
         return not self.scored
+
+    def __getitem__(self, task: str) -> Scores:
+        """The scores of one task alone, as a `Scores`: all that can be asked of the mean can be asked of it.
+
+        Raises `BadInput` for a task that was not scored.
+        """
+        if task not in self.tasks:
+            raise BadInput(
+                f"there are no scores of the task {shown(task)}; there are those of {', '.join(self.tasks)}."
+            )
+        meta = replace(self.meta, tasks={task: self.meta.tasks[task]})
+        return Scores.from_tasks(meta, {task: self.tasks[task]}, self.scored)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the tasks."""
+        return iter(self.tasks)
+
+    def top(self, k: int = 10, kind: str | None = None) -> list[Component]:
+        """The `k` components with the highest scores, highest first; each has its `score`.
+
+        kind: "heads" or "neurons"; None ranks them together (of either, a score is a share of the gap).
+        What was not scored is left out. Raises `BadInput` for a `k` below 1 and for another kind.
+        """
+        return ranking.top(self, k, kind)
+
+    def to_frame(self, kind: str | None = None) -> pandas.DataFrame:
+        """A row a component: kind, layer, index, score (mean over the tasks), and `tasks/<task>` for each task.
+
+        What was not scored is NaN. Raises `BadInput` where pandas is not installed.
+        """
+        return ranking.frame(self, kind)
+
+    def compare(self, other: Scores, k: int | None = None, *, any_base: bool = False) -> list[ranking.Agreement]:
+        """How far two score files agree, by task and kind: overlap of their top `k` (None: of 20 and of 1 %), and
+        Spearman's rank correlation, over the components that both have scored. The same as `wp-scores ONE OTHER`.
+
+        Raises `BadInput` for models of different shapes and, unless `any_base`, of different bases.
+        """
+        ranking.check_comparable({self.meta.expert.name: self, f"{other.meta.expert.name} ": other}, any_base)
+        return ranking.compare(self, other, k)
+
+    def __repr__(self) -> str:
+        about, shape = self.meta, self.meta.geometry
+        return (
+            f"Scores({about.expert.name} against {about.base.name}, {about.method}, {about.utility}; "
+            f"tasks {', '.join(self.tasks)}; heads [{shape.layers}, {shape.heads}], "
+            f"neurons [{shape.layers}, {shape.neurons}])"
+        )
 
     def seen(self, kind: str) -> torch.Tensor:
         """Which heads [L, H] or neurons [L, F] have a score, bool; elsewhere 0 means that nobody asked.

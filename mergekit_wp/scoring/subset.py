@@ -14,12 +14,9 @@ import torch
 
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text
-from mergekit_wp.geometry import Geometry, Kind
-from mergekit_wp.ranking import LETTERS
+from mergekit_wp.geometry import Component, Geometry, Kind
 from mergekit_wp.scores import Scores
 
-_KINDS = {letter: kind for kind, letter in LETTERS.items()}
-_NAME = re.compile(r"L(\d{1,9})([HN])(\d{1,9})")
 _MOST_BYTES = 1 << 26  # every neuron of a 405B model fits
 
 
@@ -129,18 +126,12 @@ def read_components(path: str, geometry: Geometry) -> dict[Kind, torch.Tensor]:
     masks = {kind: _mask(geometry, kind) for kind in Kind}
     for number, line in enumerate(lines, start=1):
         for word in line.partition("#")[0].replace(",", " ").split():
-            match = _NAME.fullmatch(word)
-            if match is None:
-                raise BadInput(
-                    f"{path}, line {number}: found {shown(word)}, expected a head (L5H3) or a neuron (L5N97)."
-                )
-            layer, kind, index = int(match[1]), _KINDS[match[2]], int(match[3])
-            if layer >= geometry.layers or index >= geometry.count(kind):
-                raise BadInput(
-                    f"{path}, line {number}: {word} is not in this model, which has layers 0 to {geometry.layers - 1}, "
-                    f"heads 0 to {geometry.heads - 1} and neurons 0 to {geometry.neurons - 1}."
-                )
-            masks[kind][layer, index] = True
+            try:
+                named = Component.parse(word)
+                named.check(geometry)
+            except BadInput as error:
+                raise BadInput(f"{path}, line {number}: {error.message}") from error
+            masks[named.kind][named.layer, named.index] = True
     if not any(mask.any() for mask in masks.values()):
         raise BadInput(f"{path}: names no component; write some, such as L5H3 or L5N97.")
     return masks
