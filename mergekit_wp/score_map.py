@@ -1,4 +1,4 @@
-"""The picture of a score file in a notebook: a map of its heads and one of its neurons, layers upwards (`Scores.plot`)."""
+"""The picture of a score file in a notebook (`Scores.plot`): a map of its heads, and one of its neurons, by layer."""
 
 from __future__ import annotations
 

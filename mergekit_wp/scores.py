@@ -13,9 +13,6 @@ A safetensors file, all tensors float32:
 with a JSON document under the metadata key `wp` (`ScoreMeta`). A score is the share of the gap between base
 and expert that the component alone restores (1 = all of it); it has no unit.
 
-Among the metadata is the recovery curve of `--layer auto`: how much of the expert's capability steering the base brings
-back, R(l) = (level of the base steered after layer l - level of the base) / (level of the expert - that of the base).
-
 Legend: L layers, H query heads, F neurons a layer, D residual width.
 """
 
@@ -36,9 +33,11 @@ from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, o
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_tensors, write_tensors
 from mergekit_wp.geometry import Component, Geometry
+from mergekit_wp.recovery import RecoveryCurve
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 METHODS = ("writeback", "attr", "exact", "atp", "ap")
 UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
@@ -53,85 +52,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offload": ("auto", "none", "stream"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
-
-
-GRADINGS = ("behaviour", "kl", "none")
-
-
-@strict
-@dataclass(frozen=True)
-class TaskRecovery:
-    """One task; `steered` and `recovery` have an entry for each layer that was tried.
-
-    grading        behaviour: levels are shares of answers that pass their check; kl: levels are means of
-                   -KL(expert || model) of the next token, in nats, the expert's being 0; none: R is undefined
-    prompts        how many prompts the levels are means of
-    base, expert   levels of the models as they are
-    note           why the task was not graded by behaviour, or not at all
-    """
-
-    grading: str
-    prompts: Count
-    base: Number
-    expert: Number
-    steered: tuple[Number, ...] = ()
-    recovery: tuple[Number, ...] = ()
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if self.grading not in GRADINGS:
-            raise ValueError(f"grading {self.grading!r} of a recovery, expected one of {', '.join(GRADINGS)}")
-
-    def joined(self, layers: tuple[int, ...], other: TaskRecovery, more: tuple[int, ...]) -> TaskRecovery:
-        """This, of `layers`, and `other`, the same of `more` layers: in order of the layers."""
-        if self.grading == "none":
-            return self
-        rows = zip(
-            layers + more, self.steered + other.steered, self.recovery + other.recovery, strict=True
-        )  # fmt: skip
-        _layers, steered, recovery = zip(*sorted(rows), strict=True)
-        return replace(self, steered=steered, recovery=recovery)
-
-
-@strict
-@dataclass(frozen=True)
-class RecoveryCurve:
-    """Of one expert: the layers tried, R of every task at each, their mean, and the layer chosen.
-
-    mean        over the tasks whose R is defined, each cut to -1..1, so that no task outweighs the others
-    positions   what was steered (see `steering`)
-    max_tokens  longest answer that was generated
-    note        how the choice was made, where it is not simply the best mean
-    """
-
-    layers: tuple[Count, ...]
-    tasks: dict[Text, TaskRecovery]
-    mean: tuple[Number, ...]
-    chosen: Count
-    positions: Text
-    max_tokens: Count
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        wanted = len(self.layers)
-        if not wanted or len(self.mean) != wanted:
-            raise ValueError(f"a recovery curve of {wanted} layers with {len(self.mean)} means")
-        for name, task in self.tasks.items():
-            if task.grading != "none" and (len(task.recovery) != wanted or len(task.steered) != wanted):
-                raise ValueError(f"the recovery of task {name} has {len(task.recovery)} layers, expected {wanted}")
-
-    def summary(self) -> str:
-        """A few lines for the terminal: every layer's mean, the chosen one marked, and what was not graded."""
-        tried = ", ".join(
-            f"{'*' if layer == self.chosen else ''}{layer}: {value:.0%}"
-            for layer, value in zip(self.layers, self.mean, strict=True)
-        )
-        lines = [f"Recovery by layer: {tried}", *([self.note] if self.note else [])]
-        notes: dict[str, list[str]] = {}
-        for name, task in self.tasks.items():
-            if task.note:
-                notes.setdefault(task.note, []).append(name)
-        return "\n".join([*lines, *(f"  {', '.join(names)}: {note}" for note, names in notes.items())])
 
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
@@ -309,9 +229,7 @@ class Scores:
         Raises `BadInput` for a task that was not scored.
         """
         if task not in self.tasks:
-            raise BadInput(
-                f"there are no scores of the task {shown(task)}; there are those of {', '.join(self.tasks)}."
-            )
+            raise BadInput(f"there are no scores of a task {shown(task)}; there are those of {', '.join(self.tasks)}.")
         meta = replace(self.meta, tasks={task: self.meta.tasks[task]})
         return Scores.from_tasks(meta, {task: self.tasks[task]}, self.scored)
 
@@ -340,8 +258,16 @@ class Scores:
 
         Raises `BadInput` for models of different shapes and, unless `any_base`, of different bases.
         """
-        ranking.check_comparable({self.meta.expert.name: self, f"{other.meta.expert.name} ": other}, any_base)
+        ranking.check_comparable({"these scores": self, "the other scores": other}, any_base)
         return ranking.compare(self, other, k)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: a map of the heads and one of the neurons by layer. A notebook shows it, `savefig`
+        writes it.
+        """
+        from mergekit_wp.score_map import draw_scores
+
+        return draw_scores(self)
 
     def __repr__(self) -> str:
         about, shape = self.meta, self.meta.geometry

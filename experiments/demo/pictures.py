@@ -17,8 +17,8 @@ import torch
 from matplotlib.colors import CenteredNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.report import FIGURE_STYLE, INK, QUIET, draw_shares, expert_colour, integer_ticks, label_of
-from mergekit_wp.scores import RecoveryCurve
 
 __all__ = ["INK", "expert_colour", "head_map", "neuron_map", "rank_edges", "recovery_lines", "share_bars", "to_svg"]
 

@@ -26,13 +26,13 @@ from mergekit_wp.documents import now
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
 from mergekit_wp.memory import free_memory
+from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.scores import (
     ACTIVATION_SIDE,
     ANCHORED,
     FORMAT,
     ModelId,
     PromptStyle,
-    RecoveryCurve,
     ScoreMeta,
     Scores,
     TaskMeta,

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.demo.build_report import Report
 from experiments.demo.pictures import recovery_lines
-from mergekit_wp.scores import TaskRecovery
+from mergekit_wp.recovery import TaskRecovery
 from mergekit_wp.scoring.anchor.search import Search, choose
 
 

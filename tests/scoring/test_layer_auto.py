@@ -11,7 +11,8 @@ import torch
 from score_jobs import job_for
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scores import TaskRecovery, read_scores, write_scores
+from mergekit_wp.recovery import TaskRecovery
+from mergekit_wp.scores import read_scores, write_scores
 from mergekit_wp.scoring.anchor import search as recovery
 from mergekit_wp.scoring.score import score
 

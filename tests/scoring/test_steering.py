@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mergekit_wp.documents import read_record
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scores import RecoveryCurve, TaskRecovery
+from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor import search as recovery
 from mergekit_wp.scoring.anchor.cli import Anchor, write_pt
 from mergekit_wp.scoring.anchor.directions import Directions, extract_all

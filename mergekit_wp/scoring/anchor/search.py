@@ -23,7 +23,7 @@ import torch
 from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
-from mergekit_wp.scores import RecoveryCurve, TaskRecovery
+from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.anchor.steering import Greedy, Steering, check_positions
