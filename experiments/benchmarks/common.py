@@ -101,15 +101,3 @@ def fine_print(pair: ModelPair) -> str:
         f"{parameters / 1e6:,.0f} M parameters, {str(pair.dtype).removeprefix('torch.')}, {device}, torch "
         f"{torch.__version__}, transformers {version('transformers')}, {datetime.date.today()}"
     )
-
-
-def ranks(x: torch.Tensor) -> torch.Tensor:
-    """Equal values share the mean of their ranks."""
-    _, place, count = x.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[place]
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation over all entries."""
-    return float(torch.corrcoef(torch.stack([ranks(a.flatten()), ranks(b.flatten())]))[0, 1])

@@ -20,9 +20,9 @@ from typing import Any
 import click
 import torch
 import transformers
-from common import spearman
 
 from mergekit_wp.geometry import Geometry
+from mergekit_wp.ranking import spearman
 from mergekit_wp.scoring.anchor.directions import Directions
 from mergekit_wp.scoring.batching import TaskTokens, batches
 from mergekit_wp.scoring.config import ScoringJob

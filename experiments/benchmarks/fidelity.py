@@ -19,10 +19,10 @@ from pathlib import Path
 
 import click
 import torch
-from common import spearman
 from precision import main as precision_tables
 
 from mergekit_wp.checkpoint.vocabulary import load_tokenizer
+from mergekit_wp.ranking import spearman
 from mergekit_wp.scores import Scores, read_scores, write_scores
 from mergekit_wp.scoring.anchor.directions import Directions, extract_all
 from mergekit_wp.scoring.batching import batches, tokenize_tasks
@@ -85,7 +85,7 @@ def row(kind: str, got: torch.Tensor, exact: torch.Tensor) -> list[float]:
     counts = HEADS if kind == "heads" else NEURONS
     plain = [overlap(got, exact, count) for count in counts]
     second = [overlap(reranked(got, exact, count), exact, count) for count in (counts[0], counts[-1])]
-    return [*plain, *second, spearman(got, exact), float((got - exact).norm() / exact.norm())]
+    return [*plain, *second, spearman(got, exact) or 0.0, float((got - exact).norm() / exact.norm())]
 
 
 @click.command()

@@ -45,12 +45,12 @@ import click
 import torch
 import torch.nn.functional as F
 import transformers
-from common import spearman
 from rules import COMBINATIONS, PAPER, Rule, State, World
 
 from experiments.miniature.corpus import Text, stream, training_texts
 from experiments.miniature.train import Encoded, encode, padded
 from mergekit_wp.geometry import slot_of
+from mergekit_wp.ranking import spearman
 
 GRADIENT_TEXTS, DESCENT_TEXTS = 192, 512  # of each capability
 STEPS, BATCH = 50, 12
@@ -320,8 +320,9 @@ def study(world: Scored, experts: tuple[str, ...]) -> dict[str, dict[str, list[f
             "nll": nll,
             "large": blend.loss(weights.times(LARGE), world.validation),
             "closed": 100 * (first - nll) / (first - last),
-            "spearman": spearman(weights.alpha_KLC, best["simplex"].alpha_KLC),
-            "strong": spearman(weights.alpha_KLC[:, strong], best["simplex"].alpha_KLC[:, strong]),
+            "spearman": spearman(weights.alpha_KLC.flatten(), best["simplex"].alpha_KLC.flatten()) or 0.0,
+            "strong": spearman(weights.alpha_KLC[:, strong].flatten(), best["simplex"].alpha_KLC[:, strong].flatten())
+            or 0.0,
             "wrong": lean.share(),
             "weighted": lean.weighted(),
         }

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from scipy.stats import t as student_t
+
 from experiments.miniature.items import CAPABILITIES
 from experiments.table3.grade import Grade
 from experiments.table3.jobs import AUTHORS, Entry
@@ -20,9 +22,6 @@ from experiments.table3.variants import BASELINE, COMBINATIONS
 MEAN, MERGED = "mean", "merged"
 """The last two columns: the mean over all capabilities, as in the paper, and over those that were merged."""
 COLUMNS = (*CAPABILITIES, MEAN, MERGED)
-
-# Student's t, two-sided 95 %, by degrees of freedom; beyond ten, close to the normal distribution's.
-_T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,9 @@ class Spread:
     @property
     def stands(self) -> bool:
         """Whether 0 lies outside the mean's 95 % interval by Student's t, taken for itself alone."""
-        n = len(self.values)
         if self.error is None:
             return False
-        return abs(self.mean) > (_T95[n - 1] if n <= len(_T95) else 1.96 + 2.4 / (n - 1)) * self.error
+        return abs(self.mean) > float(student_t.ppf(0.975, len(self.values) - 1)) * self.error
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
 from mergekit_wp.console import Tick
 from mergekit_wp.errors import BadInput, enough_memory, shown
@@ -170,11 +176,16 @@ class Greedy:
                 input_ids=ids_BT.to(model.device),
                 attention_mask=mask_BT.to(model.device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_KnownTokens(self.vocabulary)]),
+                logits_processor=LogitsProcessorList(self._unknown(model)),
                 stopping_criteria=StoppingCriteriaList(ends),
             )
         answers = output_BT[:, length:].tolist()
         return [cut(self._text(*both), until) for both in zip(prompts, answers, strict=True)]
+
+    def _unknown(self, model: Any) -> list[Any]:
+        """What keeps rows of the output head that the tokenizer does not know from being chosen."""
+        rows = range(self.vocabulary, len(model.get_output_embeddings().weight))
+        return [SuppressTokensLogitsProcessor(list(rows), device=model.device)] if rows else []
 
     def _text(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
         """The answer without what follows its end, decoded after its prompt: alone, it would lose a first space."""
@@ -196,19 +207,11 @@ def _plain_greedy(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-class _KnownTokens(LogitsProcessor):
-    """Never choose an id that the tokenizer does not know."""
-
-    def __init__(self, vocabulary: int):
-        self.vocabulary = vocabulary
-
-    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        scores_BV[:, self.vocabulary :] = -torch.inf
-        return scores_BV
-
-
 class _Until(StoppingCriteria):
-    """Which answers hold one of the texts `until`."""
+    """Which answers hold one of the texts `until`.
+
+    transformers' StopStringCriteria looks into the prompt too, and makes a table of the whole vocabulary first.
+    """
 
     def __init__(self, tokenizer: Any, length: int, until: Sequence[str]):
         self.tokenizer, self.length, self.until = tokenizer, length, until
