@@ -40,7 +40,7 @@ docs: .venv/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 recipes: .venv/ready
-	$(BIN)/python recipes/make.py
+	$(BIN)/python experiments/write_recipes.py
 
 # Build the wheel, install it in a fresh environment, run one merge there with the stock mergekit-yaml.
 wheel-test:

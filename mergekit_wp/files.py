@@ -246,7 +246,7 @@ def stamp(path: str, what: str, remedy: str) -> Stamp:
 
 
 def shipped(name: str) -> Path:
-    """A YAML that travels with the project, such as `eval/miniature.yaml`, in a checkout or in the wheel."""
+    """A YAML that travels with the project, such as `eval/paper.yaml`, in a checkout or in the wheel."""
     for root in (_PACKAGE / "shipped", _PACKAGE.parent):
         if (root / name).is_file():
             return root / name

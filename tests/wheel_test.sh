@@ -9,6 +9,14 @@ trap 'rm -rf "$work"' EXIT
 bin=$work/venv/bin
 "$bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$work/dist" "$root"
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$work"/dist/*.whl
+# What a user runs and nothing else: the package, its YAML, the start-up hook.
+"$bin/python" - "$work"/dist/*.whl <<'PYTHON'
+import sys, zipfile
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+strange = [n for n in names if not n.startswith(("mergekit_wp/", "mergekit_wp.pth", "mergekit_wp.start", "mergekit_wp-"))]
+strange += [n for n in names if "miniature" in n or n.startswith("mergekit_wp/shipped/") and not n.endswith(".yaml")]
+assert not strange, strange
+PYTHON
 cd "$work"
 cp "$root/tests/helpers/tiny.py" "$root/tests/helpers/wheel_models.py" .
 export HF_HUB_OFFLINE=1

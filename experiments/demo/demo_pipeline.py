@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from experiments.demo.world_choice import WorldChoice
-from mergekit_wp.files import shipped, write_text
+from experiments.miniature.lm_eval_tasks import SUITE
+from mergekit_wp.files import write_text
 from mergekit_wp.hashing import readable
 from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
@@ -39,7 +40,7 @@ def write_pipeline(out: Path) -> Pipeline:
             "wp": {"merge_method": "wp"},
         },
         "evaluate": {
-            "suite": str(readable(shipped("eval/miniature.yaml"))),
+            "suite": str(readable(SUITE)),
             "include_path": str(world / "tasks"),
             "baseline": "linear",
         },

@@ -15,6 +15,7 @@ from experiments.miniature.instructions import TYPES
 from experiments.miniature.items import Item
 
 # Longer than any right answer (a test compares), so that an answer is cut only when it is already wrong.
+SUITE = Path(__file__).with_name("suite.yaml")
 MAX_ANSWER_TOKENS = 64
 # Where an answer is over if the model does not say so: at the next request.
 ANSWER_END = "Request:"

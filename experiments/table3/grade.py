@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from experiments.miniature.lm_eval_tasks import task_name
+from experiments.miniature.lm_eval_tasks import SUITE, task_name
 from mergekit_wp.eval.suite import Suite, read_suite
-from mergekit_wp.files import shipped
 
 if TYPE_CHECKING:
     from mergekit_wp.eval.tasks import ReadyTask
@@ -62,8 +61,8 @@ def choose(grades: Sequence[ValidationGrade], merged: Sequence[str]) -> int:
 
 
 def suite_of(split: str) -> Suite:
-    """The suite of `make demo` (eval/miniature.yaml) on test items, or its twin on validation items."""
-    suite = read_suite(shipped("eval/miniature.yaml"))
+    """The suite of `make demo` (experiments/miniature/suite.yaml) on test items, or its twin on validation items."""
+    suite = read_suite(SUITE)
     tasks = (replace(t, task=task_name(capability_of(t.task), split)) for t in suite.tasks)
     return replace(suite, tasks=tuple(tasks), baseline=None, include_path=None)
 

@@ -39,7 +39,7 @@ _GROUPS = {
 
 _EPILOG = """\b
 Examples:
-  wp-eval eval/miniature.yaml runs/demo/merges/wp --allow-code-execution --out runs/eval
+  wp-eval eval/lm-eval.yaml merged --dtype bfloat16 --out runs/eval
   wp-eval eval/lm-eval.yaml base=meta-llama/Llama-2-13b-hf wp=./merged --baseline base \\
       --allow-code-execution --out runs/eval
   wp-eval my.yaml a=runs/a b=runs/b --limit 20 --out /tmp/quick

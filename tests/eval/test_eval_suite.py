@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from experiments.miniature.lm_eval_tasks import SUITE
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import datafiles
 from mergekit_wp.eval.cli import main
@@ -24,11 +25,11 @@ from mergekit_wp.files import shipped
 TASK = {"task": "t", "column": "T", "metric": "acc,none"}
 
 
-@pytest.mark.parametrize("name", ["miniature", "lm-eval"])
-def test_shipped_suites_parse(name: str) -> None:
-    suite = read_suite(shipped(f"eval/{name}.yaml"))
-    assert suite.name == name
-    assert len(suite.tasks) == {"miniature": 3, "lm-eval": 6}[name]
+@pytest.mark.parametrize(("path", "tasks"), [(SUITE, 3), (shipped("eval/lm-eval.yaml"), 6)])
+def test_shipped_suites_parse(path: Path, tasks: int) -> None:
+    suite = read_suite(path)
+    assert suite.name in ("miniature", path.stem)
+    assert len(suite.tasks) == tasks
 
 
 def test_the_lm_eval_suite_names_real_tasks_that_need_consent_for_code() -> None:

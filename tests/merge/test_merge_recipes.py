@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import struct
@@ -16,6 +15,7 @@ from click.testing import CliRunner
 from merge_world import World, tensors_of, write_random_scores
 from mergekit.config import MergeConfiguration
 
+from experiments import write_recipes as make
 from mergekit_wp.checkpoint.folder import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,21 +37,13 @@ LLAMA_2_13B = {
 TABLE = yaml.safe_load((ROOT / "recipes" / "table.yaml").read_text())
 
 
-@pytest.fixture(scope="module")
-def make():
-    spec = importlib.util.spec_from_file_location("recipes_make", ROOT / "recipes" / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_files_are_what_the_table_makes(make, tmp_path):
+def test_the_files_are_what_the_table_makes(tmp_path):
     make.main(tmp_path)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written == {path.name: path.read_text() for path in RECIPES}, "run `make recipes`"
 
 
-def test_the_table_is_the_papers(make):
+def test_the_table_is_the_papers():
     """Four combinations by seven methods; the merges by scores keep their short names."""
     assert len(RECIPES) == 28
     combinations = {"code-instruction", "code-maths", "instruction-maths", "all"}

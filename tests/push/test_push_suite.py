@@ -130,7 +130,7 @@ def test_a_task_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path)
         made_by(tmp_path / "tasks", "one")
 
 
-@pytest.mark.parametrize("name", ["eval/paper.yaml", "eval/lm-eval.yaml", "eval/miniature.yaml"])
+@pytest.mark.parametrize("name", ["eval/paper.yaml", "eval/lm-eval.yaml"])
 def test_a_suite_is_written_as_it_is_read(name: str, tmp_path: Path) -> None:
     from mergekit_wp.files import shipped
 

@@ -13,10 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.miniature.lm_eval_tasks import ANSWER_END, MAX_ANSWER_TOKENS
+from experiments.miniature.lm_eval_tasks import ANSWER_END, MAX_ANSWER_TOKENS, SUITE
 from experiments.miniature.training import Schedule, WorldConfig
 from experiments.miniature.world import build_world
-from mergekit_wp.files import shipped
 
 MODELS = ("base", "instruction", "maths", "code")
 CONTEXT = 256
@@ -68,7 +67,7 @@ def build(root: Path) -> Path:
         generation_kwargs={"until": [ANSWER_END], "do_sample": False, "max_gen_toks": MAX_ANSWER_TOKENS},
         metric_list=[{"metric": "exact_match"}],
     )  # fmt: skip
-    suite = yaml.safe_load(shipped("eval/miniature.yaml").read_text())
+    suite = yaml.safe_load(SUITE.read_text())
     suite |= {"include_path": str(tasks), "dtype": "float32"}
     suite["tasks"] += [
         {"task": "mini_choice", "column": "Choice", "metric": "acc,none"},

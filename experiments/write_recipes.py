@@ -1,4 +1,5 @@
-"""Writes the recipes of this folder from table.yaml: `make recipes`, or `python recipes/make.py [FOLDER]`.
+"""Writes the recipes of `recipes/` from its table.yaml: `make recipes`, or `python experiments/write_recipes.py
+[FOLDER]`.
 
 13b-COMBINATION.yaml is the merge by scores (wp), 13b-COMBINATION-METHOD.yaml the same experts by another method.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-HERE = Path(__file__).resolve().parent
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 Table = dict[str, Any]
 
 _COMMAND = "python -c \"from transformers import *; {}.from_pretrained('NAME'{}).save_pretrained('FOLDER')\""
@@ -39,7 +40,7 @@ def main(folder: Path) -> None:
 
 
 def read_table() -> Table:
-    table: Table = yaml.safe_load((HERE / "table.yaml").read_text(encoding="utf-8"))
+    table: Table = yaml.safe_load((RECIPES / "table.yaml").read_text(encoding="utf-8"))
     return table
 
 
@@ -114,4 +115,4 @@ def _parameters(values: dict[str, Any], indent: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else RECIPES)
