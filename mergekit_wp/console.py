@@ -105,7 +105,7 @@ class GroupedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         heading = {name: title for title, names in self.groups.items() for name in names}
-        for title in [*self.groups, "Miscellaneous"]:
+        for title in dict.fromkeys([*self.groups, "Miscellaneous"]):
             chosen = [
                 p
                 for p in self.get_params(ctx)

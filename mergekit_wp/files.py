@@ -5,6 +5,8 @@ under a name that a later stage would trust.
 
 Our own files of tensors have in common a JSON document under a metadata key, in one safetensors file
 (`write_tensors`, `read_tensors`).
+
+Every command imports this file before it knows whether help alone is asked for, so torch is imported inside.
 """
 
 from __future__ import annotations
@@ -20,14 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.documents import MOST_JSON_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml
 from mergekit_wp.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -255,6 +256,8 @@ def shipped(name: str) -> Path:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], key: str, document: str) -> None:
     """Write the file atomically. Raises `BadInput` when the folder cannot be written."""
+    from safetensors.torch import save_file
+
     with atomic_path(path) as partial:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata={key: document})
 
@@ -264,6 +267,8 @@ def read_tensors(path: str | Path, key: str, what: str, maker: str) -> tuple[str
 
     Raises `BadInput` when the file is missing, is not safetensors, or has no document under the key.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         open_file(path).close()
         with safe_open(path, framework="pt") as file:

@@ -29,6 +29,7 @@ import torch
 from mergekit_wp import ranking
 from mergekit_wp.checkpoint.folder import Fingerprint
 from mergekit_wp.checkpoint.references import read_reference
+from mergekit_wp.choices import GAPS, METHODS, OBJECTS, SPLITS, UTILITIES
 from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, parse_json, read_record, strict
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_tensors, write_tensors
@@ -39,19 +40,6 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-METHODS = ("writeback", "attr", "exact", "atp", "ap")
-UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
-ACTIVATION_SIDE = ("ap", "atp")
-OBJECTS = ("write", "activation")  # of the activation side
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
-    "utility": UTILITIES,
-    "split": ("half", "shared"),
-    "gap": ("sample", "mean"),
-    "rank": ("mean", "task", "mean-abs", "task-abs"),
-    "offload": ("auto", "none", "stream"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
 
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
@@ -145,10 +133,10 @@ class ScoreMeta:
     expert: ModelId
     geometry: Geometry
     tasks: dict[Text, TaskMeta]
-    method: Annotated[str, one_of(CHOICES["method"])]
-    utility: Annotated[str, one_of(CHOICES["utility"])]
-    gap: Annotated[str, one_of(CHOICES["gap"])]
-    split: Annotated[str, one_of(CHOICES["split"])] | None
+    method: Annotated[str, one_of(METHODS)]
+    utility: Annotated[str, one_of(UTILITIES)]
+    gap: Annotated[str, one_of(GAPS)]
+    split: Annotated[str, one_of(SPLITS)] | None
     anchor_layer: Count | None
     dtype: Annotated[str, one_of(DTYPES)]
     device: Text

@@ -19,7 +19,8 @@ from mergekit_wp import __version__
 from mergekit_wp.console import GroupedCommand, quieten, typed
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.options import BACKENDS
-from mergekit_wp.eval.suite import DTYPES, Suite, read_suite
+from mergekit_wp.eval.suite import DTYPES, FORM, Suite, read_suite
+from mergekit_wp.fields import WholeOr, schema_option
 from mergekit_wp.files import check_writable_parent, write_text
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claim, refuse_inputs
@@ -49,19 +50,6 @@ versions, is taken from OUT/cache: a run that was killed goes on where it stoppe
 """
 
 
-class BatchSize(click.ParamType):
-    """A whole number, or `auto`."""
-
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value
-        if str(value).isdigit() and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither a whole number from 1 up nor `auto`.", param, ctx)
-
-
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
 @click.argument("suite_file", metavar="SUITE.yaml")
 @click.argument("models", metavar="[NAME=]MODEL...", nargs=-1, required=True)
@@ -78,10 +66,11 @@ class BatchSize(click.ParamType):
 @click.option("--max-model-len", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype to run in (default: the suite's, or `auto`).")
-@click.option("--batch-size", type=BatchSize(), help="Sequences at a time, for hf (default: the suite's).")
+@click.option("--batch-size", type=WholeOr("auto", 1), help="Sequences at a time, for hf (default: the suite's).")
 @click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with a model folder.")
 @click.option("--quiet", is_flag=True, help="Print the table only.")
+@schema_option(FORM)
 @click.version_option(__version__)
 def main(
     suite_file: str,

@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_wp import __version__
 from mergekit_wp.errors import BadInput
-from mergekit_wp.eval.models import name_models
-from mergekit_wp.eval.rows import Row
-from mergekit_wp.eval.suite import Suite
-from mergekit_wp.eval.tables import Table, read_results, to_text, write_tables
 from mergekit_wp.foreign import echo, echo_lines
+
+if TYPE_CHECKING:
+    from mergekit_wp.eval.rows import Row
+    from mergekit_wp.eval.tables import Table
 
 _EPILOG = """\b
 Examples:
@@ -36,6 +37,9 @@ def main(results: tuple[str, ...], baseline: str | None, out: Path | None) -> No
     RESULTS is an --out folder of wp-eval, or the results.json in it. Where two have a row of one name, the rows are
     told apart by NAME, or else by the folder's.
     """
+    from mergekit_wp.eval.models import name_models
+    from mergekit_wp.eval.tables import read_results, to_text, write_tables
+
     named = {name: read_results(_file(path)) for name, path in name_models(results).items()}
     table = joined(named, baseline)
     if out is None:
@@ -52,6 +56,9 @@ def joined(tables: Mapping[str, Table], baseline: str | None) -> Table:
     `baseline` is a row's name; None takes the first table's own, if it has one. Raises `BadInput` when there is
     no such row.
     """
+    from mergekit_wp.eval.suite import Suite
+    from mergekit_wp.eval.tables import Table
+
     counts = Counter(row.model.name for table in tables.values() for row in table.rows)
     rows, first = [], None
     for name, table in tables.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.fields import ValueKind, number, switch, text, whole
 
 BACKENDS = ("hf", "vllm")
 
@@ -15,49 +16,58 @@ BACKENDS = ("hf", "vllm")
 class Option:
     """`answers` is whether it can change an answer by more than rounding: then it is part of the cache's key."""
 
-    kind: str
+    kind: ValueKind
+    what: str
     backends: tuple[str, ...] = BACKENDS
     answers: bool = False
 
+    @property
+    def meaning(self) -> str:
+        alone = f" For {self.backends[0]} alone." if len(self.backends) == 1 else ""
+        return self.what + alone + (" Changes answers." if self.answers else "")
+
+
+_COUNT = whole(1, "a whole number from 1 up")
+_TEXT = text("a non-empty string")
+_SHARE = number(0, 1, "a number above 0 and up to 1", above=True)
+_VLLM = ("vllm",)
 
 # Names as vLLM has them, or lm-eval's class for transformers where vLLM has none.
 OPTIONS: Mapping[str, Option] = {
-    "max_model_len": Option("count", answers=True),
-    "add_bos_token": Option("flag", answers=True),
-    "quantization": Option("text", ("vllm",), answers=True),
-    "kv_cache_dtype": Option("text", ("vllm",), answers=True),
-    "tensor_parallel_size": Option("count", ("vllm",)),
-    "data_parallel_size": Option("count", ("vllm",)),
-    "gpu_memory_utilization": Option("share", ("vllm",)),
-    "max_num_seqs": Option("count", ("vllm",)),
-    "max_num_batched_tokens": Option("count", ("vllm",)),
-    "enforce_eager": Option("flag", ("vllm",)),
-    "enable_prefix_caching": Option("flag", ("vllm",)),
-    "parallelize": Option("flag", ("hf",)),
-    "attn_implementation": Option("text", ("hf",)),
+    "max_model_len": Option(_COUNT, "Tokens of prompt and answer together.", answers=True),
+    "add_bos_token": Option(switch(), "Begin prompts with the token of the beginning.", answers=True),
+    "quantization": Option(_TEXT, "How weights are quantised.", _VLLM, answers=True),
+    "kv_cache_dtype": Option(_TEXT, "Dtype of keys and values.", _VLLM, answers=True),
+    "tensor_parallel_size": Option(_COUNT, "GPUs that share a model.", _VLLM),
+    "data_parallel_size": Option(_COUNT, "Copies of a model.", _VLLM),
+    "gpu_memory_utilization": Option(_SHARE, "Share of a GPU's memory that is taken.", _VLLM),
+    "max_num_seqs": Option(_COUNT, "Sequences at a time.", _VLLM),
+    "max_num_batched_tokens": Option(_COUNT, "Tokens at a time.", _VLLM),
+    "enforce_eager": Option(switch(), "Run without CUDA graphs.", _VLLM),
+    "enable_prefix_caching": Option(switch(), "Keep what beginnings have in common.", _VLLM),
+    "parallelize": Option(switch(), "Spread a model over the GPUs.", ("hf",)),
+    "attn_implementation": Option(_TEXT, "Which code computes attention, such as `sdpa`.", ("hf",)),
 }
-_KINDS = {
-    "count": ("a whole number from 1 up", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-    "share": ("a number above 0 and up to 1", lambda v: _is_number(v) and 0 < v <= 1),
-    "flag": ("true or false", lambda v: isinstance(v, bool)),
-    "text": ("a non-empty string", lambda v: isinstance(v, str) and bool(v.strip())),
-}
+BACKEND_OPTIONS = ValueKind(
+    "a mapping",
+    lambda value: isinstance(value, dict),
+    {
+        "type": "object",
+        "properties": {name: {"description": option.meaning, **option.kind.schema} for name, option in OPTIONS.items()},
+        "additionalProperties": False,
+    },
+    None,
+)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_options(options: Any) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Refuse an unknown name or a value of the wrong kind. Raises `BadInput`."""
-    if not isinstance(options, dict):
-        raise BadInput(f"`backend_options` must be a mapping, found {shown(options)}.")
     for name, value in options.items():
         if name not in OPTIONS:
             raise BadInput(f"`backend_options` has the unknown option `{name}`; it may have {', '.join(OPTIONS)}.")
-        words, fits = _KINDS[OPTIONS[name].kind]
-        if not fits(value):
-            raise BadInput(f"`backend_options`: `{name}` must be {words}, found {shown(value)}.")
+        kind = OPTIONS[name].kind
+        if not kind.fits(value):
+            raise BadInput(f"`backend_options`: `{name}` must be {kind.expected}, found {shown(value)}.")
 
 
 def split_options(backend: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,51 @@ from typing import Any
 import yaml
 
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.eval.options import BACKENDS, check_options
+from mergekit_wp.eval.options import BACKEND_OPTIONS, BACKENDS, OPTIONS, check_options
+from mergekit_wp.fields import (
+    Form,
+    ValueKind,
+    any_text,
+    default_of,
+    described,
+    first_wrong,
+    json_schema,
+    mapping,
+    one_of,
+    rows,
+    switch,
+    text,
+    whole,
+)
 from mergekit_wp.files import read_yaml_mapping
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+_NAME = text("a non-empty string")
 
 
 @dataclass(frozen=True)
 class SuiteTask:
     """One column of the table: a task (or group of tasks) of lm-eval and the metric that is shown."""
 
-    task: str
-    column: str
-    metric: str
-    num_fewshot: int | None = None
-    gen_kwargs: dict[str, Any] = field(default_factory=dict)
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool | None = None
-    system_instruction: str | None = None
+    task: str = described(_NAME, "Name of a task or group of lm-eval, or of `include_path`.")
+    column: str = described(_NAME, "Title of its column; no two alike.")
+    metric: str = described(
+        _NAME, "The value that is shown: `METRIC,FILTER` as lm-eval reports it, such as `acc,none`."
+    )
+    num_fewshot: int | None = described(whole(0, "a whole number from 0 up"), "Shots.", None, unset="the task's")
+    gen_kwargs: dict[str, Any] = described(
+        mapping(),
+        "Generation settings that are laid over the task's: `max_gen_toks`, `until`, `temperature`, ...",
+        {},
+        unset="the task's",
+    )
+    apply_chat_template: bool = described(switch(), "Put prompts into the model's chat template.", False)
+    fewshot_as_multiturn: bool | None = described(
+        switch(), "Each shot is a turn of its own.", None, unset="as `apply_chat_template`"
+    )
+    system_instruction: str | None = described(any_text(), "System prompt.", None)
 
     @property
     def multiturn(self) -> bool:
@@ -37,58 +64,53 @@ class SuiteTask:
         return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
     def __post_init__(self) -> None:
-        for name in ("task", "column", "metric"):
-            if not isinstance(value := getattr(self, name), str) or not value.strip():
-                raise BadInput(f"`{name}` must be a non-empty string, found {shown(value)}.")
-        if self.num_fewshot is not None and not _is_count(self.num_fewshot, minimum=0):
-            raise BadInput(f"`num_fewshot` must be a whole number from 0 up, found {shown(self.num_fewshot)}.")
-        if not isinstance(self.gen_kwargs, dict):
-            raise BadInput(f"`gen_kwargs` must be a mapping, found {shown(self.gen_kwargs)}.")
-        if not isinstance(self.apply_chat_template, bool):
-            raise BadInput(f"`apply_chat_template` must be true or false, found {shown(self.apply_chat_template)}.")
-        if not isinstance(self.fewshot_as_multiturn, bool | None):
-            raise BadInput(f"`fewshot_as_multiturn` must be true or false, found {shown(self.fewshot_as_multiturn)}.")
+        _refuse_wrong(self)
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise BadInput("`fewshot_as_multiturn: true` needs `apply_chat_template: true`; set both or none.")
-        if not isinstance(self.system_instruction, str | None):
-            raise BadInput(f"`system_instruction` must be a string, found {shown(self.system_instruction)}.")
+
+
+_TASKS = ValueKind(
+    "a list of tasks",
+    lambda value: isinstance(value, tuple),
+    {"type": "array", "minItems": 1, "items": json_schema(SuiteTask)},
+)
+_FOLDER = ValueKind("a folder", lambda value: isinstance(value, str | Path), {"type": "string"})
 
 
 @dataclass(frozen=True)
 class Suite:
     """The content of a suite file; every field is checked when the object is made."""
 
-    name: str
-    tasks: tuple[SuiteTask, ...]
-    include_path: Path | None = None
-    baseline: str | None = None
-    device: str | None = None
-    dtype: str = "auto"
-    batch_size: int | str = 16
-    max_gen_toks: int | None = None
-    backend: str | None = None
-    backend_options: dict[str, Any] = field(default_factory=dict)
+    name: str = described(_NAME, "Title of the table.")
+    tasks: tuple[SuiteTask, ...] = described(_TASKS, "List of tasks, each a column.")
+    include_path: Path | None = described(_FOLDER, "Folder of lm-eval tasks of your own, relative to this file.", None)
+    baseline: str | None = described(
+        any_text(), "Row that differences are taken from, if there is one of this name.", None
+    )
+    device: str | None = described(any_text(), "`cpu`, `cuda`, `cuda:1`.", None, unset="a GPU if there is one")
+    dtype: str = described(one_of(*DTYPES), "Dtype to run in; `auto` is as each model is stored.", "auto")
+    batch_size: int | str = described(
+        whole(1, "a whole number or `auto`", word="auto"),
+        "Sequences at a time on transformers, or `auto`; vLLM forms its batches itself.",
+        16,
+    )
+    max_gen_toks: int | None = described(
+        whole(1, "a whole number from 1 up"),
+        "Longest answer of every task that generates.",
+        None,
+        unset="the task's",
+    )
+    backend: str | None = described(one_of(*BACKENDS), "`hf` or `vllm`.", None, unset="vLLM if it and a GPU are there")
+    backend_options: dict[str, Any] = described(BACKEND_OPTIONS, "Options of the backend, see below.", {})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise BadInput(f"`name` must be a non-empty string, found {shown(self.name)}.")
+        _refuse_wrong(self)
         if not self.tasks:
             raise BadInput("`tasks` is empty; a suite needs at least one task.")
         for column in self.columns:
             if self.columns.count(column) > 1:
                 raise BadInput(f"`tasks` has two columns {shown(column)}; give each a title of its own.")
-        if self.dtype not in DTYPES:
-            raise BadInput(f"`dtype` must be one of {', '.join(DTYPES)}, found {shown(self.dtype)}.")
-        if self.batch_size != "auto" and not _is_count(self.batch_size, minimum=1):
-            raise BadInput(f"`batch_size` must be a whole number or `auto`, found {shown(self.batch_size)}.")
-        if self.max_gen_toks is not None and not _is_count(self.max_gen_toks, minimum=1):
-            raise BadInput(f"`max_gen_toks` must be a whole number from 1 up, found {shown(self.max_gen_toks)}.")
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise BadInput(f"`backend` must be one of {', '.join(BACKENDS)}, found {shown(self.backend)}.")
         check_options(self.backend_options)
-        for name in ("baseline", "device"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise BadInput(f"`{name}` must be a string, found {shown(value)}.")
 
     @property
     def columns(self) -> list[str]:
@@ -142,8 +164,7 @@ def _named(part: Suite | SuiteTask) -> dict[str, Any]:
     named = {}
     for item in fields(part):
         value = getattr(part, item.name)
-        default = item.default_factory() if item.default_factory is not MISSING else item.default
-        if value != default:
+        if value != default_of(item):
             named[item.name] = value
     return named
 
@@ -158,17 +179,30 @@ def _read_task(raw: Any, number: int) -> SuiteTask:
         raise BadInput(f"task {number}: {error.message}") from error
 
 
+def _refuse_wrong(part: Suite | SuiteTask) -> None:
+    if wrong := first_wrong(type(part), vars(part)):
+        name, kind = wrong
+        raise BadInput(f"`{name}` must be {kind.expected}, found {shown(getattr(part, name))}.")
+
+
 def _refuse_unknown(content: dict[str, Any], kind: type[Suite] | type[SuiteTask], what: str) -> None:
     """Refuse fields that `kind` does not have, and the absence of those it cannot do without."""
     known = [item.name for item in fields(kind)]
-    required = ("name", "tasks") if kind is Suite else ("task", "column", "metric")
     for name in content:
         if name not in known:
             raise BadInput(f"unknown field `{name}`; {what} has {', '.join(known)}.")
-    for name in required:
-        if name not in content:
-            raise BadInput(f"the field `{name}` is missing.")
+    for item in fields(kind):
+        if default_of(item) is MISSING and item.name not in content:
+            raise BadInput(f"the field `{item.name}` is missing.")
 
 
-def _is_count(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+FORM = Form(
+    "suite",
+    "Which lm-eval tasks make up the columns of a table, and how models are run on them.",
+    lambda: json_schema(Suite),
+    {
+        "Suite": rows(Suite),
+        "Each of its tasks": rows(SuiteTask),
+        "backend_options": {name: (option.kind.expected, option.meaning) for name, option in OPTIONS.items()},
+    },
+)

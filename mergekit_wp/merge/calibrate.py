@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
+from mergekit_wp.choices import OFFLOADS, RUN_DTYPES
 from mergekit_wp.console import GroupedCommand, names_safetensors
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import open_file
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import check_file, claim
-from mergekit_wp.scores import CHOICES
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +82,9 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
     help="Activations file to write (.safetensors).",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N.")
-@click.option("--dtype", type=click.Choice(CHOICES["dtype"]), default="auto", show_default=True, help="To run in.")
+@click.option("--dtype", type=click.Choice(RUN_DTYPES), default="auto", show_default=True, help="To run in.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Blocks a forward pass.")
-@click.option("--offload", type=click.Choice(CHOICES["offload"]), default="auto", show_default=True,
+@click.option("--offload", type=click.Choice(OFFLOADS), default="auto", show_default=True,
               help="Stream layers from disk.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with the model folder.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")

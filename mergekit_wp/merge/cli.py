@@ -2,6 +2,8 @@
 
 The merge is written beside OUT_PATH and moved there when all is well, so that no half a model is ever found
 under that name.
+
+Heavy packages are imported inside the command, so that `wp-merge --help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,23 +14,30 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_wp import __version__
+from mergekit_wp.console import GroupedCommand
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
-from mergekit_wp.geometry import layer_of, slot_of
 from mergekit_wp.merge import register
-from mergekit_wp.merge.audit import AuditFailed, audit
-from mergekit_wp.merge.certificate import write_certificate
-from mergekit_wp.merge.checks import check_plan, check_room, size_text
-from mergekit_wp.merge.outcome import settle
-from mergekit_wp.merge.plan import WP, MergePlan, PlannedTensor
-from mergekit_wp.merge.recipe import Recipe, read_recipe
-from mergekit_wp.merge.shares import layer_shares
+from mergekit_wp.merge.mergekit_options import GROUPS, merge_options, mergekit_options
 from mergekit_wp.outputs import claim, refuse_inputs
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_wp.merge.plan import MergePlan, PlannedTensor
+    from mergekit_wp.merge.recipe import Recipe
+
+_GROUPS = {
+    "Checks": ("dry_run", "audited"),
+    **{title: [str(option.name) for option in options] for title, options in GROUPS.items()},
+}
+_GROUPS["Output Settings"] = ("overwrite", *_GROUPS["Output Settings"])
 
 _EPILOG = """\b
 Examples:
@@ -40,22 +49,23 @@ Examples:
 """
 
 
-@click.command("wp-merge", cls=PrettyPrintHelp, epilog=_EPILOG)
+@click.command("wp-merge", cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out_path", type=click.Path(file_okay=False), required=False)
 @click.option(
-    "--dry-run", is_flag=True, help="Run all checks, print each expert's share of each layer (of wp), write nothing"
+    "--dry-run", is_flag=True, help="Run all checks, print each expert's share of each layer (of wp), write nothing."
 )
-@click.option("--audit/--no-audit", "audited", default=True, show_default=True, help="Check the merged model")
-@click.option("--overwrite", is_flag=True, help="Replace OUT_PATH if it exists")
-@add_merge_options
+@click.option("--audit/--no-audit", "audited", default=True, show_default=True, help="Check the merged model.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT_PATH if it exists.")
+@mergekit_options
+@click.version_option(__version__)
 def main(
     recipe: str,
     out_path: str | None,
     dry_run: bool,
     audited: bool,
     overwrite: bool,
-    merge_options: MergeOptions,
+    **typed: Any,
 ) -> None:
     """Merge models as the RECIPE (a mergekit YAML) says, and write the result to OUT_PATH.
 
@@ -63,7 +73,10 @@ def main(
     read, and an audit of the result. Files that a recipe names are looked for in the working directory, then beside
     it. Models are read from safetensors alone, whatever the method.
     """
-    merge_options.apply_global_options()
+    from mergekit_wp.merge.recipe import read_recipe
+
+    options = merge_options(typed)
+    options.apply_global_options()
     register()
     loaded = read_recipe(recipe)
     if out_path is None:
@@ -73,12 +86,12 @@ def main(
     out = Path(out_path).absolute()
     refuse_inputs(out, [recipe, *loaded.reads()])
     if dry_run:
-        _dry_run(loaded, out, merge_options)
+        _dry_run(loaded, out, options)
         return
     _refuse_existing(out, overwrite)
     claim(out)
     with explained(out), _workplace(out) as work:
-        _merge(loaded, out, work, merge_options, audited)
+        _merge(loaded, out, work, options, audited)
         if os.path.exists(out):
             os.replace(out, work / ".replaced")
         os.replace(work / out.name, out)
@@ -86,6 +99,9 @@ def main(
 
 
 def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
+    from mergekit_wp.merge.checks import check_plan, check_room, size_text
+    from mergekit_wp.merge.plan import WP, MergePlan
+
     recipe.prepare(options, merge_loras=False)
     plan = recipe.plan(out, options)
     check_plan(MergePlan(plan.tensors, plan.checkpoints, None))
@@ -100,6 +116,11 @@ def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
 def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool) -> None:
     """Merge into work/<name of out>, and audit it there."""
     from mergekit.merge import run_merge
+
+    from mergekit_wp.merge.audit import AuditFailed, audit
+    from mergekit_wp.merge.certificate import write_certificate
+    from mergekit_wp.merge.checks import check_plan
+    from mergekit_wp.merge.outcome import settle
 
     if options.lora_merge_cache is None:
         options = options.model_copy(update={"lora_merge_cache": str(work / "loras")})
@@ -164,6 +185,9 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 def shares_table(plan: MergePlan) -> str:
     """Which expert carries which layer: the mean share over the heads and over the neurons of each layer."""
+    from mergekit_wp.geometry import layer_of, slot_of
+    from mergekit_wp.merge.shares import layer_shares
+
     rows: dict[tuple[int, int], dict[str, PlannedTensor]] = {}
     for tensor in plan.tensors:
         slot, to = slot_of(tensor.source), layer_of(tensor.output)

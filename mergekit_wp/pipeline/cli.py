@@ -1,31 +1,28 @@
-"""wp-run: the stages of one pipeline file, what is missing of them alone."""
+"""wp-run: the stages of one pipeline file, what is missing of them alone.
+
+Heavy packages are imported inside the command, so that `wp-run --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.checkpoint.folder import local_folder
-from mergekit_wp.checkpoint.references import Source
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent, writable_folder
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import claimed, refuse_busy
 from mergekit_wp.pipeline.execute import Stamps, Step
 from mergekit_wp.pipeline.look_ahead import Ahead, troubles_of
-from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
-from mergekit_wp.pipeline.steps import (
-    STAGES,
-    absent_models,
-    derived_files,
-    hub_models,
-    pipeline_steps,
-    write_derived,
-)
+from mergekit_wp.pipeline.spec import STAGES, Pipeline, read_pipeline
+
+if TYPE_CHECKING:
+    from mergekit_wp.checkpoint.references import Source
 
 _EPILOG = """\b
 Examples:
@@ -52,6 +49,8 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
     A run that was stopped, or that failed, goes on where it was when it is started again.
     """
     pipeline = read_pipeline(pipeline_file)
+    from mergekit_wp.pipeline.steps import absent_models, derived_files, hub_models, pipeline_steps, write_derived
+
     wanted = STAGES[: STAGES.index(until) + 1]
     writable_folder(pipeline.out / "pipeline")
     refuse_busy(pipeline.out)
@@ -112,6 +111,8 @@ def find_due(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) ->
 def look_ahead(pipeline: Pipeline, due: Collection[Step], *, network: bool) -> None:
     """Check what is due as its stages would. Raises `BadInput`, naming the pipeline's file and field; of several
     troubles for the last, after the others were printed."""
+    from mergekit_wp.pipeline.steps import absent_models, derived_files
+
     made = frozenset(path for step in due for path in step.outputs)
     absent = frozenset(map(str, absent_models(pipeline)))
     troubles = troubles_of(list(due), Ahead(derived_files(pipeline), made, absent, network))
@@ -135,6 +136,8 @@ def show_plan(steps: Sequence[Step], due: Mapping[Step, str]) -> None:
 
 def _fetch(sources: Sequence[Source]) -> None:
     """Get models from the Hub before anything else, so that a missing one is known at once."""
+    from mergekit_wp.checkpoint.folder import local_folder
+
     for source in sources:
         echo(f"{source}: fetching what of it is not here yet ...", err=True)
         local_folder(source)

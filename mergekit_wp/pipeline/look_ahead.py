@@ -73,11 +73,10 @@ def _score(step: Step, ahead: Ahead) -> None:
 
 
 def _merge(step: Step, ahead: Ahead) -> None:
-    from mergekit.options import MergeOptions
-
     from mergekit_wp.merge import register
     from mergekit_wp.merge.checks import check_plan, check_room
     from mergekit_wp.merge.cli import main
+    from mergekit_wp.merge.mergekit_options import merge_options
     from mergekit_wp.merge.plan import meaning_of
     from mergekit_wp.merge.recipe import read_recipe
 
@@ -88,7 +87,7 @@ def _merge(step: Step, ahead: Ahead) -> None:
     models = [meaning_of(model) for model in recipe.config().referenced_models()]
     if not ahead.at_hand(*(str(source) for model in models for source in model.sources)):
         return
-    options = MergeOptions(**{name: value for name, value in typed.items() if name in MergeOptions.model_fields})
+    options = merge_options(typed)
     recipe.prepare(options, merge_loras=False)
     known = recipe.without_scores(ahead.made)
     awaited = known.score_files() != recipe.score_files()

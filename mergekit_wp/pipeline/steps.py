@@ -70,9 +70,6 @@ def _values(node: Any, keys: tuple[str, ...]) -> Iterator[str]:
                 yield from _values(value, keys)
 
 
-STAGES = ("score", "merge", "evaluate", "push")
-
-
 def pipeline_steps(pipeline: Pipeline, allow_code: bool = False) -> list[Step]:
     """Every step, in order. Raises `BadInput` for a suite that runs model-written code without consent."""
     steps = [_score_step(pipeline, name, allow_code) for name, e in pipeline.experts.items() if e.scoring is not None]

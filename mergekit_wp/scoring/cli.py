@@ -12,33 +12,15 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.console import GroupedCommand, ProgressBars, names_safetensors, take_terminal
+from mergekit_wp.fields import groups, options, schema_option
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
-from mergekit_wp.scores import CHOICES
-from mergekit_wp.scoring.config import load_job
+from mergekit_wp.scoring.config import FORM, ScoringJob, load_job
 
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores
 
-_GROUPS = {
-    "Models and Prompts": ("base", "expert", "pairs", "template", "chat_template", "system", "samples", "seed"),
-    "Method": (
-        "layer",
-        "anchor_layers",
-        "anchor_prompts",
-        "anchor_tokens",
-        "method",
-        "object",
-        "utility",
-        "split",
-        "gap",
-        "gap_floor",
-    ),
-    "Components": ("components", "layers", "top", "rank", "parts"),
-    "Output Settings": ("out", "quiet"),
-    "Performance": ("device", "dtype", "batch_size", "offload"),
-    "Dangerous Options": ("trust_remote_code", "allow_code_execution"),
-}
+_GROUPS = groups(ScoringJob) | {"Output Settings": ("out", "quiet")}
 
 _EPILOG = """\b
 Examples:
@@ -55,54 +37,14 @@ A run of exact or ap that was killed goes on where it was when started again.
 """
 
 
-class _LayerOrAuto(click.ParamType):
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value
-        return (
-            int(value) if str(value).isdecimal() else self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
-        )
-
-
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
 @click.argument("job_file", metavar="[JOB.yaml]", required=False)
-@click.option("--base", metavar="MODEL", help="Base model: a folder or a Hub name.")
-@click.option("--expert", metavar="MODEL[+LORA]", help="Expert fine-tuned from it.")
-@click.option("--pairs", metavar="FILE.jsonl", help="Prompt pairs, or builtin:{instructions,maths,code}.")
-@click.option("--template", help="Text around each prompt; must contain {prompt}.")
-@click.option("--chat-template", metavar="auto|on|off|NAME", help="Use the tokenizer's own (default: as pairs say).")
-@click.option("--system", metavar="TEXT", help="System prompt of every chat.")
-@click.option("--samples", type=int, help="Pairs a task, drawn by seed (default: all; 100 of a built-in set).")
-@click.option("--seed", type=int, help="Seed of the draw and of the split (default: 0).")
-@click.option("--layer", type=_LayerOrAuto(), help="Anchor layer, from 0, or auto (default: two thirds of the depth).")
-@click.option("--anchor-layers", metavar="10-38", help="Candidates of --layer auto (default: all, coarsely first).")
-@click.option("--anchor-prompts", type=int, help="Prompts a task that --layer auto has answered (default: 32).")
-@click.option("--anchor-tokens", type=int, help="Longest of those answers (default: 256).")
-@click.option("--method", type=click.Choice(CHOICES["method"]), help="How to score (default: writeback).")
-@click.option("--object", type=click.Choice(["write", "activation"]), help="What ap and atp patch (default: write).")
-@click.option("--utility", type=click.Choice(CHOICES["utility"]), help="What recovery means (default: kl).")
-@click.option("--split", type=click.Choice(CHOICES["split"]), help="Disjoint or shared prompts (default: half).")
-@click.option("--gap", type=click.Choice(CHOICES["gap"]), help="Mean of ratios or ratio of means (default: sample).")
-@click.option("--gap-floor", type=float, help="Drop prompts with a smaller gap (default: 0.001).")
-@click.option("--components", metavar="all|heads|neurons|FILE", help="What to score; FILE names it: L5H3 L5N97.")
-@click.option("--layers", metavar="0-5,7", help="Score the components of these layers alone.")
-@click.option("--top", type=(int, str), metavar="K FILE", help="Score the K best heads and neurons of a score file.")
-@click.option("--rank", type=click.Choice(CHOICES["rank"]), help="What --top ranks by (default: the mean over tasks).")
-@click.option("--parts", is_flag=True, default=None, help="Keep what q, o, gate, up and down add to each score.")
+@options(ScoringJob)
 @click.option(
     "--out", required=True, metavar="FILE", callback=names_safetensors, help="Score file to write (.safetensors)."
 )
-@click.option("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one).")
-@click.option(
-    "--dtype", type=click.Choice(CHOICES["dtype"]), help="Of products (default: as stored; on a CPU float32)."
-)
-@click.option("--batch-size", type=int, help="Prompts a forward pass (default: 16).")
-@click.option("--offload", type=click.Choice(CHOICES["offload"]), help="Stream layers from disk (default: auto).")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python that comes with a model folder.")
-@click.option("--allow-code-execution", is_flag=True, default=None, help="Let --layer auto run code that models write.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
+@schema_option(FORM)
 @click.version_option(__version__)
 def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
     """Score every attention head and MLP neuron of an expert by Weight Patching.

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.geometry import Kind
-from mergekit_wp.scores import ACTIVATION_SIDE
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.distributed import ProcessGroup

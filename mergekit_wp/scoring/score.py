@@ -21,6 +21,7 @@ import torch
 
 from mergekit_wp import __version__
 from mergekit_wp.checkpoint.vocabulary import load_tokenizer
+from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.documents import now
 from mergekit_wp.errors import BadInput, enough_memory
@@ -28,7 +29,6 @@ from mergekit_wp.foreign import logger
 from mergekit_wp.memory import free_memory
 from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.scores import (
-    ACTIVATION_SIDE,
     ANCHORED,
     FORMAT,
     ModelId,

@@ -20,6 +20,7 @@ from experiments.demo.demo_pipeline import EXPERTS, MERGES, demo_steps, write_pi
 from experiments.demo.pictures import head_map, neuron_map, rank_edges, share_bars
 from experiments.demo.template import JUDGED
 from experiments.demo.world_choice import WorldChoice
+from mergekit_wp.choices import UTILITIES
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.rows import Cell, Row
 from mergekit_wp.eval.suite import Suite, SuiteTask
@@ -27,7 +28,7 @@ from mergekit_wp.eval.tables import Table, read_results, to_json
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.hashing import digest
 from mergekit_wp.merge.kernel import component_weights
-from mergekit_wp.scores import CHOICES, ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats
+from mergekit_wp.scores import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats
 
 LAYERS, HEADS, NEURONS, WIDTH = 6, 8, 384, 128
 
@@ -159,7 +160,7 @@ def test_the_anchor_is_drawn_only_where_scores_were_read_there(utility, metrics,
     page = Report(synthetic_table(), {"code": scores}, (), []).html()
     assert ("above the anchor layer" in page) == ("anchor layer 3" in page) == (read_at is not None)
     assert JUDGED[utility] in page
-    assert set(JUDGED) == set(CHOICES["utility"])
+    assert set(JUDGED) == set(UTILITIES)
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 384, 13824])

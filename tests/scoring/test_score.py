@@ -14,8 +14,8 @@ import tiny
 import torch
 from score_jobs import LAYER, Reference, assert_close, job_for
 
+from mergekit_wp.choices import METHODS
 from mergekit_wp.errors import BadInput
-from mergekit_wp.scores import METHODS
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.score import anchor_layer, score
 
