@@ -216,9 +216,9 @@ def json_schema(kind: type, more: Mapping[str, Any] | None = None) -> dict[str, 
             schema = {"anyOf": [schema, {"type": "null"}]}
         words = f" Default: {said.unset}." if said.unset else ""
         properties[item.name] = {"description": plain(said.meaning + words), **schema}
-        if default not in (MISSING, None, ()):
+        if not said.unset and default not in (MISSING, None, {}, ()):
             properties[item.name]["default"] = default
-    required = [item.name for item in fields(kind) if default_of(item) is MISSING]
+    required = [item.name for item in fields(kind) if "about" in item.metadata and default_of(item) is MISSING]
     found: dict[str, Any] = {
         "type": "object",
         "properties": properties | dict(more or {}),
@@ -264,6 +264,7 @@ def rows(kind: type, names: Sequence[str] | None = None) -> dict[str, tuple[str,
         if "about" not in item.metadata or (names is not None and item.name not in names):
             continue
         said, words = about(item), default_words(item)
+        words = words or ("false" if default_of(item) is False else "")
         tail = "needed" if default_of(item) is MISSING else f"default: {words}" if words else "optional"
         found[item.name] = (plain(f"{said.kind.expected}; {tail}"), plain(said.meaning))
     return found

@@ -14,12 +14,13 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.errors import BadInput
+from mergekit_wp.fields import schema_option
 from mergekit_wp.files import check_writable_parent, writable_folder
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import claimed, refuse_busy
 from mergekit_wp.pipeline.execute import Stamps, Step
 from mergekit_wp.pipeline.look_ahead import Ahead, troubles_of
-from mergekit_wp.pipeline.spec import STAGES, Pipeline, read_pipeline
+from mergekit_wp.pipeline.spec import FORM, STAGES, Pipeline, read_pipeline
 
 if TYPE_CHECKING:
     from mergekit_wp.checkpoint.references import Source
@@ -42,6 +43,7 @@ last run. To look into one stage, type its command: it is printed before it runs
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Stop after this stage.")
 @click.option("--redo", type=click.Choice(STAGES), multiple=True, help="Run this stage even if it is done.")
 @click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
+@schema_option(FORM)
 @click.version_option(__version__)
 def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...], allow_code: bool) -> None:
     """Score the experts, merge them, grade everything and push, as PIPELINE.yaml says; only what is not done yet.

@@ -20,28 +20,60 @@ A path is looked for in the working directory, then beside the pipeline file. `f
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.fields import (
+    Form,
+    ValueKind,
+    about,
+    described,
+    first_wrong,
+    json_schema,
+    mapping,
+    rows,
+    switch,
+    text,
+    texts,
+)
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.foreign import file_part
+from mergekit_wp.scoring.config import ScoringJob
 
 STAGES = ("score", "merge", "evaluate", "push")
 BASE = "base"
 """The base's name among the rows of the table."""
 
 
+_WORD = text("a non-empty text")
+_NAMES = texts("a list of names")
+_PARAMETERS = mapping("a mapping, such as {weight: 1.0}")
+_FLAGS = ValueKind(
+    "a list, such as [--device, cuda:1]",
+    lambda value: isinstance(value, list),
+    {"type": "array", "items": {"type": ["string", "number", "boolean"]}},
+)
+_SCORING = ValueKind(
+    "a scoring job's file or its fields",
+    lambda value: isinstance(value, str | dict),
+    {"anyOf": [{"type": "string"}, json_schema(ScoringJob) | {"required": ["pairs"]}]},
+)
+_WORDS_AS_THEY_ARE = {"flags": {"description": "Words for the command of this stage, as they are.", **_FLAGS.schema}}
+
+
 @dataclass(frozen=True)
 class Expert:
     """One expert. `scoring` is a job of wp-score without base and expert; None where `scores` is there, or no need."""
 
-    model: str
-    scoring: Mapping[str, Any] | None = None
-    scores: Path | None = None
+    model: str = described(_WORD, "The model.", "", unset="`expert` of its job")
+    scoring: Mapping[str, Any] | None = described(
+        _SCORING, "A scoring job's file, or its fields; `base` and `expert` come from here.", None
+    )
+    scores: Path | None = described(_WORD, "A score file that is there already, instead of `scoring`.", None)
 
 
 @dataclass(frozen=True)
@@ -51,37 +83,52 @@ class Merge:
     Without `out_dtype` it is written in what its experts are stored in.
     """
 
-    recipe: Path | None = None
-    merge_method: str = "wp"
-    experts: tuple[str, ...] = ()
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    expert_parameters: Mapping[str, Any] = field(default_factory=dict)
-    base_parameters: Mapping[str, Any] | None = None
-    out_dtype: str | None = None
+    recipe: Path | None = described(_WORD, "A recipe of your own, as it is; no other field then.", None)
+    merge_method: str = described(_WORD, "Any of mergekit's or ours.", "wp")
+    experts: tuple[str, ...] = described(_NAMES, "Names of those that are merged.", (), unset="all")
+    parameters: Mapping[str, Any] = described(_PARAMETERS, "Of the merge, such as `{scale: 1.5}`.", {})
+    expert_parameters: Mapping[str, Any] = described(_PARAMETERS, "Of each expert, such as `{weight: 1.0}`.", {})
+    base_parameters: Mapping[str, Any] | None = described(
+        _PARAMETERS,
+        "Of the base among the merged models, where the method averages what it is given.",
+        None,
+        unset="base not listed",
+    )
+    out_dtype: str | None = described(_WORD, "Dtype of the result.", None, unset="as experts are stored")
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """How everything is graded; `models` are names of the base, experts and merges (all of them if empty)."""
 
-    suite: Path
-    baseline: str | None = None
-    models: tuple[str, ...] = ()
-    include_path: Path | None = None
+    suite: Path = described(_WORD, "A suite, as `wp-eval` takes it.")
+    baseline: str | None = described(_WORD, "Row that differences are taken from.", None, unset="the suite's")
+    models: tuple[str, ...] = described(_NAMES, "Names among `base`, experts and merges.", (), unset="all")
+    include_path: Path | None = described(_WORD, "Folder of lm-eval tasks.", None, unset="the suite's")
 
 
 @dataclass(frozen=True)
 class Push:
     """Which merge goes where on the Hub; `parents` are the Hub names of base and experts that are folders here."""
 
-    merge: str
-    to: str
-    parents: Mapping[str, str] = field(default_factory=dict)
-    private: bool = False
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    dry_run: bool = False
+    merge: str = described(_WORD, "Which merge.")
+    to: str = described(_WORD, "`USER/NAME` on the Hub.")
+    parents: Mapping[str, str] = described(
+        mapping("a mapping from `base` and experts to their names on the Hub", {"type": "string"}),
+        "Hub names of `base` and experts that are folders here.",
+        {},
+    )
+    private: bool = described(switch(), "Make a new repository private.", False)
+    license: str | None = described(_WORD, "Licence of the merge, if you answer for it.", None, unset="the parents'")
+    license_name: str | None = described(_WORD, "Name of its terms, with `license: other`.", None)
+    license_link: str | None = described(
+        _WORD, "Where those terms are, with `license: other`.", None, unset="as a parent has it"
+    )
+    dry_run: bool = described(switch(), "Write the card, send nothing.", False)
+
+
+def _part(kind: type) -> ValueKind:
+    return ValueKind("a mapping", lambda value: isinstance(value, dict), json_schema(kind, _WORDS_AS_THEY_ARE), None)
 
 
 @dataclass(frozen=True)
@@ -89,13 +136,15 @@ class Pipeline:
     """A pipeline file that was checked. `flags` maps a stage to what its command is given as it is."""
 
     file: Path
-    out: Path
-    base: str
-    experts: Mapping[str, Expert]
-    merges: Mapping[str, Merge]
-    evaluate: Evaluate | None
-    push: Push | None
     flags: Mapping[str, tuple[str, ...]]
+    base: str = described(_WORD, "Base model.")
+    experts: Mapping[str, Expert] = described(
+        mapping(of=json_schema(Expert)), "By name. The name is a row of the table and a file's name."
+    )
+    merges: Mapping[str, Merge] = described(mapping(of={"anyOf": [json_schema(Merge), {"type": "null"}]}), "By name.")
+    evaluate: Evaluate | None = described(_part(Evaluate), "How everything is graded.", None, unset="not graded")
+    push: Push | None = described(_part(Push), "Which merge is published.", None, unset="not pushed")
+    out: Path = described(_WORD, "Folder of all that is written.", Path("runs"), unset="`runs/` and this file's name")
 
     @property
     def names(self) -> list[str]:
@@ -103,12 +152,9 @@ class Pipeline:
         return [BASE, *self.experts, *self.merges]
 
 
-_PUSH_KINDS: dict[str, tuple[type, str]] = {
-    "private": (bool, "true or false"),
-    "dry_run": (bool, "true or false"),
-    "parents": (dict, "a mapping from `base` and experts to their names on the Hub"),
-}
-_FIELDS = ("out", "base", "experts", "merges", "evaluate", "push", "score", "merge")
+_STAGE_FLAGS = {"type": "object", "properties": _WORDS_AS_THEY_ARE, "additionalProperties": False}
+_OTHER_FIELDS = {name: {"description": f"For wp-{name}.", **_STAGE_FLAGS} for name in ("score", "merge")}
+_FIELDS = ("out", "base", "experts", "merges", "evaluate", "push", *_OTHER_FIELDS)
 
 
 def read_pipeline(path: str | os.PathLike[str]) -> Pipeline:
@@ -140,8 +186,6 @@ def _expert(name: str, raw: Any, file: Path) -> Expert:
     scoring = values.get("scoring")
     if isinstance(scoring, str):
         scoring = read_yaml_mapping(_found(scoring, file, f"{where}.scoring"), "scoring job")
-    elif scoring is not None and not isinstance(scoring, dict):
-        raise BadInput(f"`{where}.scoring`: found {shown(scoring)}, expected a scoring job's file or its fields.")
     scoring = dict(scoring) if scoring is not None else None
     model = values.get("model") or (scoring or {}).get("expert")
     if model is None:
@@ -164,15 +208,7 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
         if others := sorted(set(values) - {"recipe"}):
             raise BadInput(f"`{where}` has a recipe of its own; write `{others[0]}` there.")
         return Merge(recipe=_found(values["recipe"], file, f"{where}.recipe"))
-    for key in ("parameters", "expert_parameters", "base_parameters"):
-        if not isinstance(values.get(key, {}), dict):
-            raise BadInput(f"`{where}.{key}`: found {shown(values[key])}, expected a mapping, such as {{weight: 1.0}}.")
-    for key in ("merge_method", "out_dtype"):
-        if key in values:
-            _text(f"{where}.{key}", values[key])
-    if not isinstance(experts := values.get("experts", []), list):
-        raise BadInput(f"`{where}.experts`: found {shown(experts)}, expected a list of names.")
-    return Merge(**{**values, "experts": tuple(experts)})
+    return Merge(**{**values, "experts": tuple(values.get("experts", ()))})
 
 
 def _evaluate(raw: Any, file: Path) -> Evaluate | None:
@@ -181,13 +217,11 @@ def _evaluate(raw: Any, file: Path) -> Evaluate | None:
     values = _known(Evaluate, "evaluate", raw, {"flags"})
     if "suite" not in values:
         raise BadInput("`evaluate.suite` is missing; name a suite, such as eval/paper.yaml.")
-    if not isinstance(models := values.get("models", []), list):
-        raise BadInput(f"`evaluate.models`: found {shown(models)}, expected a list of names.")
     include = values.get("include_path")
     return Evaluate(
         suite=_found(values["suite"], file, "evaluate.suite"),
         baseline=values.get("baseline"),
-        models=tuple(models),
+        models=tuple(values.get("models", ())),
         # It may be something that an earlier step makes.
         include_path=_found(include, file, "evaluate.include_path", must_exist=False) if include else None,
     )
@@ -200,12 +234,6 @@ def _push(raw: Any) -> Push | None:
     for name in ("merge", "to"):
         if name not in values:
             raise BadInput(f"`push.{name}` is missing.")
-    for name, value in values.items():
-        kind, expected = _PUSH_KINDS.get(name, (str, "a text"))
-        if not isinstance(value, kind):
-            raise BadInput(f"`push.{name}`: found {shown(value)}, expected {expected}.")
-        if kind is str:
-            _text(f"push.{name}", value)
     return Push(**values)
 
 
@@ -250,14 +278,21 @@ def _one_of(where: str, name: str, known: list[str]) -> None:
         raise BadInput(f"`{where}`: there is no {shown(name)} here; there are {', '.join(known) or 'none'}.")
 
 
-def _known(kind: type, where: str, raw: Any, beside: set[str] | None = None) -> dict[str, Any]:
-    """The fields of one part; `beside` are names that something else reads."""
-    names = [item.name for item in fields(kind)]
+def _known(kind: type, where: str, raw: Any, beside: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of one part, each of its kind; `beside` are names that something else reads."""
+    known = {item.name: item for item in fields(kind)}
     if not isinstance(raw, dict):
-        raise BadInput(f"`{where}`: found {shown(raw)}, expected a mapping with {', '.join(names)}.")
-    if unknown := [name for name in raw if name not in names and name not in (beside or set())]:
-        raise BadInput(f"`{where}`: unknown field `{unknown[0]}`; it has {', '.join(names)}.")
-    return {name: value for name, value in raw.items() if name in names}
+        raise BadInput(f"`{where}`: found {shown(raw)}, expected a mapping with {', '.join(known)}.")
+    if unknown := [name for name in raw if name not in known and name not in beside]:
+        raise BadInput(f"`{where}`: unknown field `{unknown[0]}`; it has {', '.join(known)}.")
+    if wrong := first_wrong(kind, raw):
+        name, expected = wrong[0], wrong[1].expected
+        raise BadInput(f"`{where}.{name}`: found {shown(raw[name])}, expected {expected}.")
+    values = {name: value for name, value in raw.items() if name in known and value is not None}
+    for name, value in values.items():
+        if about(known[name]).kind is _WORD:
+            _text(f"{where}.{name}", value)
+    return values
 
 
 def _flags(stage: str, raw: Any) -> tuple[str, ...]:
@@ -265,8 +300,8 @@ def _flags(stage: str, raw: Any) -> tuple[str, ...]:
     if stage in ("score", "merge") and raw is not None and (not isinstance(raw, dict) or set(raw) - {"flags"}):
         raise BadInput(f"`{stage}`: found {shown(raw)}, expected {{flags: [...]}}.")
     flags = raw.get("flags", []) if isinstance(raw, dict) else []
-    if not isinstance(flags, list):
-        raise BadInput(f"`{stage}.flags`: found {shown(flags)}, expected a list, such as [--device, cuda:1].")
+    if not _FLAGS.fits(flags):
+        raise BadInput(f"`{stage}.flags`: found {shown(flags)}, expected {_FLAGS.expected}.")
     return tuple(str(flag) for flag in flags)
 
 
@@ -305,3 +340,19 @@ def _found(name: Any, file: Path, where: str, must_exist: bool = True) -> Path:
     if not there:
         raise BadInput(f"`{where}`: {path} is neither in the working directory ({Path.cwd()}) nor beside this file.")
     return beside
+
+
+_STAGE_ROW = {"flags": (_FLAGS.expected, "Words for the command of this stage, as they are.")}
+FORM = Form(
+    "pipeline",
+    "All stages from one file. A path is looked for in the working directory, then beside the file.",
+    lambda: json_schema(Pipeline, _OTHER_FIELDS),
+    {
+        "Pipeline": rows(Pipeline),
+        "Each of its experts": rows(Expert),
+        "Each of its merges": rows(Merge),
+        "evaluate": rows(Evaluate) | _STAGE_ROW,
+        "push": rows(Push) | _STAGE_ROW,
+        "score, merge": _STAGE_ROW,
+    },
+)

@@ -30,9 +30,7 @@ COMPONENTS = ("all", "heads", "neurons")  # or a file
 
 _MODELS, _METHOD, _COMPONENTS = "Models and Prompts", "Method", "Components"
 _PERFORMANCE, _DANGEROUS = "Performance", "Dangerous Options"
-_LAYERS = ValueKind(
-    "text such as 0-5,7", lambda value: type(value) in (str, int), {"type": ["string", "integer"], "minimum": 0}
-)
+_LAYERS = ValueKind("text such as 0-5,7", lambda value: type(value) in (str, int), {"type": ["string", "integer"]})
 _TOP = ValueKind(
     "a number of at least 1 and a score file: [20, FILE]",
     lambda value: (
@@ -51,7 +49,11 @@ _TOP = ValueKind(
     (int, str),
 )
 # YAML reads on and off as true and false.
-_CHAT = ValueKind("text", lambda value: isinstance(value, str) and bool(value.strip()), {"type": ["string", "boolean"]})
+_CHAT = ValueKind(
+    "text",
+    lambda value: isinstance(value, str) and bool(value.strip()),
+    {"type": ["string", "boolean"], "pattern": r"\S"},
+)
 
 
 @dataclass(frozen=True)
