@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
 _LEFT_OUT = ("prompts", "object")  # where they are None, for the same reason
