@@ -7,9 +7,11 @@
 # make check  ruff lint and format, mypy
 # make docs   the documentation as a site in site/; stops at a broken link
 # make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml
+# WORKERS=4 runs the tests in four processes (2 otherwise), each with one thread.
 # Each makes .venv on first use, with pip under constraints.txt. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: demo table3 table3-far test test-vllm fuzz check docs recipes venv wheel-test clean
 
@@ -23,7 +25,7 @@ table3-far: .venv/ready
 	$(BIN)/python -m experiments.table3 --kind far --allow-code-execution
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-vllm: .venv-vllm/ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import tiny
@@ -119,6 +120,7 @@ class Reference:
                 keep = (gaps.abs() >= self.job.gap_floor).float()
                 ratios = keep / gaps / keep.sum()
                 weights = ratios if self.job.gap == "sample" else torch.ones_like(gaps) / gaps.sum()
+                self.wanted = layers
                 for pair, weight in zip(task.scoring, weights, strict=True):
                     one = score_prompt(pair.prompt, direction, name)
                     for layer in layers:
@@ -169,9 +171,10 @@ class Reference:
         return found
 
     def each_swapped(self):
-        """Every component in turn, its slices in the base replaced by the expert's: (kind, layer, index, undo)."""
+        """Every component of the layers wanted in turn, its slices in the base replaced by the expert's: (kind, layer,
+        index, undo)."""
         expert, base = dict(self.expert.named_parameters()), dict(self.base.named_parameters())
-        for layer in range(self.config.num_hidden_layers):
+        for layer in self.wanted:
             for kind, index, slices in self.components(layer):
                 present = [(t, axis, torch.tensor(where)) for t, axis, where in slices if t in base]
                 saved = {tensor: base[tensor].detach().clone() for tensor, _, _ in present}
@@ -231,7 +234,7 @@ class Reference:
             handle.remove()
         before, found = self.utility(name, self.base, text, direction), self.empty()
         for kind in found:
-            for layer, index in torch.cartesian_prod(*map(torch.arange, found[kind].shape)).tolist():
+            for layer, index in itertools.product(self.wanted, range(found[kind].shape[1])):
                 where = self.columns(layer, kind, index)
 
                 def put(key, x, wanted=(layer, kind), where=where):

@@ -56,7 +56,6 @@ def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_chan
     results = json.loads((world / "out/eval/results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["base", "linear", "wp"]
     assert results["baseline"] == "linear"
-    assert set(states(wp_run(world, file.name, "--plan")).values()) == {"done"}
     printed = wp_run(world, file.name)
     assert printed.count("done before") == 5
 
