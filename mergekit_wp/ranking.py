@@ -245,21 +245,24 @@ def _sum(scores: Scores, task: str | None) -> str:
     """What all scores add up to; apart below and above the anchor where these are shares of two gaps."""
     layers, anchor = scores.meta.geometry.layers, scores.meta.read_at
     if not scores.meta.utility.startswith("staged") or anchor is None or anchor + 1 == layers:
-        spans = {"the gap": slice(0, layers)}
+        text = f"the scores come to {_added(scores, task, slice(0, layers))} of the gap"
     else:
-        below, above = slice(0, anchor + 1), slice(anchor + 1, layers)
-        spans = {f"the gap at layer {anchor} (of layers up to there)": below, "the gap at the end (above)": above}
-    text = "Added up, the scores come to " + " and ".join(_added(scores, task, *span) for span in spans.items())
-    return f"{text}. Each was measured alone: all components together may restore more or less than that."
+        below, above = (_added(scores, task, span) for span in (slice(0, anchor + 1), slice(anchor + 1, layers)))
+        text = (
+            f"the scores of layers 0 to {anchor} come to {below} of the gap at layer {anchor}, those above to {above}"
+        )
+        text += " of the gap at the end"
+    if any(totals(scores, kind, task).negative for kind in Kind):
+        text += ". A merge takes negative scores for 0"
+    return f"Added up, {text}. Each was measured alone: all components together may restore more or less than that."
 
 
-def _added(scores: Scores, task: str | None, gap: str, span: slice) -> str:
+def _added(scores: Scores, task: str | None, span: slice) -> str:
     tables = [table_of(scores, kind, task)[span] for kind in Kind]
-    positive, negative = (
-        sum(float(table.clamp(**{side: 0}).sum()) for table in tables) for side in ("min", "max")
-    )  # fmt: skip
-    parts = f" ({percent(positive)} and {percent(negative)}; a merge takes what is negative for 0)" if negative else ""
-    return f"{percent(positive + negative)} of {gap}{parts}"
+    positive = sum(float(table.clamp(min=0).sum()) for table in tables)
+    negative = sum(float(table.clamp(max=0).sum()) for table in tables)
+    parts = f" ({percent(positive)} for, {percent(-negative)} against)" if negative else ""
+    return f"{percent(positive + negative)}{parts}"
 
 
 def about(scores: Scores) -> dict[str, Any]:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import combinations, zip_longest
 from typing import Any
 
 from mergekit_wp.foreign import one_line
 from mergekit_wp.geometry import Kind
+from mergekit_wp.page import aligned
 from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, totals
 from mergekit_wp.scores import Scores
 
 Grid = list[list[str]]
 ALL_TASKS = "all tasks"
-
-
-def aligned(grid: Sequence[Sequence[str]]) -> str:
-    """A grid for a terminal: its first column on the left, the others on the right, a rule below the head."""
-    lines = [[one_line(cell) for cell in line] for line in grid]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    texts = (
-        [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))] for line in lines
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in texts)
 
 
 def as_text(found: Mapping[str, Scores], top: int) -> str:

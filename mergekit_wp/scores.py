@@ -252,9 +252,9 @@ class Scores:
         """A matplotlib figure: a map of the heads and one of the neurons by layer. A notebook shows it, `savefig`
         writes it.
         """
-        from mergekit_wp.score_map import draw_scores
+        from mergekit_wp.pictures import maps_figure
 
-        return draw_scores(self)
+        return maps_figure({self.meta.expert.name: self})
 
     def __repr__(self) -> str:
         about, shape = self.meta, self.meta.geometry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   wp-scores scores/maths.safetensors
+  wp-scores scores/*.safetensors --html scores.html
   wp-scores writeback.safetensors exact.safetensors
   wp-scores maths=scores/m.safetensors code=scores/c.safetensors --json
 """
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(epilog=_EPILOG)
@@ -29,20 +33,38 @@ Examples:
     "--top", default=10, show_default=True, type=click.IntRange(1), metavar="N", help="Of each task and kind."
 )
 @click.option("--any-base", is_flag=True, help="Compare files of different bases too, if their shapes agree.")
+@click.option("--png", type=_FILE, metavar="FILE", help="Write the maps of heads and neurons as a picture.")
+@click.option("--html", type=_FILE, metavar="FILE", help="Write findings, maps and tables as one page.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON instead.")
 @click.version_option(__version__)
-def main(files: tuple[str, ...], top: int, any_base: bool, as_json: bool) -> None:
+def main(files: tuple[str, ...], top: int, any_base: bool, png: Path | None, html: Path | None, as_json: bool) -> None:
     """Show score files of wp-score: what they are of, the strongest components, where the score lies.
 
     Two or more are compared: how many of their 20 strongest components, and of their strongest 1 %, are the same, and
     Spearman's rank correlation, by task and kind.
     """
+    from mergekit_wp.files import atomic_path, write_text
+    from mergekit_wp.outputs import check_file
     from mergekit_wp.ranking import check_comparable
     from mergekit_wp.score_tables import as_data, as_text
 
     found = _read(files)
     check_comparable(found, any_base)
+    for path in (png, html):
+        if path is not None:
+            check_file(
+                path, None, "picture", [text if os.path.exists(text) else text.partition("=")[2] for text in files]
+            )
     echo_lines(json.dumps(as_data(found, top), indent=2) if as_json else as_text(found, top))
+    if png is not None:
+        from mergekit_wp.pictures import maps_png
+
+        with atomic_path(png) as partial:
+            partial.write_bytes(maps_png(found))
+    if html is not None:
+        from mergekit_wp.score_page import score_page
+
+        write_text(html, score_page(found, top))
 
 
 def _read(files: tuple[str, ...]) -> dict[str, Scores]:

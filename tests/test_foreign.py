@@ -155,7 +155,7 @@ def test_a_name_in_a_picture_reads_as_it_is(name):
     import numpy as np
     from matplotlib.figure import Figure
 
-    from mergekit_wp.report import draw_shares, shares_png
+    from mergekit_wp.pictures import draw_shares, shares_png
 
     share_KL = np.full((2, 3), 0.5)
     assert shares_png({"heads": share_KL}, [name, "plain"]).startswith(b"\x89PNG")

@@ -51,8 +51,8 @@ def test_where_the_score_lies_and_who_carries_it():
         "62 % of the instruction score lies in layer 0.",
         "Five neurons carry 50 % (L0N0, L0N1, L0N2, L0N3, L0N4); the strongest head, L1H0, 20 %. All heads have 42 %, "
         "all neurons 58 %.",
-        "Added up, the scores come to 75 % of the gap (100 % and -25 %; a merge takes what is negative for 0). Each "
-        "was measured alone: all components together may restore more or less than that.",
+        "Added up, the scores come to 75 % (100 % for, 25 % against) of the gap. A merge takes negative scores for 0. "
+        "Each was measured alone: all components together may restore more or less than that.",
     ]
 
 
@@ -83,8 +83,8 @@ def test_score_over_many_layers_is_called_spread():
 def test_shares_of_two_gaps_are_not_added_up():
     scores = made({"t": {"L0N1": 0.3, "L1H0": 0.1, "L2N2": 0.5, "L3N2": -0.1}}, utility="staged")
     assert findings(scores)[-1].startswith(
-        "Added up, the scores come to 40 % of the gap at layer 1 (of layers up to there) and 40 % of the gap at the "
-        "end (above) (50 % and -10 %"
+        "Added up, the scores of layers 0 to 1 come to 40 % of the gap at layer 1, those above to 40 % (50 % for, 10 % "
+        "against) of the gap at the end. A merge"
     )
 
 

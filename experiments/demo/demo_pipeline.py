@@ -1,4 +1,4 @@
-"""The steps of the demo: train the world, what `wp-run` does with a pipeline file, write the report."""
+"""The steps of the demo: train the world, then what `wp-run` does with a pipeline file; its report has our lead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergekit_wp.files import write_text
 from mergekit_wp.hashing import readable
 from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
-from mergekit_wp.pipeline.steps import pipeline_steps, recipe_file, results_folder, score_file, write_derived
+from mergekit_wp.pipeline.steps import pipeline_steps, write_derived
 
 EXPERTS = ("instruction", "maths", "code")
 MERGES = ("linear", "wp")
@@ -43,6 +43,7 @@ def write_pipeline(out: Path) -> Pipeline:
             "suite": str(readable(SUITE)),
             "include_path": str(world / "tasks"),
             "baseline": "linear",
+            "flags": ["--log-samples"],  # the report shows some answers
         },
         # What a push would publish; nothing leaves the machine.
         "push": {"merge": "wp", "to": "you/miniature-wp", "license": "apache-2.0", "dry_run": True},
@@ -59,19 +60,18 @@ def demo_steps(pipeline: Pipeline, choice: WorldChoice) -> list[Step]:
     """Every step of the demo, in order; paths as the user wrote them."""
     out, module = pipeline.out, ("python", "-m")
     train = (*module, "experiments.demo.world_choice", str(out / "world"), *choice.flags())
-    report = (*module, "experiments.demo.build_report", str(out), *choice.flags())
-    shown = (
-        results_folder(pipeline) / "results.json",
-        *(score_file(pipeline, expert) for expert in EXPERTS),
-        *(recipe_file(pipeline, merge) for merge in MERGES),
-    )
+    steps = [_of_the_demo(step, choice) for step in pipeline_steps(pipeline, allow_code=True)]
     return [
         Step("world", "world", "Train the base and three experts", train, (), (out / "world",), ("miniature",)),
-        *map(_with_our_tasks, pipeline_steps(pipeline, allow_code=True)),
-        Step("report", "report", "Write the report", report, shown, (out / "report.html",), ("demo",)),
+        *steps,
     ]
 
 
-def _with_our_tasks(step: Step) -> Step:
-    """Grading depends on the miniature's own graders too."""
-    return replace(step, code=(*step.code, "miniature")) if step.stage == "evaluate" else step
+def _of_the_demo(step: Step, choice: WorldChoice) -> Step:
+    """Grading depends on the miniature's own graders too; the report has a lead of its own, and shows the training."""
+    if step.stage == "evaluate":
+        return replace(step, code=(*step.code, "miniature"))
+    if step.stage == "report":
+        command = ("python", "-m", "experiments.demo.build_report", str(step.outputs[0].parent), *choice.flags())
+        return replace(step, command=command, code=(*step.code, "demo"))
+    return step

@@ -46,7 +46,10 @@ _METRIC = """\
 """
 
 _SHIM = '''\
-"""Data and graders of the lm-eval tasks in this folder; written by experiments.miniature.lm_eval_tasks."""
+"""Data and graders of the lm-eval tasks in this folder; written by experiments.miniature.lm_eval_tasks.
+
+What models write is run by mergekit_wp.sandbox.
+"""
 
 import json
 from pathlib import Path

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from experiments.table3.table import COLUMNS, MEAN, MERGED, RivalRow, RivalTable, Spread, best, item_error, less, ranked
 from experiments.table3.variants import BASELINE
+from mergekit_wp.page import aligned, markdown_grid
 
 GROUPS = {
     "methods": "Each method (of a grid, the setting that is best on validation items)",
@@ -123,12 +124,12 @@ def to_text(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """Aligned columns: the summaries, then block by block."""
     parts = []
     for column, title in SUMMARIES.items():
-        parts += [f"{title} (and the difference to the {BASELINE})", _aligned(summary(table, column))]
-    parts += [MODELS, _aligned(models(table))]
+        parts += [f"{title} (and the difference to the {BASELINE})", aligned(summary(table, column))]
+    parts += [MODELS, aligned(models(table))]
     for combination in table.combinations:
         for group, title in GROUPS.items():
             if table.of(combination, group):
-                parts += [f"{combination}. {title}", _aligned(grid_of(table, combination, group))]
+                parts += [f"{combination}. {title}", aligned(grid_of(table, combination, group))]
     return "\n\n".join([*parts, "\n".join([*caption(table), *verdict(table), *notes])]) + "\n"
 
 
@@ -184,23 +185,12 @@ def search_text(table: RivalTable) -> str:
         f"Mean over the merged capabilities, percent of {table.items} validation items each; seeds "
         f"{', '.join(map(str, table.seeds))}."
     )
-    return f"{_aligned(lines)}\n\n{note}\n"
-
-
-def _aligned(grid: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in grid
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return f"{aligned(lines)}\n\n{note}\n"
 
 
 def _markdown(grid: list[list[str]]) -> str:
     lines = [[_star(cell.replace("|", "\\|")) for cell in line] for line in grid]
-    rule = "|---|" + "---:|" * (len(grid[0]) - 1)
-    head, *body = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, rule, *body])
+    return markdown_grid(lines)
 
 
 def _star(text: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from experiments.demo.pictures import INK, to_svg
 from experiments.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
 from experiments.table3.table import MEAN, RivalTable
 from experiments.table3.variants import BASELINE
-from mergekit_wp.foreign import html
-from mergekit_wp.report import frame, grid, section
+from mergekit_wp.page import frame, grid, render_text, section
+from mergekit_wp.pictures import INK, to_svg
 
 _LEAD = (
     "Three experts were fine-tuned from one small base, on instructions, sums and small Python functions. Each "
@@ -20,27 +20,32 @@ _LEAD = (
 )
 
 
+_LINES = "{% for line in lines %}<p>{{ line }}</p>{% endfor %}"
+_BLOCKS = """
+{% for title, lines in blocks %}
+<article><h3>{{ title }}</h3>{{ grid(lines) }}</article>
+{% endfor %}
+"""
+
+
 def to_html(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """The whole page."""
-    words = "".join(f"<p>{html(line)}</p>" for line in [*caption(table), *notes])
-    verdicts = "".join(f"<p>{html(line)}</p>" for line in verdict(table))
+    words = render_text(_LINES, lines=[*verdict(table), *caption(table), *notes])
+    figure = render_text("<figure>{{ svg }}</figure>", svg=picture(table))
     sections = [
         *(section(title, grid(summary(table, column))) for column, title in SUMMARIES.items()),
-        section("What this says, and what it cannot", verdicts + words),
-        section("With error bars", f"<figure>{picture(table)}</figure>"),
+        section("What this says, and what it cannot", words),
+        section("With error bars", figure),
         section(MODELS, grid(models(table))),
     ]
     for combination in table.combinations:
-        blocks = "".join(
-            f"<article><h3>{html(title)}</h3>{grid(grid_of(table, combination, group))}</article>"
-            for group, title in GROUPS.items()
-            if table.of(combination, group)
-        )
-        sections.append(section(combination, blocks))
-    return frame("Merges on the miniature world", _LEAD, "\n".join(sections))
+        groups = {group: title for group, title in GROUPS.items() if table.of(combination, group)}
+        blocks = [(title, grid_of(table, combination, group)) for group, title in groups.items()]
+        sections.append(section(combination, render_text(_BLOCKS, blocks=blocks, grid=grid)))
+    return frame("Merges on the miniature world", _LEAD, Markup("").join(sections))
 
 
-def picture(table: RivalTable) -> str:
+def picture(table: RivalTable) -> Markup:
     """A panel a combination: the mean of each method with its standard error over seeds, and each seed as a dot."""
     names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
     combinations = table.combinations

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from mergekit_wp.documents import read_record
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.comparability import differences
@@ -24,8 +26,8 @@ from mergekit_wp.eval.results import AVERAGE, StoredResults, StoredRow
 from mergekit_wp.eval.rows import Cell, Row, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.files import read_json_mapping, write_text
-from mergekit_wp.foreign import csv_cell, html, markdown, one_line
-from mergekit_wp.report import frame, grid, section
+from mergekit_wp.foreign import csv_cell, markdown, one_line
+from mergekit_wp.page import aligned, frame, grid, markdown_grid, render, render_text, section
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,14 @@ class Table:
 
     def difference(self, row: Row, column: str) -> float | None:
         """The cell less the baseline's; None on the baseline's own row and where either is missing."""
-        base = self._base
+        base = self.base_row
         if base is None or row is base or not self.has(row, column) or not self.has(base, column):
             return None
         return self.value(row, column) - self.value(base, column)
 
     # Looked up once: a table of thousands of rows asks for these in every cell.
     @cached_property
-    def _base(self) -> Row | None:
+    def base_row(self) -> Row | None:
         return next((row for row in self.rows if row.model.name == self.baseline), None)
 
     @cached_property
@@ -137,30 +139,24 @@ class Table:
 
 def to_text(table: Table) -> str:
     """Aligned columns for a terminal."""
-    grid = [["model", *map(one_line, table.columns)]]
-    grid += [[one_line(table.label(row)), *(table.cell_text(row, c) for c in table.columns)] for row in table.rows]
-    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))])
-        for line in grid
-    ]
-    rule = "  ".join("-" * width for width in widths)
+    lines = [["model", *table.columns]]
+    lines += [[table.label(row), *(table.cell_text(row, c) for c in table.columns)] for row in table.rows]
     warnings = [f"WARNING: {text}" for text in table.warnings()]
-    return "\n".join([lines[0], rule, *lines[1:], "", *map(one_line, [*table.notes(), *warnings])]) + "\n"
+    return "\n".join([aligned(lines), "", *map(one_line, [*table.notes(), *warnings])]) + "\n"
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub table; the best value of each column is bold."""
-    lines = ["| model | " + " | ".join(map(markdown, table.columns)) + " |", "|---|" + "---:|" * len(table.columns)]
+    lines = [["model", *map(markdown, table.columns)]]
     for row in table.rows:
         cells = []
         for column in table.columns:
             text, space, rest = table.cell_text(row, column).partition(" ")
             best = table.has(row, column) and table.value(row, column) == table.best(column)
             cells.append((f"**{text}**" if best else text) + space + rest)
-        lines.append(f"| {markdown(table.label(row))} | " + " | ".join(cells) + " |")
+        lines.append([markdown(table.label(row)), *cells])
     warnings = [f"\n**Warning:** {markdown(text)}" for text in table.warnings()]
-    return "\n".join([*lines, "", markdown(" ".join(table.notes())), *warnings]) + "\n"
+    return "\n".join([markdown_grid(lines), "", markdown(" ".join(table.notes())), *warnings]) + "\n"
 
 
 def to_csv(table: Table) -> str:
@@ -250,35 +246,60 @@ def write_tables(table: Table, out: Path, stem: str, title: str) -> tuple[str, l
 
 def to_html(table: Table, title: str) -> str:
     """The whole page."""
-    warnings = "".join(f"<p><strong>Warning:</strong> {html(text)}</p>" for text in table.warnings())
+    results = render_text(
+        "{% for text in warnings %}<p><strong>Warning:</strong> {{ text }}</p>{% endfor %}{{ table }}",
+        warnings=table.warnings(), table=results_html(table),
+    )  # fmt: skip
     alike, lines = _provenance(table)
-    common = f"<p>All cells: {html('; '.join(alike))}.</p>" if alike else ""
-    sections = [section("Results", warnings + _results(table)), section("How each was measured", common + grid(lines))]
-    return frame(title, " ".join(table.notes("Small")), "\n".join(sections))
+    measured = render_text(
+        "{% if alike %}<p>All cells: {{ alike }}.</p>{% endif %}{{ rest }}", alike="; ".join(alike), rest=grid(lines)
+    )
+    sections = section("Results", results) + section("How each was measured", measured)
+    return frame(title, " ".join([*table.notes("Small"), *colour_note(table)]), sections)
 
 
-def _results(table: Table) -> str:
-    """A row a model; the best value of each column is bold."""
-    head = "".join(f"<th>{html(column)}</th>" for column in table.columns)
-    lines = []
+_STANDS = 1.96  # standard errors: the two-sided 95 % interval of a normal distribution
+
+
+def stands(table: Table, row: Row, other: Row, column: str) -> bool:
+    """Whether two rows differ by more than the standard errors of both explain.
+
+    Their items are taken for independent draws. They are the same items, so the true error is mostly smaller.
+    """
+    if not table.has(row, column) or not table.has(other, column):
+        return False
+    errors = table.stderr(row, column), table.stderr(other, column)
+    if errors[0] is None or errors[1] is None:
+        return False
+    return abs(table.value(row, column) - table.value(other, column)) > _STANDS * math.hypot(errors[0], errors[1])
+
+
+def colour_note(table: Table) -> list[str]:
+    """What the colours of `results_html` are; a sentence, or none."""
+    return ["Green and red: a difference beyond 1.96 standard errors of the two values."] if table.baseline else []
+
+
+def results_html(table: Table, marked: Sequence[str] = ()) -> Markup:
+    """A row a model; the best value of each column is bold, of the rows `marked` alone if there are some.
+
+    A difference has a colour only where it `stands`.
+    """
+    among = [row for row in table.rows if row.model.name in marked] or table.rows
+    best = {c: max((table.value(row, c) for row in among if table.has(row, c)), default=None) for c in table.columns}
+    rows = []
     for row in table.rows:
         cells = []
         for column in table.columns:
-            text = html(table.number(row, column))
-            if table.has(row, column) and table.value(row, column) == table.best(column):
-                text = f"<strong>{text}</strong>"
-            if (difference := table.difference(row, column)) is not None:
-                kind = "up" if difference > 0 else "down" if difference < 0 else "same"
-                text += f'<small class="{kind}">{100 * difference:+.2f}</small>'
-            elif table.baseline:
-                text += "<small></small>"  # keeps the figures of a column under one another
-            cells.append(f"<td>{text}</td>")
-        lines.append(f"<tr><th>{html(table.label(row))}</th>{''.join(cells)}</tr>")
-    differences = ' class="differences"' if table.baseline else ""
-    return (
-        f'<div class="scroll"><table{differences}><thead><tr><th>model</th>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+            difference = table.difference(row, column)
+            coloured = table.base_row is not None and stands(table, row, table.base_row, column)
+            cells.append({
+                "number": table.number(row, column),
+                "best": row in among and table.has(row, column) and table.value(row, column) == best[column],
+                "difference": "" if difference is None else f"{100 * difference:+.2f}",
+                "colour": ("up" if difference and difference > 0 else "down") if coloured else "",
+            })  # fmt: skip
+        rows.append({"label": table.label(row), "marked": row.model.name in marked, "cells": cells})
+    return render("results.html", columns=table.columns, rows=rows, baseline=table.baseline)
 
 
 _SHOWN = {

@@ -44,7 +44,7 @@ from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.foreign import file_part
 from mergekit_wp.scoring.config import ScoringJob
 
-STAGES = ("score", "merge", "evaluate", "push")
+STAGES = ("score", "merge", "evaluate", "report", "push")
 BASE = "base"
 """The base's name among the rows of the table."""
 
@@ -163,7 +163,7 @@ def read_pipeline(path: str | os.PathLike[str]) -> Pipeline:
     try:
         if unknown := [name for name in content if name not in _FIELDS]:
             raise BadInput(f"unknown field `{unknown[0]}`; a pipeline has {', '.join(_FIELDS)}.")
-        flags = {name: _flags(name, content.get(name)) for name in STAGES}
+        flags = {name: _flags(name, content.get(name)) for name in STAGES if name != "report"}
         pipeline = Pipeline(
             file=file,
             out=Path(_text("out", content.get("out", f"runs/{file.stem}"))),

@@ -1,4 +1,4 @@
-"""From a pipeline to its steps: every expert is scored, every merge made, all graded, one pushed.
+"""From a pipeline to its steps: every expert is scored, every merge made, all graded, a report written, one pushed.
 
 What a step needs beside models is written under OUT first: OUT/scoring/EXPERT.yaml, OUT/recipes/MERGE.yaml. The
 commands are those a person would type with these files. `build_recipe` also serves the table of `make table3`.
@@ -19,6 +19,7 @@ from mergekit_wp.checkpoint.references import Reference, Source, read_reference,
 from mergekit_wp.checkpoint.weights import TensorHeader
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.merge.certificate import CERTIFICATE
 from mergekit_wp.merge.plan import WP
 from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline
@@ -76,6 +77,7 @@ def pipeline_steps(pipeline: Pipeline, allow_code: bool = False) -> list[Step]:
     steps += [_merge_step(pipeline, name) for name in pipeline.merges]
     if pipeline.evaluate is not None:
         steps.append(_eval_step(pipeline, allow_code))
+    steps.append(_report_step(pipeline))
     if pipeline.push is not None:
         steps.append(_push_step(pipeline))
     return steps
@@ -126,6 +128,12 @@ def score_file(pipeline: Pipeline, expert: str) -> Path:
     return pipeline.experts[expert].scores or pipeline.out / "scores" / f"{expert}.safetensors"
 
 
+def score_files(pipeline: Pipeline) -> dict[str, Path]:
+    """The score files that are there or will be, by expert."""
+    named = (name for name, expert in pipeline.experts.items() if expert.scoring is not None or expert.scores)
+    return {name: score_file(pipeline, name) for name in named}
+
+
 def recipe_file(pipeline: Pipeline, merge: str) -> Path:
     """A merge's recipe: the user's own, or the one written for it."""
     return pipeline.merges[merge].recipe or pipeline.out / "recipes" / f"{merge}.yaml"
@@ -144,6 +152,10 @@ def merged_folder(pipeline: Pipeline, merge: str) -> Path:
 
 def results_folder(pipeline: Pipeline) -> Path:
     return pipeline.out / "eval"
+
+
+def report_file(pipeline: Pipeline) -> Path:
+    return pipeline.out / "report.html"
 
 
 def _job_file(pipeline: Pipeline, expert: str) -> Path:
@@ -216,6 +228,18 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     ]
     outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
     return _step("evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox"))
+
+
+def _report_step(pipeline: Pipeline) -> Step:
+    command = ["python", "-m", "mergekit_wp.pipeline.report", str(pipeline.file)]
+    inputs = [
+        pipeline.file,
+        *score_files(pipeline).values(),
+        *(recipe_file(pipeline, name) for name in pipeline.merges),
+    ]
+    inputs += [merged_folder(pipeline, name) / CERTIFICATE for name in pipeline.merges]
+    inputs += [results_folder(pipeline) / "results.json"] if pipeline.evaluate is not None else []
+    return _step("report", "report", "Write the report", command, inputs, (report_file(pipeline),), ("pipeline",))
 
 
 def _push_step(pipeline: Pipeline) -> Step:

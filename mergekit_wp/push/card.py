@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.foreign import code, fenced, markdown, one_line
 from mergekit_wp.merge.certificate import CERTIFICATE, Certificate
+from mergekit_wp.page import markdown_grid
 from mergekit_wp.push.evaluation import Figure
 from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
 from mergekit_wp.push.parents import Parent
@@ -165,16 +166,16 @@ Prompt it in the format that the experts were trained with."""
             "How much of what each expert has and its base lacks a single head or neuron restores, on prompts of each "
             "task. `method` says how it was measured, `utility` what recovery means; the score files hold the rest.",
             "",
-            "| expert | tasks (prompts) | method | utility | anchor layer | computed in | date | file |",
-            "|---|---|---|---|---:|---|---|---|",
         ]
+        grid = [["expert", "tasks (prompts)", "method", "utility", "anchor layer", "computed in", "date", "file"]]
         for path, meta in self.scores:
             tasks = ", ".join(f"{name} ({task.scoring})" for name, task in meta.tasks.items())
             layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
             name = path.rpartition("/")[2]
             method = meta.method + (f", object {meta.object}" if meta.object else "")
             cells = [meta.expert.name, tasks, method, meta.utility, layer, meta.dtype, meta.date[:10]]
-            lines.append(f"| {' | '.join(map(markdown, cells))} | [{markdown(name)}]({path}) |")
+            grid.append([*map(markdown, cells), f"[{markdown(name)}]({path})"])
+        lines.append(markdown_grid(grid, "llllrlll"))
         put = [f"{code(meta.expert.name)} {_put(meta.prompts)}" for _, meta in self.scores if meta.prompts]
         return "\n".join([*lines, *(["", f"How prompts were put: {'; '.join(put)}."] if put else [])])
 

@@ -275,7 +275,7 @@ def _draw(certificate: Certificate, stage: Path) -> None:
     import numpy as np
 
     from mergekit_wp.files import atomic_path
-    from mergekit_wp.report import shares_png
+    from mergekit_wp.pictures import shares_png
 
     shares = {kind: np.array(certificate.shares[kind]) for kind in ("heads", "neurons")}
     with atomic_path(stage / staging.PICTURE) as partial:

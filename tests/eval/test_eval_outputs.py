@@ -289,7 +289,7 @@ def test_the_page_says_once_what_is_the_same_for_all_cells(tmp_path: Path) -> No
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "limit none; shots 0; backend hf; options none; device not recorded;" in page
     assert "<th>dtype</th>" in page
-    assert "<td>float32</td>" in page
+    assert '<td data-label="dtype">float32</td>' in page
 
 
 def test_wp_eval_writes_the_page_too_and_wp_compare_reads_its_results(world: Path, tmp_path: Path) -> None:

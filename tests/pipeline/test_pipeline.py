@@ -49,7 +49,7 @@ def states(printed: str) -> dict[str, str]:
 def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_change(world: Path) -> None:
     file = pipeline_of(world)
     todo = states(wp_run(world, file.name, "--plan"))
-    assert list(todo.values()) == ["to do (not run yet)"] * 5
+    assert list(todo.values()) == ["to do (not run yet)"] * 6
     assert not (world / "out" / "scores").exists()
 
     wp_run(world, file.name)
@@ -57,7 +57,7 @@ def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_chan
     assert [row["name"] for row in results["rows"]] == ["base", "linear", "wp"]
     assert results["baseline"] == "linear"
     printed = wp_run(world, file.name)
-    assert printed.count("done before") == 5
+    assert printed.count("done before") == 6
 
     # Other prompts for one expert: its scores, the merge that reads them, and the table.
     prompts = world / "one.jsonl"
@@ -69,6 +69,7 @@ def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_chan
         "Merge linear by linear": "done",
         "Merge wp by wp": "to do (unless out/scores/one.safetensors comes out as it was)",
         "Grade every model": "to do (unless out/merges/wp comes out as it was)",
+        "Write the report": "to do (unless out/scores/one.safetensors comes out as it was)",
     }
     before = (world / "out/merges/linear/model.safetensors").stat().st_mtime_ns
     printed = wp_run(world, file.name)
@@ -121,10 +122,10 @@ def test_every_input_is_there_before_it_is_read(world: Path, monkeypatch: pytest
     write_derived(pipeline)
     made: set[Path] = set()
     steps = pipeline_steps(pipeline)
-    assert [step.stage for step in steps] == ["score", "score", "merge", "merge", "evaluate", "push"]
+    assert [step.stage for step in steps] == ["score", "score", "merge", "merge", "evaluate", "report", "push"]
     for step in steps:
         for path in step.inputs:
-            assert path.exists() or path in made, f"{step.name} reads {path}"
+            assert path.exists() or made & {path, *path.parents}, f"{step.name} reads {path}"
         made |= set(step.outputs)
     recipes = [yaml.safe_load((world / f"order/recipes/{name}.yaml").read_text()) for name in ("linear", "wp")]
     assert [recipe["out_dtype"] for recipe in recipes] == ["float32", "float32"]  # as the experts are stored
@@ -251,6 +252,14 @@ def test_the_tutorials_example_is_a_pipeline(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "13b.yaml").write_text(example.partition("\n")[2])
     monkeypatch.chdir(root)
     pipeline = read_pipeline(tmp_path / "13b.yaml")
-    assert [step.stage for step in pipeline_steps(pipeline)] == ["score", "score", "merge", "merge", "evaluate", "push"]
+    assert [step.stage for step in pipeline_steps(pipeline)] == [
+        "score",
+        "score",
+        "merge",
+        "merge",
+        "evaluate",
+        "report",
+        "push",
+    ]
     jobs = [yaml.safe_load(text) for path, text in derived_files(pipeline).items() if path.parent.name == "scoring"]
     assert [ScoringJob.from_mapping(job, "here").layer for job in jobs] == [27, 27]

@@ -1,0 +1,78 @@
+"""Pages: jinja2 templates in `templates/`, with everything in the page itself (no scripts, no requests to anywhere).
+
+What a template is given is text, brought on one line and escaped; only `Markup` goes in as it is, and only templates,
+`grid`, `section` and pictures make it. Text of several lines goes through the filter `lines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from mergekit_wp.foreign import one_line, one_line_each
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mergekit_wp"),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else one_line(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["lines"] = lambda text: escape(one_line_each(str(text)))
+    return environment
+
+
+def render(template: str, **values: Any) -> Markup:
+    """A template of `templates/` as HTML."""
+    return Markup(_environment().get_template(template).render(**values))
+
+
+def render_text(template: str, **values: Any) -> Markup:
+    """The same of a template that is given as text."""
+    return Markup(_compiled(template).render(**values))
+
+
+@lru_cache(maxsize=64)
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
+
+
+def frame(title: str, lead: str, body: Markup, foot: str = "") -> str:
+    """A whole page."""
+    return str(render("page.html", title=title, lead=lead, body=body, foot=foot))
+
+
+def section(title: str, body: Markup) -> Markup:
+    return render_text("<section><h2>{{ title }}</h2>\n{{ body }}</section>\n", title=title, body=body)
+
+
+def grid(lines: Sequence[Sequence[str]]) -> Markup:
+    """A table of text: the first line is the head, the first cell of each other line its name."""
+    return render("grid.html", grid=lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The same for a terminal: its first column on the left, the others on the right, a rule below the head."""
+    cells = [[one_line(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    texts = (
+        [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))] for line in cells
+    )
+    return "\n".join("  ".join(line).rstrip() for line in texts)
+
+
+def markdown_grid(lines: Sequence[Sequence[str]], align: str = "") -> str:
+    """The same as a GitHub table, of cells that are Markdown already; `align`: `l` or `r` for each column."""
+    align = align or "l" + "r" * (len(lines[0]) - 1)
+    rule = "|" + "".join("---:|" if side == "r" else "---|" for side in align)
+    head, *rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, rule, *rows])
