@@ -36,8 +36,9 @@ def write_pipeline(out: Path) -> Pipeline:
                 "merge_method": "linear",
                 "expert_parameters": {"weight": 1.0},
                 "base_parameters": {"weight": 0.0},
+                "out_dtype": "bfloat16",  # as the world's models, which are not there yet when this is written
             },
-            "wp": {"merge_method": "wp"},
+            "wp": {"merge_method": "wp", "out_dtype": "bfloat16"},
         },
         "evaluate": {
             "suite": str(readable(SUITE)),
