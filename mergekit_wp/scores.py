@@ -28,6 +28,7 @@ import torch
 
 from mergekit_wp import ranking
 from mergekit_wp.checkpoint.folder import Fingerprint
+from mergekit_wp.checkpoint.hub import score_file
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.choices import GAPS, METHODS, OBJECTS, SPLITS, UTILITIES
 from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, parse_json, read_record, strict
@@ -248,6 +249,10 @@ class Scores:
         ranking.check_comparable({"these scores": self, "the other scores": other}, any_base)
         return ranking.compare(self, other, k)
 
+    def save(self, path: str | Path) -> None:
+        """Write the score file, as wp-score does (`write_scores`)."""
+        write_scores(self, path)
+
     def plot(self) -> Figure:
         """A matplotlib figure: a map of the heads and one of the neurons by layer. A notebook shows it, `savefig`
         writes it.
@@ -333,12 +338,14 @@ def write_scores(scores: Scores, path: str | Path) -> None:
 
 
 def read_scores(path: str | Path) -> Scores:
-    """Read and validate a whole score file.
+    """Read and validate a whole score file: of this machine, or of the Hub (`alice/model`, `hf://alice/model/FILE`; see
+    `hub.score_file`).
 
     Raises `BadInput`, naming the file, when it is missing, is not safetensors, has no `wp` metadata, has an
     unknown format version, misses a tensor or has one too many, or holds a wrong shape, a wrong dtype, a NaN
     or an infinity.
     """
+    path = score_file(str(path))
     text, tensors = read_tensors(path, METADATA_KEY, "score", "wp-score")
     try:
         meta = ScoreMeta.from_json(text)

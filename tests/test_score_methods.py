@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from test_scores import example
+from score_example import example
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Component, Kind

@@ -37,6 +37,7 @@ from mergekit_wp.files import check_files, inside, read_json_mapping
 from mergekit_wp.geometry import Geometry, text_config
 
 _WINDOW_BYTES = 4096
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Checkpoint:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(header.end - header.start for header in self.tensors.values())
+        return sum(header.nbytes for header in self.tensors.values())
 
     @cached_property
     def resolved_config(self) -> dict[str, Any]:
@@ -170,35 +171,21 @@ def content_digest(tensors: Mapping[str, TensorHeader]) -> str:
     for name in sorted(tensors):
         header = tensors[name]
         digest.update(f"{name}|{header.dtype}|{header.shape}|".encode())
-        with open(header.file, "rb") as stream:
-            stream.seek(header.start)
-            left = header.end - header.start
-            while left:
-                block = stream.read(min(left, 1 << 24))
-                if not block:
-                    raise BadInput(f"{header.file}: cut short while it was read; is something writing to it?")
-                digest.update(block)
-                left -= len(block)
+        for first in range(0, header.nbytes, _BLOCK_BYTES):
+            digest.update(header.read(first, min(_BLOCK_BYTES, header.nbytes - first)))
     return digest.hexdigest()
 
 
 def fingerprint_tensors(tensors: Mapping[str, TensorHeader]) -> str:
     """SHA-256 over names, dtypes, shapes and three data windows (start, middle, end) of every tensor."""
     digest = hashlib.sha256()
-    streams = {file: open(file, "rb") for file in {header.file for header in tensors.values()}}  # noqa: SIM115
-    try:
-        for name in sorted(tensors):
-            header = tensors[name]
-            digest.update(f"{name}|{header.dtype}|{header.shape}|".encode())
-            last = max(header.start, header.end - _WINDOW_BYTES)
-            # The middle window is counted from the tensor's start, so that it does not move with the shard.
-            for position in sorted({header.start, header.start + (last - header.start) // 2, last}):
-                stream = streams[header.file]
-                stream.seek(position)
-                digest.update(stream.read(min(_WINDOW_BYTES, header.end - position)))
-    finally:
-        for stream in streams.values():
-            stream.close()
+    for name in sorted(tensors):
+        header = tensors[name]
+        digest.update(f"{name}|{header.dtype}|{header.shape}|".encode())
+        last = max(0, header.nbytes - _WINDOW_BYTES)
+        # The middle window is counted from the tensor's start, so that it does not move with the shard.
+        for first in sorted({0, last // 2, last}):
+            digest.update(header.read(first, min(_WINDOW_BYTES, header.nbytes - first)))
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.checkpoint.references import Source
+from mergekit_wp.checkpoint.references import Source, is_hub_name, read_reference
 from mergekit_wp.checkpoint.weights import ADAPTER, ADAPTER_CONFIG, INDEX_SUFFIX, MODEL, SUFFIX, read_index, two_sets
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import disk_trouble
@@ -33,6 +33,14 @@ _OTHERS = re.compile(
 )
 
 
+BESIDE = "wp/scores.safetensors"
+"""Where in an expert's folder, or repository, its score file is looked for.
+
+Not at the top of it: vLLM takes every .safetensors there for weights.
+"""
+_SCORES = re.compile(r"wp/scores/[^/]+\.safetensors")
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model's folder, by its path there, is the tokenizer's (chat templates included)."""
     return _TOKENIZER.fullmatch(name) is not None
@@ -46,6 +54,66 @@ def download(source: Source, cache: str | None = None) -> Path:
     from huggingface_hub import constants
 
     return _download(source, cache or constants.HF_HUB_CACHE, constants.ENDPOINT, constants.HF_HUB_OFFLINE)
+
+
+def score_file(name: str) -> Path:
+    """The score file that a name means; one on the Hub is downloaded.
+
+        FILE                              of this machine; what is there always comes first
+        hf://USER/NAME[@REVISION]/FILE    this file of a repository
+        USER/NAME[@REVISION]              of a repository (hf://USER/NAME as well) `wp/scores.safetensors`, else the
+                                          only file in `wp/scores`
+    Raises `BadInput` for what is not there, and for a repository with several.
+    """
+    hub = name.removeprefix("hf://")
+    if os.path.lexists(name) or (hub == name and (name.endswith(SUFFIX) or not is_hub_name(name))):
+        return Path(name)
+    owner, _, rest = hub.partition("/")
+    repository, _, file = rest.partition("/")
+    source = read_reference(f"{owner}/{repository}").model
+    if source.kind != "hub":
+        raise BadInput(f"{name}: expected hf://USER/NAME or hf://USER/NAME/FILE.safetensors.")
+    from huggingface_hub import constants
+
+    return _score_file(source, file, constants.HF_HUB_CACHE, constants.ENDPOINT)
+
+
+def _score_file(source: Source, file: str, cache: str, endpoint: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    at: dict[str, Any] = {"revision": source.revision, "cache_dir": cache, "endpoint": endpoint}
+    try:
+        if not file:
+            api = HfApi(endpoint=endpoint, library_name="mergekit-wp")
+            file = _only_scores(source, api.list_repo_files(source.path, revision=source.revision))
+        return Path(hf_hub_download(source.path, file, **at))
+    except BadInput:
+        raise
+    except EntryNotFoundError as error:
+        raise BadInput(f"{source}: the repository has no file {file}; mend the name.") from error
+    except Exception as error:  # the Hub's client and its HTTP library raise many types
+        try:  # what an earlier run has brought
+            folder = Path(snapshot_download(source.path, local_files_only=True, **at))
+        except Exception:
+            raise explain(source, error, endpoint) from error
+        there = [str(path.relative_to(folder)) for path in folder.glob("wp/**/*.safetensors")]
+        found = folder / (file or _only_scores(source, there))
+        if not found.is_file():
+            raise explain(source, error, endpoint) from error
+        return found
+
+
+def _only_scores(source: Source, names: Iterable[str]) -> str:
+    """The score file that a repository stands for. Raises `BadInput` where there is none, or several."""
+    names = sorted(names)
+    found = [name for name in names if name == BESIDE] or [name for name in names if _SCORES.fullmatch(name)]
+    if len(found) != 1:
+        several = f"has the score files {', '.join(found)}; name one, as hf://{source}/FILE"
+        raise BadInput(
+            f"{source}: {several if found else f'has no score file, neither {BESIDE} nor one in wp/scores'}."
+        )
+    return found[0]
 
 
 def model_files(names: Iterable[str], read_shards: Callable[[], Iterable[str]]) -> list[str]:

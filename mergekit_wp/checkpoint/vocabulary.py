@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from mergekit_wp.checkpoint import model_config as modelconfig
 from mergekit_wp.checkpoint.folder import Checkpoint
@@ -116,10 +115,8 @@ def _equal(checkpoint: Checkpoint, embeddings: str, head: str) -> bool:
     one, other = checkpoint.tensors[embeddings], checkpoint.tensors[head]
     if one.shape != other.shape:
         return False
-    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
-        embeddings_VD, head_VD = first.get_slice(embeddings), second.get_slice(head)
-        parts = (slice(start, start + _ROWS) for start in range(0, one.shape[0], _ROWS))
-        return all(_equal_values(embeddings_VD[rows], head_VD[rows]) for rows in parts)
+    parts = (slice(start, start + _ROWS) for start in range(0, one.shape[0], _ROWS))
+    return all(_equal_values(one.part(embeddings, rows), other.part(head, rows)) for rows in parts)
 
 
 def _equal_values(one: torch.Tensor, other: torch.Tensor) -> bool:

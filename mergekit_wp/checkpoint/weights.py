@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_wp.documents import parse_json
@@ -40,6 +41,49 @@ class TensorHeader:
     file: Path
     start: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def read(self, first: int, count: int) -> bytes:
+        """`count` of the tensor's bytes from byte `first` of it. Raises `BadInput` where the file is cut short."""
+        with open(self.file, "rb") as stream:
+            stream.seek(self.start + first)
+            found = stream.read(count)
+        if len(found) < count:
+            raise BadInput(f"{self.file}: cut short while it was read; is something writing to it?")
+        return found
+
+    def part(self, name: str, where: Any) -> torch.Tensor:
+        """The part of the tensor, by the name that it has in its file, that a slice or a tuple of slices says."""
+        with safe_open(self.file, framework="pt") as file:
+            part: torch.Tensor = file.get_slice(name)[where]
+        return part
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTensor(TensorHeader):
+    """One tensor in memory, seen as one in a file."""
+
+    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> HeldTensor:
+        """Named as safetensors would name its dtype."""
+        dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper())
+        nbytes = tensor.numel() * tensor.element_size()
+        return cls(dtype, tuple(tensor.shape), Path("(in memory)"), 0, nbytes, tensor.detach())
+
+    def read(self, first: int, count: int) -> bytes:
+        bytes_N = self.tensor.contiguous().view(-1).view(torch.uint8)
+        return bytes_N[first : first + count].cpu().numpy().tobytes()
+
+    def part(self, name: str, where: Any) -> torch.Tensor:
+        return self.tensor[where]
+
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def read_tensors(folder: Path, stem: str = MODEL) -> dict[str, TensorHeader]:

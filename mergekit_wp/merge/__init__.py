@@ -1,6 +1,13 @@
-"""`merge_method: wp`, `widen` and `aim` for mergekit, the checks before a merge, and `wp-merge`."""
+"""`merge_method: wp`, `widen` and `aim` for mergekit, the checks before a merge, `wp-merge`, and `merge` of Python.
+
+`from mergekit_wp import merge` gives this package, which can be called: that is `merging.merge`.
+"""
 
 from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
 
 
 def register() -> None:
@@ -16,3 +23,15 @@ def register() -> None:
     for module in METHODS.values():
         import_module(module).register()
     install_evolve()
+
+
+class _Callable(ModuleType):
+    """A function of the package's own name would be hidden as soon as anything imported the package."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from importlib import import_module
+
+        return import_module(f"{__name__}.merging").merge(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 
 import torch
-from safetensors import safe_open
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.vocabulary import align_rows
@@ -37,9 +36,7 @@ def by_kind(plan: MergePlan) -> list[list[PlannedTensor]]:
 
 def read_slice(checkpoint: Checkpoint, name: str, where: tuple[slice, ...], dtype: str | None = None) -> torch.Tensor:
     """A part of one tensor in float64; `dtype`: converted to that first, as mergekit reads under a recipe's dtype."""
-    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
-        view = file.get_slice(name)
-        part: torch.Tensor = view[where[0]] if len(where) == 1 else view[where[0], where[1]]
+    part = checkpoint.tensors[name].part(name, where)
     return (part if dtype is None else part.to(getattr(torch, dtype.removeprefix("torch.")))).to(torch.float64)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_wp.checkpoint.adapters import adds_to_an_end
-from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint
 from mergekit_wp.checkpoint.quantised import MARKS
 from mergekit_wp.checkpoint.vocabulary import (
     differences,
@@ -215,11 +215,18 @@ def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:
 def _check_fingerprint(
     plan: MergePlan, role: str, model: ModelReference, scored: ModelId, path: str, allow: bool
 ) -> None:
-    found = plan.fingerprint(model)
+    check_fingerprint(plan.fingerprint(model), role, str(model), scored, path, allow)
+
+
+def check_fingerprint(found: Fingerprint, role: str, model: str, scored: ModelId, where: str, allow: bool) -> None:
+    """Raise `BadInput` unless the scores (`where`) were made for this model; a warning if that is allowed.
+
+    Of tensors alone a fingerprint has no config, which then is not compared.
+    """
     halves = [
         half
         for half, same in (
-            ("config", found.has_config(scored.config)),
+            ("config", not found.config or found.has_config(scored.config)),
             ("weights", found.tensors == scored.tensors),
         )
         if not same
@@ -227,7 +234,7 @@ def _check_fingerprint(
     if not halves:
         return
     text = (
-        f"{path}: these scores were made for the {role} {scored.name}, whose {' and '.join(halves)} differ from "
+        f"{where}: these scores were made for the {role} {scored.name}, whose {' and '.join(halves)} differ from "
         f"those of {model}"
     )
     if not allow:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,14 +88,22 @@ def main(
     if dry_run:
         _dry_run(loaded, out, options)
         return
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     claim(out)
+    carry_out(loaded, out, options, audited, echo)
+    echo(f"wrote {out}")
+
+
+def carry_out(recipe: Recipe, out: Path, options: MergeOptions, audited: bool, say: Callable[[str], None]) -> None:
+    """Merge, audit, and put the folder at `out` once all is well; what is there is replaced. The caller has claimed it.
+
+    say: told what the audit found, a line each. Raises `BadInput` and `AuditFailed`.
+    """
     with explained(out), _workplace(out) as work:
-        _merge(loaded, out, work, options, audited)
+        _merge(recipe, out, work, options, audited, say)
         if os.path.exists(out):
             os.replace(out, work / ".replaced")
         os.replace(work / out.name, out)
-    echo(f"wrote {out}")
 
 
 def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
@@ -113,7 +121,9 @@ def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
     echo(f"all checks passed; the merge would write {size_text(plan.nbytes())} to {out}. Nothing was written.")
 
 
-def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool) -> None:
+def _merge(
+    recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool, tell: Callable[[str], None]
+) -> None:
     """Merge into work/<name of out>, and audit it there."""
     from mergekit.merge import run_merge
 
@@ -139,12 +149,12 @@ def _merge(recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited
     if not audited:
         return
     if not options.safe_serialization:
-        echo("audit: skipped, because --no-safe-serialization writes pickled weights, which are never opened.")
+        tell("audit: skipped, because --no-safe-serialization writes pickled weights, which are never opened.")
         return
     checked: list[str] = []
 
     def say(line: str) -> None:
-        echo(line)
+        tell(line)
         checked.append(line)
 
     try:
@@ -167,7 +177,7 @@ def _copy_generation_config(plan: MergePlan, merged: Path) -> None:
         shutil.copy(original, merged / original.name)
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
     if os.path.isdir(out) and any(out.iterdir()) and not overwrite:
         raise BadInput(f"{out}: exists and is not empty; name another folder, or add --overwrite to replace it.")
 

@@ -125,6 +125,30 @@ def fuse(
     return out
 
 
+def merge_tensor(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    alpha_Kn: torch.Tensor | None,
+    axis: int,
+    prior: Sequence[float],
+    scales: Sequence[float],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """One tensor of a merge: shares alpha_Kn along `axis`, or None where there is no component, with the experts'
+    weights w_K (`prior`) and scales x_K.
+
+    The base's values are read only if a scale is not 1. Raises as `fuse`, and `ValueError` for weights all 0.
+    """
+    scaled = any(x != 1.0 for x in scales)
+    if alpha_Kn is None:
+        axis = 0
+        if scaled or len(set(prior)) > 1:
+            alpha_Kn = prior_shares(prior)[:, None].expand(-1, base.shape[0])
+    if alpha_Kn is not None and scaled:
+        alpha_Kn = torch.tensor(scales)[:, None] * alpha_Kn
+    return fuse(experts, alpha_Kn, axis, out_dtype, base if scaled else None)
+
+
 def _fuse_stripe(
     experts_RC: Sequence[torch.Tensor],
     alpha_KRC: torch.Tensor,

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import torch
 
+from mergekit_wp.checkpoint.hub import BESIDE
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import Stamp, stamp
 from mergekit_wp.geometry import TensorSlot
 from mergekit_wp.merge.kernel import component_weights
 from mergekit_wp.scores import Scores, read_scores
-
-BESIDE = "wp/scores.safetensors"
-"""Where in an expert's folder its score file is looked for when the recipe names none.
-
-Not at the top of the folder: vLLM takes every .safetensors there for weights.
-"""
 
 
 def load_scores(path: str) -> Scores:
@@ -29,13 +24,18 @@ def load_scores(path: str) -> Scores:
     the others' zeros would give them to the other experts.
     """
     scores = _read(stamp(path, "score file", "make it with wp-score or mend the path"))
+    check_complete(scores, path)
+    return scores
+
+
+def check_complete(scores: Scores, where: str) -> None:
+    """Raise `BadInput` when only some components were scored; `where` names the scores."""
     if not scores.complete:
         scored, total = (sum(int(f(mask)) for mask in scores.scored.values()) for f in (torch.sum, torch.numel))
         raise BadInput(
-            f"{path}: holds scores of {scored:,} of {total:,} components ({scores.meta.subset}); a merge needs all, so "
-            "run wp-score without --components, --layers and --top."
+            f"{where}: holds scores of {scored:,} of {total:,} components ({scores.meta.subset}); a merge needs all, "
+            "so run wp-score without --components, --layers and --top."
         )
-    return scores
 
 
 def scores_beside(folder: Path) -> str:
@@ -56,16 +56,27 @@ def layer_shares(
     for path, scores in zip(paths, files, strict=True):
         if different := scores.meta.geometry.differences(files[0].meta.geometry):
             raise BadInput(f"{path}: made for another shape than {paths[0]} ({'; '.join(different)}).")
-    return (
-        component_weights([scores.heads[layer] for scores in files], prior),
-        component_weights([scores.neurons[layer] for scores in files], prior),
-    )
+    return _layer_shares(files, layer, prior)
 
 
 def tensor_shares(paths: Sequence[str], slot: TensorSlot, prior: Sequence[float] | None = None) -> torch.Tensor:
     """alpha_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons."""
     alpha_KH, alpha_KF = layer_shares(paths, slot.layer, prior)
     return load_scores(paths[0]).meta.geometry.expand(slot, alpha_KH, alpha_KF)
+
+
+def held_shares(files: Sequence[Scores], slot: TensorSlot, prior: Sequence[float] | None = None) -> torch.Tensor:
+    """As `tensor_shares`, of scores in memory, which are known to be of one geometry."""
+    return files[0].meta.geometry.expand(slot, *_layer_shares(files, slot.layer, prior))
+
+
+def _layer_shares(
+    files: Sequence[Scores], layer: int, prior: Sequence[float] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        component_weights([scores.heads[layer] for scores in files], prior),
+        component_weights([scores.neurons[layer] for scores in files], prior),
+    )
 
 
 @lru_cache(maxsize=64)

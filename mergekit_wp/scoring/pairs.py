@@ -38,7 +38,7 @@ from mergekit_wp.files import read_text
 from mergekit_wp.foreign import echo
 from mergekit_wp.scoring.anchor.graders import parse_check
 
-_FIELDS = {"task", "prompt", "contrast", "check", "chat"}
+FIELDS = {"task", "prompt", "contrast", "check", "chat"}
 _BUILTIN_PREFIX = "builtin:"
 _MOST_NAME = 200  # characters of a task
 _MOST_BYTES = 1 << 30  # a million long prompts
@@ -78,9 +78,13 @@ def load_pairs(source: str, samples: int | None, seed: int) -> list[Pair]:
         if name not in BUILTIN:
             raise BadInput(f"pairs: no built-in set {shown(name)}; there are {', '.join(sorted(BUILTIN))}.")
         return BUILTIN[name](samples or 100, seed)
-    pairs = read_pairs(source)
+    return draw_pairs(read_pairs(source), samples, seed, source)
+
+
+def draw_pairs(pairs: Sequence[Pair], samples: int | None, seed: int, source: str) -> list[Pair]:
+    """`samples` pairs of each task, drawn with `seed`; None takes them all. Raises `BadInput`, naming the source."""
     if samples is None:
-        return pairs
+        return list(pairs)
     drawn = []
     for task, rows in by_task(pairs).items():
         if len(rows) < samples:
@@ -143,9 +147,14 @@ def _parse_row(line: str, where: str) -> Pair:
         row = parse_json(line)
     except ValueError as error:
         raise BadInput(f"{where}: not valid JSON ({error}).") from error
+    return parse_pair(row, where)
+
+
+def parse_pair(row: Any, where: str) -> Pair:
+    """A pair from the fields of a row; `where` names it in errors. Raises `BadInput`."""
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected an object with task and prompt, found {type(row).__name__}.")
-    if unknown := set(row) - _FIELDS:
+    if unknown := set(row) - FIELDS:
         raise BadInput(
             f"{where}: unknown field {shown(sorted(unknown)[0])}; expected task, prompt, contrast, check and chat."
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint.folder import Checkpoint, local_folder
+from mergekit_wp.checkpoint.in_memory import LiveModel
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.checkpoint.vocabulary import tokenizer_in
 from mergekit_wp.errors import BadInput, reason_of
@@ -201,9 +202,10 @@ def _plain(job: ScoringJob, owners: Sequence[tuple[str, Any]], said: Sequence[Pa
 
 def _owners(job: ScoringJob, base: Checkpoint, expert: Checkpoint, tokenizer: Any) -> list[tuple[str, Any]]:
     """Who has a chat template, (name, tokenizer): the adapter or the expert first, then the base."""
-    lora = read_reference(job.expert).lora
-    folders = [(job.expert, local_folder(lora) if lora else expert.folder)]
-    found = [(name, _own_tokenizer(folder, job.trust_remote_code)) for name, folder in folders]
+    # A model in memory may be called `base+lora` though its folder is its own.
+    lora = None if isinstance(expert, LiveModel) else read_reference(job.expert).lora
+    folder = local_folder(lora) if lora else expert.folder
+    found = [(job.expert, _own_tokenizer(folder, job.trust_remote_code))]
     found.append((base.name, tokenizer))
     return [(name, each) for name, each in found if getattr(each, "chat_template", None)]
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from mergekit_wp import __version__
+from mergekit_wp.checkpoint.in_memory import LiveModel
 from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.console import StartProgress, Tick, no_progress
@@ -47,7 +48,7 @@ from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import instruction_effect, make_metrics, metric_of
 from mergekit_wp.scoring.models.load import CheckedPair, ModelPair, check_pair, load_pair, warn_of_other_ids
-from mergekit_wp.scoring.pairs import TaskPairs, load_pairs, split_pairs
+from mergekit_wp.scoring.pairs import Pair, TaskPairs, draw_pairs, load_pairs, split_pairs
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
@@ -64,6 +65,7 @@ def score(
     progress: StartProgress | None = None,
     processes: ProcessGroup | None = None,
     resume: Resume | None = None,
+    held: InMemory | None = None,
 ) -> Scores:
     """Run a whole scoring job.
 
@@ -71,10 +73,11 @@ def score(
     processes  those that share the work; alone by default
     resume     where `exact` and `ap` keep their finished layers and go on from them (in the first process); nowhere
                by default. The caller calls its `forget` once the file is written
+    held       what is in memory already, in the place of what the job names
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
     processes, resume = processes or ProcessGroup(), resume or Resume()
-    ready = prepare(job)
+    ready = prepare(job, held)
     checked, search, asked, subset = ready.checked, ready.search, ready.asked, ready.subset
     tokenizer, tasks = ready.tokenizer, ready.tasks
     pair = load_pair(job, checked, processes)  # only now, when nothing but the weights themselves can be wrong
@@ -112,6 +115,14 @@ def score(
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """Models (`base`, `expert`) and prompts that a caller in Python has at hand; None: those that the job names."""
+
+    models: Mapping[str, LiveModel] = field(default_factory=dict)
+    prompts: Sequence[Pair] | None = None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A job of which nothing but the weights can be wrong any more.
 
@@ -127,16 +138,17 @@ class Prepared:
     tasks: list[TaskTokens]
 
 
-def prepare(job: ScoringJob) -> Prepared:
+def prepare(job: ScoringJob, held: InMemory | None = None) -> Prepared:
     """Everything that can be checked before weights load, and what comes of it. Raises `BadInput`."""
-    checked = check_pair(job)
+    held = held or InMemory()
+    checked = check_pair(job, held.models)
     shape = checked.base.geometry
     search = search_of(job, shape.layers) if job.layer == "auto" else None
     asked = None if search else anchor_layer(job.layer, shape.layers)
     if job.utility == "projection":
         asked = shape.layers - 1
     subset = choose_subset(job, checked)
-    pairs = pairs_of(job)
+    pairs = pairs_of(job, held.prompts)
     tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     prompt_format = prompt_format_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(prompt_format, pairs, checked.context_limit)
@@ -147,9 +159,13 @@ def prepare(job: ScoringJob) -> Prepared:
     return Prepared(checked, search, asked, subset, tokenizer, prompt_format.style, tasks)
 
 
-def pairs_of(job: ScoringJob) -> list[TaskPairs]:
-    """The prompts of every task, split as the job says. Raises `BadInput`."""
-    return split_pairs(load_pairs(job.pairs, job.samples, job.seed), job.split if job.directed else None, job.seed)
+def pairs_of(job: ScoringJob, prompts: Sequence[Pair] | None = None) -> list[TaskPairs]:
+    """The prompts of every task, split as the job says; `prompts`: these. Raises `BadInput`."""
+    if prompts is None:
+        drawn = load_pairs(job.pairs, job.samples, job.seed)
+    else:
+        drawn = draw_pairs(prompts, job.samples, job.seed, "prompts")
+    return split_pairs(drawn, job.split if job.directed else None, job.seed)
 
 
 def _anchors(

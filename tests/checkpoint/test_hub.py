@@ -10,10 +10,12 @@ import pytest
 from huggingface_hub import constants
 from loopback_hub import Fault, LoopbackHub, regular
 from safetensors.numpy import save, save_file
+from score_example import example
 
 from mergekit_wp.checkpoint import hub as models
 from mergekit_wp.checkpoint.references import Source
 from mergekit_wp.errors import BadInput
+from mergekit_wp.scores import read_scores, write_scores
 
 TOKEN = "hf_loopback_token"
 TOKENIZER = (
@@ -147,3 +149,54 @@ def test_without_a_network_and_without_the_flag(world):
     assert "without model.safetensors, and the Hub does not give it now" in world.refused("u/model")
     shutil.rmtree(world.cache)
     assert "nor is it in the Hub's cache" in world.refused("u/model")
+
+
+@pytest.fixture
+def scores_of(world, monkeypatch):
+    """`read_scores` of a name, against the loopback Hub and its own cache."""
+    download = models._score_file
+    here = str(world.cache), world.hub.url
+    monkeypatch.setattr(models, "_score_file", lambda source, file, *_there: download(source, file, *here))
+    return read_scores
+
+
+def score_bytes(tmp_path, seed):
+    write_scores(example(("a", f"task-{seed}")), tmp_path / "s.safetensors")
+    return (tmp_path / "s.safetensors").read_bytes()
+
+
+def test_score_files_of_the_hub(world, scores_of, tmp_path, monkeypatch):
+    """By repository where it has one, by file where it has several; from the cache when the Hub is gone."""
+    one, two = score_bytes(tmp_path, 1), score_bytes(tmp_path, 2)
+    world.put("u/expert", {"wp/scores.safetensors": one, "wp/scores/x.safetensors": two})
+    world.put("u/merge", {"wp/scores/maths.safetensors": two, "wp/results/r.json": b"{}"})
+    world.put("u/many", {"wp/scores/maths.safetensors": one, "wp/scores/code.safetensors": two})
+    for name, task in [
+        ("u/expert", "task-1"), ("hf://u/expert", "task-1"), ("u/expert@main", "task-1"), ("u/merge", "task-2"),
+        ("hf://u/many/wp/scores/code.safetensors", "task-2"), ("hf://u/many@main/wp/scores/maths.safetensors", "task-1")
+    ]:  # fmt: skip
+        assert task in scores_of(name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "task-1" in scores_of("u/expert")
+    with pytest.raises(BadInput, match="HF_HUB_OFFLINE is set"):
+        scores_of("hf://u/many/wp/scores/none.safetensors")
+    assert "task-2" in scores_of("hf://u/many/wp/scores/code.safetensors")
+
+
+def test_score_files_that_the_hub_does_not_have(world, scores_of, tmp_path):
+    world.put("u/none", {"config.json": b"{}"})
+    world.put("u/many", {f"wp/scores/{n}.safetensors": score_bytes(tmp_path, n) for n in (1, 2)})
+    world.put("u/bad", {"wp/scores.safetensors": WEIGHTS})
+    for name, said in [
+        ("u/none", "u/none: has no score file, neither wp/scores.safetensors nor one in wp/scores"),
+        ("u/many", "has the score files wp/scores/1.safetensors, wp/scores/2.safetensors; name one, as hf://"),
+        ("hf://u/many/wp/scores/3.safetensors", "u/many: the repository has no file wp/scores/3.safetensors"),
+        ("u/nobody", "the Hub has no model of this name"),
+        ("u/bad", "without the `wp` metadata of a score file"),
+        ("hf://alone", "expected hf://USER/NAME"),
+        ("scores/none.safetensors", "no such score file"),
+    ]:
+        with pytest.raises(BadInput) as caught:
+            scores_of(name)
+        assert said in caught.value.message
+        assert TOKEN not in caught.value.message

@@ -36,7 +36,7 @@ def test_a_merge_without_memory_is_a_sentence(world, monkeypatch):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mergekit_wp.merge.methods.wp.fuse", full)
+    monkeypatch.setattr("mergekit_wp.merge.kernel.fuse", full)
     out = world.root / "out"
     assert "no memory left to merge it" in run(world.recipe(), out, code=2)
     monkeypatch.setattr("mergekit.merge.run_merge", full)

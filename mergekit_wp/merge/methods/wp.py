@@ -34,7 +34,7 @@ from pydantic import BeforeValidator
 
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.geometry import slot_of
-from mergekit_wp.merge.kernel import NotFiniteError, fuse, prior_shares
+from mergekit_wp.merge.kernel import NotFiniteError, merge_tensor
 from mergekit_wp.merge.methods.base import CheckedMethod, not_finite, number, register_method
 from mergekit_wp.merge.plan import WP
 from mergekit_wp.merge.shares import load_scores, tensor_shares
@@ -124,21 +124,12 @@ class WeightPatchingMerge(CheckedMethod):
         assert base is not None  # the contract says so
         experts = group.non_base
         prior, scales = weight.values_for(experts), scale.values_for(experts)
-        scaled = any(x != 1.0 for x in scales)
         slot = slot_of(source_name or group.metadata.name or "")
         alpha_Kn = None if slot is None else tensor_shares(scores.values_for(experts), slot, prior)
-        if alpha_Kn is None and (scaled or len(set(prior)) > 1):
-            alpha_Kn = prior_shares(prior)[:, None].expand(-1, base.tensor.shape[0])
-        if alpha_Kn is not None and scaled:
-            alpha_Kn = torch.tensor(scales)[:, None] * alpha_Kn
+        axis = 0 if slot is None else slot.axis
+        dtype = out_dtype or base.tensor.dtype
         try:
-            return fuse(
-                [expert.tensor for expert in experts],
-                alpha_Kn,
-                0 if slot is None else slot.axis,
-                out_dtype or base.tensor.dtype,
-                base.tensor if scaled else None,
-            )
+            return merge_tensor(base.tensor, [each.tensor for each in experts], alpha_Kn, axis, prior, scales, dtype)
         except NotFiniteError:
             raise not_finite(group, source_name) from None
 

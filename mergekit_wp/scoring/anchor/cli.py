@@ -25,6 +25,8 @@ from mergekit_wp.outputs import check_file, claim
 if TYPE_CHECKING:
     import torch
 
+    from mergekit_wp.scores import Scores
+
 _GROUPS = {
     "Which Direction": ("task",),
     "Output Settings": ("out", "format"),
@@ -122,16 +124,23 @@ def write_pt(anchor: Anchor, path: Path) -> None:
 def _from_scores(path: str, task: str | None) -> Anchor:
     from mergekit_wp.scores import read_scores
 
-    scores = read_scores(path)
-    name = _choose(task, list(scores.tasks), path)
+    return anchor_of(read_scores(path), task, path)
+
+
+def anchor_of(scores: Scores, task: str | None, where: str) -> Anchor:
+    """The direction of a task (None: of the only one) that scores were read along; `where` names them in errors.
+
+    Raises `BadInput` when there is no such task, or none was read along a direction.
+    """
+    name = _choose(task, list(scores.tasks), where)
     meta, alpha, direction_D = scores.meta, scores.meta.tasks[name].alpha, scores.tasks[name].anchor
     if meta.anchor_layer is None or direction_D is None:
         raise BadInput(
-            f"{path}: its scores, by {meta.utility}, were read along no direction; give the JOB.yaml that it was made "
+            f"{where}: its scores, by {meta.utility}, were read along no direction; give the JOB.yaml that it was made "
             "of, or score with --utility anchor."
         )
     if alpha is None:
-        raise BadInput(f"{path}: this score file is from before alpha was kept; make it again with wp-score.")
+        raise BadInput(f"{where}: this score file is from before alpha was kept; make it again with wp-score.")
     return Anchor(name, meta.anchor_layer, alpha, direction_D, meta.base.name, meta.expert.name)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -80,23 +79,31 @@ class Steering:
 def steered(model: Any, steering: Steering) -> Iterator[None]:
     """Inside the block, `model` (a causal LM of transformers) runs steered.
 
-    The first forward pass reads the prompts, padded on the left if at all, later ones a generated token each.
+    A forward pass that finds nothing in its cache (or has none) reads prompts, padded on the left if at all; later ones
+    go on from what is in the cache, a generated token each. So any number of answers may be generated.
     """
-    passes = count()
+    reads_prompt = True
+
+    def on_input(_module: nn.Module, _args: Any, call: dict[str, Any]) -> None:
+        nonlocal reads_prompt
+        cache = call.get("past_key_values")
+        reads_prompt = cache is None or not cache.get_seq_length(steering.layer)
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if next(passes) and steering.positions in ("prompt", "anchor"):
+        if not reads_prompt and steering.positions in ("prompt", "anchor"):
             return None
         z_BTD = output[0] if isinstance(output, tuple) else output
         last_B = torch.full((len(z_BTD),), z_BTD.shape[1] - 1, device=z_BTD.device)
         changed = steering.at(z_BTD, last_B)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = text_tower(model).layers[steering.layer].register_forward_hook(on_output)
+    layer = text_tower(model).layers[steering.layer]
+    handles = [layer.register_forward_pre_hook(on_input, with_kwargs=True), layer.register_forward_hook(on_output)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

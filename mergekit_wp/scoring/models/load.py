@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from mergekit_wp.checkpoint.adapters import merge_lora
 from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, content_digest, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.in_memory import LiveModel
 from mergekit_wp.checkpoint.quantised import check_plain, plain_config
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.checkpoint.vocabulary import head_against_config, head_equals_embeddings, load_other
@@ -26,7 +28,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.layerwise import ResidentStack, Stack
 from mergekit_wp.scoring.models.offload import RESERVE, parameter_bytes, pick_offload
 from mergekit_wp.scoring.models.precision import held_dtype, pick_device, pick_dtype, stored_dtype
-from mergekit_wp.scoring.models.streaming import open_streamed
+from mergekit_wp.scoring.models.streaming import move_buffers, open_streamed, skeleton
 from mergekit_wp.scoring.prompt_format import prompt_ids
 
 LOG = logger(__name__)
@@ -75,23 +77,22 @@ class ModelPair:
         return min(self.base.vocabulary, self.expert.vocabulary)
 
 
-def check_pair(job: ScoringJob) -> CheckedPair:
+def check_pair(job: ScoringJob, live: Mapping[str, LiveModel] | None = None) -> CheckedPair:
     """Open both models and compare them by their configs and tensor headers.
 
+    live: the models (`base`, `expert`) that are in memory already.
     Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, and equal weights
     (no gap to explain). Other signs of a wrong lineage (another rope_theta, say) are logged as warnings. The number of
     vocabulary rows may differ.
     """
-    reference = read_reference(job.expert)
-    reference.check()
-    base, expert = Checkpoint.open(job.base), Checkpoint.of(reference.model)
+    live = live or {}
+    base = live.get("base") or Checkpoint.open(job.base)
+    expert, expert_print, published = _open_expert(job.expert, live.get("expert"))
     if differences := expert.geometry.differences(base.geometry):
         raise BadInput(
             f"{expert.name}: its shape differs from the base {base.name} ({'; '.join(differences)}); an expert must "
             "be a fine-tune of the base."
         )
-    expert_print = fingerprint_of(reference) if reference.lora else expert.fingerprint
-    published = local_folder(reference.lora) if reference.lora else expert.folder
     checked = CheckedPair(base, expert, base.fingerprint, expert_print, published)
     # Equal fingerprints only sample the weights: an expert that differs in one head alone is a fair question.
     same = checked.base_print.tensors == checked.expert_print.tensors
@@ -107,14 +108,35 @@ def check_pair(job: ScoringJob) -> CheckedPair:
     return checked
 
 
+def _open_expert(name: str, live: LiveModel | None) -> tuple[Checkpoint, Fingerprint, Path]:
+    """The expert, its fingerprint, and its own folder (a LoRA's, while the expert is the base under it)."""
+    if live is not None:
+        return live, live.fingerprint, live.folder
+    reference = read_reference(name)
+    reference.check()
+    expert = Checkpoint.of(reference.model)
+    if reference.lora is None:
+        return expert, expert.fingerprint, expert.folder
+    return expert, fingerprint_of(reference), local_folder(reference.lora)
+
+
 def load_pair(job: ScoringJob, checked: CheckedPair, processes: ProcessGroup | None = None) -> ModelPair:
     """Load both models, or make them ready to be read layer by layer.
 
     Raises `BadInput` when one does not load, does not fit, or holds a NaN or an infinity.
     """
-    device = (processes or ProcessGroup()).local_device(pick_device(job.device))
-    stored = [stored_dtype(model.tensors) for model in (checked.base, checked.expert)]
-    dtype = pick_dtype(job.dtype, device, stored)
+    live = [model for model in (checked.base, checked.expert) if isinstance(model, LiveModel)]
+    processes = processes or ProcessGroup()
+    follow = live and job.device == "auto"
+    device = live[0].device if follow else processes.local_device(pick_device(job.device))
+    dtype = pick_dtype(job.dtype, device, [stored_dtype(model.tensors) for model in (checked.base, checked.expert)])
+    if live and job.offload == "stream":
+        raise BadInput("offload: a model in memory is not streamed; give its folder, or leave offload out.")
+    if live:
+        base_model, expert_model = load_models(job, checked, device, dtype)
+        stacks = [ResidentStack(model, device, dtype) for model in (base_model, expert_model)]
+        reason = f"scored as they are in memory, on {device}."
+        return ModelPair(stacks[0], stacks[1], checked.base.geometry, device, dtype, "none", reason)
     offload, reason = pick_offload(job.offload, checked.base, checked.expert, dtype, device)
     if offload == "stream":
         remote, lora = job.trust_remote_code, read_reference(job.expert).lora
@@ -122,12 +144,42 @@ def load_pair(job: ScoringJob, checked: CheckedPair, processes: ProcessGroup | N
         streamed_base = open_streamed(job.base, checked.base, dtype, device, remote)
         streamed_expert = open_streamed(job.expert, checked.expert, dtype, device, remote, adapter)
         return ModelPair(streamed_base, streamed_expert, checked.base.geometry, device, dtype, offload, reason)
-    with _lora_merged(job) as merged_folder:
-        expert_folder = merged_folder or str(checked.expert.folder)
-        expert_model = _load_model(job.expert, expert_folder, dtype, device, job.trust_remote_code)
-    base_model = _load_model(job.base, str(checked.base.folder), dtype, device, job.trust_remote_code)
-    base, expert = (ResidentStack(model, device, dtype) for model in (base_model, expert_model))
+    base, expert = (ResidentStack(model, device, dtype) for model in load_models(job, checked, device, dtype))
     return ModelPair(base, expert, checked.base.geometry, device, dtype, offload, reason)
+
+
+def load_models(
+    job: ScoringJob, checked: CheckedPair, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
+    """Base and expert as frozen modules of transformers, held for products in `dtype`. Raises as `load_pair`."""
+    found = []
+    for name, checkpoint in ((job.expert, checked.expert), (job.base, checked.base)):
+        if isinstance(checkpoint, LiveModel):
+            found.append(_share_weights(checkpoint, dtype, device))
+            continue
+        with _lora_merged(name, job.trust_remote_code) as merged:
+            folder = merged or str(checkpoint.folder)
+            found.append(_load_model(name, folder, dtype, device, job.trust_remote_code))
+    expert, base = found
+    return base, expert
+
+
+@torch.no_grad()
+def _share_weights(checkpoint: LiveModel, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A frozen model of its config around the weights of the one in memory, which stays as it is.
+
+    What is on the device in the dtype held is shared, not copied.
+    """
+    kept = held_dtype(checkpoint.tensors, dtype)
+    model = skeleton(checkpoint.name, checkpoint, kept, remote_code=False)
+    own = checkpoint.model.state_dict()
+    if missing := sorted(set(model.state_dict()) - set(own)):
+        raise BadInput(f"{checkpoint.name}: lacks {len(missing)} tensors, such as {missing[0]}; load it again.")
+    model.load_state_dict({name: t.detach().to(device, kept) for name, t in own.items()}, strict=False, assign=True)
+    model.generation_config = copy.deepcopy(checkpoint.model.generation_config)
+    move_buffers(model, device)
+    _check_finite(checkpoint.name, model)
+    return model.requires_grad_(False).eval()
 
 
 def load_one(
@@ -145,14 +197,14 @@ def load_one(
 
 
 @contextmanager
-def _lora_merged(job: ScoringJob) -> Iterator[str | None]:
-    """For an expert `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
-    reference = read_reference(job.expert)
+def _lora_merged(name: str, remote_code: bool) -> Iterator[str | None]:
+    """For `base+lora`, the folder of the merged model (removed afterwards); None for a full model."""
+    reference = read_reference(name)
     if reference.lora is None:
         yield None
         return
     with scratch("wp-lora-") as cache:
-        yield str(merge_lora(reference, cache, job.trust_remote_code))
+        yield str(merge_lora(reference, cache, remote_code))
 
 
 def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device, remote_code: bool) -> nn.Module:
@@ -182,11 +234,15 @@ def _load_model(name: str, folder: str, dtype: torch.dtype, device: torch.device
         raise BadInput(f"{name}: the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download it again.")
     model.requires_grad_(False)
     model.eval()
+    _check_finite(name, model)
+    return model
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
     for key, parameter in model.named_parameters():
         low, high = torch.aminmax(parameter)
         if not torch.isfinite(low + high):
             raise BadInput(f"{name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
-    return model
 
 
 def warn_of_other_ids(checked: CheckedPair, texts: Sequence[str]) -> None:

@@ -186,13 +186,13 @@ def open_streamed(
     """
     check_plain(checkpoint)
     shards, held = Shards(name, checkpoint.tensors, device), held_dtype(checkpoint.tensors, dtype)
-    skeleton = _skeleton(name, checkpoint, held, trust_remote_code)
+    model = skeleton(name, checkpoint, held, trust_remote_code)
     if not head_equals_embeddings(checkpoint):
-        skeleton.all_tied_weights_keys.clear()  # as transformers does, whatever the config says
+        model.all_tied_weights_keys.clear()  # as transformers does, whatever the config says
     lora = None
     if adapter is not None:
-        lora = Adapter(name, adapter, _skeleton(name, checkpoint, held, trust_remote_code), device)
-    return StreamedStack(skeleton, shards, dtype, held, lora)
+        lora = Adapter(name, adapter, skeleton(name, checkpoint, held, trust_remote_code), device)
+    return StreamedStack(model, shards, dtype, held, lora)
 
 
 class StreamedStack(Stack):
@@ -215,7 +215,7 @@ class StreamedStack(Stack):
             _check_targets(lora, model)
         self._layers = next(name for name, module in model.named_modules() if module is self.tower.layers)
         self._empty: list[Weights] = [dict(layer.state_dict()) for layer in self.tower.layers]
-        _move_buffers(model, self.device)
+        move_buffers(model, self.device)
         model.load_state_dict(
             self._read(name for name in shapes if (text_name(name) or "").startswith(_HELD)), strict=False, assign=True
         )
@@ -326,7 +326,7 @@ class _Reading(threading.Thread):
         self.join()
 
 
-def _skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
+def skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code: bool) -> Any:
     """The frozen model of the checkpoint's config: parameters on the meta device, tables real, on the CPU."""
     auto = auto_class(checkpoint.config, name)
     try:
@@ -383,7 +383,7 @@ def _check_targets(lora: Adapter, model: Any) -> None:
         )
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Put the buffers that hold values on the device; parameters stay where they are."""
     for module in model.modules():
         for key, buffer in module._buffers.items():

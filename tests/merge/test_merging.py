@@ -1,0 +1,150 @@
+"""`merge` from Python: folders as by wp-merge, state dicts and modules to the bit as their folders."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from merge_checks import assert_merged, run
+from merge_world import World, reference, tensors_of
+
+from mergekit_wp import merge, read_scores
+from mergekit_wp.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two experts, one of them with an added row, and what wp-merge makes of them at scale 1.5."""
+    world = World(tmp_path_factory.mktemp("w"), "llama", experts=2, extra_rows=[0, 1]).build()
+    run(world.recipe(world.config([{"weight": 2.0}, {}], parameters={"scale": 1.5})), world.root / "command")
+    return world
+
+
+def models(world, load):
+    return load(world.base), {name: load(world.expert(k)) for k, name in enumerate("ab")}
+
+
+def files(world):
+    return [world.score(0), str(world.score(1))]
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+        assert tensor.dtype == other[name].dtype
+
+
+def test_folders_are_merged_as_by_the_command(world, tmp_path):
+    base, experts = models(world, str)
+    out = merge(base, experts, files(world), scale=1.5, weight={"b": 1.0, "a": 2.0}, out=tmp_path / "out")
+    assert out == tmp_path / "out"
+    same(tensors_of(out), tensors_of(world.root / "command"))
+    assert "recomputed" in (out / "wp_audit.yml").read_text()
+    assert yaml.safe_load((out / "mergekit_config.yml").read_text())["models"][0]["parameters"]["weight"] == 2.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(BadInput, match="exists and is not empty"):
+        merge(base, experts, files(world), out=out)
+    merge(base, experts, files(world), out=out, overwrite=True, audit=False)
+    assert_merged(tensors_of(out), reference(world))
+
+
+def test_scores_in_memory_are_kept_beside_the_folder(world, tmp_path):
+    base, experts = models(world, str)
+    found = [read_scores(file) for file in files(world)]
+    options = {"scale": [1.5, 1.5], "weight": [2, 1], "audit": False}
+    out = merge(base, experts, dict(zip("ab", found, strict=True)), out=tmp_path / "out", **options)
+    same(tensors_of(out), tensors_of(world.root / "command"))
+    kept = tmp_path / "out.scores"
+    assert torch.equal(read_scores(kept / "a.safetensors").heads, found[0].heads)
+    swapped = dict(zip("ab", found[::-1], strict=True))
+    with pytest.raises(BadInput, match="these scores were made for the expert"):
+        merge(base, experts, swapped, out=tmp_path / "other", audit=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.scores"]
+
+
+def test_state_dicts_are_merged_to_the_bit_as_their_folders(world):
+    base, experts = models(world, tensors_of)
+    found = merge(base, experts, files(world), scale=1.5, weight=[2, 1])
+    same(found, tensors_of(world.root / "command"))
+    assert_merged(merge(base, experts, files(world)), reference(world))
+    assert {tensor.dtype for tensor in merge(base, experts, files(world), dtype="bfloat16").values()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "phi3", "llama-biased", "gemma3-wrapper"])
+def test_modules_of_every_kind(kind, tmp_path):
+    """Tied heads, fused projections, biases, several towers: what comes back loads into the base."""
+    world = World(tmp_path, kind, experts=2).build()
+
+    def load(folder):
+        auto = tiny.auto_class(transformers.AutoConfig.from_pretrained(folder))
+        return auto.from_pretrained(folder)
+
+    base, experts = models(world, load)
+    found = merge(base, experts, files(world))
+    base.load_state_dict(found)
+    base.save_pretrained(tmp_path / "merged")
+    assert_merged(tensors_of(tmp_path / "merged"), reference(world))
+    if kind == "gemma3-wrapper":  # names in memory are not those of its files, which a state dict alone does not tell
+        return
+    states = merge(load(world.base).state_dict(), [e.state_dict() for e in experts.values()], files(world))
+    same(states, found)
+
+
+def test_what_is_not_what_was_scored_is_refused(world, caplog):
+    base, experts = models(world, tensors_of)
+    changed = {**experts["a"], "model.norm.weight": experts["a"]["model.norm.weight"] + 1}
+    with pytest.raises(BadInput, match=r"scores of a: these scores were made for the expert .* whose weights differ"):
+        merge(base, {"a": changed, "b": experts["b"]}, files(world))
+    merge(base, {"a": changed, "b": experts["b"]}, files(world), allow_mismatch=True)
+    assert "merging all the same" in caplog.text
+    with pytest.raises(BadInput, match="made for the base"):
+        merge(experts["a"], experts, files(world))
+
+
+def test_bad_input_is_a_sentence(world, tmp_path):
+    base, experts = models(world, tensors_of)
+    text, texts = models(world, str)
+    name = "model.layers.1.mlp.up_proj.weight"
+    less = {k: v for k, v in experts["a"].items() if k != name}
+    bad = {**experts["a"], name: torch.full_like(experts["a"][name], float("nan"))}
+    whole = {"allow_mismatch": True}
+    for arguments, options, said in [
+        ((text, texts, files(world)), {}, "out: name the folder to write"),
+        ((base, texts, files(world)), {}, "some are folders and some are in memory"),
+        ((base, experts, files(world)), {"out": tmp_path / "x"}, "out: goes with folders"),
+        ((base, experts, files(world)[:1]), {}, "scores: found 1 for 2 experts"),
+        ((base, experts, {"a": world.score(0), "c": world.score(1)}), {}, "scores: of a, c, and the experts are a, b"),
+        ((base, experts), {}, "scores: there are none of the expert a"),
+        ((base, {}), {}, "experts: there are none"),
+        ((base, experts, files(world)), {"scale": float("nan")}, "scale: found nan, expected a number"),
+        ((base, experts, files(world)), {"weight": [0, 0]}, "weight: those of all experts are 0"),
+        ((base, experts, files(world)), {"weight": -1}, "weight: found -1, expected a number of at least 0"),
+        ((base, experts, files(world)), {"dtype": "float8"}, "dtype: found 'float8'"),
+        ((base, {"a": less, "b": experts["b"]}, files(world)), whole, f"a: the tensor {name} is missing"),
+        (
+            (base, {"a": {**experts["a"], "x.weight": bad[name]}, "b": bad}, files(world)),
+            whole,
+            "a: has a tensor x.wei",
+        ),
+        ((base, {"a": bad, "b": experts["b"]}, files(world)), whole, f"{name}: an expert holds a NaN"),
+        ((base, {"a": {}, "b": bad}, files(world)), whole, "a: no tensor in it is named like a causal LM's"),
+        ((text, texts, files(world)), {"out": tmp_path / "x", "cudas": 1}, "cudas: neither an option of merge nor"),
+    ]:
+        with pytest.raises(BadInput, match=re.escape(said)):
+            merge(*arguments, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_is_the_package_and_the_function(world):
+    """`merge` can be called whether or not anything has imported the package of that name."""
+    import mergekit_wp.merge.kernel
+
+    assert mergekit_wp.merge is merge
+    assert mergekit_wp.merge.kernel.fuse
