@@ -39,7 +39,7 @@ def test_equals_what_mergekit_merges(tmp_path, stored, options):
     job = ScoringJob(base=str(base), expert=f"{base}+{lora}", pairs="unused")
     for dtype in (torch.float32, torch.bfloat16):
         stack = streamed(base, dtype, adapter=str(lora))
-        with _lora_merged(job) as merged:
+        with _lora_merged(job.expert, job.trust_remote_code) as merged:
             whole = resident(merged, dtype)
         assert_same(stack, whole)
         plain = swept(streamed(base, dtype))
@@ -49,7 +49,7 @@ def test_equals_what_mergekit_merges(tmp_path, stored, options):
 def test_tied_model(tmp_path):
     base = tiny.save(tiny.random_model("qwen2"), tmp_path / "base")
     lora = write(tmp_path / "lora", base)
-    with _lora_merged(ScoringJob(base=str(base), expert=f"{base}+{lora}", pairs="unused")) as merged:
+    with _lora_merged(f"{base}+{lora}", False) as merged:
         assert_same(streamed(base, adapter=str(lora)), resident(merged))
     lora = write(tmp_path / "tied", base, target_modules=["embed_tokens"])
     with pytest.raises(BadInput, match=r"model\.embed_tokens\.weight.*--offload none"):
