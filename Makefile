@@ -12,6 +12,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+# What pip downloads, a line each, and when it unpacks: minutes of silence look like a hang.
+PIP_INSTALL := -m pip install --progress-bar off --disable-pip-version-check
+SHORT := awk '/^ *Downloading / {print; fflush()} /^Installing collected/ {print "unpacking " NF - 3 " packages ..."; fflush()}'
 
 .PHONY: demo table3 table3-far test test-vllm fuzz check docs recipes venv wheel-test clean
 
@@ -53,12 +58,12 @@ venv: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv (about 2 GB, a minute or two) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]" | $(SHORT)
 	@touch $@
 
 # On top of .venv, since few need it.
 .venv/docs-ready: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[docs]" | $(SHORT)
 	@touch $@
 
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt tests/vllm/setup.sh

@@ -14,7 +14,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -149,37 +153,136 @@ class ProgressBars:
 
     def __init__(self, shown: bool):
         self.shown = shown
-        self.bar: Any = None
+        self.part: Any = None
 
     def __enter__(self) -> StartProgress | None:
         return self.start if self.shown else None
 
     def start(self, total: int, what: str, unit: str) -> Tick:
+        self.close()
+        if not sys.stderr.isatty():
+            self.part = ProgressLines(total, what, lambda line: echo(line, err=True))
+            return self.part.advance
         from tqdm import tqdm
 
-        self.close()
-        seconds = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, mininterval=seconds)
+        self.part = tqdm(total=total, desc=what, unit=unit, unit_scale=True, mininterval=0.5)
         return self.advance
 
     def advance(self, done: float) -> None:
         """Parts of a prompt add up to a little more or less than it."""
-        self.bar.update(min(done, self.bar.total - self.bar.n))
+        self.part.update(min(done, self.part.total - self.part.n))
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.part is not None:
+            self.part.close()
 
     def __exit__(self, *_error: object) -> None:
         self.close()
 
 
-def take_terminal(watched: bool, shown: bool) -> None:
-    """Leave the terminal to our own lines and bar: `watched` by a person, `shown` unless errors alone are asked for."""
+LINES_EVERY_S = 30.0
+
+
+class ProgressLines:
+    """Says every half minute how far a part is and how much longer it takes, whether or not it moved meanwhile."""
+
+    def __init__(self, total: float, what: str, say: Callable[[str], object]) -> None:
+        self.total, self.what, self.say = total, what, say
+        self.done, self.begun = 0.0, time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(LINES_EVERY_S,), daemon=True)
+        self._thread.start()
+
+    def advance(self, done: float) -> None:
+        self.done += done
+
+    def close(self) -> None:
+        """No line comes after this."""
+        self._over.set()
+        self._thread.join()
+
+    def line(self) -> str:
+        share = min(self.done / self.total, 1.0) if self.total else 1.0
+        elapsed = time.monotonic() - self.begun
+        left = f"about {duration(elapsed / share * (1 - share))} left" if share else "time left not known yet"
+        return f"{self.what}: {share:.0%}, {left}"
+
+    def _watch(self, seconds: float) -> None:
+        while not self._over.wait(seconds):
+            self.say(self.line())
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that say something: 40 s, 3 min, 2 h 10 min."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+_QUIET = {
+    "MERGEKIT_WP_QUIET": "1",  # for processes of ours
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Inside the block nothing but errors is said, by whatever library; best entered before they are imported."""
+    before = {name: os.environ.get(name) for name in _QUIET}
+    disabled = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            _mute()
+            yield
+    finally:
+        logging.disable(disabled)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def silence_as_parent() -> None:
+    """For a process that one of our commands started: quiet if that is."""
+    if os.environ.get("MERGEKIT_WP_QUIET"):
+        _mute()
+
+
+def _mute() -> None:
+    os.environ.update(_QUIET)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def hush(context: click.Context, _option: click.Parameter, quiet: bool) -> bool:
+    """Callback of an eager --quiet: silence until the command ends."""
+    if quiet:
+        context.with_resource(silence())
+    return quiet
+
+
+def json_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: `--json`, the command's `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=text)
+
+
+def quiet_option(text: str = "Print errors only.") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: `--quiet`, before anything heavy is imported."""
+    return click.option("--quiet", is_flag=True, is_eager=True, callback=hush, help=text)
+
+
+def take_terminal(shown: bool) -> None:
+    """Leave the terminal to our own lines and bars; `shown` unless errors alone are asked for."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
-    if not watched:
+    if not (shown and sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     log = logging.getLogger("mergekit_wp")

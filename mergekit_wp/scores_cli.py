@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_wp import __version__
+from mergekit_wp.console import json_option, quiet_option
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo_lines
 
@@ -35,9 +36,18 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--any-base", is_flag=True, help="Compare files of different bases too, if their shapes agree.")
 @click.option("--png", type=_FILE, metavar="FILE", help="Write the maps of heads and neurons as a picture.")
 @click.option("--html", type=_FILE, metavar="FILE", help="Write findings, maps and tables as one page.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON instead.")
+@json_option("Print all of it as JSON instead.")
+@quiet_option()
 @click.version_option(__version__)
-def main(files: tuple[str, ...], top: int, any_base: bool, png: Path | None, html: Path | None, as_json: bool) -> None:
+def main(
+    files: tuple[str, ...],
+    top: int,
+    any_base: bool,
+    png: Path | None,
+    html: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Show score files of wp-score: what they are of, the strongest components, where the score lies.
 
     Two or more are compared: how many of their 20 strongest components, and of their strongest 1 %, are the same, and
@@ -55,7 +65,10 @@ def main(files: tuple[str, ...], top: int, any_base: bool, png: Path | None, htm
             check_file(
                 path, None, "picture", [text if os.path.exists(text) else text.partition("=")[2] for text in files]
             )
-    echo_lines(json.dumps(as_data(found, top), indent=2) if as_json else as_text(found, top))
+    if as_json:
+        echo_lines(json.dumps(as_data(found, top), indent=2))
+    elif not quiet:
+        echo_lines(as_text(found, top))
     if png is not None:
         from mergekit_wp.pictures import maps_png
 

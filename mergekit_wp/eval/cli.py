@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand, quieten, typed
+from mergekit_wp.console import GroupedCommand, json_option, quiet_option, quieten, typed
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.options import BACKENDS
 from mergekit_wp.eval.suite import DTYPES, FORM, Suite, read_suite
@@ -51,7 +51,7 @@ versions, is taken from OUT/cache: a run that was killed goes on where it stoppe
 
 
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
-@click.argument("suite_file", metavar="SUITE.yaml")
+@click.argument("suite_file", metavar="SUITE.yaml", type=click.Path())
 @click.argument("models", metavar="[NAME=]MODEL...", nargs=-1, required=True)
 @click.option("--baseline", metavar="NAME", help="Row that differences are taken from (default: the suite's).")
 @click.option("--include-path", metavar="DIR", type=Path, help="Folder of lm-eval tasks, instead of the suite's.")
@@ -69,7 +69,8 @@ versions, is taken from OUT/cache: a run that was killed goes on where it stoppe
 @click.option("--batch-size", type=WholeOr("auto", 1), help="Sequences at a time, for hf (default: the suite's).")
 @click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with a model folder.")
-@click.option("--quiet", is_flag=True, help="Print the table only.")
+@quiet_option("Print the table only.")
+@json_option("Print the table as results.json has it instead.")
 @schema_option(FORM)
 @click.version_option(__version__)
 def main(
@@ -86,6 +87,7 @@ def main(
     allow_code: bool,
     trust_remote_code: bool,
     quiet: bool,
+    as_json: bool,
     **backend_flags: Any,
 ) -> None:
     """Grade models on a suite of lm-eval tasks: one row a MODEL, one column a task, and their mean.
@@ -122,7 +124,7 @@ def main(
         echo(why, err=True)
     claim(out)
     table = _evaluate(suite, models, settings, baseline, include_path or suite.include_path, out, quiet)
-    _write(table, suite_file, settings, out)
+    _write(table, suite_file, settings, out, quiet, as_json)
 
 
 def check_asked(typed: Mapping[str, Any]) -> dict[str, str]:
@@ -226,7 +228,7 @@ def _evaluate(
     return Table(suite, rows, chosen if chosen in names else None, settings.limit)
 
 
-def _write(table: Table, suite_file: str, settings: Settings, out: Path) -> None:
+def _write(table: Table, suite_file: str, settings: Settings, out: Path, quiet: bool, as_json: bool) -> None:
     from mergekit_wp.eval.rows import versions
     from mergekit_wp.eval.tables import to_json, write_tables
 
@@ -237,9 +239,12 @@ def _write(table: Table, suite_file: str, settings: Settings, out: Path) -> None
         "command": typed(click.get_current_context(), "wp-eval"),
         "versions": {"mergekit-wp": __version__, **versions(settings.backend)},
     }
-    write_text(out / "results.json", to_json(table, about))
+    content = to_json(table, about)
+    write_text(out / "results.json", content)
     text, written = write_tables(table, out, "results", f"Results of the suite {table.suite.name}")
-    echo_lines(text)
+    echo_lines(content.rstrip() if as_json else text)
+    if quiet:
+        return
     if table.suite.baseline and not table.baseline:
         echo(f"(no row named {table.suite.baseline}, the suite's baseline: no differences)", err=True)
     echo(f"Written: {', '.join(map(str, [out / 'results.json', *written]))}", err=True)

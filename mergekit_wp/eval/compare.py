@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_wp import __version__
+from mergekit_wp.console import json_option, quiet_option
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo, echo_lines
 
@@ -30,24 +31,26 @@ Examples:
 @click.argument("results", metavar="[NAME=]RESULTS...", nargs=-1, required=True)
 @click.option("--baseline", metavar="NAME", help="Row that differences are taken from (default: the first results').")
 @click.option("--out", type=Path, metavar="DIR", help="Folder for comparison.csv, .md and .html.")
+@quiet_option("Print the table only.")
+@json_option("Print the table as JSON instead.")
 @click.version_option(__version__)
-def main(results: tuple[str, ...], baseline: str | None, out: Path | None) -> None:
+def main(results: tuple[str, ...], baseline: str | None, out: Path | None, quiet: bool, as_json: bool) -> None:
     """Put the rows of several runs of wp-eval into one table, and say where they were not measured alike.
 
     RESULTS is an --out folder of wp-eval, or the results.json in it. Where two have a row of one name, the rows are
     told apart by NAME, or else by the folder's.
     """
     from mergekit_wp.eval.models import name_models
-    from mergekit_wp.eval.tables import read_results, to_text, write_tables
+    from mergekit_wp.eval.tables import read_results, to_json, to_text, write_tables
 
     named = {name: read_results(_file(path)) for name, path in name_models(results).items()}
     table = joined(named, baseline)
-    if out is None:
-        echo_lines(to_text(table))
-        return
-    text, written = write_tables(table, out, "comparison", f"Comparison: {table.suite.name}")
-    echo_lines(text)
-    echo(f"Written: {', '.join(map(str, written))}", err=True)
+    text, written = to_text(table), list[Path]()
+    if out is not None:
+        text, written = write_tables(table, out, "comparison", f"Comparison: {table.suite.name}")
+    echo_lines(to_json(table, {"suite": table.suite.name}).rstrip() if as_json else text)
+    if written and not quiet:
+        echo(f"Written: {', '.join(map(str, written))}", err=True)
 
 
 def joined(tables: Mapping[str, Table], baseline: str | None) -> Table:

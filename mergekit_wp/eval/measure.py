@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.console import ProgressLines
 from mergekit_wp.documents import MOST_JSON_BYTES, now, parse_json
 from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.eval import backends
@@ -156,7 +157,8 @@ def measure(model: EvalModel, tasks: list[ReadyTask], settings: Settings, say: S
         for task in tasks:
             say(f"{model.name}: {task.spec.task} ...")
             try:
-                entry = _evaluate(lm, model, task, settings)
+                with _told(lm, f"{model.name}: {task.spec.task}", settings, say):
+                    entry = _evaluate(lm, model, task, settings)
             except Exception as error:
                 if out_of_memory(error):
                     raise BadInput(
@@ -165,6 +167,56 @@ def measure(model: EvalModel, tasks: list[ReadyTask], settings: Settings, say: S
                     ) from error
                 raise
             on_done(task, entry)
+
+
+_REQUESTS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+
+
+@contextmanager
+def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
+    """Inside the block it is said now and then how far the model is with the requests of its task, and how much longer
+    it takes; not where lm-eval's bars do.
+
+    lm-eval's models tell their `cache_hook` of every answer, as soon as there is one.
+    """
+    if settings.progress_bars:
+        yield
+        return
+    hook, asked = lm.cache_hook, {name: getattr(lm, name) for name in _REQUESTS}
+    counter = _AnswerCounter(hook)
+
+    def counting(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(requests: Any, *rest: Any, **more: Any) -> Any:
+            counter.lines = ProgressLines(len(requests), what, say)
+            try:
+                return ask(requests, *rest, **more)
+            finally:
+                counter.lines.close()
+
+        return counted
+
+    lm.cache_hook = counter
+    for name, ask in asked.items():
+        setattr(lm, name, counting(ask))
+    try:
+        yield
+    finally:
+        lm.cache_hook = hook
+        for name, ask in asked.items():
+            setattr(lm, name, ask)
+
+
+class _AnswerCounter:
+    """In the place of lm-eval's CacheHook, which it passes answers on to."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.lines: ProgressLines | None = None
+
+    def add_partial(self, *answer: Any) -> None:
+        if self.lines is not None:
+            self.lines.advance(1)
+        self.hook.add_partial(*answer)
 
 
 def samples_file(model: EvalModel, task: ReadyTask, settings: Settings) -> Path | None:
@@ -263,7 +315,7 @@ def _loaded(model: EvalModel, settings: Settings) -> Iterator[Any]:
         trust_remote_code=settings.trust_remote_code,
     )
     if not settings.progress_bars:
-        for request in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
+        for request in _REQUESTS:
             setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
     try:
         if settings.backend.name == "hf":

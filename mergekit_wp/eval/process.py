@@ -23,7 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.console import quieten
+from mergekit_wp.console import quieten, silence_as_parent
 from mergekit_wp.errors import BadInput, OneSentence, reason_of
 from mergekit_wp.eval.measure import OnDone, Say, Settings, measure
 from mergekit_wp.eval.models import EvalModel
@@ -221,8 +221,11 @@ def _interrupts_ignored() -> Iterator[None]:
 def _work(job: ModelRun, sender: Any) -> None:
     """The child."""
 
+    one_at_a_time = threading.Lock()  # progress is told by a thread of its own
+
     def tell(*message: Any) -> None:
-        sender.send_bytes(json.dumps(message).encode())
+        with one_at_a_time:
+            sender.send_bytes(json.dumps(message).encode())
 
     _set_apart()
     os.environ.clear()
@@ -231,6 +234,7 @@ def _work(job: ModelRun, sender: Any) -> None:
         import torch
 
         torch.set_num_threads(job.threads)
+        silence_as_parent()
         quieten(job.settings.progress_bars)
         tasks = {task.key: task for task in ready_tasks(job.suite, job.include_path, job.settings.allow_code)}
         if any(key not in tasks for key in job.keys):

@@ -16,7 +16,6 @@ Legend: B blocks, T tokens of a block, D residual width, C input channels of a m
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.choices import OFFLOADS, RUN_DTYPES
-from mergekit_wp.console import GroupedCommand, names_safetensors
+from mergekit_wp.console import GroupedCommand, names_safetensors, quiet_option
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import open_file
@@ -87,7 +86,7 @@ FILE.jsonl has one {"text": "..."} a line; in any other file, empty lines part t
 @click.option("--offload", type=click.Choice(OFFLOADS), default="auto", show_default=True,
               help="Stream layers from disk.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with the model folder.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@quiet_option()
 @click.version_option(__version__)
 def main(base: str, texts: str, documents: int, tokens: int | None, out: str, quiet: bool, **how: Any) -> None:
     """Measure the inputs of every module of BASE on plain text, and write the file that `merge_method: aim` reads."""
@@ -103,7 +102,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.scoring.prompt_format import alone
 
     target = check_file(out, METADATA_KEY, "activations", [base, texts])
-    take_terminal(sys.stderr.isatty() and not quiet, not quiet)
+    take_terminal(not quiet)
     claim(target)
     checkpoint = Checkpoint.open(base)
     length = block_length(checkpoint, tokens)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand
+from mergekit_wp.console import GroupedCommand, say_nothing
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
@@ -90,8 +90,9 @@ def main(
         return
     refuse_existing(out, overwrite)
     claim(out)
-    carry_out(loaded, out, options, audited, echo)
-    echo(f"wrote {out}")
+    say = say_nothing if options.quiet else echo
+    carry_out(loaded, out, options, audited, say)
+    say(f"wrote {out}")
 
 
 def carry_out(recipe: Recipe, out: Path, options: MergeOptions, audited: bool, say: Callable[[str], None]) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_wp.console import hush
+
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
@@ -50,7 +52,7 @@ GROUPS: dict[str, tuple[click.Option, ...]] = {
         _switch("clone-tensors", "Clone tensors before saving, so that a layer may occur twice."),
         _switch("write-model-card", "Write mergekit's README.md.", True),
         _switch("safe-serialization", "Save output in safetensors; without it there is no audit.", True),
-        _switch("quiet", "Print errors only."),
+        click.Option(["--quiet/--no-quiet"], is_eager=True, callback=hush, help="Print errors only."),
     ),
     "Performance": (
         _switch("cuda", "Compute on a GPU."),

@@ -5,6 +5,7 @@ Heavy packages are imported inside the command, so that `wp-run --help` answers 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_wp import __version__
+from mergekit_wp.console import json_option, quiet_option
 from mergekit_wp.errors import BadInput
 from mergekit_wp.fields import schema_option
 from mergekit_wp.files import check_writable_parent, writable_folder
-from mergekit_wp.foreign import echo
+from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claimed, refuse_busy
 from mergekit_wp.pipeline.execute import Stamps, Step
 from mergekit_wp.pipeline.look_ahead import Ahead, troubles_of
@@ -38,18 +40,30 @@ last run. To look into one stage, type its command: it is printed before it runs
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("pipeline_file", metavar="PIPELINE.yaml")
+@click.argument("pipeline_file", metavar="PIPELINE.yaml", type=click.Path())
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be run and why; run nothing.")
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Stop after this stage.")
 @click.option("--redo", type=click.Choice(STAGES), multiple=True, help="Run this stage even if it is done.")
 @click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
+@quiet_option("Print errors, and what --quiet leaves of the stages' output.")
+@json_option("With --plan: print the steps as JSON instead.")
 @schema_option(FORM)
 @click.version_option(__version__)
-def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...], allow_code: bool) -> None:
+def main(
+    pipeline_file: str,
+    plan_only: bool,
+    until: str,
+    redo: tuple[str, ...],
+    allow_code: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Score the experts, merge them, grade everything and push, as PIPELINE.yaml says; only what is not done yet.
 
     A run that was stopped, or that failed, goes on where it was when it is started again.
     """
+    if as_json and not plan_only:
+        raise click.UsageError("--json prints a plan: give --plan too.")
     pipeline = read_pipeline(pipeline_file)
     from mergekit_wp.pipeline.steps import absent_models, derived_files, hub_models, pipeline_steps, write_derived
 
@@ -63,24 +77,29 @@ def main(pipeline_file: str, plan_only: bool, until: str, redo: tuple[str, ...],
     stamps = Stamps.only_read(pipeline.out / ".steps", derived_files(pipeline))
     due = find_due(steps(), stamps, redo)
     if plan_only:
-        show_plan(steps(), due)
+        echo_lines(plan_json(steps(), due)) if as_json else show_plan(steps(), due)
     look_ahead(pipeline, due, network=not plan_only)
     if plan_only:
         return
     check_writable_parent(pipeline.out / "pipeline")
     with claimed(pipeline.out):  # what steps read is written anew, which must not happen under a run at work
         if absent_models(pipeline):
-            _fetch(hub_models(pipeline))
+            _fetch(hub_models(pipeline), quiet)
             look_ahead(pipeline, find_due(steps(), stamps, redo), network=True)
         write_derived(pipeline)
-        run_steps(steps(), stamps.to_run(), redo)
-    echo("")
-    echo(f"All of {pipeline_file} is done; everything is under {pipeline.out}.")
+        run_steps(steps(), stamps.to_run(), redo, quiet)
+    if not quiet:
+        echo("")
+        echo(f"All of {pipeline_file} is done; everything is under {pipeline.out}.")
 
 
-def run_steps(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = ()) -> None:
+def run_steps(steps: Sequence[Step], stamps: Stamps, redo: Sequence[str] = (), quiet: bool = False) -> None:
     """Run every step that is due, in order. Raises `StepFailed` at the first that fails."""
     for number, step in enumerate(steps, start=1):
+        if quiet:
+            if step.stage in redo or stamps.why_not_done(step) is not None:
+                stamps.run(step, quiet=True)
+            continue
         echo("")
         echo(f"[{number}/{len(steps)}] {step.title}", bold=True)
         why = "asked for by --redo" if step.stage in redo else stamps.why_not_done(step)
@@ -136,12 +155,21 @@ def show_plan(steps: Sequence[Step], due: Mapping[Step, str]) -> None:
             echo(f"      $ {step.text()}", fg="cyan")
 
 
-def _fetch(sources: Sequence[Source]) -> None:
+def plan_json(steps: Sequence[Step], due: Mapping[Step, str]) -> str:
+    """The same as a JSON list: `why` is null where a step is done."""
+    rows = [
+        {"name": step.name, "stage": step.stage, "why": due.get(step), "command": list(step.command)} for step in steps
+    ]
+    return json.dumps(rows, indent=2)
+
+
+def _fetch(sources: Sequence[Source], quiet: bool) -> None:
     """Get models from the Hub before anything else, so that a missing one is known at once."""
     from mergekit_wp.checkpoint.folder import local_folder
 
     for source in sources:
-        echo(f"{source}: fetching what of it is not here yet ...", err=True)
+        if not quiet:
+            echo(f"{source}: fetching what of it is not here yet ...", err=True)
         local_folder(source)
 
 

@@ -106,8 +106,8 @@ class Stamps:
             return "the code behind it has changed"
         return None
 
-    def run(self, step: Step) -> None:
-        """Run the step's command and stamp it.
+    def run(self, step: Step, quiet: bool = False) -> None:
+        """Run the step's command, with --quiet if so, and stamp it.
 
         Raises `StepFailed` when it fails or leaves no output, `KeyboardInterrupt` when it was interrupted.
         """
@@ -115,7 +115,7 @@ class Stamps:
             if output.is_dir() and not output.is_symlink():
                 shutil.rmtree(output)
         inputs = self._digests(step.inputs)  # before the run: what changes while it runs makes it stale
-        code = _run([*program(step.command[0]), *step.command[1:]])
+        code = _run([*program(step.command[0]), *step.command[1:], *(["--quiet"] if quiet else [])])
         missing = [str(path) for path in step.outputs if not os.path.exists(path)]
         if code or missing:
             raise StepFailed(step, f"exit code {code}" if code else f"{', '.join(missing)} missing", max(code, 1))

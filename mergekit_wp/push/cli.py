@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand
+from mergekit_wp.console import GroupedCommand, quiet_option
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claim, refuse_inputs
@@ -60,6 +60,7 @@ The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes o
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
 @click.option("--dry-run", is_flag=True, help="Write the card, list every file; leave the network alone.")
+@quiet_option("Print errors and the address alone.")
 @click.version_option(__version__)
 def main(
     folder: Path,
@@ -72,6 +73,7 @@ def main(
     licence_link: str | None,
     private: bool,
     dry_run: bool,
+    quiet: bool,
 ) -> None:
     """Publish the merge in FOLDER as the model USER/NAME, with a card that says how it was made and measured.
 
@@ -80,19 +82,22 @@ def main(
     """
     if dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
-    from mergekit_wp.push.publish import Request, prepare, publish
+    from mergekit_wp.push.publish import Request, prepare, publish, say_nothing
     from mergekit_wp.push.stage import stage_of
 
     check_name(repo_id)
     refuse_inputs(stage_of(folder), [*results, *([recipe] if recipe else [])])
     claim(stage_of(folder))
     request = Request(folder, repo_id, results, recipe, parents, licence, licence_name, licence_link)
+    say = say_nothing if quiet else echo
     if dry_run:
-        publication = prepare(request, None, echo)
+        publication = prepare(request, None, say)
+        if quiet:
+            return
         echo_lines(publication.listing())
         echo(f"the card is {publication.card}; nothing was sent. Without --dry-run, this would be {repo_id}.")
         return
-    echo(publish(request, private, sys.stderr.isatty(), echo))
+    echo(publish(request, private, sys.stderr.isatty() and not quiet, say))
 
 
 def check_name(repo_id: str) -> None:

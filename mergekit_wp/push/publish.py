@@ -104,14 +104,14 @@ def check_request(request: Request, recipe: dict[str, Any], *, network: bool) ->
     api = HfApi(library_name="mergekit-wp") if network else None
     parents = find_parents(recipe, request.parents)
     if api is None:
-        _licence(request, parents, None, _say_nothing)
+        _licence(request, parents, None, say_nothing)
         return
     with _explained(api, request.repo_id):
         check_login(api)
-        _licence(request, parents, api, _say_nothing)
+        _licence(request, parents, api, say_nothing)
 
 
-def _say_nothing(_text: str) -> None:
+def say_nothing(_text: str) -> None:
     """What a push will say itself."""
 
 

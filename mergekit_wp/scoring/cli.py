@@ -5,13 +5,20 @@ Heavy packages are imported inside the command, so that `wp-score --help` answer
 
 from __future__ import annotations
 
-import sys
+import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand, ProgressBars, names_safetensors, take_terminal
+from mergekit_wp.console import (
+    GroupedCommand,
+    ProgressBars,
+    json_option,
+    names_safetensors,
+    quiet_option,
+    take_terminal,
+)
 from mergekit_wp.fields import groups, options, schema_option
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
@@ -20,7 +27,7 @@ from mergekit_wp.scoring.config import FORM, ScoringJob, load_job
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores
 
-_GROUPS = groups(ScoringJob) | {"Output Settings": ("out", "quiet")}
+_GROUPS = groups(ScoringJob) | {"Output Settings": ("out", "quiet", "as_json")}
 
 _EPILOG = """\b
 Examples:
@@ -38,15 +45,16 @@ A run of exact or ap that was killed goes on where it was when started again.
 
 
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
-@click.argument("job_file", metavar="[JOB.yaml]", required=False)
+@click.argument("job_file", metavar="[JOB.yaml]", required=False, type=click.Path())
 @options(ScoringJob)
 @click.option(
     "--out", required=True, metavar="FILE", callback=names_safetensors, help="Score file to write (.safetensors)."
 )
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@quiet_option()
+@json_option("Print the leaders, as wp-scores --json does, when all is written.")
 @schema_option(FORM)
 @click.version_option(__version__)
-def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
+def main(job_file: str | None, out: str, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Score every attention head and MLP neuron of an expert by Weight Patching.
 
     A score is the share of the gap between base and expert, on prompts that ask for a capability, that the
@@ -61,7 +69,7 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
 
     processes = ProcessGroup.join(job.device)
     shown = not quiet and processes.first
-    take_terminal(sys.stderr.isatty() and shown, shown)
+    take_terminal(shown)
     if processes.first:
         claim(target)
     from mergekit_wp.scores import write_scores
@@ -78,6 +86,10 @@ def main(job_file: str | None, out: str, quiet: bool, **flags: Any) -> None:
     if processes.first:
         write_scores(scores, target)
         resume.forget()
+    if as_json and processes.first:
+        from mergekit_wp.score_tables import as_data
+
+        echo_lines(json.dumps(as_data({out: scores}, 10), indent=2))
     if shown:
         echo_lines(summary(scores), err=True)
         echo(f"Written: {out}", err=True)
@@ -89,9 +101,8 @@ def summary(scores: Scores) -> str:
     from mergekit_wp.ranking import strongest
 
     meta = scores.meta
-    layer = meta.anchor_layer
-    where = "No anchor" if layer is None else f"Anchor layer {layer} of {meta.geometry.layers}"
-    lines = [f"{where}; {meta.dtype} on {meta.device}"]
+    where = "" if meta.read_at is None else f"Anchor layer {meta.read_at} of {meta.geometry.layers}; "
+    lines = [f"{where}{meta.dtype} on {meta.device}"]
     if meta.recovery is not None:
         lines.append(meta.recovery.summary())
     for task, about in meta.tasks.items():

@@ -8,7 +8,11 @@ folder=${1:?usage: tests/vllm/setup.sh FOLDER}
 cd "$(dirname "$0")/../.."
 "${PYTHON:-python3}" -m venv "$folder"
 bin=$folder/bin
-install() { "$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt "$@"; }
+# What pip downloads, a line each, and when it unpacks: minutes of silence look like a hang.
+install() {
+  "$bin/python" -m pip install --progress-bar off --disable-pip-version-check -c constraints-vllm.txt "$@" |
+    awk '/^ *Downloading / {print; fflush()} /^Installing collected/ {print "unpacking " NF - 3 " packages ..."; fflush()}'
+}
 
 if nvidia-smi -L >/dev/null 2>&1; then
   install -e ".[vllm]" pytest pytest-timeout

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand
+from mergekit_wp.console import GroupedCommand, quiet_option
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import atomic_path
 from mergekit_wp.foreign import echo, echo_lines
@@ -65,12 +65,12 @@ class Anchor:
 
 
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)
-@click.argument("source", metavar="SCORES.safetensors|JOB.yaml")
+@click.argument("source", metavar="SCORES.safetensors|JOB.yaml", type=click.Path())
 @click.option("--task", help="Which task's direction (needed where there are several).")
 @click.option("--out", required=True, metavar="FILE", help="File to write: .safetensors, or .pt for lm-eval.")
 @click.option("--format", type=click.Choice(["safetensors", "pt"]), help="Format (default: by the suffix of --out).")
 @click.option("--allow-code-execution", is_flag=True, help="With layer: auto, run programs that the models write.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@quiet_option()
 @click.version_option(__version__)
 def main(source: str, task: str | None, out: str, format: str | None, allow_code_execution: bool, quiet: bool) -> None:
     """Write the anchor direction of one task to a file of its own.
@@ -146,7 +146,7 @@ def anchor_of(scores: Scores, task: str | None, where: str) -> Anchor:
 
 def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bool) -> Anchor:
     from mergekit_wp.checkpoint.vocabulary import load_tokenizer
-    from mergekit_wp.console import ProgressBars, no_progress
+    from mergekit_wp.console import ProgressBars, no_progress, take_terminal
     from mergekit_wp.scoring.anchor.search import check_graders, locate
     from mergekit_wp.scoring.batching import check_rows, tokenize_tasks
     from mergekit_wp.scoring.config import load_job
@@ -155,6 +155,7 @@ def _from_job(path: str, task: str | None, allow_code_execution: bool, quiet: bo
     from mergekit_wp.scoring.prompt_format import prompt_format_of
     from mergekit_wp.scoring.score import anchor_layer, search_of
 
+    take_terminal(not quiet)
     job = load_job(path, {"allow_code_execution": True} if allow_code_execution else {})
     checked = check_pair(job)
     depth, auto = checked.base.geometry.layers, job.layer == "auto"

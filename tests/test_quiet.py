@@ -1,0 +1,118 @@
+"""--quiet is quiet: nothing on stderr, of ours or of any library, by any command; and progress where nobody watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from pipeline_world import build, content, pipeline_of
+
+from mergekit_wp import console
+from mergekit_wp.console import ProgressBars, ProgressLines, duration
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("quiet"))
+
+
+def test_no_command_says_a_word(world):
+    """One after the other in one interpreter, to import torch once; wp-run's own wp-score is a process, as ever."""
+    pipeline_of(world, experts={"one": content()["experts"]["one"]}, merges={"wp": {}}, evaluate=None)
+    (world / "texts.txt").write_text("w1 w2 w3\n\n" * 8)
+    (world / "anchored.yaml").write_text("{base: base, expert: one, pairs: one.jsonl, utility: anchor, layer: 1}")
+    recipe = {
+        "merge_method": "wp",
+        "base_model": "base",
+        "models": [{"model": "one", "parameters": {"scores": "out/scores/one.safetensors"}}],
+    }
+    (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    commands = [
+        ["pipeline.cli", "out.yaml", "--until", "score"],
+        ["scoring.cli", "anchored.yaml", "--out", "anchored.safetensors"],
+        ["scores_cli", "out/scores/one.safetensors"],
+        ["merge.cli", "recipe.yaml", "merged"],
+        ["eval.cli", "suite.yaml", "wp=merged", "--out", "eval"],
+        ["eval.compare", "eval", "--out", "compared"],
+        ["push.cli", "merged", "alice/wp", "--results", "eval", "--dry-run", "--license", "mit"],
+        ["scoring.anchor.cli", "anchored.yaml", "--out", "a.safetensors"],
+        ["merge.calibrate", "base", "--texts", "texts.txt", "--tokens", "4", "--out", "aim.safetensors"],
+    ]
+    assert {f"mergekit_wp.{module}" for module, *_ in commands} == set(console.MODULES.values())
+    code = (
+        "from importlib import import_module\n"
+        "if __name__ == '__main__':\n"
+        f"    for module, *words in {commands}:\n"
+        "        import_module('mergekit_wp.' + module).main([*words, '--quiet'], standalone_mode=False)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=world, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.count("Suite tiny") == 2  # the tables of wp-eval and wp-compare
+
+
+def test_silence_ends(monkeypatch):
+    """What a quiet command turned off is as before when it has ended: another may run in the same process."""
+    import logging
+    import warnings
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with console.silence():
+        assert os.environ["TQDM_DISABLE"] == "1"
+        assert not logging.getLogger("some.library").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("some.library").isEnabledFor(logging.ERROR)
+    assert "TQDM_DISABLE" not in os.environ
+    assert logging.getLogger("some.library").isEnabledFor(logging.WARNING)
+    with pytest.warns(UserWarning, match="heard"):
+        warnings.warn("heard", UserWarning, stacklevel=1)
+
+
+def test_lines_come_though_nothing_moves(monkeypatch, capsys):
+    monkeypatch.setattr(console, "LINES_EVERY_S", 0.05)
+    with ProgressBars(True) as start:
+        tick = start(8, "measuring", "layer")
+        tick(2)
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("measuring: 25%, about ") and line.endswith(" left") for line in lines)
+
+
+def test_time_left():
+    part = ProgressLines(10, "p", print)
+    part.begun -= 60
+    assert part.line() == "p: 0%, time left not known yet"
+    part.advance(2.5)
+    assert part.line() == "p: 25%, about 3 min left"
+    part.advance(99)
+    assert part.line() == "p: 100%, about 0 s left"
+    part.close()
+    assert [duration(s) for s in (12.4, 95, 3600 * 5 + 600)] == ["12 s", "2 min", "5 h 10 min"]
+
+
+def test_wp_eval_tells_how_far_a_task_is(world, tmp_path, monkeypatch):
+    """In this process: every request is counted when lm-eval has its answer."""
+    from mergekit_wp.eval import measure
+    from mergekit_wp.eval.models import open_model
+    from mergekit_wp.eval.suite import read_suite
+    from mergekit_wp.eval.tasks import ready_tasks
+
+    seen = []
+
+    class Told(ProgressLines):
+        def close(self):
+            seen.append((self.what, self.done, self.total))
+            super().close()
+
+    monkeypatch.setattr(measure, "ProgressLines", Told)
+    suite = read_suite(world / "suite.yaml")
+    tasks = ready_tasks(suite, suite.include_path, False)
+    settings = measure.Settings("cpu", "float32", 4, None, False, False, progress_bars=False)
+    measure.measure(open_model("m", str(world / "one"), False), tasks, settings, print, lambda *_: None)
+    assert {what for what, _, _ in seen} == {f"m: {task.spec.task}" for task in tasks}
+    assert all(done == total for _, done, total in seen), json.dumps(seen)
