@@ -10,10 +10,15 @@ import time
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from pipeline_world import build, content, pipeline_of
 
 from mergekit_wp import console
 from mergekit_wp.console import ProgressBars, ProgressLines, duration
+from mergekit_wp.eval.compare import main as wp_compare
+from mergekit_wp.pipeline.cli import main as wp_run
+from mergekit_wp.scores_cli import main as wp_scores
+from mergekit_wp.scoring.cli import main as wp_score
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,22 @@ def test_no_command_says_a_word(world):
     done = subprocess.run([sys.executable, "-c", code], cwd=world, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.count("Suite tiny") == 2  # the tables of wp-eval and wp-compare
+
+
+def test_json_for_scripts(world, monkeypatch):
+    """Of what the test before this one wrote."""
+    monkeypatch.chdir(world)
+    compared = json.loads(CliRunner().invoke(wp_compare, ["eval", "--json"]).stdout)
+    assert compared["rows"] == json.loads((world / "eval/results.json").read_text())["rows"]
+    plan = json.loads(CliRunner().invoke(wp_run, ["out.yaml", "--plan", "--json"]).stdout)
+    assert [(step["stage"], step["why"]) for step in plan] == [("score", None), ("merge", "not run yet")]
+    assert plan[0]["command"][0] == "wp-score"
+    done = CliRunner().invoke(wp_score, ["anchored.yaml", "--out", "again.safetensors", "--json"])
+    found = json.loads(done.stdout)
+    assert json.loads(CliRunner().invoke(wp_scores, ["again.safetensors", "--json"]).stdout) == found
+    assert "Anchor layer 1 of" in done.stderr
+    done = CliRunner().invoke(wp_score, ["anchored.yaml", "--utility", "kl", "--out", "kl.safetensors"])
+    assert "nchor" not in done.stderr.partition("Scoring")[2].replace("anchored", "")
 
 
 def test_silence_ends(monkeypatch):
