@@ -17,6 +17,7 @@ from typing import Any
 import click
 import numpy as np
 
+from mergekit_wp.console import quiet_option
 from mergekit_wp.eval.results import AVERAGE
 from mergekit_wp.eval.tables import Table, colour_note, read_results, results_html, stands
 from mergekit_wp.files import write_text
@@ -199,11 +200,13 @@ def wrapped(words: Sequence[str], width: int = 96) -> str:
 
 @click.command()
 @click.argument("pipeline_file", metavar="PIPELINE.yaml")
-def main(pipeline_file: str) -> None:
+@quiet_option()
+def main(pipeline_file: str, quiet: bool) -> None:
     """Write OUT/report.html from what wp-run has made of PIPELINE.yaml."""
     pipeline = read_pipeline(pipeline_file)
     write_text(report_file(pipeline), report_of(pipeline, pipeline_steps(pipeline, allow_code=True)).html())
-    echo(f"wrote {report_file(pipeline)}")
+    if not quiet:
+        echo(f"wrote {report_file(pipeline)}")
 
 
 if __name__ == "__main__":
