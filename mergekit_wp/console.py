@@ -272,6 +272,10 @@ def json_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return click.option("--json", "as_json", is_flag=True, help=text)
 
 
+def say_nothing(_line: str) -> None:
+    """In the place of `echo` where only errors are asked for."""
+
+
 def quiet_option(text: str = "Print errors only.") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: `--quiet`, before anything heavy is imported."""
     return click.option("--quiet", is_flag=True, is_eager=True, callback=hush, help=text)

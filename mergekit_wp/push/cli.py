@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mergekit_wp import __version__
-from mergekit_wp.console import GroupedCommand, quiet_option
+from mergekit_wp.console import GroupedCommand, quiet_option, say_nothing
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claim, refuse_inputs
@@ -82,7 +82,7 @@ def main(
     """
     if dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
-    from mergekit_wp.push.publish import Request, prepare, publish, say_nothing
+    from mergekit_wp.push.publish import Request, prepare, publish
     from mergekit_wp.push.stage import stage_of
 
     check_name(repo_id)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.console import say_nothing
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.foreign import file_parts
@@ -109,10 +110,6 @@ def check_request(request: Request, recipe: dict[str, Any], *, network: bool) ->
     with _explained(api, request.repo_id):
         check_login(api)
         _licence(request, parents, api, say_nothing)
-
-
-def say_nothing(_text: str) -> None:
-    """What a push will say itself."""
 
 
 @contextmanager

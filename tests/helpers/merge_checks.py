@@ -85,7 +85,7 @@ def run(*arguments, code=0):
     from mergekit.io.tasks import LoaderCache
 
     LoaderCache.loaders.clear()
-    result = CliRunner().invoke(main, [str(a) for a in arguments] + ["--quiet"], catch_exceptions=False)
+    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.output
 

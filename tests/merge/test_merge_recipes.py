@@ -163,7 +163,7 @@ def test_the_merges_run(path, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     LoaderCache.loaders.clear()
     out = tmp_path / "out"
-    arguments = [str(tmp_path / "recipe.yaml"), str(out), "--quiet", "--random-seed", "0"]
+    arguments = [str(tmp_path / "recipe.yaml"), str(out), "--random-seed", "0"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "it generates a token" in result.output
