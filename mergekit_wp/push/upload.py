@@ -121,8 +121,9 @@ def _is_there(item: UploadFile, entry: Any) -> bool:
         return False
     if entry.lfs is not None:
         return bool(entry.lfs.sha256 == item.sha256)
-    content = item.source.read_bytes()  # the Hub keeps small files only outside of LFS
-    return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    from huggingface_hub.utils.sha import git_hash
+
+    return bool(entry.blob_id == git_hash(item.source.read_bytes()))  # the Hub keeps small files only outside of LFS
 
 
 def _obsolete(items: Sequence[UploadFile], remote: dict[str, Any]) -> list[str]:
