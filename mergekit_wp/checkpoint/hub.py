@@ -80,7 +80,7 @@ def score_file(name: str) -> Path:
 
 def _score_file(source: Source, file: str, cache: str, endpoint: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     at: dict[str, Any] = {"revision": source.revision, "cache_dir": cache, "endpoint": endpoint}
     try:
@@ -90,17 +90,19 @@ def _score_file(source: Source, file: str, cache: str, endpoint: str) -> Path:
         return Path(hf_hub_download(source.path, file, **at))
     except BadInput:
         raise
-    except EntryNotFoundError as error:
-        raise BadInput(f"{source}: the repository has no file {file}; mend the name.") from error
     except Exception as error:  # the Hub's client and its HTTP library raise many types
+        unreached = isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, EntryNotFoundError) and not unreached:
+            raise BadInput(f"{source}: the repository has no file {file}; mend the name.") from error
+        reached = error.__cause__ if unreached and isinstance(error.__cause__, Exception) else error
         try:  # what an earlier run has brought
             folder = Path(snapshot_download(source.path, local_files_only=True, **at))
         except Exception:
-            raise explain(source, error, endpoint) from error
+            raise explain(source, reached, endpoint) from error
         there = [str(path.relative_to(folder)) for path in folder.glob("wp/**/*.safetensors")]
         found = folder / (file or _only_scores(source, there))
         if not found.is_file():
-            raise explain(source, error, endpoint) from error
+            raise explain(source, reached, endpoint) from error
         return found
 
 

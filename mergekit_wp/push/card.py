@@ -158,26 +158,7 @@ Prompt it in the format that the experts were trained with."""
         return f", with the folder {_listed([code(name) for name in local])} in it" if local else ""
 
     def _scores(self) -> str:
-        if not self.scores:
-            return ""
-        lines = [
-            "## Scores",
-            "",
-            "How much of what each expert has and its base lacks a single head or neuron restores, on prompts of each "
-            "task. `method` says how it was measured, `utility` what recovery means; the score files hold the rest.",
-            "",
-        ]
-        grid = [["expert", "tasks (prompts)", "method", "utility", "anchor layer", "computed in", "date", "file"]]
-        for path, meta in self.scores:
-            tasks = ", ".join(f"{name} ({task.scoring})" for name, task in meta.tasks.items())
-            layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
-            name = path.rpartition("/")[2]
-            method = meta.method + (f", object {meta.object}" if meta.object else "")
-            cells = [meta.expert.name, tasks, method, meta.utility, layer, meta.dtype, meta.date[:10]]
-            grid.append([*map(markdown, cells), f"[{markdown(name)}]({path})"])
-        lines.append(markdown_grid(grid, "llllrlll"))
-        put = [f"{code(meta.expert.name)} {_put(meta.prompts)}" for _, meta in self.scores if meta.prompts]
-        return "\n".join([*lines, *(["", f"How prompts were put: {'; '.join(put)}."] if put else [])])
+        return scores_section(self.scores) if self.scores else ""
 
     def _picture(self) -> str:
         if not self.certificate.shares:
@@ -229,6 +210,28 @@ Prompt it in the format that the experts were trained with."""
         parts = ["## Licence", f"Published under {under}. The models it was made of:", "\n".join(lines)]
         parts += notices + ([f"Their licence texts: {', '.join(texts)}."] if texts else [])
         return "\n\n".join(parts)
+
+
+def scores_section(scores: Sequence[tuple[str, ScoreMeta]]) -> str:
+    """What each score file (path in the repository, metadata) is of, as a section of a card."""
+    lines = [
+        "## Scores",
+        "",
+        "How much of what each expert has and its base lacks a single head or neuron restores, on prompts of each "
+        "task. `method` says how it was measured, `utility` what recovery means; the score files hold the rest.",
+        "",
+    ]
+    grid = [["expert", "tasks (prompts)", "method", "utility", "anchor layer", "computed in", "date", "file"]]
+    for path, meta in scores:
+        tasks = ", ".join(f"{name} ({task.scoring})" for name, task in meta.tasks.items())
+        layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
+        name = path.rpartition("/")[2]
+        method = meta.method + (f", object {meta.object}" if meta.object else "")
+        cells = [meta.expert.name, tasks, method, meta.utility, layer, meta.dtype, meta.date[:10]]
+        grid.append([*map(markdown, cells), f"[{markdown(name)}]({path})"])
+    lines.append(markdown_grid(grid, "llllrlll"))
+    put = [f"{code(meta.expert.name)} {_put(meta.prompts)}" for _, meta in scores if meta.prompts]
+    return "\n".join([*lines, *(["", f"How prompts were put: {'; '.join(put)}."] if put else [])])
 
 
 def _put(style: PromptStyle) -> str:

@@ -18,6 +18,7 @@ _EPILOG = """\b
 Examples:
   wp-push merged/im alice/llama-2-13b-im --results runs/eval --dry-run
   wp-push merged/im alice/llama-2-13b-im --results runs/eval --private
+  wp-push scores alice/llama-2-13b-scores --scores-only
   wp-push merged/im alice/im --parent ./wizardlm-13b=WizardLMTeam/WizardLM-13B-V1.2 --license llama2
 
 The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes on when it is run again.
@@ -28,7 +29,7 @@ The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes o
     "wp-push",
     cls=GroupedCommand,
     groups={
-        "What is published": ("results", "recipe", "parents", "licence", "licence_name", "licence_link"),
+        "What is published": ("results", "recipe", "parents", "licence", "licence_name", "licence_link", "scores_only"),
         "How": ("private", "dry_run"),
     },
     epilog=_EPILOG,
@@ -58,6 +59,7 @@ The token comes from `hf auth login` or HF_TOKEN. A push that was cut off goes o
 @click.option(
     "--license-link", "licence_link", metavar="URL", help="Where those terms are; default: as a parent has it."
 )
+@click.option("--scores-only", is_flag=True, help="FOLDER is a score file, or a folder of them: publish these alone.")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
 @click.option("--dry-run", is_flag=True, help="Write the card, list every file; leave the network alone.")
 @quiet_option("Print errors and the address alone.")
@@ -71,11 +73,14 @@ def main(
     licence: str | None,
     licence_name: str | None,
     licence_link: str | None,
+    scores_only: bool,
     private: bool,
     dry_run: bool,
     quiet: bool,
 ) -> None:
     """Publish the merge in FOLDER as the model USER/NAME, with a card that says how it was made and measured.
+
+    With --scores-only, score files are published without a model, in a repository of their own.
 
     Nothing is published that wp-merge's audit did not pass; a folder without its certificate is audited first. What is
     added to the model is written to FOLDER.push; FOLDER itself stays as it is.
@@ -83,21 +88,23 @@ def main(
     if dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
     from mergekit_wp.push.publish import Request, prepare, publish
+    from mergekit_wp.push.scores_only import prepare_scores
     from mergekit_wp.push.stage import stage_of
 
     check_name(repo_id)
     refuse_inputs(stage_of(folder), [*results, *([recipe] if recipe else [])])
     claim(stage_of(folder))
     request = Request(folder, repo_id, results, recipe, parents, licence, licence_name, licence_link)
+    make, what = (prepare_scores, "the scores") if scores_only else (prepare, "the merge")
     say = say_nothing if quiet else echo
     if dry_run:
-        publication = prepare(request, None, say)
+        publication = make(request, None, say)
         if quiet:
             return
         echo_lines(publication.listing())
         echo(f"the card is {publication.card}; nothing was sent. Without --dry-run, this would be {repo_id}.")
         return
-    echo(publish(request, private, sys.stderr.isatty() and not quiet, say))
+    echo(publish(request, private, sys.stderr.isatty() and not quiet, say, make, what))
 
 
 def check_name(repo_id: str) -> None:

@@ -72,7 +72,10 @@ class Publication:
         return "\n".join(lines)
 
 
-def publish(request: Request, private: bool, bars: bool, say: Say) -> str:
+Prepare = Callable[[Request, "HfApi | None", Say], Publication]
+
+
+def publish(request: Request, private: bool, bars: bool, say: Say, prepare: Prepare, what: str = "the merge") -> str:
     """Prepare and upload; a last line for the person. Raises `BadInput` for everything that stops it."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -90,7 +93,7 @@ def publish(request: Request, private: bool, bars: bool, say: Say) -> str:
         say(f"{len(publication.items)} files, {total:,} bytes; the card is {publication.card}")
         check_card(publication.card.read_text(encoding="utf-8"))
         commit = upload(api, request.repo_id, publication.items, private=private, say=say)
-    return f"{api.endpoint}/{request.repo_id} holds the merge ({commit})"
+    return f"{api.endpoint}/{request.repo_id} holds {what} ({commit})"
 
 
 def check_request(request: Request, recipe: dict[str, Any], *, network: bool) -> None:
@@ -171,7 +174,7 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
     staging.stage_certificate(stage, certificate, cleaned)
     write_text(stage / "README.md", card.text())
     items, left_out = staging.collect(folder, stage, digests, certificate, cleaned)
-    _check_secrets(items, say)
+    say_secrets(items, say)
     return Publication(items, left_out, stage / "README.md")
 
 
@@ -279,7 +282,7 @@ def _draw(certificate: Certificate, stage: Path) -> None:
         partial.write_bytes(shares_png(shares, certificate.shares["experts"]))
 
 
-def _check_secrets(items: Sequence[UploadFile], say: Say) -> None:
+def say_secrets(items: Sequence[UploadFile], say: Say) -> None:
     from huggingface_hub import get_token
 
     for path, named in check_secrets(items, get_token()).items():

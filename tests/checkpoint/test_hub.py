@@ -178,7 +178,7 @@ def test_score_files_of_the_hub(world, scores_of, tmp_path, monkeypatch):
         assert task in scores_of(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "task-1" in scores_of("u/expert")
-    with pytest.raises(BadInput, match=r"u/many: the repository has no file|HF_HUB_OFFLINE is set"):
+    with pytest.raises(BadInput, match="HF_HUB_OFFLINE is set"):
         scores_of("hf://u/many/wp/scores/none.safetensors")
     assert "task-2" in scores_of("hf://u/many/wp/scores/code.safetensors")
 
