@@ -53,13 +53,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
-def reason_of(error: BaseException, most: int = 200) -> str:
+def reason_of(error: BaseException, most: int = 200, *, typed: bool = False) -> str:
     """What an error of another library says, for brackets in a sentence of ours: one line, `most` characters at most.
 
-    With its type where the words are not a sentence by themselves (a KeyError says a key), or there are none.
+    With its type where the words are not a sentence by themselves (a KeyError says a key), or there are none; with
+    `typed` in any case.
     """
     said, kind = " ".join(str(error).split()).rstrip("."), type(error).__name__
-    if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+    if typed or not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
         said = f"{kind}: {said}" if said else kind
     said = said or kind
     return said if len(said) <= most else f"{said[:most]}..."

@@ -253,7 +253,7 @@ def _work(job: ModelRun, sender: Any) -> None:
         pass  # the parent is gone, and so is this process in a moment
     except Exception as error:
         sentence = (
-            f"{job.model.reference}: evaluating it failed ({type(error).__name__}: {reason_of(error, 300)}); the "
+            f"{job.model.reference}: evaluating it failed ({reason_of(error, 300, typed=True)}); the "
             "traceback is above, finished tasks are kept."
         )
         tell("failed", sentence, traceback.format_exc())

@@ -200,9 +200,7 @@ def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[di
     try:
         found: Any = manager.load(spec.task)
     except Exception as error:  # task files run arbitrary code: any exception can come out
-        raise BadInput(
-            f"task {spec.task}: lm-eval cannot load it ({type(error).__name__}: {reason_of(error, 300)})."
-        ) from error
+        raise BadInput(f"task {spec.task}: lm-eval cannot load it ({reason_of(error, 300, typed=True)}).") from error
     named = found["groups"].get(spec.task) or found["tasks"].get(spec.task)
     if named is None:
         raise BadInput(

@@ -126,7 +126,7 @@ def test_a_run_is_refused_as_its_plan_is(world: Path, monkeypatch: pytest.Monkey
 def test_a_plan_reads_and_writes_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, printed = run(world, monkeypatch, pipeline_of(world), "--plan")
     assert code == 0, printed
-    assert printed.count("to do (not run yet)") == 5
+    assert printed.count("to do (not run yet)") == 6
     away = world / "away.pipeline"
     away.write_text(yaml.safe_dump({**content(), "out": "suite.yaml/x"}))
     code, printed = run(world, monkeypatch, away, "--plan")
