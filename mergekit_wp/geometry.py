@@ -38,11 +38,11 @@ from mergekit_wp.errors import BadInput, shown
 class Kind(StrEnum):
     """The two kinds of components, as scores, masks and score files name them."""
 
-    HEADS = "heads"
-    NEURONS = "neurons"
+    HEAD = "heads"
+    NEURON = "neurons"
 
 
-_LETTERS = {"H": Kind.HEADS, "N": Kind.NEURONS}
+_LETTERS = {"H": Kind.HEAD, "N": Kind.NEURON}
 _COMPONENT = re.compile(r"L(\d{1,9})([HN])(\d{1,9})")
 
 
@@ -53,8 +53,8 @@ class Component:
     score: where it comes from a ranking, else NaN; components are equal whatever theirs are.
 
     >>> Component.parse("L5N97").kind
-    <Kind.NEURONS: 'neurons'>
-    >>> Component(Kind.HEADS, 5, 3, score=0.25)
+    <Kind.NEURON: 'neurons'>
+    >>> Component(Kind.HEAD, 5, 3, score=0.25)
     L5H3 (0.25)
     """
 
@@ -342,11 +342,11 @@ class Geometry:
 
     def width(self, kind: Kind) -> int:
         """How many rows of each of its projections a component owns. Raises `ValueError` for another kind."""
-        return {Kind.HEADS: self.head_dim, Kind.NEURONS: 1}[Kind(kind)]
+        return {Kind.HEAD: self.head_dim, Kind.NEURON: 1}[Kind(kind)]
 
     def count(self, kind: Kind) -> int:
         """Components of a kind in a layer. Raises `ValueError` for another kind."""
-        return {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons}[Kind(kind)]
+        return {Kind.HEAD: self.heads, Kind.NEURON: self.neurons}[Kind(kind)]
 
     def lengths(self, slot: TensorSlot) -> list[int]:
         """How many rows (or columns) each of the slot's projections takes along its axis."""
@@ -376,7 +376,7 @@ class Geometry:
         fused one) is listed all the same: skip what is absent. Raises `ValueError` for another kind.
         """
         width, prefix = self.width(kind), f"model.layers.{layer}."
-        share, first = ("head", index * width) if kind == Kind.HEADS else ("neuron", index)
+        share, first = ("head", index * width) if kind == Kind.HEAD else ("neuron", index)
         owned: list[tuple[str, Any]] = []
         for path in _PARTS:
             slot = slot_of(f"{prefix}{path}.weight")

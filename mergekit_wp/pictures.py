@@ -84,7 +84,7 @@ def score_map(scores: Scores, kind: Kind) -> ScoreMap:
     table: torch.Tensor = getattr(scores, kind)
     known_Ln = table.double().masked_fill(~scores.seen(kind), -torch.inf)
     places_Ln = torch.arange(table.shape[1]).expand_as(table)
-    if kind == Kind.NEURONS:
+    if kind == Kind.NEURON:
         known_Ln, places_Ln = known_Ln.sort(dim=1, descending=True, stable=True)
         starts = rank_edges(table.shape[1])
         edges = np.asarray(starts, dtype=float) + 1  # rank 1 is the strongest
@@ -143,7 +143,7 @@ class Picture(Figure):
 def maps_figure(files: Mapping[str, Scores]) -> Picture:
     """A row a file, by name: its map of heads and its map of neurons, as `map_svg` has them."""
     maps = {kind: [score_map(scores, kind) for scores in files.values()] for kind in Kind}
-    height = sum(_height(cells) + 0.3 for cells in maps[Kind.HEADS])
+    height = sum(_height(cells) + 0.3 for cells in maps[Kind.HEAD])
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Picture(figsize=(11, height), layout="constrained")
         rows = figure.subfigures(len(files), 1, squeeze=False)[:, 0]
@@ -171,7 +171,7 @@ def _draw_map(
     figure: Any, panels: Sequence[Axes], cells: ScoreMap, scores: Scores, scale: float, colour: str, mesh: bool
 ) -> ScalarMappable:
     axes, side = panels
-    layers, ranked = len(cells.values), cells.kind == Kind.NEURONS
+    layers, ranked = len(cells.values), cells.kind == Kind.NEURON
     norm, colours = (
         CenteredNorm(0, halfrange=scale),
         LinearSegmentedColormap.from_list("s", [_NEGATIVE, "white", colour], N=257),

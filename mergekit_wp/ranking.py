@@ -227,16 +227,16 @@ def _where(share_L: list[float], whose: str) -> str:
 def _who(scores: Scores, positive: float, task: str | None) -> str:
     """The best neurons and the best head, and what the kinds have in all."""
     parts = []
-    neurons = [c for c in strongest(scores, Kind.NEURONS, 5, task) if c.score > 0]
+    neurons = [c for c in strongest(scores, Kind.NEURON, 5, task) if c.score > 0]
     if neurons:
         carry, those = ("carries", "neuron") if len(neurons) == 1 else ("carry", "neurons")
         share = percent(sum(c.score for c in neurons) / positive)
         parts.append(f"{_FEW[len(neurons)]} {those} {carry} {share} ({', '.join(c.name for c in neurons)})")
-    if heads := [c for c in strongest(scores, Kind.HEADS, 1, task) if c.score > 0]:
+    if heads := [c for c in strongest(scores, Kind.HEAD, 1, task) if c.score > 0]:
         parts.append(f"the strongest head, {heads[0].name}, {percent(heads[0].score / positive)}")
-    of_heads = totals(scores, Kind.HEADS, task).positive / positive
+    of_heads = totals(scores, Kind.HEAD, task).positive / positive
     text = "; ".join(parts)
-    if scores.seen(Kind.HEADS).any() and scores.seen(Kind.NEURONS).any():
+    if scores.seen(Kind.HEAD).any() and scores.seen(Kind.NEURON).any():
         text += f". All heads have {percent(of_heads)}, all neurons {percent(1 - of_heads)}"
     return text[0].upper() + text[1:] + "."
 

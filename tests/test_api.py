@@ -71,7 +71,7 @@ def test_patch_is_slices_copied_by_hand_and_undone(kind):
         copy_head(wanted, expert, 1, 3)
         copy_head(wanted, expert, 0, 0)
         copy_neuron(wanted, expert, 1, 2)
-    with patch(base, expert, ["L1H3", Component(Kind.NEURONS, 1, 2), "L0H0", "L1N2"]) as patched:
+    with patch(base, expert, ["L1H3", Component(Kind.NEURON, 1, 2), "L0H0", "L1N2"]) as patched:
         assert patched is base
         assert same(state(base), state(wanted))
         assert not same(state(base), before)
@@ -94,7 +94,7 @@ def test_patch_is_undone_after_an_error_and_generates_inside():
     base = tiny.random_model("llama", seed=1)
     expert = tiny.fine_tuned(base, seed=2, size=0.5)
     before, ids = state(base), torch.tensor([[5, 6, 7]])
-    everything = [Component(Kind.HEADS, layer, i) for layer in range(4) for i in range(4)]
+    everything = [Component(Kind.HEAD, layer, i) for layer in range(4) for i in range(4)]
     plain = base(ids).logits
     with suppress(RuntimeError), patch(base, expert, everything):
         assert base.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)

@@ -92,8 +92,8 @@ def test_a_kind_that_is_none_is_refused(name):
 
 def test_columns_of_each_kind():
     geometry = geometry_of(tiny.random_model("llama"))
-    assert geometry.columns(Kind.HEADS, torch.tensor([1])).tolist() == [list(range(8, 16))]
-    assert geometry.columns(Kind.NEURONS, torch.tensor([3, 1])).tolist() == [[3], [1]]
+    assert geometry.columns(Kind.HEAD, torch.tensor([1])).tolist() == [list(range(8, 16))]
+    assert geometry.columns(Kind.NEURON, torch.tensor([3, 1])).tolist() == [[3], [1]]
 
 
 def test_outside_of_components():

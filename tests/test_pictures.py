@@ -53,7 +53,7 @@ def test_pictures_of_any_size_are_valid_xml_without_a_fixed_width(layers, heads,
 def test_cells_are_named_and_lie_where_the_scores_are() -> None:
     heads, neurons = torch.zeros(3, 4), torch.zeros(3, 10)
     heads[1, 2], neurons[2, 7], neurons[2, 3] = -0.25, 0.5, 0.125
-    svg = ElementTree.fromstring(map_svg(made(heads, neurons), Kind.HEADS, 0.5, "#0072b2", "x"))
+    svg = ElementTree.fromstring(map_svg(made(heads, neurons), Kind.HEAD, 0.5, "#0072b2", "x"))
     cells = [(rect, rect.findtext(f"{SVG}title")) for rect in svg.iter(f"{SVG}rect")]
     assert [title for _, title in cells][:5] == ["L0H0: 0", "L0H1: 0", "L0H2: 0", "L0H3: 0", "L1H0: 0"]
     (found,) = [rect for rect, title in cells if title == "L1H2: -0.25"]
@@ -62,28 +62,28 @@ def test_cells_are_named_and_lie_where_the_scores_are() -> None:
     assert float(found.get("y")) < float(below.get("y"))  # layer 0 is at the bottom
     assert below.get("fill") == "#ffffff"
     assert found.get("fill") == "#b5b9c0"  # half of the way to grey
-    labels = score_map(made(heads, neurons), Kind.NEURONS).labels
+    labels = score_map(made(heads, neurons), Kind.NEURON).labels
     assert labels[2][:2] == ["L2N7: 0.5", "L2N3: 0.125"]
 
 
 def test_a_cell_of_many_neurons_says_so_and_what_was_not_scored() -> None:
     neurons = torch.arange(5000.0).flip(0)[None] / 5000
-    cells = score_map(made(torch.zeros(1, 2), neurons), Kind.NEURONS)
+    cells = score_map(made(torch.zeros(1, 2), neurons), Kind.NEURON)
     assert cells.labels[0][-1].startswith("L0N")
     assert " more: mean " in cells.labels[0][-1]
     mask = torch.zeros(1, 2)
     mask[0, 1] = 1
-    cells = score_map(made(torch.zeros(1, 2), neurons, {"heads": mask, "neurons": torch.zeros(1, 5000)}), Kind.HEADS)
+    cells = score_map(made(torch.zeros(1, 2), neurons, {"heads": mask, "neurons": torch.zeros(1, 5000)}), Kind.HEAD)
     assert cells.labels == [["not scored", "L0H1: 0"]]
     assert np.isnan(cells.values).tolist() == [[True, False]]
 
 
 def test_maps_share_a_scale() -> None:
     small, large = made(torch.full((2, 2), 0.1), torch.zeros(2, 3)), made(torch.full((2, 2), -0.4), torch.zeros(2, 3))
-    maps = [score_map(scores, Kind.HEADS) for scores in (small, large)]
+    maps = [score_map(scores, Kind.HEAD) for scores in (small, large)]
     assert scale_of(maps) == pytest.approx(0.4)
-    assert scale_of([score_map(small, Kind.NEURONS)]) == 1
-    svg = map_svg(small, Kind.HEADS, 0.4, "#0072b2", "x")
+    assert scale_of([score_map(small, Kind.NEURON)]) == 1
+    svg = map_svg(small, Kind.HEAD, 0.4, "#0072b2", "x")
     assert 'fill="#bfdcec"' in svg  # a quarter of the way
 
 

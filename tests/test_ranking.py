@@ -28,11 +28,11 @@ def made(
     for task, named in cells.items():
         tables = {kind: torch.zeros(geometry.layers, geometry.count(kind)) for kind in Kind}
         for name, score in named.items():
-            kind = Kind.HEADS if "H" in name else Kind.NEURONS
+            kind = Kind.HEAD if "H" in name else Kind.NEURON
             layer, index = map(int, name.removeprefix("L").replace("H", "N").split("N"))
             tables[kind][layer, index] = score
         anchor = None if utility == "kl" else torch.zeros(geometry.d_model)
-        tasks[task] = TaskScores(tables[Kind.HEADS], tables[Kind.NEURONS], anchor)
+        tasks[task] = TaskScores(tables[Kind.HEAD], tables[Kind.NEURON], anchor)
     read = {"kl": ("kl",), "staged": ("anchor", "kl")}[utility]
     about = TaskMeta(4, 4, dict.fromkeys(read, UtilityStats(3, 1, 0.25)))
     anchored = utility != "kl"
@@ -92,7 +92,7 @@ def test_a_subset_says_so_and_its_zeros_lead_nothing():
     heads = torch.zeros(4, 2, dtype=torch.bool)
     heads[2, 1] = True
     scores = made({"t": {"L2H1": -0.1, "L0N3": 0.2}}, heads=heads, neurons=torch.ones(4, 10, dtype=torch.bool))
-    assert [c.name for c in strongest(scores, Kind.HEADS, 5)] == ["L2H1"]
+    assert [c.name for c in strongest(scores, Kind.HEAD, 5)] == ["L2H1"]
     assert "Only 41 components were scored; all shares are of these." in findings(scores)
 
 
@@ -126,16 +126,16 @@ def test_files_are_compared_by_task_and_kind():
     other = made({"t": {f"L0N{i + 5}": 1 - i / 100 for i in range(40)}, "v": {}}, geometry=geometry)
     found = {(a.task, a.kind): a for a in compare(one, other)}
     assert set(found) == {("t", "heads"), ("t", "neurons"), (None, "heads"), (None, "neurons")}
-    assert found["t", Kind.NEURONS].overlap == {20: 15 / 20}
-    assert found["t", Kind.HEADS].overlap == {1: None, 8: None}  # nothing positive
-    assert found["t", Kind.HEADS].spearman is None
-    itself = next(a for a in compare(one, one) if a.kind == Kind.NEURONS and a.task == "t")
+    assert found["t", Kind.NEURON].overlap == {20: 15 / 20}
+    assert found["t", Kind.HEAD].overlap == {1: None, 8: None}  # nothing positive
+    assert found["t", Kind.HEAD].spearman is None
+    itself = next(a for a in compare(one, one) if a.kind == Kind.NEURON and a.task == "t")
     assert (itself.overlap, itself.spearman) == ({20: 1.0}, pytest.approx(1))
 
 
 def test_only_positive_scores_are_among_the_best():
     one, other = made({"t": {"L0N1": 1.0, "L0N2": 0.5}}), made({"t": {"L0N1": 1.0, "L3N3": -1.0}})
-    (agreement,) = [a for a in compare(one, other) if a.kind == Kind.NEURONS]
+    (agreement,) = [a for a in compare(one, other) if a.kind == Kind.NEURON]
     assert agreement.overlap == {1: 1.0, 2: 0.5}
 
 
@@ -151,8 +151,8 @@ def test_other_bases_and_shapes_are_refused_in_a_sentence():
 
 def test_layer_shares_sum_to_one():
     shares = layer_shares_of(made({"t": {"L0N1": 0.3, "L2H0": 0.1, "L2N0": -1.0}}))
-    assert shares[Kind.NEURONS].tolist() == pytest.approx([0.75, 0, 0, 0])
-    assert shares[Kind.HEADS].tolist() == pytest.approx([0, 0, 0.25, 0])
+    assert shares[Kind.NEURON].tolist() == pytest.approx([0.75, 0, 0, 0])
+    assert shares[Kind.HEAD].tolist() == pytest.approx([0, 0, 0.25, 0])
 
 
 def test_the_command_prints_tables_and_json(tmp_path):

@@ -61,12 +61,12 @@ def in_place(
 def sample(pair: ModelPair, anchor: int, heads: int, neurons: int) -> Subset:
     """That many heads and neurons of every layer up to the anchor, drawn with seed 0."""
     masks, generator = {}, torch.Generator().manual_seed(0)
-    for kind, count in ((Kind.HEADS, heads), (Kind.NEURONS, neurons)):
+    for kind, count in ((Kind.HEAD, heads), (Kind.NEURON, neurons)):
         mask = torch.zeros(pair.geometry.layers, getattr(pair.geometry, kind), dtype=torch.bool)
         for layer in range(anchor + 1):
             mask[layer, torch.randperm(mask.shape[1], generator=generator)[:count]] = True
         masks[kind] = mask
-    return Subset(masks[Kind.HEADS], masks[Kind.NEURONS])
+    return Subset(masks[Kind.HEAD], masks[Kind.NEURON])
 
 
 def restarts(
@@ -192,7 +192,7 @@ def report(
         click.echo(f"| {kind} | {1 / seconds[kind]:.2f} | {1 / slow[kind]:.2f} | {slow[kind] / seconds[kind]:.1f} |")
     whole, in_place_whole = (sum(counts[kind] * t[kind] for kind in Kind) for t in (seconds, slow))
     click.echo(
-        f"\n{counts[Kind.HEADS]:,} heads and {counts[Kind.NEURONS]:,} neurons to layer {anchor}: {whole:,.0f} s "
+        f"\n{counts[Kind.HEAD]:,} heads and {counts[Kind.NEURON]:,} neurons to layer {anchor}: {whole:,.0f} s "
         f"against {in_place_whole:,.0f} s, {in_place_whole / whole:.1f} x. Largest disagreement with in-place "
         f"replacement: {worst:.1e} of the largest effect."
     )

@@ -16,7 +16,7 @@ from mergekit_wp.scoring.metrics import GapLedger, Metric, metric_of
 from mergekit_wp.scoring.models.precision import not_finite
 
 _Parts = dict[Kind, tuple[str, ...]]
-_WEIGHT_PARTS: _Parts = {Kind.HEADS: ("q", "o"), Kind.NEURONS: ("gate", "up", "down")}
+_WEIGHT_PARTS: _Parts = {Kind.HEAD: ("q", "o"), Kind.NEURON: ("gate", "up", "down")}
 _WHOLE: _Parts = dict.fromkeys(Kind, ("whole",))
 # The parts that a method's scores come in, which add up to the score.
 PARTS: dict[str, _Parts] = {

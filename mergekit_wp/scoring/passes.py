@@ -43,12 +43,12 @@ from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, forward_sweep
 
 PATCHING = ("exact", "ap")
-_PATCHES: dict[Kind, Callable[..., Patch | MixedPatch]] = {Kind.HEADS: patch_heads, Kind.NEURONS: patch_neurons}
+_PATCHES: dict[Kind, Callable[..., Patch | MixedPatch]] = {Kind.HEAD: patch_heads, Kind.NEURON: patch_neurons}
 _ACTIVATIONS: dict[Kind, Callable[..., Patch]] = {
-    Kind.HEADS: patch_head_activations,
-    Kind.NEURONS: patch_neuron_activations,
+    Kind.HEAD: patch_head_activations,
+    Kind.NEURON: patch_neuron_activations,
 }
-_ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEADS: attr_heads, Kind.NEURONS: attr_neurons}
+_ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEAD: attr_heads, Kind.NEURON: attr_neurons}
 
 
 @dataclass

@@ -200,7 +200,7 @@ def _write(activation_BTW: torch.Tensor, weight_DW: torch.Tensor, columns_Cw: to
     return torch.bmm(own_CNw, own_CwD).unflatten(1, (prompts, tokens))
 
 
-KEY = {Kind.HEADS: "o", Kind.NEURONS: "down"}
+KEY = {Kind.HEAD: "o", Kind.NEURON: "down"}
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class PatchedForward:
         count = len(changes_CBTD)
         attention_BTD = self._kept(self.record.outputs["o"], last)
         stream = self._kept(self.record.stream_BTD, last).repeat(count, 1, 1)
-        if kind == Kind.HEADS:
+        if kind == Kind.HEAD:
             patched = (attention_BTD.float() + changes_CBTD).flatten(0, 1)
             with substituted(self.layer, self_attn=Constant((patched, None))):
                 return self.stack.call(self.layer, stream, self.calls[self.index])

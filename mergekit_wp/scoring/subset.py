@@ -76,11 +76,11 @@ class Subset:
             of = "" if layers is None else f" of layers {layers}"
             top = "" if ranking is None else " within the top of the ranking"
             raise BadInput(f"components, layers: {shown(components)}{of}{top} leave nothing to score.")
-        return cls(masks[Kind.HEADS], masks[Kind.NEURONS])
+        return cls(masks[Kind.HEAD], masks[Kind.NEURON])
 
     @property
     def masks(self) -> Mapping[Kind, torch.Tensor]:
-        return {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons}
+        return {Kind.HEAD: self.heads, Kind.NEURON: self.neurons}
 
     @property
     def whole(self) -> bool:
