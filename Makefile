@@ -7,11 +7,11 @@
 # make check  ruff lint and format, mypy
 # make docs   the documentation as a site in site/; stops at a broken link
 # make recipes  write recipes/13b-*.yaml anew from recipes/table.yaml
-# WORKERS=4 runs the tests in four processes (2 otherwise), each with one thread.
+# WORKERS=4 runs the tests in four processes (3 otherwise), each with one thread.
 # Each makes .venv on first use, with pip under constraints.txt. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS ?= 2
+WORKERS ?= 3
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 # What pip downloads, a line each, and when it unpacks: minutes of silence look like a hang.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from mergekit_wp import console as commands
+from mergekit_wp import console
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, disk_trouble, write_text
 from mergekit_wp.outputs import check_file, claimed, refuse_inputs, scratch
@@ -161,7 +161,7 @@ def test_full_disks_are_told_from_other_troubles(tmp_path: Path) -> None:
 def start(code: str, folder: Path, **how: object) -> subprocess.Popen[str]:
     """A command whose module is `code`, begun the way the console scripts are."""
     (folder / "told.py").write_text(code)
-    begin = f"import sys; sys.path.insert(0, {str(folder)!r}); from mergekit_wp import commands; commands.run('told')"
+    begin = f"import sys; sys.path.insert(0, {str(folder)!r}); from mergekit_wp import console; console.run('told')"
     return subprocess.Popen(
         [sys.executable, "-c", begin], stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
@@ -230,5 +230,5 @@ def test_every_console_script_is_known() -> None:
     import tomllib
 
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
-    assert set(project["scripts"]) == set(commands.MODULES)
+    assert set(project["scripts"]) == set(console.MODULES)
     assert set(project["scripts"].values()) == {"mergekit_wp.console:main"}

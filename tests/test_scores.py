@@ -216,13 +216,13 @@ def test_a_file_gets_the_permissions_of_the_umask_which_is_never_changed(tmp_pat
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    from mergekit_wp import files as tensorfile
+    import safetensors.torch
 
     def broken(_tensors, path, **_options):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(tensorfile, "save_file", broken)
+    monkeypatch.setattr(safetensors.torch, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         write_scores(example(), tmp_path / "s.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from mergekit_wp.eval.suite import read_suite
 from mergekit_wp.eval.tables import read_results
 from mergekit_wp.eval.tasks import task_manager
 from mergekit_wp.files import check_writable_parent
-from mergekit_wp.hashing import Digests
+from mergekit_wp.hashing import FileDigests
 from mergekit_wp.merge.activations import read_activations
 from mergekit_wp.merge.calibrate import read_texts
 from mergekit_wp.merge.recipe import read_recipe
@@ -43,7 +43,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "results": read_results,
     "job": lambda path: load_job(str(path), {}),
     "weights": read_header,
-    "digest": lambda path: Digests(None, print)([path]),
+    "digest": lambda path: FileDigests(None, print)([path]),
     "output": lambda path: check_file(path, "wp", "score"),
 }
 

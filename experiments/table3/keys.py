@@ -20,7 +20,6 @@ from experiments.table3.frozen import TrainedWorld
 from experiments.table3.variants import Point
 from mergekit_wp.autoload import METHODS
 from mergekit_wp.hashing import digest, readable
-from mergekit_wp.pipeline.steps import build_recipe
 
 _PACKAGE, _EXPERIMENTS = Path(mergekit_wp.__file__).parent, Path(__file__).parents[1]
 _MERGE_VERSIONS = ("mergekit", "torch")
@@ -29,6 +28,8 @@ _GRADE_VERSIONS = ("lm-eval", "transformers", "torch")
 
 def recipe(point: Point, experts: tuple[str, ...], world: TrainedWorld, scores: Mapping[str, Path]) -> dict[str, Any]:
     """A mergekit recipe; paths as a person in this folder would type them. `scores` has each expert's score file."""
+    from mergekit_wp.pipeline.steps import build_recipe  # which imports torch, and a worker must not yet
+
     listed = {}
     for name in experts:
         own = dict(point.expert) | ({"scores": str(readable(scores[name]))} if point.scores is not None else {})

@@ -458,10 +458,10 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.eval.measure import read_cache
     from mergekit_wp.eval.suite import read_suite
     from mergekit_wp.eval.tables import read_results
-    from mergekit_wp.hashing import Digests
+    from mergekit_wp.hashing import FileDigests
     from mergekit_wp.merge.activations import Activations, Calibration, read_activations, write_activations
     from mergekit_wp.merge.calibrate import read_texts
-    from mergekit_wp.merge.certificate import Mark, MarkedScores, read_mark
+    from mergekit_wp.merge.certificate import Certificate, CertifiedScores, read_certificate
     from mergekit_wp.merge.recipe import read_recipe
     from mergekit_wp.pipeline.spec import read_pipeline
     from mergekit_wp.scores import Scores, read_scores, write_scores
@@ -485,7 +485,7 @@ def formats(root: Path) -> list[Format]:
     write_activations(Activations(calibration, means), root / "activations.safetensors")
     write_results(root / "results", "f" * 64, root / "expert")
     shares = {"experts": ["x", "y"], "heads": [[0.5, 0.4], [0.5, 0.6]], "neurons": [[0.1, 0.4], [0.9, 0.6]]}
-    mark = Mark("wp", ("all is well",), {"config.json": "a" * 64}, (MarkedScores("s", "b" * 64),), shares,
+    mark = Certificate("wp", ("all is well",), {"config.json": "a" * 64}, (CertifiedScores("s", "b" * 64),), shares,
                 {"torch": "2"}, "2026-11-21T00:00:00+00:00")  # fmt: skip
     job = {"base": "b", "expert": "e", "pairs": "p", "layer": 3, "gap_floor": 0.01, "samples": 4, "top": [2, "s"]}
     suite = {"name": "tiny", "tasks": TASKS, "batch_size": 4, "dtype": "auto", "max_gen_toks": 8,
@@ -530,7 +530,7 @@ def formats(root: Path) -> list[Format]:
         return list(read_texts(str(path)))
 
     def digests(path: Path) -> Any:
-        return Digests(path, print, keep=False)([shard])
+        return FileDigests(path, print, keep=False)([shard])
 
     def lines(content: bytes) -> Any:
         return [json.loads(line) for line in content.splitlines()]
@@ -557,7 +557,7 @@ def formats(root: Path) -> list[Format]:
         Format("suite", root / "suite.yaml", yaml_dump(suite), read_suite, judge_yaml(_suite_fields), *documents),
         Format("recipe", root / "recipe.yaml", yaml_dump(recipe), recipe_of, _judge_recipe, *documents),
         Format("pipeline", root / "pipeline.yaml", yaml_dump(pipeline), read_pipeline, _judge_pipeline, *documents),
-        Format("mark", root / "mark.yml", mark.text().encode(), read_mark, judge_mark, *documents),
+        Format("mark", root / "mark.yml", mark.text().encode(), read_certificate, judge_mark, *documents),
         Format("results", root / "results.json", files["results/results.json"], read_results, judge_results, *header),
         Format("pairs", root / "pairs.jsonl", dump_lines(pairs), read_pairs, judge_pairs, lines, dump_lines),
         Format("texts", root / "texts.jsonl", dump_lines(texts), texts_of, unjudged, lines, dump_lines),

@@ -76,7 +76,7 @@ def test_the_object_of_ap_is_in_the_file_and_belongs_to_ap_and_atp_alone(tmp_pat
     assert score(replace(job, method="attr")).meta.object is None
     with pytest.raises(BadInput, match="object: writeback patches weights"):
         replace(job, method="writeback", object="write")
-    with pytest.raises(BadInput, match="expected write or activation"):
+    with pytest.raises(BadInput, match="expected one of write, activation"):
         replace(job, object="weights")
 
 
