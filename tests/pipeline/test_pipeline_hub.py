@@ -51,7 +51,7 @@ def test_one_run_scores_merges_grades_and_pushes(world: Path) -> None:
         assert not hub.repos[REPO].files.keys() & {"README.md", "config.json"}
 
         said += wp_run(world, file.name, **variables)
-        assert said.count("done before") == 5  # of the second run: two scores, two merges, the table
+        assert said.count("done before") == 6  # of the second run: two scores, two merges, the table, the report
         repo = hub.repos[REPO]
         assert repo.private
         merged = world / "all/merges/wp"
