@@ -283,12 +283,7 @@ def quiet_option(text: str = "Print errors only.") -> Callable[[Callable[..., An
 
 def take_terminal(shown: bool) -> None:
     """Leave the terminal to our own lines and bars; `shown` unless errors alone are asked for."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    if not (shown and sys.stderr.isatty()):
-        transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    _hush_transformers(bars=shown and sys.stderr.isatty())
     log = logging.getLogger("mergekit_wp")
     log.setLevel(logging.INFO if shown else logging.ERROR)
     log.handlers, log.propagate = [_Echo()], False
@@ -305,14 +300,20 @@ def quieten(bars: bool) -> None:
     """No bars (unless `bars`), no advice of the libraries' own; must run before they are first imported."""
     if not bars:
         os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
-    import transformers
 
+    _hush_transformers(bars=False)
     for name in ("lm_eval.api.task", "lm_eval.evaluator_utils"):
         logging.getLogger(name).addFilter(_says_something)
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+
+
+def _hush_transformers(bars: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    if not bars:
+        transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
 

@@ -199,10 +199,6 @@ def _next_logits(stack: Stack, prompts: Sequence[Sequence[int]], vocabulary: int
     """[N, V], in the order of the prompts, on the CPU."""
     found: dict[int, torch.Tensor] = {}
     for chosen, batch in numbered_batches(prompts, size, stack):
-        (final_BTD,) = next(
-            streams
-            for layer, streams in forward_sweep(stack, [stack.start(batch)], stack.depth, at=[batch.last_B])
-            if layer == stack.depth - 1
-        )
+        *_, (_top, (final_BTD,)) = forward_sweep(stack, [stack.start(batch)], stack.depth, at=[batch.last_B])
         found |= zip(chosen, stack.logits(batch.at_anchor(final_BTD), vocabulary).cpu(), strict=True)
     return torch.stack([found[i] for i in range(len(prompts))])

@@ -103,10 +103,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
     pairs = [_parse_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not pairs:
         raise BadInput(f"{path}: no pairs in this file; write one JSON object a line.")
+    check_contrasts(pairs, str(path))
+    return pairs
+
+
+def check_contrasts(pairs: Iterable[Pair], where: str) -> None:
+    """Raise `BadInput` for a task that has rows with a contrast and rows without; `where` names their source."""
     for task, rows in by_task(pairs).items():
         if len({row.contrast is None for row in rows}) > 1:
-            raise BadInput(f"{path}: task {task} mixes rows with and without a contrast; use one kind a task.")
-    return pairs
+            raise BadInput(f"{where}: task {task} mixes rows with and without a contrast; use one kind a task.")
 
 
 def by_task(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mergekit_wp.errors import BadInput, reason_of, shown
-from mergekit_wp.scoring.pairs import FIELDS, Pair, by_task, draw_pairs, load_pairs, parse_pair, read_pairs
+from mergekit_wp.scoring.pairs import FIELDS, Pair, check_contrasts, draw_pairs, load_pairs, parse_pair, read_pairs
 
 DATASET = "hf://datasets/"
 DRAWN = 100  # rows of a data set on the Hub, as of a built-in set
@@ -30,9 +30,7 @@ def prompts_of(prompts: Any, task: str, column: str | None, samples: int | None,
     pairs = list(_read(prompts, task, column, samples, seed, "prompts"))
     if not pairs:
         raise BadInput("prompts: there are none; give some, or the name of a set such as builtin:maths.")
-    for name, rows in by_task(pairs).items():
-        if len({row.contrast is None for row in rows}) > 1:
-            raise BadInput(f"prompts: task {name} mixes rows with and without a contrast; use one kind a task.")
+    check_contrasts(pairs, "prompts")
     return pairs
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
 from click.testing import CliRunner
 from merge_world import merge, tensors_of
 from safetensors.torch import save_file
@@ -115,3 +119,19 @@ def change(folder, name, where, value):
 def same_files(one, other):
     a, b = tensors_of(one), tensors_of(other)
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+MIXED_DTYPES = [  # dtypes of base and experts, what the recipe says more, dtype of the result
+    ((torch.float16, torch.bfloat16, torch.float32), {}, torch.float16),
+    ((torch.bfloat16, torch.float16, torch.bfloat16), {"out_dtype": "float32"}, torch.float32),
+    ((torch.float32, torch.float32, torch.float32), {"out_dtype": "bfloat16"}, torch.bfloat16),
+]
+
+
+def merged_by_stock(world, config):
+    """The tensors of a merge by mergekit's own command, in another process, with nothing imported by hand."""
+    (world.root / "recipe.yaml").write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("mergekit-yaml")), "recipe.yaml", "out"]
+    done = subprocess.run(command, cwd=world.root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return tensors_of(world.root / "out")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-import yaml
 from aim_inputs import EMBEDDING, recipe, write_random_activations
-from merge_checks import assert_merged, change, refused, rewrite, run, same_files
+from merge_checks import assert_merged, change, merged_by_stock, refused, rewrite, run, same_files
 from merge_world import World, merge, tensors_of
 from mergekit.io.tasks import LoaderCache
 
@@ -98,17 +92,7 @@ def test_moved_layers_take_the_activations_of_their_source(world):
 
 
 def test_the_stock_command_finds_it(world):
-    (world.root / "aim.yaml").write_text(yaml.safe_dump(recipe(world)))
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("mergekit-yaml")), "aim.yaml", "out"],
-        cwd=world.root,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert_merged(tensors_of(world.root / "out"), reference(world))
+    assert_merged(merged_by_stock(world, recipe(world)), reference(world))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

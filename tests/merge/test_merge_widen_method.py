@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
-import yaml
 from click.testing import CliRunner
 from merge_checks import (
+    MIXED_DTYPES,
     assert_merged,
     change,
     edit_config,
     files_under,
     make_lora,
+    merged_by_stock,
     refused,
     rewrite,
     run,
@@ -80,14 +77,7 @@ def test_parameters_reach_the_arithmetic(world):
     assert_merged(tensors_of(out), reference(world, t=0.5, s=0.75))
 
 
-@pytest.mark.parametrize(
-    ("inputs", "more", "expected"),
-    [
-        ((torch.float16, torch.bfloat16, torch.float32), {}, torch.float16),
-        ((torch.bfloat16, torch.float16, torch.bfloat16), {"out_dtype": "float32"}, torch.float32),
-        ((torch.float32, torch.float32, torch.float32), {"out_dtype": "bfloat16"}, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("inputs", "more", "expected"), MIXED_DTYPES)
 def test_dtypes_of_config_and_tensors_agree(inputs, more, expected, tmp_path):
     world = World(tmp_path, "llama", dtypes=list(inputs)).build()
     out = merge(world, world.widen(**more))
@@ -119,18 +109,7 @@ def test_moved_layers(world):
 
 
 def test_the_stock_command_finds_it(world):
-    """Another process, nothing imported by hand; and other methods there are as ever."""
-    (world.root / "widen.yaml").write_text(yaml.safe_dump(world.widen()))
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("mergekit-yaml")), "widen.yaml", "out"],
-        cwd=world.root,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert_merged(tensors_of(world.root / "out"), reference(world))
+    assert_merged(merged_by_stock(world, world.widen()), reference(world))
 
 
 def test_without_base_or_experts(world):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from merge_checks import assert_merged, make_lora, slices, written_config
+from merge_checks import MIXED_DTYPES, assert_merged, make_lora, slices, written_config
 from merge_world import World, merge, reference, tensors_of, write_random_scores
 
 from mergekit_wp.checkpoint.folder import Checkpoint
@@ -26,14 +26,7 @@ def test_every_architecture_with_added_token_rows(kind, tmp_path):
     assert not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize(
-    ("inputs", "more", "expected"),
-    [
-        ((torch.float16, torch.bfloat16, torch.float32), {}, torch.float16),
-        ((torch.bfloat16, torch.float16, torch.bfloat16), {"out_dtype": "float32"}, torch.float32),
-        ((torch.float32, torch.float32, torch.float32), {"out_dtype": "bfloat16"}, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("inputs", "more", "expected"), MIXED_DTYPES)
 def test_dtypes_of_config_and_tensors_agree(inputs, more, expected, tmp_path):
     """Without a dtype the base's, else the recipe's; in each case the sum is rounded once."""
     world = World(tmp_path, "llama", dtypes=list(inputs)).build()
