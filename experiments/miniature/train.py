@@ -66,9 +66,46 @@ def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     ]
     if inner:
-        # Scaled to the size of AdamW's updates, so that one learning rate does for both.
-        optimizers.append(torch.optim.Muon(inner, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(inner, rate))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon without weight decay, its products in bfloat16 only where the CPU has that.
+
+    An update is the momentum of a matrix's gradient, made near orthogonal, and scaled to the size of AdamW's updates
+    so that one learning rate does for both (arXiv 2502.16982). torch's own multiplies in bfloat16 everywhere, which
+    without hardware for it took six sevenths of a step (measured on AVX2: 2.0 s, against 0.28 s in float32).
+    """
+
+    _MOMENTUM = 0.95
+    _STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Newton-Schulz, as torch and Muon's author have it
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, dtype: torch.dtype | None = None):
+        super().__init__(matrices, {"lr": lr})
+        self._dtype = dtype or (torch.bfloat16 if has_fast_bfloat16() else torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every matrix [out, in] from its gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                momentum = state.setdefault("momentum", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - self._MOMENTUM)
+                update = self._orthogonal(weight.grad.lerp(momentum, self._MOMENTUM))
+                weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+    def _orthogonal(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix with its singular values brought near 1, by a quintic iteration on its wide side."""
+        a, b, c = self._COEFFICIENTS
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = (matrix.T if tall else matrix).to(self._dtype)
+        x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
+        for _ in range(self._STEPS):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.T if tall else x
 
 
 def has_fast_bfloat16() -> bool:

@@ -6,12 +6,13 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from experiments.miniature import corpus, grading, instructions, programs, sums
 from experiments.miniature.items import CAPABILITIES, split_of
 from experiments.miniature.lm_eval_tasks import MAX_ANSWER_TOKENS
 from experiments.miniature.tokenizer import PAD, UNKNOWN, build_tokenizer, vocabulary
-from experiments.miniature.train import encode
+from experiments.miniature.train import Muon, encode
 from experiments.miniature.training import Schedule
 from experiments.miniature.world import WorldConfig
 from mergekit_wp.errors import BadInput
@@ -260,3 +261,25 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[4] == max(rates) == 1.0
     assert rates[0] == pytest.approx(0.2)
     assert rates[-1] < 0.01
+
+
+def test_muon_is_torchs_in_bfloat16_and_near_it_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((32, 80), (80, 32), (16, 16))]
+    gradients = [[torch.randn(x.shape, generator=generator) for x in start] for _step in range(5)]
+
+    def trained(optimizer: type, **settings: object) -> list[torch.Tensor]:
+        matrices = [torch.nn.Parameter(x.clone()) for x in start]
+        muon = optimizer(matrices, lr=1e-2, **settings)
+        for step in gradients:
+            for matrix, gradient in zip(matrices, step, strict=True):
+                matrix.grad = gradient.clone()
+            muon.step()
+        return [matrix.detach() for matrix in matrices]
+
+    torchs = trained(torch.optim.Muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for ours, theirs in zip(trained(Muon, dtype=torch.bfloat16), torchs, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs, before in zip(trained(Muon, dtype=torch.float32), torchs, start, strict=True):
+        # An update rounds to 8 bits there; five of them moved the matrices by this much.
+        assert (ours - theirs).norm() < 0.01 * (theirs - before).norm()
