@@ -259,6 +259,17 @@ def read_record(kind: type[T], value: Any) -> T:
         raise ValueError(_sentence(field, first)) from error
 
 
+def read_document(kind: type[T], text: str, formats: range) -> T:
+    """The JSON document of one of our files of tensors, of a format that this program reads. Raises ValueError."""
+    raw = parse_json(text)
+    if not isinstance(raw, dict):
+        raise ValueError(f"its metadata is {shown(raw)}")
+    if raw.get("format") not in formats:
+        read = f"{formats[0]} to {formats[-1]}" if len(formats) > 1 else f"{formats[0]}"
+        raise ValueError(f"format version {shown(raw.get('format'))}, this program reads {read}")
+    return read_record(kind, raw)
+
+
 def _sentence(field: str, trouble: Any) -> str:
     if trouble["type"] == "missing":
         return f"the field {field} is missing"

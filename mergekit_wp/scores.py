@@ -31,7 +31,7 @@ from mergekit_wp.checkpoint.folder import Fingerprint
 from mergekit_wp.checkpoint.hub import score_file
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.choices import GAPS, METHODS, OBJECTS, SPLITS, UTILITIES
-from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, parse_json, read_record, strict
+from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, read_document, strict
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_tensors, write_tensors
 from mergekit_wp.geometry import Component, Geometry
@@ -157,12 +157,7 @@ class ScoreMeta:
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises ValueError (`read_scores` makes it a BadInput)."""
-        raw = parse_json(text)
-        if not isinstance(raw, dict):
-            raise ValueError(f"its metadata is {shown(raw)}")
-        if raw.get("format") not in range(1, FORMAT + 1):
-            raise ValueError(f"format version {shown(raw.get('format'))}, this program reads 1 to {FORMAT}")
-        return read_record(cls, raw)
+        return read_document(cls, text, range(1, FORMAT + 1))
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -292,7 +287,7 @@ class Scores:
                     f"anchor layer {layer}, and {'no' if scores.anchor is None else 'an'} anchor of {task}"
                 )
         for name, tensor in self.tensors().items():
-            _check_tensor(name, tensor, self._shape(name))
+            check_table(name, tensor, self._shape(name))
         self._check_means()
         for kind, mask in self.scored.items():
             if not ((mask == 0) | (mask == 1)).all():
@@ -373,7 +368,8 @@ def _take_parts(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torc
     return {part: tensors.pop(f"{prefix}parts/{part}") for part in PART_KIND if f"{prefix}parts/{part}" in tensors}
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check_table(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """A table of a score or fit file. Raises ValueError for another dtype or shape, a NaN or an infinity."""
     if tensor.dtype != torch.float32:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.float32")
     if tuple(tensor.shape) != shape:

@@ -32,6 +32,7 @@ from mergekit_wp.eval.options import OPTIONS
 from mergekit_wp.eval.results import StoredMeasured, StoredResults, StoredRow
 from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
 from mergekit_wp.eval.tables import read_results
+from mergekit_wp.fit_file import FitMeta, FittedPrompts, LossAt, Unrecovered
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.merge.activations import Calibration
 from mergekit_wp.merge.calibrate import read_texts
@@ -133,6 +134,10 @@ FIELDS = {
     ("Score file", "field of a task"): names(TaskMeta),
     ("Score file", "field of `prompts`"): names(PromptStyle),
     ("Score file", "field of `recovery`"): names(RecoveryCurve),
+    ("Fit file", "field"): names(FitMeta),
+    ("Fit file", "field of a fit's `prompts`"): names(FittedPrompts),
+    ("Fit file", "field of `curve`"): names(LossAt),
+    ("Fit file", "field of `unrecovered`"): names(Unrecovered),
     ("Activations file", "field"): names(Calibration),
     ("Recipe", "parameter of `wp`"): parameters(WeightPatchingMerge),
     ("Recipe", "parameter of `widen`"): parameters(WidenMerge),

@@ -19,8 +19,8 @@ from typing import Annotated
 
 import torch
 
-from mergekit_wp.documents import Count, Date, Positive, Text, Versions, one_of, parse_json, read_record, strict
-from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.documents import Count, Date, Positive, Text, Versions, one_of, read_document, strict
+from mergekit_wp.errors import BadInput
 from mergekit_wp.files import Stamp, read_tensors, stamp, write_tensors
 from mergekit_wp.geometry import text_name
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
@@ -53,12 +53,7 @@ class Calibration:
     @classmethod
     def from_json(cls, text: str) -> Calibration:
         """Parse and check; raises ValueError (`read_activations` makes it a BadInput)."""
-        raw = parse_json(text)
-        if not isinstance(raw, dict):
-            raise ValueError(f"its metadata is {shown(raw)}")
-        if raw.get("format") != FORMAT:
-            raise ValueError(f"format version {shown(raw.get('format'))}, this program reads {FORMAT}")
-        return read_record(cls, raw)
+        return read_document(cls, text, range(FORMAT, FORMAT + 1))
 
     def to_json(self) -> str:
         """What `from_json` reads."""

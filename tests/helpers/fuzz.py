@@ -360,6 +360,31 @@ def judge_scores(content: bytes, value: Any) -> str | None:
     return None
 
 
+def judge_fit(content: bytes, value: Any) -> str | None:
+    """Weights within bounds, as in the file; one entry an expert; the step is one of the curve's."""
+    meta = json.loads(header_load(content)["header"]["__metadata__"]["wp_fit"])
+    K, curve = len(meta["experts"]), meta["curve"]
+    if not (K and len(meta["prompts"]) == len(meta["unrecovered"]) == K and all(map(is_model, meta["experts"]))):
+        return f"takes {meta!a:.200}"
+    if not (
+        is_model(meta["base"]) and is_versions(meta["versions"]) and is_text(meta["start"]) and meta["format"] == 1
+    ):
+        return f"takes {meta!a:.200}"
+    losses = [x for point in curve for x in (point["fitted"], point["held_out"] or 0.0)]
+    losses += [row[name] for row in meta["unrecovered"] for name in ("base", "start", "end")]
+    counts = [meta[name] for name in ("best_step", "seed", "answer_tokens")]
+    counts += [row[name] for row in meta["prompts"] for name in ("fitted", "held_out")]
+    if not (all(map(is_number, losses)) and all(map(is_count, counts))):
+        return f"takes {meta!a:.200}"
+    if meta["best_step"] not in [point["step"] for point in curve]:
+        return f"takes the step {meta['best_step']}"
+    for name, tensor in safetensors.numpy.load(content).items():
+        good = (tensor >= 0).all() and (tensor <= 2).all() and len(tensor) == K
+        if not (good and np.array_equal(tensor, getattr(value, name).numpy())):
+            return f"takes the tensor {name!a}"
+    return None
+
+
 def judge_activations(content: bytes, value: Any) -> str | None:
     meta = json.loads(header_load(content)["header"]["__metadata__"]["wp_aim"])
     counts = all(is_count(meta[name], 1) for name in ("documents", "blocks", "tokens"))
@@ -448,6 +473,7 @@ def unjudged(_content: bytes, _value: Any) -> str | None:
 
 def formats(root: Path) -> list[Format]:
     """All of them, with valid files made below `root`."""
+    import fit_example
     import tiny
     from eval_world import TASKS
     from merge_world import write_random_scores
@@ -458,6 +484,7 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.eval.measure import read_cache
     from mergekit_wp.eval.suite import read_suite
     from mergekit_wp.eval.tables import read_results
+    from mergekit_wp.fit_file import read_fit, write_fit
     from mergekit_wp.hashing import FileDigests
     from mergekit_wp.merge.activations import Activations, Calibration, read_activations, write_activations
     from mergekit_wp.merge.calibrate import read_texts
@@ -480,6 +507,7 @@ def formats(root: Path) -> list[Format]:
     both = {"a": one.tasks["t"], "b": two.tasks["t"]}
     about = replace(one.meta, tasks=dict.fromkeys(both, one.meta.tasks["t"]), versions={"torch": "2"})
     write_scores(Scores.from_tasks(about, both), root / "scores.safetensors")
+    write_fit(fit_example.example(), root / "fit.safetensors")
     means = {"model.norm.weight": torch.rand(8), "lm_head.weight": torch.rand(8)}
     calibration = Calibration(one.meta.base, "texts", 3, 2, 8, "float32", "cpu", {"torch": "2"}, "2026-11-21")
     write_activations(Activations(calibration, means), root / "activations.safetensors")
@@ -544,10 +572,14 @@ def formats(root: Path) -> list[Format]:
     documents = (yaml.safe_load, yaml_dump)
     files = {
         name: (root / name).read_bytes()
-        for name in ("scores.safetensors", "activations.safetensors", "expert/config.json", "results/results.json")
+        for name in (
+            *("scores.safetensors", "fit.safetensors", "activations.safetensors"),
+            *("expert/config.json", "results/results.json"),
+        )
     }
     return [
         Format("score", root / "s.safetensors", files["scores.safetensors"], read_scores, judge_scores, *tensors),
+        Format("fit", root / "f.safetensors", files["fit.safetensors"], read_fit, judge_fit, *tensors),
         Format("activations", root / "a.safetensors", files["activations.safetensors"], read_activations,
                judge_activations, *tensors),
         Format("header", root / "h.safetensors", shard.read_bytes(), read_header, judge_header, *tensors),
