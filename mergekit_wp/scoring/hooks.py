@@ -16,7 +16,7 @@ Legend: B prompts, T tokens, D residual width, Q = H*d_h query width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,7 +128,7 @@ class _Part(nn.Module):
         return functional.linear(x_BTD, self.weight, self.bias)
 
 
-_GRADIENTS = ("q", "o", "gate", "up", "down")  # keys and values belong to no component
+SCORED = ("q", "o", "gate", "up", "down")  # projections that components are cut from; not keys and values
 _INPUT_GRADIENTS = ("o", "down")
 # Not held while a graph is kept: what was written, and the product that `mlp_activation` computes again.
 _DROPPED = {"inputs": ("down",), "outputs": ("o", "down")}
@@ -146,6 +146,8 @@ class LayerRecord:
     scale                   a power of two, float32 [], that keeps gradients within float16 (see `precision`)
     attention_call          args and kwargs that self_attn was called with
     anchors_B               the positions kept where only anchors were computed, else None
+    projections             those whose gradients are wanted
+    grad_parameters[name]   `scale` times dS/d(parameter), of those parameters of the layer that have gradients
     """
 
     stream_BTD: torch.Tensor
@@ -156,12 +158,14 @@ class LayerRecord:
     scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     anchors_B: torch.Tensor | None = None
+    projections: Sequence[str] = SCORED
+    grad_parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     edges: dict[tuple[str, str], GradientEdge] = field(default_factory=dict)
 
     def keep(self, key: str, read: torch.Tensor, written: torch.Tensor) -> None:
         """Take what a projection read and wrote, while its layer runs."""
         graph = self.stream_BTD.requires_grad
-        for side, tensor, wanted in (("inputs", read, _INPUT_GRADIENTS), ("outputs", written, _GRADIENTS)):
+        for side, tensor, wanted in (("inputs", read, _INPUT_GRADIENTS), ("outputs", written, self.projections)):
             if graph and key in wanted:
                 self.edges[side, key] = get_gradient_edge(tensor)
             if not (graph and key in _DROPPED[side]):
@@ -183,18 +187,30 @@ class LayerRecord:
         # Not einsum: it becomes one tiny dot product a column, at three times the cost.
         return (a_BTW.float() * b_BTW.float()).sum((0, 1)) / self.scale
 
-    def backward(self, above_BTD: torch.Tensor, gradient_BTD: torch.Tensor, *, below: bool = True) -> torch.Tensor:
+    def backward(
+        self,
+        above_BTD: torch.Tensor,
+        gradient_BTD: torch.Tensor,
+        *,
+        below: bool = True,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Fill the gradients from dS/d(layer's output) and return dS/d(layer's input), unless not `below`.
 
-        `above_BTD` is the output of the recorded call. The graph is freed.
+        `above_BTD` is the output of the recorded call; `parameters`, those of the layer that gradients are wanted of.
+        The graph is freed.
         """
+        parameters = parameters or {}
         leaves: list[Any] = [self.stream_BTD] if below else []
-        leaves += [self.edges["outputs", p] for p in _GRADIENTS] + [self.edges["inputs", p] for p in _INPUT_GRADIENTS]
+        leaves += [self.edges["outputs", p] for p in self.projections]
+        leaves += [self.edges["inputs", p] for p in _INPUT_GRADIENTS]
+        leaves += parameters.values()
         self.scale = loss_scale(gradient_BTD)
-        found = list(torch.autograd.grad(above_BTD, leaves, self.scale * gradient_BTD))
-        gradient_below = found.pop(0) / self.scale if below else torch.zeros(0)
-        self.grad_out = dict(zip(_GRADIENTS, found, strict=False))
-        self.grad_in = dict(zip(_INPUT_GRADIENTS, found[len(_GRADIENTS) :], strict=True))
+        found = iter(torch.autograd.grad(above_BTD, leaves, self.scale * gradient_BTD))
+        gradient_below = next(found) / self.scale if below else torch.zeros(0)
+        self.grad_out = {p: next(found) for p in self.projections}
+        self.grad_in = {p: next(found) for p in _INPUT_GRADIENTS}
+        self.grad_parameters = {name: next(found) for name in parameters}
         self.edges.clear()
         return gradient_below
 
@@ -207,9 +223,10 @@ def run_layer(
     *,
     gradient: bool,
     anchors_B: torch.Tensor | None = None,
+    projections: Sequence[str] = SCORED,
 ) -> tuple[torch.Tensor, LayerRecord]:
     """The stream above `layer` and its record; with `gradient`, ready for `LayerRecord.backward`."""
-    record = LayerRecord(stream_BTD.detach(), anchors_B=anchors_B)
+    record = LayerRecord(stream_BTD.detach(), anchors_B=anchors_B, projections=projections)
     if gradient:
         record.stream_BTD.requires_grad_(True)
     handles = [layer.self_attn.register_forward_pre_hook(partial(_on_attention, record), with_kwargs=True)]

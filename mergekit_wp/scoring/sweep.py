@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mergekit_wp.memory import free_memory
-from mergekit_wp.scoring.hooks import LayerRecord, at_anchors, run_layer
+from mergekit_wp.scoring.hooks import SCORED, LayerRecord, at_anchors, run_layer
 from mergekit_wp.scoring.models.layerwise import Stack, Start
 
 Streams = list[torch.Tensor]
@@ -78,6 +78,7 @@ class ActivationCache:
     depth: int
     keep_graphs: bool = False
     offload: bool = False
+    projections: Sequence[str] = SCORED
     inputs: list[Streams] = field(default_factory=list)
     graphs: list[list[tuple[torch.Tensor, LayerRecord]]] = field(default_factory=list)
 
@@ -120,7 +121,15 @@ class ActivationCache:
         self, stack: Stack, layer: nn.Module, index: int, batch: int, stream_BTD: torch.Tensor, gradient: bool = True
     ) -> tuple[torch.Tensor, LayerRecord]:
         call = self.starts[batch].calls[index]
-        return run_layer(stack, layer, stream_BTD, call, gradient=gradient, anchors_B=self.at(index, batch))
+        return run_layer(
+            stack,
+            layer,
+            stream_BTD,
+            call,
+            gradient=gradient,
+            anchors_B=self.at(index, batch),
+            projections=self.projections,
+        )
 
 
 Inject = Callable[[int, int, torch.Tensor | None], torch.Tensor]

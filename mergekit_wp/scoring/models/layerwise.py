@@ -14,7 +14,7 @@ Legend: B prompts, T tokens, D residual width, V vocabulary rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ class Stack(ABC):
         return len(self.model.get_input_embeddings().weight)
 
     @abstractmethod
-    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+    def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """The decoder layers of `order`, one after the other; each holds its weights until the next is taken."""
 
     @torch.no_grad()
@@ -93,6 +93,10 @@ class Stack(ABC):
         with self.autocast():
             output = layer(stream_BTD, **call)
         return output[0] if isinstance(output, tuple) else output
+
+    @abstractmethod
+    def read_head(self) -> None:
+        """Make the final norm and the output head ready, where they are not held yet."""
 
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """Next-token logits [..., V], float32, from streams [..., D] above the last layer; rows past `vocabulary` cut.
@@ -121,9 +125,12 @@ class Stack(ABC):
 class ResidentStack(Stack):
     """The whole model on one device."""
 
-    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+    def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         for index in order:
             yield self.tower.layers[index]
+
+    def read_head(self) -> None:
+        """It is held."""
 
 
 class _Probe(nn.Module):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -220,7 +220,7 @@ class StreamedStack(Stack):
             self._read(name for name in shapes if (text_name(name) or "").startswith(_HELD)), strict=False, assign=True
         )
 
-    def layers(self, order: Sequence[int]) -> Iterator[nn.Module]:
+    def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """As `Stack.layers`; a layer's weights go when the next is asked for, or when the iterator is closed.
 
         A sweep may run inside another, at the price of two layers more. Raises `BadInput` when a layer cannot be
@@ -240,6 +240,11 @@ class StreamedStack(Stack):
 
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """As `Stack.logits`; the first call reads the output head, which then stays."""
+        self.read_head()
+        return super().logits(final_BD, vocabulary)
+
+    def read_head(self) -> None:
+        """Read the output head, unless it is there."""
         names = [name for name in self._source if name.startswith("lm_head.")]
         if any(parameter.is_meta for parameter in self.model.lm_head.parameters()):
             embedding = next(name for name in self._source if text_name(name) == EMBEDDINGS)
@@ -247,7 +252,6 @@ class StreamedStack(Stack):
             weights = self._read(name for name in names if name not in tied)
             weights |= {name: self.model.get_parameter(embedding) for name in tied}
             self.model.load_state_dict(weights, strict=False, assign=True)
-        return super().logits(final_BD, vocabulary)
 
     def _read_ahead(self, upcoming: Iterator[int]) -> _Reading | None:
         """Start to read the next layer of a sweep; None at its end."""

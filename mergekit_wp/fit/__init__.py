@@ -1,0 +1,1 @@
+"""The fit: fusion weights learnt without labels (METHOD.md 6)."""

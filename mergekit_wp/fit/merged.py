@@ -1,0 +1,165 @@
+"""A merge as a model that is never written: its layers are made from those of the base and the experts, one at a time.
+
+    theta(c) = theta_base + sum_k w_k(c) (theta_k - theta_base)                         METHOD.md 6
+
+with a weight of every head and neuron of every expert (keys and values: the mean over the query heads of their group),
+and one of everything else of an expert (norms, embeddings, output head, biases that nobody owns). Whatever reads a
+`Stack` can then read a merge: forward passes, gaps, metrics, gradients.
+
+Sums are formed in float32 and held as the base's weights are held (see `precision`), as a written merge would be. Of
+resident models the whole merge is kept until the weights change; of streamed ones a layer lives while its turn lasts,
+and the layers that it is made of can be read beside it (`sources`).
+
+Legend: K experts, L layers, H heads, F neurons, n the length of a tensor along the axis that components cut, B prompts,
+T tokens, D residual width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergekit_wp.checkpoint.vocabulary import align_rows
+from mergekit_wp.geometry import Geometry, TensorSlot, slot_of
+from mergekit_wp.merge.kernel import fuse
+from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.models.layerwise import Stack, Start
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """What each expert adds to the base: heads_KLH, neurons_KLF, rest_K (all that belongs to no component), float32."""
+
+    heads_KLH: torch.Tensor
+    neurons_KLF: torch.Tensor
+    rest_K: torch.Tensor
+
+    @classmethod
+    def uniform(cls, geometry: Geometry, values: Sequence[float]) -> FusionWeights:
+        """One number an expert for all that it has."""
+        value_K = torch.tensor(values, dtype=torch.float32)
+        heads, neurons = (
+            value_K[:, None, None].repeat(1, geometry.layers, count) for count in (geometry.heads, geometry.neurons)
+        )
+        return cls(heads, neurons, value_K)
+
+    def scaled(self, factor: float) -> FusionWeights:
+        """All of them times one number."""
+        return FusionWeights(factor * self.heads_KLH, factor * self.neurons_KLF, factor * self.rest_K)
+
+    def along(self, slot: TensorSlot | None, geometry: Geometry, length: int) -> torch.Tensor:
+        """[K, n] along the axis of one tensor, of `length` n where it belongs to no component."""
+        if slot is None:
+            return self.rest_K[:, None].expand(-1, length)
+        return geometry.expand(slot, self.heads_KLH[:, slot.layer], self.neurons_KLF[:, slot.layer])
+
+
+class MergedStack(Stack):
+    """The merge of `experts` into `base` by `weights`, which `set` replaces.
+
+    The stacks must be of one geometry, on one device. Streamed if the base is; then a sweep over this stack sweeps over
+    all of them.
+    """
+
+    def __init__(self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: FusionWeights):
+        # Modules of its own around the base's parameters, which give way to merged ones.
+        shared = {id(parameter): parameter for parameter in base.model.parameters()}
+        super().__init__(copy.deepcopy(base.model, shared), base.device, base.dtype)
+        self.base, self.experts, self.geometry = base, list(experts), geometry
+        self.streamed = base.streamed
+        self._empty = [dict(layer.named_parameters()) for layer in self.tower.layers]
+        self.set(weights)
+
+    def set(self, weights: FusionWeights) -> None:
+        """Take other weights from here on."""
+        self.weights = weights
+        self._merged: set[int] = set()
+        self._head_is_merged = False
+
+    def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
+        """As `Stack.layers`; the layers of base and experts are held alongside (`sources`)."""
+        if not self.streamed:
+            for index in order:
+                if index not in self._merged:
+                    self._merge_layer(index)
+                    self._merged.add(index)
+                yield self.tower.layers[index]
+            return
+        with ExitStack() as sweeps:
+            sources = [sweeps.enter_context(closing(stack.layers(order))) for stack in (self.base, *self.experts)]
+            for index, *_held in zip(order, *sources, strict=True):
+                self._merge_layer(index)
+                try:
+                    yield self.tower.layers[index]
+                finally:
+                    for name, parameter in self._empty[index].items():
+                        _put(self.tower.layers[index], name, parameter)
+
+    def sources(self, index: int) -> tuple[Any, list[Any]]:
+        """Layer `index` of the base, and of every expert; of streamed models only while `layers` is at it."""
+        return self.base.tower.layers[index], [expert.tower.layers[index] for expert in self.experts]
+
+    @torch.no_grad()
+    def start(self, batch: Batch) -> Start:
+        """As `Stack.start`: what enters layer 0 is linear in the embeddings, so it is merged instead of these."""
+        first = self.base.start(batch)
+        stream_BTD = first.stream_BTD.clone()
+        for weight, change_BTD in zip(self.weights.rest_K.tolist(), self.start_changes(batch, first), strict=True):
+            stream_BTD += weight * change_BTD
+        return Start(stream_BTD, first.calls)
+
+    def start_changes(self, batch: Batch, first: Start | None = None) -> Iterator[torch.Tensor]:
+        """What enters layer 0 of each expert beyond what enters the base's, [B, T, D]. `first`: the base's own."""
+        own = first or self.base.start(batch)
+        for expert in self.experts:
+            yield expert.start(batch).stream_BTD - own.stream_BTD
+
+    def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """As `Stack.logits`, by the merged norm and output head, which then stay until the weights change."""
+        self.read_head()
+        return super().logits(final_BD, vocabulary)
+
+    def read_head(self) -> None:
+        """Merge the final norm and the output head, if that is not done yet."""
+        if self._head_is_merged:
+            return
+        for stack in (self.base, *self.experts):
+            stack.read_head()
+        for own, *others in zip(*(outer_modules(stack) for stack in (self, self.base, *self.experts)), strict=True):
+            base, experts = others[0], others[1:]
+            for name, parameter in base.named_parameters():
+                _put(own, name, self._merge(None, parameter, [each.get_parameter(name) for each in experts]))
+        self._head_is_merged = True
+
+    def _merge_layer(self, index: int) -> None:
+        base, experts = self.sources(index)
+        for name, parameter in base.named_parameters():
+            slot = slot_of(f"model.layers.{index}.{name}")
+            merged = self._merge(slot, parameter, [expert.get_parameter(name) for expert in experts])
+            _put(self.tower.layers[index], name, merged)
+
+    @torch.no_grad()
+    def _merge(self, slot: TensorSlot | None, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> nn.Parameter:
+        """One tensor. What belongs to no component is small, or read by one product; it may have a gradient."""
+        experts = [align_rows(tensor, base) for tensor in experts]
+        axis = 0 if slot is None else slot.axis
+        weight_Kn = self.weights.along(slot, self.geometry, base.shape[axis])
+        merged = fuse(experts, weight_Kn, axis, base.dtype, base)
+        return nn.Parameter(merged, requires_grad=slot is None and base.ndim == 1)
+
+
+def outer_modules(stack: Stack) -> tuple[nn.Module, nn.Module]:
+    """The final norm and the output head."""
+    return stack.tower.norm, stack.model.lm_head
+
+
+def _put(module: Any, name: str, parameter: nn.Parameter) -> None:
+    """Replace a parameter of `module` by its dotted name."""
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = parameter

@@ -1,0 +1,71 @@
+"""The merge as a model against the same merge made by hand, tensor by tensor."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from fit_world import geometry_of, merged_by_hand, random_weights, save_experts
+from streamed_world import PROMPTS, resident, streamed
+
+from mergekit_wp.fit.merged import MergedStack
+from mergekit_wp.scoring.batching import batches
+from mergekit_wp.scoring.sweep import forward_sweep
+
+
+def logits_of(stack):
+    """Of the last token of every prompt, in batches of two."""
+    found = []
+    for part in batches(PROMPTS, 2, stack):
+        *_, (_top, (stream_BTD,)) = forward_sweep(stack, [stack.start(part)], stack.depth)
+        found.append(stack.logits(part.at_anchor(stream_BTD), 97))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def logits_by_hand(model):
+    ordered = [prompt for _ids, prompt in sorted((len(p), p) for p in PROMPTS)]
+    return torch.stack([model(torch.tensor([prompt])).logits[0, -1, :97] for prompt in ordered])
+
+
+@pytest.mark.parametrize("kind", [*tiny.VARIANTS, *tiny.FAMILIES, "gemma3-wrapper"])
+def test_is_the_merge_made_by_hand(tmp_path, kind):
+    folders = save_experts(tmp_path, kind)
+    geometry = geometry_of(folders[0])
+    weights = random_weights(geometry, 2)
+    base, *experts = (resident(folder) for folder in folders)
+    by_hand = merged_by_hand(*(lambda b, *e: (b, e))(*(resident(f).model for f in folders)), weights, geometry)
+    got = logits_of(MergedStack(base, experts, geometry, weights))
+    torch.testing.assert_close(got, logits_by_hand(by_hand), rtol=1e-4, atol=1e-4)
+    other = logits_of(MergedStack(base, experts, geometry, random_weights(geometry, 2, seed=1)))
+    assert (other - got).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["llama-biased", "gemma2", "phi3"])
+def test_streamed_is_resident_and_leaves_nothing_behind(tmp_path, kind):
+    folders = save_experts(tmp_path, kind, extra_rows=3)
+    geometry = geometry_of(folders[0])
+    weights = random_weights(geometry, 2)
+    wanted = logits_of(MergedStack(*(lambda b, *e: (b, e))(*map(resident, folders)), geometry, weights))
+    base, *experts = map(streamed, folders)
+    merged = MergedStack(base, experts, geometry, weights)
+    torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-5, atol=1e-5)
+    for stack in (merged, base, *experts):
+        assert all(parameter.is_meta for layer in stack.tower.layers for parameter in layer.parameters())
+
+
+def test_other_weights_make_another_merge(tmp_path):
+    folders = save_experts(tmp_path, "llama")
+    geometry = geometry_of(folders[0])
+    base, *experts = map(resident, folders)
+    one, other = random_weights(geometry, 2), random_weights(geometry, 2, seed=1)
+    merged = MergedStack(base, experts, geometry, one)
+    first = logits_of(merged)
+    merged.set(other)
+    second = logits_of(merged)
+    merged.set(one)
+    assert torch.equal(logits_of(merged), first)
+    assert torch.equal(second, logits_of(MergedStack(base, experts, geometry, other)))
+    before = logits_of(base)
+    merged.set(one.scaled(0.0))
+    torch.testing.assert_close(logits_of(merged), before)
