@@ -11,7 +11,6 @@ from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, LossAt, Unre
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.scores import ModelId
 
-
 BASE = ModelId("base", None, "c" * 64, "a" * 64)
 EXPERTS = (ModelId("user/one", "main", "c" * 64, "1" * 64), ModelId("two", None, "c" * 64, "2" * 64))
 
