@@ -59,7 +59,8 @@ def random_pair(size: str, dtype: str, device: str) -> Iterator[ModelPair]:
 
 def random_batch(pair: ModelPair, prompts: int, tokens: int) -> Batch:
     ids_BT = torch.randint(3, 32000, (prompts, tokens), generator=torch.Generator().manual_seed(0))
-    return Batch(ids_BT.to(pair.device), torch.full((prompts,), tokens - 1, device=pair.device))
+    last_B = torch.full((prompts,), tokens - 1, device=pair.device)
+    return Batch(ids_BT.to(pair.device), last_B, torch.ones_like(last_B))
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, tokens: int, hidden: int, mlp: int) -> float:

@@ -59,7 +59,7 @@ def by_autograd(pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Te
         weight.requires_grad_(True)
     rows = [slice(i, i + 1) for i in range(len(batch.last_B))] if per_sample else [slice(None)]
     for row in rows:
-        part = Batch(batch.ids_BT[row], batch.last_B[row])
+        part = Batch(batch.ids_BT[row], batch.last_B[row], batch.answer_B[row])
         found: list[torch.Tensor] = []
         handle = layers[layer].register_forward_hook(lambda _m, _a, output, found=found: found.append(output))
         whole, model.model.layers = layers, layers[: layer + 1]
@@ -82,9 +82,8 @@ def by_groups(method: str, pair: ModelPair, batch: Batch, layer: int, direction_
     run = TaskAccumulator("benchmark", method, pair.geometry, metrics, "mean", 0.0, pair.device)
     for start in range(0, len(batch.last_B), size):
         rows = slice(start, start + size)
-        passes = Passes(
-            pair, method, [BatchState(run, Batch(batch.ids_BT[rows], batch.last_B[rows]))], keep_graphs=True
-        )
+        part = Batch(batch.ids_BT[rows], batch.last_B[rows], batch.answer_B[rows])
+        passes = Passes(pair, method, [BatchState(run, part)], keep_graphs=True)
         first_order(passes, Subset.choose(pair.geometry))
     run.finish()
 

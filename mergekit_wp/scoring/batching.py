@@ -1,9 +1,12 @@
-"""Tokenised prompts in right-padded batches.
+"""Tokenised prompts, and answers to them, in right-padded batches.
 
 Padding stands on the right and the models are causal, so no real token ever attends to a pad token: the batch
 runs without an attention mask, and every prompt's numbers equal those of the prompt alone. Where a rotary embedding
 looks at the length of the batch, prompts that it would treat apart are kept apart (`together`). The anchor position t_a
 of a prompt is its own last token.
+
+An answer stands behind its prompt, without its own last token: what is read is the prediction of each of its tokens,
+the first at the prompt's last token. A prompt without an answer is read there alone, for the next token.
 
 Rotary embeddings whose angles depend on how long the sequence is: transformers takes the length of a batch for that of
 each of its rows: `longrope` has one set of frequencies up to the length of the original training and another above it,
@@ -11,14 +14,14 @@ each of its rows: `longrope` has one set of frequencies up to the length of the 
 prompt's numbers must be those of the prompt alone, so only prompts of one `group` share a batch, and every batch starts
 from what the config says.
 
-Legend: B prompts in a batch, T padded length.
+Legend: B prompts in a batch, T padded length, A positions read of each, D any width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,14 +37,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids_BT: token ids, zero where padded; last_B: position of each prompt's last token."""
+    """ids_BT: token ids, zero where padded; last_B: position of each prompt's last token; answer_B: tokens of each
+    answer, the positions that are read: 1 where there is none.
+
+    A is the longest of the answers. T leaves room for A positions behind each prompt, whatever its own answer: so the
+    positions of a row are all different, and those behind its own answer weigh nothing.
+    """
 
     ids_BT: torch.Tensor
     last_B: torch.Tensor
+    answer_B: torch.Tensor
+
+    @cached_property
+    def reads_BA(self) -> torch.Tensor:
+        """Where each prompt is read: its last token first, then its answer's tokens but the last."""
+        return self.last_B[:, None] + self._steps_A
+
+    @cached_property
+    def weights_BA(self) -> torch.Tensor:
+        """The share of each of these in a mean over the answer, float64; 0 behind it."""
+        within_BA = self._steps_A < self.answer_B[:, None]
+        return within_BA / self.answer_B[:, None].double()
+
+    @cached_property
+    def _steps_A(self) -> torch.Tensor:
+        return torch.arange(int(self.answer_B.max()), device=self.answer_B.device)
 
     def at_anchor(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, D]: the entries at each prompt's own anchor position."""
         return x_BTD[torch.arange(len(self.last_B), device=x_BTD.device), self.last_B]
+
+    def at_reads(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, A, D]: the entries where each prompt is read."""
+        return pick(x_BTD, self.reads_BA)
+
+
+def pick(x_BTD: torch.Tensor, positions_BA: torch.Tensor) -> torch.Tensor:
+    """[B, T, D] -> [B, A, D]: the entries at some positions of each row."""
+    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device)[:, None], positions_BA]
 
 
 Tokens = list[list[int]]
@@ -53,6 +86,7 @@ class TaskTokens:
 
     `checks`: how the answer to each scoring prompt is graded, where pairs say it (see `graders`); empty: nowhere.
     `scoring_contrasts`: the contrasts of the scoring prompts, in their order; empty where pairs have none.
+    `answers`: what the expert answers to each scoring prompt, in their order; empty where the next token alone is read.
     """
 
     task: str
@@ -61,6 +95,7 @@ class TaskTokens:
     scoring: Tokens
     checks: list[Mapping[str, Any] | None] = field(default_factory=list)
     scoring_contrasts: Tokens = field(default_factory=list)
+    answers: Tokens = field(default_factory=list)
 
     @property
     def prompts(self) -> Tokens:
@@ -107,32 +142,46 @@ def check_rows(prompts: Iterable[Sequence[int]], tokenizer: Any, rows: int) -> N
             )
 
 
-def batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iterator[Batch]:
-    """Cut prompts into batches of at most `size` that all `stacks` may run, on their device.
+def batches(
+    prompts: Sequence[Sequence[int]], size: int, *stacks: Stack, answers: Sequence[Sequence[int]] = ()
+) -> Iterator[Batch]:
+    """Cut prompts, each with its answer where there are `answers`, into batches of at most `size` that all `stacks` may
+    run, on their device.
 
     Shortest first, so that little is padded; the order is immaterial, since everything computed from prompts is a sum.
     """
-    yield from (batch for _chosen, batch in numbered_batches(prompts, size, *stacks))
+    yield from (batch for _chosen, batch in numbered_batches(prompts, size, *stacks, answers=answers))
 
 
-def numbered_batches(prompts: Sequence[Sequence[int]], size: int, *stacks: Stack) -> Iterator[tuple[list[int], Batch]]:
+def numbered_batches(
+    prompts: Sequence[Sequence[int]], size: int, *stacks: Stack, answers: Sequence[Sequence[int]] = ()
+) -> Iterator[tuple[list[int], Batch]]:
     """As `batches`, each with the numbers of its prompts."""
     device = stacks[0].device
-    lengths = list(map(len, prompts))
-    for chosen in together(lengths, size, lambda length: [stack.lengths.group(length) for stack in stacks]):
-        rows = [prompts[i] for i in chosen]
-        ids_BT = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
-        for row, tokens in enumerate(rows):
-            ids_BT[row, : len(tokens)] = torch.tensor(tokens)
-        last_B = torch.tensor([len(tokens) - 1 for tokens in rows])
-        yield chosen, Batch(ids_BT.to(device), last_B.to(device))
+    rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers or [()] * len(prompts), strict=True)]
+    read = [len(answer) for answer in answers] or [1] * len(prompts)
+
+    def group(i: int) -> tuple[Any, ...]:
+        alone, padded = ([s.lengths.group(n) for s in stacks] for n in (len(rows[i]), len(prompts[i]) - 1 + max(read)))
+        # A batch may be padded as if each of its answers were the longest; where that would matter, they are as long.
+        return (*alone, 0 if alone == padded else read[i])
+
+    for chosen in together(list(map(len, rows)), size, list(map(group, range(len(rows))))):
+        last_B, answer_B = (
+            torch.tensor(n) for n in zip(*((len(prompts[i]) - 1, read[i]) for i in chosen), strict=True)
+        )
+        ids_BT = torch.zeros(len(chosen), int(last_B.max() + answer_B.max()), dtype=torch.long)
+        for row, i in enumerate(chosen):
+            ids_BT[row, : len(rows[i])] = torch.tensor(rows[i])
+        yield chosen, Batch(ids_BT.to(device), last_B.to(device), answer_B.to(device))
 
 
-def together(lengths: Sequence[int], size: int, group: Callable[[int], Any]) -> Iterator[list[int]]:
-    """Which prompts, by number, go together: at most `size`, shortest first, all of one group of lengths."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for _group, members in groupby(order, key=lambda i: group(lengths[i])):
-        alike = list(members)
+def together(lengths: Sequence[int], size: int, groups: Sequence[Hashable]) -> Iterator[list[int]]:
+    """Which prompts, by number, go together: at most `size`, shortest first, all of one group."""
+    found: dict[Hashable, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        found.setdefault(groups[i], []).append(i)
+    for alike in found.values():
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
 

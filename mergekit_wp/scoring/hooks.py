@@ -8,10 +8,10 @@ the projections (references, no copies: autograd holds most of them anyway); one
 gradients at all of them and at the layer's input. What neither autograd nor a score needs is not held: for its
 gradient, the place in the graph is enough.
 
-The topmost layer that is run matters at the anchor positions only: `at_anchors` lets o_proj and the MLP compute
-those alone. There, and in the record, T is then 1.
+The topmost layer that is run matters only where it is read (`Batch.reads_BA`): `at_reads` lets o_proj and the MLP
+compute those positions alone. There, and in the record, T is then A.
 
-Legend: B prompts, T tokens, D residual width, Q = H*d_h query width, F neurons.
+Legend: B prompts, T tokens, A positions read of each, D residual width, Q = H*d_h query width, F neurons.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from mergekit_wp.geometry import FUSED, PROJECTIONS, Geometry, slot_of
+from mergekit_wp.scoring.batching import pick
 from mergekit_wp.scoring.models.precision import loss_scale
 
 if TYPE_CHECKING:
@@ -139,13 +140,13 @@ class LayerRecord:
     """One layer of one model on one batch, keyed by projection (q, k, v, o, gate, up, down).
 
     stream_BTD              the layer's input
-    inputs[p], outputs[p]   activations [B, T, width]; T is 1 for o and the MLP if only anchors were computed.
+    inputs[p], outputs[p]   activations [B, T, width]; T is A for o and the MLP if only reads were computed.
                             With a graph, the input of down and the outputs of o and down are not held
     grad_out[p]             `scale` times dS/d(output of p), S the scalar that was differentiated (after `backward`)
     grad_in[p]              `scale` times dS/d(input of p), for o and down: there it is delta W, one product saved
     scale                   a power of two, float32 [], that keeps gradients within float16 (see `precision`)
     attention_call          args and kwargs that self_attn was called with
-    anchors_B               the positions kept where only anchors were computed, else None
+    reads_BA                the positions that were computed, where not all were; else None
     projections             those whose gradients are wanted
     grad_parameters[name]   `scale` times dS/d(parameter), of those parameters of the layer that have gradients
     """
@@ -157,7 +158,7 @@ class LayerRecord:
     grad_in: dict[str, torch.Tensor] = field(default_factory=dict)
     scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-    anchors_B: torch.Tensor | None = None
+    reads_BA: torch.Tensor | None = None
     projections: Sequence[str] = SCORED
     grad_parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     edges: dict[tuple[str, str], GradientEdge] = field(default_factory=dict)
@@ -179,8 +180,8 @@ class LayerRecord:
         return product
 
     def kept(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """`x_BTD` at the positions that were computed: all of them, or the anchors [B, 1, D]."""
-        return x_BTD if self.anchors_B is None else _pick(x_BTD, self.anchors_B)
+        """`x_BTD` at the positions that were computed: all of them, or the reads [B, A, D]."""
+        return x_BTD if self.reads_BA is None else pick(x_BTD, self.reads_BA)
 
     def dot(self, a_BTW: torch.Tensor, b_BTW: torch.Tensor) -> torch.Tensor:
         """sum over prompts and tokens of a*b in float32, one of them (times) a gradient of this record: [W]."""
@@ -222,18 +223,18 @@ def run_layer(
     call: Call,
     *,
     gradient: bool,
-    anchors_B: torch.Tensor | None = None,
+    reads_BA: torch.Tensor | None = None,
     projections: Sequence[str] = SCORED,
 ) -> tuple[torch.Tensor, LayerRecord]:
     """The stream above `layer` and its record; with `gradient`, ready for `LayerRecord.backward`."""
-    record = LayerRecord(stream_BTD.detach(), anchors_B=anchors_B, projections=projections)
+    record = LayerRecord(stream_BTD.detach(), reads_BA=reads_BA, projections=projections)
     if gradient:
         record.stream_BTD.requires_grad_(True)
     handles = [layer.self_attn.register_forward_pre_hook(partial(_on_attention, record), with_kwargs=True)]
     for key, path in PROJECTIONS.items():
         handles.append(layer.get_submodule(path).register_forward_hook(partial(_on_projection, record, key)))
     try:
-        with torch.set_grad_enabled(gradient), at_anchors(layer, anchors_B):
+        with torch.set_grad_enabled(gradient), at_reads(layer, reads_BA):
             above_BTD = stack.call(layer, record.stream_BTD, call)
     finally:
         for handle in handles:
@@ -250,38 +251,34 @@ def _on_projection(record: LayerRecord, key: str, _module: nn.Module, args: Any,
 
 
 @contextmanager
-def at_anchors(layer: Any, anchors_B: torch.Tensor | None) -> Iterator[None]:
-    """Inside the block, `layer` computes o_proj and the MLP at the positions `anchors_B` alone (None: everywhere).
+def at_reads(layer: Any, reads_BA: torch.Tensor | None) -> Iterator[None]:
+    """Inside the block, `layer` computes o_proj and the MLP at the positions `reads_BA` alone (None: everywhere).
 
     The stream above it is then right at those positions only.
     """
-    if anchors_B is None:
+    if reads_BA is None:
         yield
         return
     attention = layer.self_attn
     with (
-        substituted(attention, o_proj=_AtAnchors(attention.o_proj, anchors_B)),
-        substituted(layer, mlp=_AtAnchors(layer.mlp, anchors_B)),
+        substituted(attention, o_proj=_AtReads(attention.o_proj, reads_BA)),
+        substituted(layer, mlp=_AtReads(layer.mlp, reads_BA)),
     ):
         yield
 
 
-def _pick(x_BTD: torch.Tensor, anchors_B: torch.Tensor) -> torch.Tensor:
-    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), anchors_B].unsqueeze(1)
+class _AtReads(nn.Module):
+    """Runs a module at some positions of each prompt, all different, and puts zeros elsewhere."""
 
-
-class _AtAnchors(nn.Module):
-    """Runs a module at one position of each prompt and puts zeros elsewhere."""
-
-    def __init__(self, inner: nn.Module, anchors_B: torch.Tensor):
+    def __init__(self, inner: nn.Module, reads_BA: torch.Tensor):
         super().__init__()
-        self.inner, self.anchors_B = inner, anchors_B
+        self.inner, self.reads_BA = inner, reads_BA
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        some_B1D = self.inner(_pick(x_BTD, self.anchors_B))
-        all_BTD = some_B1D.new_zeros(*x_BTD.shape[:-1], some_B1D.shape[-1])
-        rows_B = torch.arange(len(x_BTD), device=x_BTD.device)
-        return all_BTD.index_put((rows_B, self.anchors_B), some_B1D.squeeze(1))
+        some_BAD = self.inner(pick(x_BTD, self.reads_BA))
+        all_BTD = some_BAD.new_zeros(*x_BTD.shape[:-1], some_BAD.shape[-1])
+        rows_B1 = torch.arange(len(x_BTD), device=x_BTD.device)[:, None]
+        return all_BTD.index_put((rows_B1, self.reads_BA), some_BAD)
 
 
 class _Catch(nn.Module):
@@ -297,7 +294,7 @@ def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: to
 
     Runs the architecture's own code (q/k norms, rotary, soft-capping, masks), so it is exact for each; only the
     four projections are replaced by constants, so it costs the attention kernel alone. Where the record has
-    anchors only, so has the result (T = 1). `q_BTQ` may hold the queries of the B prompts several times over.
+    reads only, so has the result (T = A). `q_BTQ` may hold the queries of the B prompts several times over.
     In float32 whatever products run in: two such runs differ by little.
     """
     catch, times = _Catch(), len(q_BTQ) // len(record.stream_BTD)
@@ -316,4 +313,4 @@ def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: to
         ),
     ):
         attention.forward(*args, **kwargs)
-    return catch.seen if record.anchors_B is None else _pick(catch.seen, record.anchors_B.repeat(times))
+    return catch.seen if record.reads_BA is None else pick(catch.seen, record.reads_BA.repeat(times, 1))

@@ -1,8 +1,11 @@
-"""Metrics: how far a run has recovered the expert, one number a prompt, read above one layer at the anchor position.
+"""Metrics: how far a run has recovered the expert, one number a prompt, read above one layer.
 
-    anchor       F = cos(z_a(x | M), v)                          Eq. 5, at the anchor layer
+    anchor       F = cos(z_a(x | M), v)                          Eq. 5, at the anchor layer and position
     projection   F = cos(z(x | M), v)                            Eq. 74, at the last layer
     kl           F = -KL(p_sft || p_M) of the next token, nats   Eq. 72, at the output
+
+Where prompts have answers, `projection` and `kl` are means over the answer: of F of each of its tokens, given the
+prompt and the tokens before (Eq. 72, 84).
 
 A utility is one metric, or two: `staged` reads `anchor` for components up to the anchor layer, and `kl` for those above
 it, which the anchor cannot see; `staged-projection` reads `projection` there.
@@ -14,13 +17,14 @@ The gap is G(x) = F(expert, x) - F(base, x) (Eq. 6), and scores are divided by i
 drops prompts whose |G| is below a floor: they say nothing, and 1/G would let them dominate. The ratio of means
 (`mean`) keeps every prompt.
 
-Legend: B prompts, D residual width, V vocabulary rows; ... any leading dimensions.
+Legend: B prompts, A positions read of each, N of all of them, D residual width, V vocabulary rows; ... any leading
+dimensions.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,58 +112,123 @@ class GapLedger:
 
 # dF/dlogits is a difference of probabilities, mostly far below what float16 products keep; at most 1, though.
 _SCALE = 2.0**10
+_MOST_NUMBERS = 1 << 24  # that `values` takes at once: of 128k logits, 131 positions
 
 
 @dataclass(frozen=True)
 class Metric(ABC):
-    """`name` of the utility and the `layer` above which it is read."""
+    """`name` of the utility and the `layer` above which it is read.
+
+    F of a prompt is the mean of F over the positions where it is read (`Batch.reads_BA`), by their weights. Of B
+    prompts N positions count (`weights_BA` > 0), in the order of their rows.
+    """
 
     name: str
     layer: int
 
     @abstractmethod
-    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(F(expert) [B], what `read` compares with), from the expert's stream."""
+    def target(self, stack: Stack, z_ND: torch.Tensor) -> torch.Tensor:
+        """What `values` compares with, from the expert's stream: a row a position."""
 
     @abstractmethod
-    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """F [..., B] float64 from streams [..., B, D]."""
+    def values(self, stack: Stack, z_ND: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """F of each position, float64 [..., N], from streams [..., N, D]."""
+
+    def weights(self, weights_BA: torch.Tensor) -> torch.Tensor:
+        """The share of each position in F [B, A], of that in a mean over the answer."""
+        return weights_BA
+
+    def numbers(self, width: int) -> int:
+        """How many numbers `values` makes of a stream at one position, of D = `width`."""
+        return width
+
+    def expert(self, stack: Stack, z_BAD: torch.Tensor, weights_BA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F(expert) [B], what `read` compares with), from the expert's stream."""
+        target = self.target(stack, z_BAD[self.weights(weights_BA) > 0])
+        return self.read(stack, z_BAD, target, weights_BA), target
+
+    def read(self, stack: Stack, z_BAD: torch.Tensor, target: torch.Tensor, weights_BA: torch.Tensor) -> torch.Tensor:
+        """F [..., B] float64 from streams [..., B, A, D]."""
+        share_BA = self.weights(weights_BA)
+        z_ND = z_BAD[..., share_BA > 0, :]
+        parts = [
+            self.values(stack, z_ND[..., rows, :], target[rows].to(z_ND.device)) for rows in self._steps(z_BAD, z_ND)
+        ]
+        return _mean(torch.cat(parts, -1), share_BA)
 
     def read_with_gradient(
-        self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor
+        self, stack: Stack, z_BAD: torch.Tensor, target: torch.Tensor, weights_BA: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(F [B], dF/dz [B, D]); a prompt's F depends on its own z alone."""
-        with torch.enable_grad():
-            z_BD = z_BD.detach().requires_grad_(True)
-            value_B = self.read(stack, z_BD, target)
-            (metric_gradient_BD,) = torch.autograd.grad(_SCALE * value_B.sum(), z_BD)
-        return value_B.detach(), metric_gradient_BD / _SCALE
+        """(F [B], dF/dz [B, A, D]); a prompt's F depends on its own z alone."""
+        share_BA = self.weights(weights_BA)
+        keep_BA = share_BA > 0
+        z_ND, share_N, gradient_BAD = z_BAD[keep_BA], share_BA[keep_BA], torch.zeros_like(z_BAD)
+        values: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        for rows in self._steps(z_BAD, z_ND):
+            with torch.enable_grad():
+                some_ND = z_ND[rows].detach().requires_grad_(True)
+                values.append(self.values(stack, some_ND, target[rows].to(some_ND.device)))
+                gradients += torch.autograd.grad(_SCALE * (share_N[rows] * values[-1]).sum(), some_ND)
+            values[-1] = values[-1].detach()
+        gradient_BAD[keep_BA] = torch.cat(gradients)
+        return _mean(torch.cat(values), share_BA), gradient_BAD / _SCALE
+
+    def _steps(self, z_BAD: torch.Tensor, z_ND: torch.Tensor) -> Iterator[slice]:
+        """Which of the N positions are taken at a time: at least as many as there are prompts."""
+        stacked, (prompts, _positions, width) = z_ND[..., 0, 0].numel(), z_BAD.shape[-3:]
+        step = max(prompts, _MOST_NUMBERS // (stacked * self.numbers(width)))
+        yield from (slice(start, start + step) for start in range(0, z_ND.shape[-2], step))
+
+
+def _mean(values_N: torch.Tensor, share_BA: torch.Tensor) -> torch.Tensor:
+    """[..., N] -> [..., B]: the mean over each prompt's positions."""
+    values_BA = values_N.new_zeros(*values_N.shape[:-1], *share_BA.shape)
+    values_BA[..., share_BA > 0] = values_N
+    return (values_BA * share_BA).sum(-1)
 
 
 @dataclass(frozen=True)
 class CosineMetric(Metric):
-    """cos(z, v) with the direction v [D]."""
+    """cos(z, v) with the direction v [D]; `anchor` reads the prompt's last token alone, whatever is answered."""
 
     direction_D: torch.Tensor
 
-    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.read(stack, z_BD, self.direction_D), self.direction_D
+    def target(self, stack: Stack, z_ND: torch.Tensor) -> torch.Tensor:
+        return self.direction_D.expand_as(z_ND)
 
-    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return anchor_utility(z_BD, target)
+    def values(self, stack: Stack, z_ND: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return anchor_utility(z_ND, target)
+
+    def weights(self, weights_BA: torch.Tensor) -> torch.Tensor:
+        if self.name != "anchor":
+            return weights_BA
+        return torch.zeros_like(weights_BA).index_fill(1, weights_BA.new_zeros(1, dtype=torch.long), 1.0)
 
 
 @dataclass(frozen=True)
 class KLMetric(Metric):
-    """-KL(p_expert || p) of the next token over the first `vocabulary` rows."""
+    """-KL(p_expert || p) of the next token over the first `vocabulary` rows.
+
+    Compares with the expert's logits at the positions that count, float32 [N, V]: kept in host memory where layers are
+    streamed and all prompts wait for the base's turn.
+    """
 
     vocabulary: int
 
-    def expert(self, stack: Stack, z_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(z_BD), dtype=torch.float64, device=z_BD.device), stack.logits(z_BD, self.vocabulary)
+    def target(self, stack: Stack, z_ND: torch.Tensor) -> torch.Tensor:
+        logits_NV = stack.logits(z_ND, self.vocabulary)
+        return logits_NV.cpu() if stack.streamed else logits_NV
 
-    def read(self, stack: Stack, z_BD: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return kl_utility(stack.logits(z_BD, self.vocabulary), target)
+    def values(self, stack: Stack, z_ND: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return kl_utility(stack.logits(z_ND, self.vocabulary), target)
+
+    def numbers(self, width: int) -> int:
+        return self.vocabulary
+
+    def expert(self, stack: Stack, z_BAD: torch.Tensor, weights_BA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        target = self.target(stack, z_BAD[self.weights(weights_BA) > 0])
+        return torch.zeros(len(z_BAD), dtype=torch.float64, device=z_BAD.device), target
 
 
 def make_metrics(
@@ -199,6 +268,6 @@ def _next_logits(stack: Stack, prompts: Sequence[Sequence[int]], vocabulary: int
     """[N, V], in the order of the prompts, on the CPU."""
     found: dict[int, torch.Tensor] = {}
     for chosen, batch in numbered_batches(prompts, size, stack):
-        *_, (_top, (final_BTD,)) = forward_sweep(stack, [stack.start(batch)], stack.depth, at=[batch.last_B])
+        *_, (_top, (final_BTD,)) = forward_sweep(stack, [stack.start(batch)], stack.depth, at=[batch.reads_BA])
         found |= zip(chosen, stack.logits(batch.at_anchor(final_BTD), vocabulary).cpu(), strict=True)
     return torch.stack([found[i] for i in range(len(prompts))])

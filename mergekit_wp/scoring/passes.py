@@ -8,7 +8,7 @@
 Of a resident pair one batch goes through at a time, and the base's graphs are kept; of a streamed pair as many as
 memory holds, so that each layer is read once forward and once backward, and the backward pass recomputes.
 
-Legend: C components, B prompts, T tokens, D residual width, L layers, H heads, F neurons.
+Legend: C components, B prompts, T tokens, A positions read of each, D residual width, L layers, H heads, F neurons.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEAD: attr_heads, Kind.NEURON: a
 @dataclass
 class BatchState:
     """One batch of a task, with what the forward passes leave: by metric name, F of the base [B], what the metric
-    compares with, the prompts' weights [B], and the weighted gradient of F at the anchors [B, D]."""
+    compares with, the prompts' weights [B], and the weighted gradient of F where it is read [B, A, D]."""
 
     run: TaskAccumulator
     batch: Batch
@@ -90,21 +90,22 @@ class Passes:
         self._forward_base()
 
     def _cache(self, stack: Any, keep_graphs: bool = False) -> ActivationCache:
-        starts, anchors = [stack.start(item.batch) for item in self.items], [item.batch.last_B for item in self.items]
+        starts, reads = [stack.start(item.batch) for item in self.items], [item.batch.reads_BA for item in self.items]
         offload = not keep_graphs and stack.streamed and stack.device.type != "cpu"
-        return ActivationCache(starts, anchors, self.depth, keep_graphs, offload)
+        return ActivationCache(starts, reads, self.depth, keep_graphs, offload)
 
     def _forward_expert(self) -> None:
         cache = self._cache(self.pair.expert)
         if self.method in ACTIVATION_SIDE:
             self.expert_cache, sweep = cache, cache.forward(self.pair.expert)
         else:
-            sweep = forward_sweep(self.pair.expert, cache.starts, self.depth, at=cache.anchors)
+            sweep = forward_sweep(self.pair.expert, cache.starts, self.depth, at=cache.reads)
         for layer, streams in sweep:
             for item, stream_BTD in zip(self.items, streams, strict=True):
                 for metric in item.run.metrics_at(layer):
                     with torch.no_grad():
-                        value_B, target = metric.expert(self.pair.expert, item.batch.at_anchor(stream_BTD))
+                        z_BAD = item.batch.at_reads(stream_BTD)
+                        value_B, target = metric.expert(self.pair.expert, z_BAD, item.batch.weights_BA)
                     item.expert[metric.name], item.targets[metric.name] = value_B, target
             self.tick(self.prompts / (4 * self.depth))
 
@@ -113,18 +114,16 @@ class Passes:
         for layer, streams in self.base_cache.forward(self.pair.base):
             for item, stream_BTD in zip(self.items, streams, strict=True):
                 for metric in item.run.metrics_at(layer):
-                    z_BD, name = item.batch.at_anchor(stream_BTD), metric.name
-                    metric_gradient_BD = None
+                    name, gradient_BAD = metric.name, None
+                    read = self.pair.base, item.batch.at_reads(stream_BTD), item.targets[name], item.batch.weights_BA
                     if self.method in PATCHING:
                         with torch.no_grad():
-                            item.base[name] = metric.read(self.pair.base, z_BD, item.targets[name])
+                            item.base[name] = metric.read(*read)
                     else:
-                        item.base[name], metric_gradient_BD = metric.read_with_gradient(
-                            self.pair.base, z_BD, item.targets[name]
-                        )
+                        item.base[name], gradient_BAD = metric.read_with_gradient(*read)
                     item.weights[name] = item.run.ledgers[name].weights(item.base[name], item.expert[name])
-                    if metric_gradient_BD is not None:
-                        item.metric_gradients[name] = (item.weights[name][:, None] * metric_gradient_BD).float()
+                    if gradient_BAD is not None:
+                        item.metric_gradients[name] = (item.weights[name][:, None, None] * gradient_BAD).float()
             self.tick(self.prompts / (4 * self.depth))
 
     @property
@@ -148,11 +147,10 @@ def first_order(passes: Passes, subset: Subset) -> None:
             assert from_above_BTD is not None  # the topmost layer run has a metric
             return from_above_BTD
         # A metric scores the layers up to its own, so the gradient of a metric above ends here.
-        metric_gradient_BD = item.metric_gradients[metrics[0].name]
-        gradient_BTD = metric_gradient_BD.new_zeros(*item.batch.ids_BT.shape, shape.d_model)
-        gradient_BTD[torch.arange(len(metric_gradient_BD), device=metric_gradient_BD.device), item.batch.last_B] = (
-            metric_gradient_BD
-        )
+        gradient_BAD = item.metric_gradients[metrics[0].name]
+        gradient_BTD = gradient_BAD.new_zeros(*item.batch.ids_BT.shape, shape.d_model)
+        rows_B1 = torch.arange(len(gradient_BAD), device=gradient_BAD.device)[:, None]
+        gradient_BTD[rows_B1, item.batch.reads_BA] = gradient_BAD
         return gradient_BTD
 
     def consume(index: int, i: int, base: Any, expert: Any, record: LayerRecord) -> None:

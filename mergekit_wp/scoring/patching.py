@@ -21,8 +21,8 @@ activations, with the exact change of what c writes added to the output of o_pro
 where the utility is read, with many components stacked in the batch dimension (METHOD.md 3). Equal to replacing
 the weights in place, at the cost of the layers between l and the metric alone.
 
-Legend: C components, B prompts, T tokens, D residual width, Q = H*d_h, d = d_h, F neurons, W either of Q and F,
-w columns of a component.
+Legend: C components, B prompts, T tokens, A positions read of each, D residual width, Q = H*d_h, d = d_h, F neurons,
+W either of Q and F, w columns of a component.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from torch.nn import functional
 
 from mergekit_wp.geometry import PROJECTIONS, Geometry, Kind
-from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.batching import Batch, pick
 from mergekit_wp.scoring.hooks import Constant, LayerRecord, rerun_attention, substituted
 from mergekit_wp.scoring.metrics import Metric
 from mergekit_wp.scoring.models.layerwise import Call, Stack, Start
@@ -221,20 +221,20 @@ class PatchedForward:
         self, kind: Kind, patch: Patch | MixedPatch, components_C: torch.Tensor, fraction: float = 1.0
     ) -> torch.Tensor:
         """F of the base with each component patched alone, or that `fraction` of its write: float64 [C, B]."""
-        last = self.index == self.metric.layer  # nothing above: the anchors are all that is read
+        last = self.index == self.metric.layer  # nothing above: only what is read matters
         changes_CBTD = fraction * self._changes(kind, patch, components_C, last)
         above = self._rest_of_layer(kind, changes_CBTD, last)
-        anchors = self.batch.last_B.repeat(len(components_C))
-        if last:
-            z = above[:, 0]
-        else:
+        z = above
+        if not last:
+            reads = self.batch.reads_BA.repeat(len(components_C), 1)
             start = Start(above, self.calls)
             for _layer, streams in forward_sweep(
-                self.stack, [start], self.metric.layer + 1, at=[anchors], below=self.index + 1
+                self.stack, [start], self.metric.layer + 1, at=[reads], below=self.index + 1
             ):
                 above = streams[0]
-            z = above[torch.arange(len(above), device=above.device), anchors]
-        return self.metric.read(self.stack, z.unflatten(0, (len(components_C), -1)), self.target)
+            z = pick(above, reads)
+        z_CBAD = z.unflatten(0, (len(components_C), -1))
+        return self.metric.read(self.stack, z_CBAD, self.target, self.batch.weights_BA)
 
     def _changes(self, kind: Kind, patch: Patch | MixedPatch, components_C: torch.Tensor, last: bool) -> torch.Tensor:
         """What each component writes beyond the base's, float32 [C, B, T, D]."""
@@ -257,10 +257,9 @@ class PatchedForward:
             return self.stack.call(self.layer, stream, self.calls[self.index])
 
     def _kept(self, x_BTD: torch.Tensor, last: bool) -> torch.Tensor:
-        """All positions, or only the anchors where nothing else is read."""
-        if last and x_BTD.shape[1] > 1:
-            return self.batch.at_anchor(x_BTD).unsqueeze(1)
-        return x_BTD
+        """All positions, or only those that are read, if no layer above sees the others."""
+        # Of A positions, all are read: such a prompt is one token, or cut already.
+        return self.batch.at_reads(x_BTD) if last and x_BTD.shape[1] > self.batch.reads_BA.shape[1] else x_BTD
 
 
 def chunks(components: torch.Tensor, width: int) -> Iterator[torch.Tensor]:

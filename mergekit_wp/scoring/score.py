@@ -273,7 +273,7 @@ def _sweep(
     items = [
         BatchState(r, b)
         for t, r in zip(tasks, runs, strict=True)
-        for b in batches(t.scoring, job.batch_size, pair.base, pair.expert)
+        for b in batches(t.scoring, job.batch_size, pair.base, pair.expert, answers=t.answers)
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     for group in batch_groups(pair.base, processes.share(items), lambda item: item.batch.ids_BT.numel()):
@@ -296,7 +296,10 @@ def _patch(
     tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
     plan = patch_plan(pair, subset, processes, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
-        items = [BatchState(run, batch) for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert)]
+        items = [
+            BatchState(run, batch)
+            for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert, answers=task.answers)
+        ]
         passes = Passes(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
         done = processes.tell([resume.load(number, layer, run.of(layer)) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]

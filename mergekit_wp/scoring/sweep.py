@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mergekit_wp.memory import free_memory
-from mergekit_wp.scoring.hooks import SCORED, LayerRecord, at_anchors, run_layer
+from mergekit_wp.scoring.hooks import SCORED, LayerRecord, at_reads, run_layer
 from mergekit_wp.scoring.models.layerwise import Stack, Start
 
 Streams = list[torch.Tensor]
@@ -53,14 +53,14 @@ def forward_sweep(
 ) -> Iterator[tuple[int, Streams]]:
     """Sweep up through layers `below` to depth-1 without gradients; after each, (layer, residual streams [B, T, D]).
 
-    `start.stream_BTD` is the stream under layer `below`. With `at` (the anchor positions of every batch) the last
-    layer computes those positions alone. The list is the same one at every step; its entries are replaced.
+    `start.stream_BTD` is the stream under layer `below`. With `at` (`reads_BA` of every batch) the last layer
+    computes those positions alone. The list is the same one at every step; its entries are replaced.
     """
     streams = [start.stream_BTD for start in starts]
     order = range(below, depth)
     for index, layer in zip(order, stack.layers(order), strict=True):
         for i, start in enumerate(starts):
-            with at_anchors(layer, at[i] if at is not None and index == depth - 1 else None):
+            with at_reads(layer, at[i] if at is not None and index == depth - 1 else None):
                 streams[i] = stack.call(layer, streams[i], start.calls[index])
         yield index, streams
 
@@ -74,7 +74,7 @@ class ActivationCache:
     """
 
     starts: Sequence[Start]
-    anchors: Sequence[torch.Tensor]
+    reads: Sequence[torch.Tensor]
     depth: int
     keep_graphs: bool = False
     offload: bool = False
@@ -83,8 +83,8 @@ class ActivationCache:
     graphs: list[list[tuple[torch.Tensor, LayerRecord]]] = field(default_factory=list)
 
     def at(self, layer: int, batch: int) -> torch.Tensor | None:
-        """Where layer `layer` is to be computed: the anchor positions for the topmost, None (everywhere) below."""
-        return self.anchors[batch] if layer == self.depth - 1 else None
+        """Where layer `layer` is to be computed: where it is read for the topmost, None (everywhere) below."""
+        return self.reads[batch] if layer == self.depth - 1 else None
 
     def forward(self, stack: Stack) -> Iterator[tuple[int, Streams]]:
         """As `forward_sweep`, and remember."""
@@ -98,7 +98,7 @@ class ActivationCache:
                 self.inputs.append([x.cpu() if self.offload else x for x in streams])
                 with torch.no_grad():
                     for i, (x_BTD, start) in enumerate(zip(streams, self.starts, strict=True)):
-                        with at_anchors(layer, self.at(index, i)):
+                        with at_reads(layer, self.at(index, i)):
                             streams[i] = stack.call(layer, x_BTD, start.calls[index])
                 streams = list(streams)
             yield index, streams
@@ -127,7 +127,7 @@ class ActivationCache:
             stream_BTD,
             call,
             gradient=gradient,
-            anchors_B=self.at(index, batch),
+            reads_BA=self.at(index, batch),
             projections=self.projections,
         )
 

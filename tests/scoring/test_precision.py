@@ -155,7 +155,8 @@ def test_the_gradient_of_a_tiny_divergence_is_not_lost(tmp_path):
         base = resident(folder, products)
         with torch.no_grad():
             target_BV = base.logits(z_BD, 97) + moved_BV
-        metric_gradients.append(KLMetric("kl", 3, 97).read_with_gradient(base, z_BD, target_BV)[1])
+        z_B1D, weights_B1 = z_BD[:, None], torch.ones(4, 1, dtype=torch.float64)
+        metric_gradients.append(KLMetric("kl", 3, 97).read_with_gradient(base, z_B1D, target_BV, weights_B1)[1])
     assert (metric_gradients[0] - metric_gradients[1]).norm() < 0.12 * metric_gradients[1].norm()  # 0.07; unscaled 0.19
 
 

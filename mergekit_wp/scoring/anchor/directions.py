@@ -94,7 +94,7 @@ def mean_residuals(
     totals = [torch.zeros(depth, stack.width, dtype=torch.float64, device=stack.device) for _ in sets]
     for parts in batch_groups(stack, processes.share(every), lambda part: part[1].ids_BT.numel()):
         starts = [stack.start(batch) for _i, batch in parts]
-        for layer, streams in forward_sweep(stack, starts, depth, at=[batch.last_B for _i, batch in parts]):
+        for layer, streams in forward_sweep(stack, starts, depth, at=[batch.reads_BA for _i, batch in parts]):
             for (i, batch), stream_BTD in zip(parts, streams, strict=True):
                 totals[i][layer] += batch.at_anchor(stream_BTD).double().sum(0)
             tick(processes.size * sum(len(batch.last_B) for _i, batch in parts) / depth)

@@ -29,7 +29,7 @@ from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.anchor.steering import Greedy, Steering, check_positions
 from mergekit_wp.scoring.batching import Batch, TaskTokens, Tokens, batches
 from mergekit_wp.scoring.distributed import ProcessGroup
-from mergekit_wp.scoring.hooks import at_anchors
+from mergekit_wp.scoring.hooks import at_reads
 from mergekit_wp.scoring.metrics import kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.sweep import forward_sweep
@@ -349,7 +349,7 @@ def _expert_logits(expert: Stack, parts: Sequence[Part], vocabulary: int) -> lis
     """Of every batch [B, V]; rows past `vocabulary` are cut."""
     starts = [expert.start(batch) for _i, batch in parts]
     tops = [start.stream_BTD for start in starts]
-    for _layer, tops in forward_sweep(expert, starts, expert.depth, at=[batch.last_B for _i, batch in parts]):  # noqa: B007
+    for _layer, tops in forward_sweep(expert, starts, expert.depth, at=[batch.reads_BA for _i, batch in parts]):  # noqa: B007
         pass
     return [expert.logits(batch.at_anchor(top), vocabulary) for (_i, batch), top in zip(parts, tops, strict=True)]
 
@@ -366,7 +366,7 @@ def _branches(
     order = range(base.depth)
     for index, layer in zip(order, base.layers(order), strict=True):
         for k, (i, batch) in enumerate(parts):
-            with at_anchors(layer, batch.last_B if index == base.depth - 1 else None):
+            with at_reads(layer, batch.reads_BA if index == base.depth - 1 else None):
                 called = [base.call(layer, x_BTD.to(device), starts[k].calls[index]).to(home) for x_BTD in branches[k]]
             if index in layers:
                 way = Steering(index, directions[i].v_LD[index], float(alphas[i][index]), positions)

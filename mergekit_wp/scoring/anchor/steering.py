@@ -154,9 +154,9 @@ class Greedy:
         """
         found = [""] * len(prompts)
         lengths = Lengths(text_tower(model).config.to_dict())
-        for chosen in together(
-            list(map(len, prompts)), self.batch_size, lambda length: lengths.group_answered(length, self.max_tokens)
-        ):
+        sizes = list(map(len, prompts))
+        groups = [lengths.group_answered(size, self.max_tokens) for size in sizes]
+        for chosen in together(sizes, self.batch_size, groups):
             forget_lengths(model)
             with _plain_greedy(model), nullcontext() if steering is None else steered(model, steering):
                 texts = self._batch(model, [prompts[i] for i in chosen], until)
