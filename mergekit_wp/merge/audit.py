@@ -3,8 +3,8 @@
 Three independent looks at the written folder:
 
 1. A seeded sample of slices of every kind of tensor is recomputed from the inputs in float64, sharing no code with
-   the kernel, and compared within the rounding of the dtype: for wp here, from the score files and straight from
-   theta_base + sum_k scale_k alpha_k (theta_k - theta_base) of METHOD.md 4; for widen and aim in
+   the kernel, and compared within the rounding of the dtype: for wp here, from the score files or the fit file and
+   straight from theta_base + sum_k scale_k alpha_k (theta_k - theta_base) of METHOD.md 4 and 6; for widen and aim in
    `audit_methods`.
 2. Every tensor is read once and holds no NaN and no infinity.
 3. transformers loads the folder with no weight missing or left over, and it generates one token.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.geometry import auto_class, slot_of
 from mergekit_wp.merge.audit_methods import check_aim, check_widen
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
+from mergekit_wp.merge.fitted import load_fit
 from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
 
@@ -76,35 +77,37 @@ def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sam
     slot = slot_of(tensor.source)
     header = plan.header(tensor.base, tensor.source)
     assert header is not None  # the checks of the plan say so
-    prior = tensor.weights
     if slot is None:
         start = draw.randrange(header.shape[0])
-        return _Sample(tensor, (slice(start, start + _ROWS),), _scaled(tensor, _alpha([0.0] * len(prior), prior)))
-    files = [load_scores(path) for path in tensor.scores]
-    geometry = files[0].meta.geometry
+        return _Sample(tensor, (slice(start, start + _ROWS),), _scaled(tensor, _weights(plan, tensor, "")))
+    geometry = plan.checkpoints[tensor.base].geometry
     width, part = geometry.head_dim, draw.randrange(len(slot.shares))
     share, begin = slot.shares[part], sum(geometry.lengths(slot)[:part])
     if share == "neuron":
         index = draw.randrange(geometry.neurons)
         span = slice(begin + index, begin + index + 1)
-        alpha_K = _alpha([float(file.neurons[slot.layer, index]) for file in files], prior)
+        alpha_K = _weights(plan, tensor, "neurons", slot.layer, index)
     else:
         members = 1 if share == "head" else geometry.heads // geometry.kv_heads
         index = draw.randrange(geometry.heads // members)
         span = slice(begin + index * width, begin + (index + 1) * width)
-        per_head = [
-            _alpha([float(file.heads[slot.layer, head]) for file in files], prior)
-            for head in range(index * members, (index + 1) * members)
-        ]
+        heads = range(index * members, (index + 1) * members)
+        per_head = [_weights(plan, tensor, "heads", slot.layer, head) for head in heads]
         alpha_K = [sum(column) / members for column in zip(*per_head, strict=True)]
     where = (span,) if slot.axis == 0 else (slice(None), span)
     return _Sample(tensor, where, _scaled(tensor, alpha_K))
 
 
-def _alpha(scores: list[float], prior: Sequence[float]) -> list[float]:
-    positive = [weight * max(score, 0.0) for weight, score in zip(prior, scores, strict=True)]
+def _weights(plan: MergePlan, tensor: PlannedTensor, kind: str, *where: int) -> list[float]:
+    """Each expert's weight in the component of that kind at (layer, index), or, without a kind, outside of all."""
+    if tensor.fit:
+        fit = load_fit(tensor.fit)
+        table = getattr(fit, kind or "rest")
+        return [float(table[k, *where]) for k in plan.order(tensor)]
+    scores = [float(getattr(load_scores(path), kind)[where]) if kind else 0.0 for path in tensor.scores]
+    positive = [weight * max(score, 0.0) for weight, score in zip(tensor.weights, scores, strict=True)]
     total = sum(positive)
-    return [score / total for score in positive] if total > 0 else [weight / sum(prior) for weight in prior]
+    return [score / total for score in positive] if total > 0 else [w / sum(tensor.weights) for w in tensor.weights]
 
 
 def _scaled(tensor: PlannedTensor, alpha_K: list[float]) -> list[float]:
@@ -114,7 +117,8 @@ def _scaled(tensor: PlannedTensor, alpha_K: list[float]) -> list[float]:
 def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float:
     tensor = sample.tensor
     base = read_slice(plan.checkpoints[tensor.base], tensor.source, sample.where)
-    want, size = base.clone(), torch.zeros_like(base)
+    whole = not tensor.fit and set(tensor.scales) == {1.0}  # the weights sum to 1, and the base cancels
+    want, size = base.clone(), torch.zeros_like(base) if whole else base.abs()
     for alpha, expert in zip(sample.alpha_K, tensor.experts, strict=True):
         theta = read_aligned(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where, base)
         want += alpha * (theta - base)

@@ -34,7 +34,7 @@ _VERSIONS = ("mergekit-wp", "mergekit", "torch", "transformers", "safetensors")
 @strict
 @dataclass(frozen=True)
 class CertifiedScores:
-    """A score or activations file that the merge used: its name and its `content_digest` (of the tensors alone)."""
+    """A score, fit or activations file that the merge used: its name, its `content_digest` (of the tensors alone)."""
 
     name: Text
     content: Sha256
@@ -42,8 +42,8 @@ class CertifiedScores:
 
 @strict
 class MeanShares(TypedDict):
-    """`experts` [K] (last parts of their names), and each one's mean share of the heads and of the neurons of every
-    layer of the merge [K][L]."""
+    """`experts` [K] (last parts of their names), and each one's mean share, or fitted weight, of the heads and of the
+    neurons of every layer of the merge [K][L]."""
 
     experts: list[Text]
     heads: list[list[Number]]
@@ -85,7 +85,7 @@ class Certificate:
 def make_certificate(folder: Path, plan: MergePlan, checked: Iterable[str]) -> Certificate:
     """The certificate of a folder whose audit has passed: reads every file once. Raises `BadInput` where it cannot."""
     paths = certified_files(folder)
-    used = [str(path) for t in plan.tensors for path in (*t.scores, t.parameters.get("activations")) if path]
+    used = [str(path) for t in plan.tensors for path in (*t.scores, t.fit, t.parameters.get("activations")) if path]
     return Certificate(
         method=plan.method,
         checked=tuple(line.removeprefix("audit: ") for line in checked),
@@ -103,9 +103,8 @@ def write_certificate(folder: Path, plan: MergePlan, checked: Iterable[str]) -> 
 
 
 def mean_shares(plan: MergePlan) -> MeanShares | None:
-    """`Certificate.shares` of a merge, from its score files."""
+    """`Certificate.shares` of a merge, from its score or fit files."""
     from mergekit_wp.geometry import layer_of, slot_of
-    from mergekit_wp.merge.shares import layer_shares
 
     experts = {tensor.experts for tensor in plan.tensors}
     if len(experts) != 1 or not all(tensor.scores for tensor in plan.tensors):
@@ -116,7 +115,7 @@ def mean_shares(plan: MergePlan) -> MeanShares | None:
         slot, layer = slot_of(tensor.source), layer_of(tensor.output)
         if slot is None or layer is None or layer in shares.get(slot.shares[0], {layer: []}):
             continue
-        alpha_Kn = layer_shares(tensor.scores, slot.layer, tensor.weights)[0 if slot.shares[0] == "head" else 1]
+        alpha_Kn = plan.layer_weights(tensor, slot.layer)[0 if slot.shares[0] == "head" else 1]
         shares[slot.shares[0]][layer] = [round(x, 4) for x in alpha_Kn.mean(-1).tolist()]
     heads, neurons = (
         [list(column) for column in zip(*(by_layer[n] for n in sorted(by_layer)), strict=True)]

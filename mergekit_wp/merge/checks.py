@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import EMBEDDINGS, FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
 from mergekit_wp.merge.activations import check_activations
+from mergekit_wp.merge.fitted import load_fit
 from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scores import ModelId
@@ -71,13 +72,36 @@ def check_plan(plan: MergePlan, *, awaited: bool = False) -> None:
 
 def check_inputs(plan: MergePlan, *, awaited: bool = False) -> None:
     """The checks that hold for each output tensor, or for each distinct set of models and scores."""
+    check_fit_alone(plan.tensors)
     if not awaited:
-        check_scores_given([tensor for tensor in plan.tensors if tensor.method == WP])
-    groups = {(t.base, t.experts, t.scores, t.allow_mismatch): t for t in plan.tensors}
+        check_scores_given([tensor for tensor in plan.tensors if tensor.method == WP and not tensor.fit])
+    groups = {(t.base, t.experts, t.scores, t.fit, t.allow_mismatch): t for t in plan.tensors}
     for tensor in groups.values():
         check_models(plan, tensor)
     for tensor in plan.tensors:
         check_tensor(plan, tensor)
+
+
+def check_fit_alone(tensors: Sequence[PlannedTensor]) -> None:
+    """A fit has all weights of all experts: one file for the whole merge, with neither scores nor shares beside it."""
+    if len(files := sorted({tensor.fit for tensor in tensors})) > 1:
+        some = "is given for some tensors alone" if not files[0] else f"and {files[0]} are given"
+        raise BadInput(
+            f"fit: {files[-1]} {some}; a fit file has the weights of the whole merge, so write a single path under the "
+            "recipe's own `parameters`, and neither a list nor a filter."
+        )
+    for tensor in tensors if files[-1:] != [""] else ():
+        for expert, path, weight in zip(tensor.experts, tensor.scores, tensor.weights, strict=True):
+            if path:
+                raise BadInput(
+                    f"{expert}: the scores {path} are given beside the fit {tensor.fit}, whose weights stand in the "
+                    "place of what scores give; keep one of the two."
+                )
+            if weight != 1:
+                raise BadInput(
+                    f"{expert}: `weight` is {weight:g} beside the fit {tensor.fit}; it says how a component is shared "
+                    "out, and fitted weights are taken as they are, so leave it out (`scale` multiplies them)."
+                )
 
 
 def check_scores_given(tensors: Iterable[PlannedTensor]) -> None:
@@ -105,7 +129,9 @@ def check_models(plan: MergePlan, tensor: PlannedTensor) -> None:
         checkpoint = plan.checkpoints[expert]
         if different := checkpoint.geometry.differences(base.geometry):
             raise BadInput(f"{expert}: not of the shape of the base {tensor.base}: {'; '.join(different)}.")
-    if tensor.scores:
+    if tensor.fit:
+        check_fit(plan, tensor)
+    elif tensor.scores:
         check_scores(plan, tensor)
     if tensor.method == AIM:
         check_activations(plan, tensor)
@@ -212,16 +238,37 @@ def check_scores(plan: MergePlan, tensor: PlannedTensor) -> None:
             _check_fingerprint(plan, role, model, scored, path, tensor.allow_mismatch)
 
 
+def check_fit(plan: MergePlan, tensor: PlannedTensor) -> None:
+    """The fit file is of this very base, and of these experts and no other."""
+    meta, base = load_fit(tensor.fit).meta, plan.checkpoints[tensor.base]
+    if different := meta.geometry.differences(base.geometry):
+        raise BadInput(
+            f"{tensor.fit}: these weights were fitted for another shape than {tensor.base}: {'; '.join(different)}; "
+            "fit these models with wp-fit."
+        )
+    check_fitted_base(plan.fingerprint(tensor.base), str(tensor.base), meta.base, tensor.fit, tensor.allow_mismatch)
+    plan.order(tensor)
+
+
 def _check_fingerprint(
     plan: MergePlan, role: str, model: ModelReference, scored: ModelId, path: str, allow: bool
 ) -> None:
     check_fingerprint(plan.fingerprint(model), role, str(model), scored, path, allow)
 
 
-def check_fingerprint(found: Fingerprint, role: str, model: str, scored: ModelId, where: str, allow: bool) -> None:
-    """Raise `BadInput` unless the scores (`where`) were made for this model; a warning if that is allowed.
+def check_fingerprint(
+    found: Fingerprint,
+    role: str,
+    model: str,
+    scored: ModelId,
+    where: str,
+    allow: bool,
+    what: str = "scores",
+    remedy: str = "score this pair with wp-score",
+) -> None:
+    """Raise `BadInput` unless what is in a file (`where`) was made for this model; a warning if that is allowed.
 
-    Of tensors alone a fingerprint has no config, which then is not compared.
+    what, remedy: the file's words. Of tensors alone a fingerprint has no config, which then is not compared.
     """
     halves = [
         half
@@ -234,12 +281,17 @@ def check_fingerprint(found: Fingerprint, role: str, model: str, scored: ModelId
     if not halves:
         return
     text = (
-        f"{where}: these scores were made for the {role} {scored.name}, whose {' and '.join(halves)} differ from "
-        f"those of {model}"
+        f"{where}: these {what} were made for the {role} {scored.name}, whose {' and '.join(halves)} differ from those "
+        f"of {model}"
     )
     if not allow:
-        raise BadInput(f"{text}; score this pair with wp-score, or set `allow_mismatch: true` to merge all the same.")
+        raise BadInput(f"{text}; {remedy}, or set `allow_mismatch: true` to merge all the same.")
     LOG.warning("%s; merging all the same, as allow_mismatch says.", text)
+
+
+def check_fitted_base(found: Fingerprint, model: str, fitted: ModelId, where: str, allow: bool) -> None:
+    """`check_fingerprint` of a fit's base."""
+    check_fingerprint(found, "base", model, fitted, where, allow, "weights", "fit these models with wp-fit")
 
 
 def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:

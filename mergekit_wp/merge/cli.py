@@ -195,9 +195,8 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def shares_table(plan: MergePlan) -> str:
-    """Which expert carries which layer: the mean share over the heads and over the neurons of each layer."""
+    """Which expert carries which layer: the mean share (of a fit: weight) over the heads and the neurons of each."""
     from mergekit_wp.geometry import layer_of, slot_of
-    from mergekit_wp.merge.shares import layer_shares
 
     rows: dict[tuple[int, int], dict[str, PlannedTensor]] = {}
     for tensor in plan.tensors:
@@ -215,14 +214,21 @@ def shares_table(plan: MergePlan) -> str:
             width = max(9, *(len(name) + 2 for name in names))
             header = "".join(name.rjust(width) for name in names)
             lines += ["", f"{'layer':<12}{'heads'.ljust(len(header))}  neurons", f"{'':<12}{header}  {header}"]
-        alpha_KH, _ = layer_shares(heads.scores, source, heads.weights)
-        _, alpha_KF = layer_shares(neurons.scores, source, neurons.weights)
+        alpha_KH, _ = plan.layer_weights(heads, source)
+        _, alpha_KF = plan.layer_weights(neurons, source)
         cells = [
             "".join(f"{x:.3f}".rjust(width) for x in alpha_Kn.mean(-1).tolist()) for alpha_Kn in (alpha_KH, alpha_KF)
         ]
         label = str(to) if to == source else f"{to} (from {source})"
         lines.append(f"{label:<12}{cells[0]}  {cells[1]}")
-    return "\n".join(["mean share of each expert (shares of a component sum to 1)", *lines[1:], ""])
+    if fit := plan.tensors[0].fit:
+        rest_K = plan.rest_weights(plan.tensors[0])
+        names = [Path(str(expert)).name for expert in plan.tensors[0].experts]
+        lines += ["", "all else: " + ", ".join(f"{name} {x:.3f}" for name, x in zip(names, rest_K, strict=True))]
+        title = f"mean weight of each expert by {fit} (1: all that the expert changed)"
+    else:
+        title = "mean share of each expert (shares of a component sum to 1)"
+    return "\n".join([title, *lines[1:], ""])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ Two options of ours go beyond the paper; each is one number an expert, and 1 for
     scale x_k   multiplies what an expert gives, as in task arithmetic: theta_base + sum_k x_k alpha_k (theta_k -
                 theta_base). The same x for all multiplies the whole task vector.
 
+Weights of a fit (METHOD.md 6) stand in the place of the alphas; they need not sum to 1, so the base is read:
+theta_base + sum_k x_k w_k(c) (theta_k - theta_base).
+
 `fuse` walks the output in tiles: each expert's tile is converted to float32 in one reused scratch,
 weighted into a second one, and the sum is rounded once, straight into the output. Every input is read once.
 
@@ -147,6 +150,23 @@ def merge_tensor(
     if alpha_Kn is not None and scaled:
         alpha_Kn = torch.tensor(scales)[:, None] * alpha_Kn
     return fuse(experts, alpha_Kn, axis, out_dtype, base if scaled else None)
+
+
+def merge_fitted(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weight_Kn: torch.Tensor,
+    axis: int,
+    scales: Sequence[float],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """One tensor of a merge by a fit: weights w_Kn along `axis`, or w_K1 for all of it, and the experts' scales x_K.
+
+    Raises as `fuse`.
+    """
+    if weight_Kn.shape[1] == 1:
+        axis, weight_Kn = 0, weight_Kn.expand(-1, base.shape[0])
+    return fuse(experts, torch.tensor(scales)[:, None] * weight_Kn, axis, out_dtype, base)
 
 
 def _fuse_stripe(

@@ -7,8 +7,8 @@ run.
 
 `ExecuteMergeMethodTask.execute` adapts one tensor: mergekit validates shapes before the method runs, tells
 a method the name of the output only, and promotes mixed dtypes. There expert embeddings get the
-base's rows, the source's name, the output dtype and the score files that were found in experts' folders are handed
-on, and a tied LM head is not written.
+base's rows, the source's name, the output dtype, the score files that were found in experts' folders and the experts'
+places in a fit file are handed on, and a tied LM head is not written.
 
 `_copy_tagalong_files` is the last thing that `run_merge` calls (mergekit-yaml, -multi, wp-merge), when config and
 tokenizer are written. There what the base's config says otherwise than the merged tensors is set right (`outcome`).
@@ -55,6 +55,8 @@ class _Seat:
     aligned: bool
     written: bool
     scores: Mapping[Any, str]
+    order: tuple[int, ...]
+    """The experts' places in the merge's fit file, if there is one."""
     plan: MergePlan
     tensor: PlannedTensor
 
@@ -105,6 +107,8 @@ def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
         if seat.aligned:
             tensors = {model: align_rows(tensor, tensors[self.base_model]) for model, tensor in tensors.items()}
         parameters = {**dict(self.parameters.items()), "source_name": seat.source}
+        if seat.order:
+            parameters["order"] = seat.order
         changed: dict[str, Any] = {"out_dtype": seat.out_dtype, "parameters": parameters}
         if seat.scores:
             own = self.input_parameters
@@ -139,6 +143,7 @@ def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
         aligned=is_vocabulary(tensor.output) and not tensor.realigned,
         written=tensor.written,
         scores=dict(zip(tensor.experts, tensor.scores, strict=False)),
+        order=plan.order(tensor) if tensor.fit else (),
         plan=plan,
         tensor=tensor,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,11 @@ from mergekit_wp.checkpoint.references import Reference, reference_of
 from mergekit_wp.checkpoint.vocabulary import head_is_tied, head_of
 from mergekit_wp.checkpoint.weights import TensorHeader, read_header
 from mergekit_wp.errors import BadInput
-from mergekit_wp.merge.shares import scores_beside
+from mergekit_wp.merge.fitted import layer_weights, load_fit, order_of
+from mergekit_wp.merge.shares import layer_shares, scores_beside
 
 if TYPE_CHECKING:
+    import torch
     from mergekit.common import ModelReference
     from mergekit.io.tasks import FinalizeModel
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -61,7 +63,7 @@ class PlannedTensor:
     base: ModelReference
     experts: tuple[ModelReference, ...]
     scores: tuple[str, ...]
-    """Of each expert, empty where it has none; () where the method takes none. So with the two below."""
+    """Of each expert, empty where it has none, as with a fit; () where the method takes none. So with the two below."""
     weights: tuple[float, ...]
     scales: tuple[float, ...]
     parameters: Mapping[str, Any]
@@ -84,6 +86,11 @@ class PlannedTensor:
         return bool(self.parameters.get("allow_mismatch", False))
 
     @property
+    def fit(self) -> str:
+        """The fit file whose weights stand in the place of shares; empty without."""
+        return str(self.parameters.get("fit") or "")
+
+    @property
     def models(self) -> tuple[ModelReference, ...]:
         return (self.base, *self.experts)
 
@@ -100,6 +107,7 @@ class MergePlan:
     tensors: tuple[PlannedTensor, ...]
     checkpoints: Mapping[ModelReference, Checkpoint]
     out: Path | None
+    _orders: dict[Any, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def method(self) -> str:
@@ -150,6 +158,25 @@ class MergePlan:
         if model.lora is None:
             return self.checkpoints[model].fingerprint
         return fingerprint_of(meaning_of(model), LoaderCache().hf_cache_dir)
+
+    def order(self, tensor: PlannedTensor) -> tuple[int, ...]:
+        """The places of the tensor's experts in its fit file. Raises `BadInput` as `order_of`."""
+        key = (tensor.fit, tensor.experts, tensor.allow_mismatch)
+        if key not in self._orders:
+            prints = {str(expert): [self.fingerprint(expert)] for expert in tensor.experts}
+            self._orders[key] = order_of(load_fit(tensor.fit), prints, tensor.fit, tensor.allow_mismatch)
+        return self._orders[key]
+
+    def layer_weights(self, tensor: PlannedTensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of each expert the heads and the neurons of a layer take, [K, H] and [K, F], before any scale."""
+        if tensor.fit:
+            return layer_weights(load_fit(tensor.fit), self.order(tensor), layer)
+        return layer_shares(tensor.scores, layer, tensor.weights)
+
+    def rest_weights(self, tensor: PlannedTensor) -> list[float]:
+        """How much of each expert everything takes that belongs to no component, before any scale."""
+        fit = load_fit(tensor.fit)
+        return [float(fit.rest[k]) for k in self.order(tensor)]
 
 
 def merge_tasks(
@@ -211,8 +238,9 @@ def _planned(
     experts = tuple(model for model in task.model_order if model != base)
     own_names = [task.output_weight.name, *(task.output_weight.aliases or ())]
     given = [task.input_parameters[model] for model in experts] if task.method_name == WP else []
+    fitted = bool(given) and bool(task.parameters["fit"])
     for model, own in zip(experts, given, strict=False):
-        if not own["scores"] and model not in beside:
+        if not own["scores"] and not fitted and model not in beside:
             beside[model] = scores_beside(_own_folder(model, checkpoints[model]))
     return PlannedTensor(
         method=task.method_name,
@@ -220,7 +248,9 @@ def _planned(
         sources=sources,
         base=base,
         experts=experts,
-        scores=tuple(own["scores"] or beside[model] for model, own in zip(experts, given, strict=False)),
+        scores=tuple(
+            own["scores"] or ("" if fitted else beside[model]) for model, own in zip(experts, given, strict=False)
+        ),
         weights=tuple(own["weight"] for own in given),
         scales=tuple(own["scale"] for own in given),
         parameters=dict(task.parameters.items()),

@@ -35,11 +35,14 @@ if TYPE_CHECKING:
 
 # mergekit would ignore any other in silence.
 _PARAMETERS = {
-    WP: ("scores", "weight", "scale", "allow_mismatch"),
+    WP: ("scores", "weight", "scale", "fit", "allow_mismatch"),
     WIDEN: ("t", "s"),
     AIM: ("activations", "omega"),
 }
-_FILES = ("scores", "activations")
+_SHARED = ("t", "s", "activations", "omega", "fit", "allow_mismatch")
+"""Which of them mergekit looks for everywhere but under a model."""
+FILES = ("scores", "activations", "fit")
+"""Parameters that name a file."""
 # mergekit-evolve writes these into every recipe; they mean nothing to these methods.
 _OF_EVOLVE = ("normalize", "int8_mask")
 
@@ -78,7 +81,7 @@ class Recipe:
     def reads(self) -> list[str]:
         """Every file and folder that the recipe names, LoRAs on their own, and Hub names as they are."""
         models = [meaning_of(model) for model in self.config().referenced_models()]
-        files = [parameters.get(name) for parameters in _parameters(self.content) for name in _FILES]
+        files = [parameters.get(name) for parameters in _parameters(self.content) for name in FILES]
         parts = [str(source) for model in models for source in model.sources]
         return [*parts, *(file for file in files if isinstance(file, str))]
 
@@ -145,13 +148,20 @@ def read_recipe(path: str, text: str | None = None) -> Recipe:
         raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {WP}`.")
     method = content["merge_method"]
     known = _parameters_of(path, method)
+    if method in _PARAMETERS:
+        for parameters in _parameters(content, of_models=True):
+            if shared := sorted(set(parameters) & set(_SHARED)):
+                raise BadInput(
+                    f"{path}: `{shared[0]}` stands under a model, where mergekit does not look for it; it is of the "
+                    "whole merge, so write it into the recipe's own `parameters`."
+                )
     for parameters in _parameters(content):
         if unknown := sorted(set(parameters) - {*known, *_OF_EVOLVE}):
             raise BadInput(
                 f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {', '.join(known) or 'none'}."
             )
         if method in _PARAMETERS:
-            for name in _FILES:
+            for name in FILES:
                 file = parameters.get(name)
                 beside = Path(path).absolute().parent / str(file)
                 if isinstance(file, str) and not os.path.exists(file) and os.path.exists(beside):
@@ -192,17 +202,17 @@ def _parameters_of(path: str, method: Any) -> tuple[str, ...]:
     return tuple(p.name for p in (*specs[method].shared_parameters, *specs[method].input_parameters))
 
 
-def _parameters(node: Any) -> Iterator[dict[str, Any]]:
-    """Every `parameters:` mapping of the recipe, wherever mergekit allows one."""
+def _parameters(node: Any, of_models: bool = False) -> Iterator[dict[str, Any]]:
+    """Every `parameters:` mapping of the recipe, wherever mergekit allows one; of_models: those of a model alone."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if key == "parameters" and isinstance(value, dict):
+            if key != "parameters" or not isinstance(value, dict):
+                yield from _parameters(value, of_models)
+            elif not of_models or "model" in node:
                 yield value
-            else:
-                yield from _parameters(value)
     elif isinstance(node, list):
         for item in node:
-            yield from _parameters(item)
+            yield from _parameters(item, of_models)
 
 
 _lock = threading.Lock()

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fit_example
 import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from mergekit_wp.checkpoint.folder import Checkpoint, fingerprint_of
+from mergekit_wp.fit_file import write_fit
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.scores import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats, write_scores
 
@@ -42,6 +44,13 @@ def write_random_scores(path: Path, base: str, expert: str, seed: int, geometry:
     neurons = torch.rand(geometry.layers, geometry.neurons, generator=generator) - 0.33
     scores = TaskScores(heads, neurons, torch.zeros(geometry.d_model))
     write_scores(Scores.from_tasks(meta, {"t": scores}), path)
+    return path
+
+
+def write_random_fit(path: Path, base: str, experts: Sequence[str], seed: int = 0) -> Path:
+    """A valid fit file for these models in this order, with random weights."""
+    about = fit_example.meta(_identity(base), [_identity(name) for name in experts], Checkpoint.open(base).geometry)
+    write_fit(fit_example.example(about, seed), path)
     return path
 
 
@@ -102,9 +111,24 @@ class World:
         ]
         return {"merge_method": "wp", "base_model": str(self.base), "models": models, **more}
 
+    @property
+    def fit(self) -> Path:
+        return self.root / "fit.safetensors"
+
+    def write_fit(self, order: Sequence[int], seed: int = 0) -> Path:
+        """A fit file of the experts in this order."""
+        return write_random_fit(self.fit, str(self.base), [str(self.expert(k)) for k in order], seed)
+
+    def fitted(self, own: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
+        """The same merge by `fit`; `more` are parameters of the whole."""
+        config = self.widen(merge_method="wp", parameters={"fit": str(self.fit), **more})
+        for model, parameters in zip(config["models"], own, strict=False):
+            model["parameters"] = parameters
+        return config
+
     def widen(self, **more: Any) -> dict[str, Any]:
         """The same merge without scores."""
-        models = [{"model": str(self.expert(k))} for k in range(self.experts)]
+        models: list[dict[str, Any]] = [{"model": str(self.expert(k))} for k in range(self.experts)]
         return {"merge_method": "widen", "base_model": str(self.base), "models": models, **more}
 
     def recipe(self, config: dict[str, Any] | None = None, name: str = "recipe.yaml") -> Path:
@@ -122,10 +146,12 @@ def reference(
     experts: list[int] | None = None,
     prior: Sequence[float] | None = None,
     scales: Sequence[float] | None = None,
+    order: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """METHOD.md 4, component by component, in float64: theta_base + sum_k scale_k alpha_k (theta_k - theta_base).
 
     prior: the experts' weights, with which their scores are multiplied before they are shared out.
+    order: the experts of the fit file, whose weights then are the alphas (METHOD.md 6).
     """
     experts = list(range(world.experts)) if experts is None else experts
     prior = [1.0] * len(experts) if prior is None else prior
@@ -136,9 +162,13 @@ def reference(
     F = config["intermediate_size"]
     base = {k: v.double() for k, v in tensors_of(world.base).items()}
     tuned = [{k: v.double() for k, v in tensors_of(world.expert(k)).items()} for k in experts]
-    scores = [load_file(world.score(k)) for k in experts]
+    scores = [] if order else [load_file(world.score(k)) for k in experts]
+
+    fit = load_file(world.fit) if order else {}
 
     def share(kind: str, layer: int, index: int) -> list[float]:
+        if order:
+            return [float(fit[kind][list(order).index(k), layer, index]) for k in experts]
         positive = [w * max(float(s[kind][layer, index]), 0.0) for w, s in zip(prior, scores, strict=True)]
         total = sum(positive)
         return [p / total for p in positive] if total > 0 else [w / sum(prior) for w in prior]
@@ -150,7 +180,7 @@ def reference(
             theta += scale * weight * tau[where]
         return theta
 
-    uniform = [w / sum(prior) for w in prior]
+    uniform = [float(fit["rest"][list(order).index(k)]) for k in experts] if order else [w / sum(prior) for w in prior]
     out: dict[str, torch.Tensor] = {}
     for name, tensor in base.items():
         out[name] = torch.empty_like(tensor)

@@ -36,6 +36,12 @@ def relative_config(world):
     return config
 
 
+def fitted(config):
+    """The same recipe by the world's fit."""
+    models = [{"model": model["model"]} for model in config["models"]]
+    return {**config, "models": models, "parameters": {"fit": "fit.safetensors"}}
+
+
 def flat(world):
     """The same models as single files, which is what mergekit-pytorch takes."""
     for name in ("base", "e0", "e1"):
@@ -52,7 +58,9 @@ def flat(world):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("stock"), "qwen2", dtypes=[torch.bfloat16] * 3, extra_rows=[1, 0]).build()
+    world = World(tmp_path_factory.mktemp("stock"), "qwen2", dtypes=[torch.bfloat16] * 3, extra_rows=[1, 0]).build()
+    world.write_fit([1, 0])
+    return world
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +80,16 @@ def done(world):
             "models": [{"model": m, "parameters": {"weight": 1}} for m in ("first", str(world.base))],
         },
     ]
+    files = flat(world)
     commands = {
         "yaml": (["mergekit-yaml"], relative_config(world), {}),
+        "fit": (["mergekit-yaml"], fitted(relative_config(world)), {}),
+        "fit-pytorch": (["mergekit-pytorch"], fitted(files), {}),
         "missing": (["mergekit-yaml"], missing, {}),
         "twice": (["mergekit-yaml"], yaml.safe_dump(relative_config(world)) + "parameters: {}\n" * 2, {}),
         "disabled": (["mergekit-yaml"], relative_config(world), {"MERGEKIT_WP_DISABLE": "1"}),
         "broken": (["mergekit-yaml"], linear, {"PYTHONPATH": str(broken)}),
-        "pytorch": (["mergekit-pytorch"], flat(world), {}),
+        "pytorch": (["mergekit-pytorch"], files, {}),
         "multi": (["mergekit-multi", "-I", str(world.root / "steps"), "--out-path"], nested, {}),
     }
     running = {}
@@ -111,6 +122,12 @@ def test_mergekit_yaml(world, done):
 def test_mergekit_pytorch(world, done):
     assert done["pytorch"].code == 0, done["pytorch"].stderr
     assert_merged(tensors_of(done["pytorch"].out), reference(world), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["fit", "fit-pytorch"])
+def test_a_fit(world, done, name):
+    assert done[name].code == 0, done[name].stderr
+    assert_merged(tensors_of(done[name].out), reference(world, order=[1, 0]), torch.bfloat16)
 
 
 def test_mergekit_multi(world, done):

@@ -1,0 +1,85 @@
+"""Fit files as the merge uses them: read once, their experts found among those of the merge, their weights by tensor.
+
+`order` is, for each expert of the merge, its place in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+
+from mergekit_wp.checkpoint.folder import Fingerprint
+from mergekit_wp.errors import BadInput
+from mergekit_wp.files import Stamp, stamp
+from mergekit_wp.fit_file import Fit, read_fit
+from mergekit_wp.foreign import logger
+from mergekit_wp.geometry import TensorSlot
+from mergekit_wp.scores import ModelId
+
+LOG = logger(__name__)
+
+
+def load_fit(path: str) -> Fit:
+    """The validated fit file at `path`; read again only when it has changed. Raises `BadInput`, naming the file."""
+    return _read(stamp(path, "fit file", "make it with wp-fit or mend the path"))
+
+
+def order_of(fit: Fit, experts: Mapping[str, Sequence[Fingerprint]], where: str, allow: bool) -> tuple[int, ...]:
+    """The places in the file of a merge's experts: each is known again by one of its fingerprints.
+
+    where: the fit's name in sentences. allow: an expert that is none of the file's takes the place of one that is left,
+    in order (a warning). Raises `BadInput` unless these are all of the file's experts and no other.
+    """
+    fitted = fit.meta.experts
+    left, places = list(range(len(fitted))), dict.fromkeys(experts, -1)
+    for name, prints in experts.items():
+        found = next((k for k in left if any(_same(mark, fitted[k]) for mark in prints)), None)
+        if found is not None:
+            places[name] = found
+            left.remove(found)
+    strange = [name for name, place in places.items() if place < 0]
+    missing = [fitted[k].name for k in left]
+    if strange or missing:
+        text = f"{where}: these weights were fitted for the experts {_listed([expert.name for expert in fitted])}"
+        if missing:
+            text += f", and {_listed(missing)} cannot be found among those of the merge"
+        if strange:
+            text += f", and {_listed(strange)} cannot be found among these"
+        if len(experts) != len(fitted):
+            raise BadInput(f"{text}; merge all of the fitted experts and no other, or fit these models with wp-fit.")
+        if not allow:
+            raise BadInput(
+                f"{text}; fit these models with wp-fit, or set `allow_mismatch: true` to take them in order."
+            )
+        LOG.warning("%s; taking them in order, as allow_mismatch says.", text)
+        places |= dict(zip(strange, left, strict=True))
+    return tuple(places.values())
+
+
+def layer_weights(fit: Fit, order: Sequence[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """w_KH and w_KF of the merge's experts in one layer, float32."""
+    return fit.heads[list(order), layer], fit.neurons[list(order), layer]
+
+
+def fitted_weights(fit: Fit, order: Sequence[int], slot: TensorSlot | None) -> torch.Tensor:
+    """w_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons; w_K1 where there is no
+    component."""
+    if slot is None:
+        return fit.rest[list(order), None]
+    return fit.meta.geometry.expand(slot, *layer_weights(fit, order, slot.layer))
+
+
+def _same(found: Fingerprint, fitted: ModelId) -> bool:
+    """Of tensors alone a fingerprint has no config, which then is not compared."""
+    return found.tensors == fitted.tensors and (not found.config or found.has_config(fitted.config))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+@lru_cache(maxsize=8)
+def _read(key: Stamp) -> Fit:
+    return read_fit(key[0])
