@@ -1,6 +1,6 @@
 """mergekit-wp: score where a fine-tune put a capability, and merge experts by that knowledge.
 
-    from mergekit_wp import load_pair, merge, patch, read_scores, score, steer
+    from mergekit_wp import load_pair, merge, patch, read_fit, read_scores, score, steer
 
 docs/python.md has examples. This file stays free of heavy imports, for the `.pth` hook imports it at every start of an
 interpreter: what it offers is imported when it is first asked for.
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mergekit_wp.api import load_pair, patch, score, steer
+    from mergekit_wp.fit_file import Fit, read_fit
     from mergekit_wp.merge.merging import merge
     from mergekit_wp.scores import Scores, read_scores
 
 __version__ = "0.1.0"
-__all__ = ["Scores", "load_pair", "merge", "patch", "read_scores", "score", "steer"]
+__all__ = ["Fit", "Scores", "load_pair", "merge", "patch", "read_fit", "read_scores", "score", "steer"]
 
 _HOMES = {
+    "Fit": "mergekit_wp.fit_file",
+    "read_fit": "mergekit_wp.fit_file",
     "Scores": "mergekit_wp.scores",
     "read_scores": "mergekit_wp.scores",
     "score": "mergekit_wp.api",

@@ -48,6 +48,8 @@ LOG = logger(__name__)
 
 # Buffers that old checkpoints store and that transformers recomputes.
 _RECOMPUTED = ("rotary_emb.inv_freq",)
+OF_A_FIT = ("weights", "fit these models with wp-fit")
+"""The last words of `check_fingerprint`."""
 # Room for config, tokenizer and shard headers beside the weights.
 _SLACK_BYTES = 64 * 2**20
 
@@ -246,7 +248,8 @@ def check_fit(plan: MergePlan, tensor: PlannedTensor) -> None:
             f"{tensor.fit}: these weights were fitted for another shape than {tensor.base}: {'; '.join(different)}; "
             "fit these models with wp-fit."
         )
-    check_fitted_base(plan.fingerprint(tensor.base), str(tensor.base), meta.base, tensor.fit, tensor.allow_mismatch)
+    found, allow = plan.fingerprint(tensor.base), tensor.allow_mismatch
+    check_fingerprint(found, "base", str(tensor.base), meta.base, tensor.fit, allow, *OF_A_FIT)
     plan.order(tensor)
 
 
@@ -287,11 +290,6 @@ def check_fingerprint(
     if not allow:
         raise BadInput(f"{text}; {remedy}, or set `allow_mismatch: true` to merge all the same.")
     LOG.warning("%s; merging all the same, as allow_mismatch says.", text)
-
-
-def check_fitted_base(found: Fingerprint, model: str, fitted: ModelId, where: str, allow: bool) -> None:
-    """`check_fingerprint` of a fit's base."""
-    check_fingerprint(found, "base", model, fitted, where, allow, "weights", "fit these models with wp-fit")
 
 
 def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:

@@ -8,7 +8,7 @@ left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,20 @@ from mergekit_wp.checkpoint.in_memory import held, plain_tensors
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.checkpoint.weights import HeldTensor
 from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.fit_file import Fit, read_fit
 from mergekit_wp.foreign import file_parts, logger
-from mergekit_wp.geometry import EMBEDDINGS, HEAD, is_vocabulary, slot_of, text_name
-from mergekit_wp.merge.checks import check_fingerprint
-from mergekit_wp.merge.kernel import NotFiniteError, merge_tensor
+from mergekit_wp.geometry import EMBEDDINGS, HEAD, TensorSlot, is_vocabulary, slot_of, text_name
+from mergekit_wp.merge.checks import OF_A_FIT, check_fingerprint
+from mergekit_wp.merge.fitted import fitted_weights, order_of
+from mergekit_wp.merge.kernel import NotFiniteError, merge_fitted, merge_tensor
 from mergekit_wp.merge.shares import check_complete, held_shares
 from mergekit_wp.outputs import claimed, refuse_inputs
 from mergekit_wp.scores import Scores, read_scores
 
 LOG = logger(__name__)
 State = dict[str, torch.Tensor]
+_Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], TensorSlot | None, torch.dtype], torch.Tensor]
+"""One tensor of the merge from the base's and the experts', with the slot that it has and the dtype of the result."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -41,6 +45,7 @@ def merge(
     experts: Mapping[str, Any] | Sequence[Any],
     scores: Mapping[str, Any] | Sequence[Any] | None = None,
     *,
+    fit: Any = None,
     scale: float | Mapping[str, float] | Sequence[float] = 1.0,
     weight: float | Mapping[str, float] | Sequence[float] = 1.0,
     out: str | os.PathLike[str] | None = None,
@@ -50,16 +55,18 @@ def merge(
     overwrite: bool = False,
     **options: Any,
 ) -> Path | State:
-    """Merge experts of one base by their scores (`merge_method: wp`; METHOD.md 4, Eq. 17-18).
+    """Merge experts of one base by their scores or by a fit (`merge_method: wp`; METHOD.md 4, Eq. 17-18, and 6).
 
     base, experts   all of them folders or Hub names; or all state dicts (with the names that they have in their files)
                     or modules of transformers. Experts by name, or in a list (0, 1, ...)
     scores          of each expert, by name or in the same order: a `Scores`, a score file, or one on the Hub; of
                     folders None takes those in the experts' own folders
-    scale, weight   as in a recipe, one number for all or one an expert
-    out             the folder to write, of folders; returned. A `Scores` given is kept beside it, in OUT.scores
+    fit             in the place of scores: a `Fit` or a fit file, of these experts in any order
+    scale, weight   as in a recipe, one number for all or one an expert; no weight beside a fit
+    out             the folder to write, of folders; returned. A `Scores` given is kept beside it, in OUT.scores, a
+                    `Fit` in OUT.fit.safetensors
     dtype           of the result; None: the base's
-    allow_mismatch  take scores of other models than these (a warning)
+    allow_mismatch  take scores, or a fit, of other models than these (a warning)
     audit, overwrite, options   as of wp-merge (options of mergekit by name: cuda=True, lazy_unpickle=True, ...)
     Returns the folder's path; in memory, a state dict with the base's names and shapes, to the bit what the folder
     would hold. Raises `BadInput`, and of a folder `AuditFailed`; nothing half-written is left.
@@ -73,19 +80,29 @@ def merge(
         raise BadInput("experts: there are none; give one or more.")
     files = _each(scores, named, "scores")
     scales, weights = (_numbers(value, named, what) for value, what in ((scale, "scale"), (weight, "weight")))
+    if fit is not None and (scores is not None or set(weights) != {1.0}):
+        what = "weight" if scores is None else "scores"
+        raise BadInput(f"{what}: goes without a fit, which has all weights; leave it out (`scale` multiplies them).")
     folders = [isinstance(model, (str, os.PathLike)) for model in (base, *named.values())]
     if all(folders):
         if out is None:
             raise BadInput("out: name the folder to write; a merge of folders is a folder.")
         recipe = _Recipe(str(base), {k: str(v) for k, v in named.items()}, scales, weights, dtype, allow_mismatch)
-        return _merge_folders(recipe, files, Path(out).absolute(), audit, overwrite, options)
+        return _merge_folders(recipe, files, fit, Path(out).absolute(), audit, overwrite, options)
     if any(folders):
         raise BadInput("base, experts: some are folders and some are in memory; give all of one kind.")
     if out is not None or options:
         raise BadInput(
             f"{'out' if out is not None else next(iter(options))}: goes with folders; what is in memory is returned."
         )
-    return _merge_states(base, named, files, scales, weights, dtype, allow_mismatch)
+    if dtype is not None and dtype not in _DTYPES:
+        raise BadInput(f"dtype: found {shown(dtype)}, expected one of {', '.join(_DTYPES)}.")
+    own, states = _Held.of(base, "base"), [_Held.of(expert, name) for name, expert in named.items()]
+    if fit is not None:
+        kernel = _by_fit(own, states, fit, scales, allow_mismatch)
+    else:
+        kernel = _by_scores(own, states, files, scales, weights, allow_mismatch)
+    return _merge_states(own, states, kernel, dtype)
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ class _Recipe:
     dtype: str | None
     allow_mismatch: bool
 
-    def text(self, files: Sequence[str | None]) -> str:
+    def text(self, files: Sequence[str | None], fit: str | None) -> str:
         """The YAML that wp-merge would be given; what is left at its default is not written."""
         models = []
         for model, file, scale, weight in zip(self.experts.values(), files, self.scales, self.weights, strict=True):
@@ -108,13 +125,20 @@ class _Recipe:
         content: dict[str, Any] = {"merge_method": "wp", "base_model": self.base, "models": models}
         if self.dtype is not None:
             content["dtype"] = self.dtype
-        if self.allow_mismatch:
-            content["parameters"] = {"allow_mismatch": True}
+        shared = ({"fit": fit} if fit else {}) | ({"allow_mismatch": True} if self.allow_mismatch else {})
+        if shared:
+            content["parameters"] = shared
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _merge_folders(
-    recipe: _Recipe, files: Sequence[Any], out: Path, audit: bool, overwrite: bool, options: Mapping[str, Any]
+    recipe: _Recipe,
+    files: Sequence[Any],
+    fit: Any,
+    out: Path,
+    audit: bool,
+    overwrite: bool,
+    options: Mapping[str, Any],
 ) -> Path:
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
@@ -131,7 +155,9 @@ def _merge_folders(
     LoaderCache.loaders.clear()  # a folder may have been written anew since the last merge of this process
     with ExitStack() as undo, claimed(out):
         paths = _paths(recipe, files, out, undo)
-        loaded = read_recipe(f"{out}, recipe", recipe.text(paths))
+        fit_file = out.with_name(f"{out.name}.fit.safetensors")
+        fit_path = None if fit is None else _path(fit, fit_file, undo) if isinstance(fit, Fit) else os.fspath(fit)
+        loaded = read_recipe(f"{out}, recipe", recipe.text(paths, fit_path))
         refuse_inputs(out, loaded.reads())
         refuse_existing(out, overwrite)
         carry_out(loaded, out, MergeOptions(**{"quiet": True, **options}), audit, LOG.info)
@@ -145,14 +171,18 @@ def _paths(recipe: _Recipe, files: Sequence[Any], out: Path, undo: ExitStack) ->
     paths: list[str | None] = []
     for name, file in zip(file_parts(recipe.experts), files, strict=True):
         if isinstance(file, Scores):
-            path = beside / f"{name}.safetensors"
-            made = [each for each in (path, beside) if not each.exists()]
-            file.save(path)
-            undo.callback(_remove, made)
-            paths.append(str(path))
+            paths.append(_path(file, beside / f"{name}.safetensors", undo))
         else:
             paths.append(None if file is None else str(score_file(os.fspath(file))))
     return paths
+
+
+def _path(held: Scores | Fit, path: Path, undo: ExitStack) -> str:
+    """Where what was in memory now lies; `undo` removes it, and its folder if that was made for it."""
+    made = [each for each in (path, path.parent) if not each.exists()]
+    held.save(path)
+    undo.callback(_remove, made)
+    return str(path)
 
 
 def _remove(made: Sequence[Path]) -> None:
@@ -163,49 +193,63 @@ def _remove(made: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _merge_states(
-    base: Any,
-    experts: Mapping[str, Any],
-    files: Sequence[Any],
-    scales: Sequence[float],
-    weights: Sequence[float],
-    dtype: str | None,
-    allow_mismatch: bool,
-) -> State:
-    if dtype is not None and dtype not in _DTYPES:
-        raise BadInput(f"dtype: found {shown(dtype)}, expected one of {', '.join(_DTYPES)}.")
-    if not any(weights):
-        raise BadInput("weight: those of all experts are 0; give one of them a weight above 0.")
-    own, (names, states) = (
-        _Held.of(base, "base"),
-        zip(*((n, _Held.of(e, n)) for n, e in experts.items()), strict=True),
-    )
-    read = [_scores(file, name) for file, name in zip(files, names, strict=True)]
-    for name, scores, state in zip(names, read, states, strict=True):
-        check_complete(scores, f"scores of {name}")
-        if different := scores.meta.geometry.differences(read[0].meta.geometry):
-            raise BadInput(
-                f"scores of {name}: made for another shape than those of {names[0]}: {'; '.join(different)}."
-            )
-        for role, which, scored in (("base", own, scores.meta.base), ("expert", state, scores.meta.expert)):
-            which.check(role, scored, f"scores of {name}", allow_mismatch)
+def _merge_states(own: _Held, states: Sequence[_Held], kernel: _Kernel, dtype: str | None) -> State:
+    for state in states:
         state.check_covered(own)
     merged: State = {}
     for name, tensor in own.tensors.items():
         inputs = [state.like(name, tensor) for state in states]
-        slot = slot_of(name)
-        alpha_Kn = None if slot is None else held_shares(read, slot, weights)
         out_dtype = tensor.dtype if dtype is None else getattr(torch, dtype)
-        axis = 0 if slot is None else slot.axis
         try:
-            merged[name] = merge_tensor(tensor, inputs, alpha_Kn, axis, weights, scales, out_dtype)
+            merged[name] = kernel(tensor, inputs, slot_of(name), out_dtype)
         except NotFiniteError:
             raise BadInput(
                 f"{name}: an expert holds a NaN or an infinity there, or the merge more than {out_dtype}."
             ) from None
         except ValueError as error:
-            raise BadInput(f"{name}: does not have the shape that the scores were made for ({error}).") from error
+            raise BadInput(f"{name}: does not have the shape that the weights were made for ({error}).") from error
     return merged
+
+
+def _by_scores(
+    own: _Held, states: Sequence[_Held], files: Sequence[Any], scales: list[float], weights: list[float], allow: bool
+) -> _Kernel:
+    """The kernel by score files, which are of these very models. Raises `BadInput` where they are not."""
+    if not any(weights):
+        raise BadInput("weight: those of all experts are 0; give one of them a weight above 0.")
+    read = [_scores(file, state.name) for file, state in zip(files, states, strict=True)]
+    for scores, state in zip(read, states, strict=True):
+        check_complete(scores, f"scores of {state.name}")
+        if different := scores.meta.geometry.differences(read[0].meta.geometry):
+            raise BadInput(
+                f"scores of {state.name}: made for another shape than those of {states[0].name}: "
+                f"{'; '.join(different)}."
+            )
+        for role, which, scored in (("base", own, scores.meta.base), ("expert", state, scores.meta.expert)):
+            which.check(role, scored, f"scores of {state.name}", allow)
+
+    def kernel(
+        base: torch.Tensor, inputs: Sequence[torch.Tensor], slot: TensorSlot | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        alpha_Kn = None if slot is None else held_shares(read, slot, weights)
+        return merge_tensor(base, inputs, alpha_Kn, 0 if slot is None else slot.axis, weights, scales, dtype)
+
+    return kernel
+
+
+def _by_fit(own: _Held, states: Sequence[_Held], fit: Any, scales: list[float], allow: bool) -> _Kernel:
+    """The kernel by a fit, which is of these very models. Raises `BadInput` where it is not."""
+    read = fit if isinstance(fit, Fit) else read_fit(fit)
+    own.check("base", read.meta.base, "fit", allow, *OF_A_FIT)
+    order = order_of(read, {state.name: state.prints for state in states}, "fit", allow)
+
+    def kernel(
+        base: torch.Tensor, inputs: Sequence[torch.Tensor], slot: TensorSlot | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        axis = 0 if slot is None else slot.axis
+        return merge_fitted(base, inputs, fitted_weights(read, order, slot), axis, scales, dtype)
+
+    return kernel
 
 
 @dataclass(frozen=True)
@@ -238,10 +282,10 @@ class _Held:
         with held(model, name) as live:
             return cls(name, {key: tensor.detach() for key, tensor in model.state_dict().items()}, [live.fingerprint])
 
-    def check(self, role: str, scored: Any, where: str, allow: bool) -> None:
-        """Raise `BadInput` unless the scores are of this model."""
+    def check(self, role: str, scored: Any, where: str, allow: bool, *words: str) -> None:
+        """Raise `BadInput` unless the scores, or what `words` say, are of this model."""
         fitting = [found for found in self.prints if found.tensors == scored.tensors]
-        check_fingerprint((fitting or self.prints)[0], role, self.name, scored, where, allow)
+        check_fingerprint((fitting or self.prints)[0], role, self.name, scored, where, allow, *words)
 
     def check_covered(self, base: _Held) -> None:
         """Raise `BadInput` for a tensor that the base does not have, and that a merge would leave out."""

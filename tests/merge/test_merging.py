@@ -12,7 +12,7 @@ import yaml
 from merge_checks import assert_merged, run
 from merge_world import World, reference, tensors_of
 
-from mergekit_wp import merge, read_scores
+from mergekit_wp import merge, read_fit, read_scores
 from mergekit_wp.errors import BadInput
 
 
@@ -139,6 +139,56 @@ def test_bad_input_is_a_sentence(world, tmp_path):
     ]:
         with pytest.raises(BadInput, match=re.escape(said)):
             merge(*arguments, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_in_the_place_of_scores(world, tmp_path):
+    """Of folders and in memory, to the bit as by the command; in memory too it knows the experts again."""
+    world.write_fit([1, 0])
+    run(world.recipe(world.fitted([{"scale": 0.5}, {}]), "fit.yaml"), world.root / "by-fit")
+    want = tensors_of(world.root / "by-fit")
+    base, experts = models(world, str)
+    options = {"scale": {"a": 0.5, "b": 1.0}, "audit": False}
+    same(tensors_of(merge(base, experts, fit=world.fit, out=tmp_path / "out", **options)), want)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    same(tensors_of(merge(base, experts, fit=read_fit(world.fit), out=tmp_path / "held", **options)), want)
+    assert torch.equal(read_fit(tmp_path / "held.fit.safetensors").heads, read_fit(world.fit).heads)
+    states, tuned = models(world, tensors_of)
+    same(merge(states, tuned, fit=read_fit(world.fit), scale=[0.5, 1]), want)
+
+
+@pytest.mark.parametrize("kind", ["llama-biased", "phi3", "gemma2"])
+def test_modules_by_a_fit(kind, tmp_path):
+    """Biases of o_proj and down_proj belong to no component; fused projections; a tied head."""
+    world = World(tmp_path, kind, experts=2).build()
+    fit = world.write_fit([1, 0])
+    base, experts = models(world, transformers.AutoModelForCausalLM.from_pretrained)
+    base.load_state_dict(merge(base, experts, fit=fit))
+    base.save_pretrained(tmp_path / "merged")
+    assert_merged(tensors_of(tmp_path / "merged"), reference(world, order=[1, 0]))
+
+
+def test_a_fit_of_other_models_or_beside_scores(world, tmp_path, caplog):
+    fit = read_fit(world.write_fit([1, 0]))
+    base, experts = models(world, tensors_of)
+    changed = {**experts["a"], "model.norm.weight": experts["a"]["model.norm.weight"] + 1}
+    for arguments, options, said in [
+        ((base, experts, files(world)), {}, "scores: goes without a fit"),
+        ((base, experts), {"weight": [1, 2]}, "weight: goes without a fit"),
+        ((base, {"a": changed, "b": experts["b"]}), {}, "and a cannot be found among these"),
+        ((base, {"b": experts["b"]}), {}, "merge all of the fitted experts and no other"),
+        ((experts["a"], experts), {}, "fit: these weights were made for the base"),
+        ((base, experts), {"fit": world.score(0)}, "without the `wp_fit` metadata"),
+    ]:
+        with pytest.raises(BadInput, match=re.escape(said)):
+            merge(*arguments, **{"fit": fit, **options})
+    found = merge(base, {"a": changed, "b": experts["b"]}, fit=fit, allow_mismatch=True)
+    assert "taking them in order" in caplog.text
+    name = "model.embed_tokens.weight"
+    assert torch.equal(found[name], merge(base, experts, fit=fit)[name])
+    text, texts = models(world, str)
+    with pytest.raises(BadInput, match="merge all of the fitted experts and no other"):
+        merge(text, {"a": texts["a"]}, fit=fit, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
