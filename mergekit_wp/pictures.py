@@ -260,10 +260,15 @@ def _draw_panels(
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=1)
 
 
+def are_shares(weight_KL: np.ndarray) -> bool:
+    """Whether weights sum to 1 in every layer, as scores give them and a fit need not; they have four digits."""
+    return bool(np.allclose(weight_KL.sum(0), 1, atol=0.01))
+
+
 def draw_shares(
     axes: Axes, share_KL: np.ndarray, names: Sequence[str], components: str, faint_L: np.ndarray | None = None
 ) -> None:
-    """How much of each layer of the merge comes from which expert: mean fusion weight, stacked to 1."""
+    """How much of each layer of the merge comes from which expert: mean fusion weight, stacked; shares end at 1."""
     layers = np.arange(share_KL.shape[1])
     bottom = np.zeros(len(layers))
     for index, (name, share_L) in enumerate(zip(names, share_KL, strict=True)):
@@ -274,8 +279,11 @@ def draw_shares(
         bottom += share_L
     for boundary in range(1, len(names)):  # where the bars of a plain average would meet
         axes.axhline(boundary / len(names), color="white", linewidth=1.2, linestyle=(0, (3, 3)))
-    axes.set(xlabel="layer", ylabel=f"share of its {components}", ylim=(0, 1))
-    axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    shared = are_shares(share_KL)
+    top = 1 if shared else max(1, 1.04 * bottom.max())
+    axes.set(xlabel="layer", ylabel=f"{'share' if shared else 'weight'} of its {components}", ylim=(0, top))
+    ticks = np.arange(0, top + 1e-6, 0.5 if top < 2 else 1)
+    axes.set_yticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
     axes.set_xlim(-0.6, len(layers) - 0.4)
     integer_ticks(axes, "x", len(layers))
 

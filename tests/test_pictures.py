@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made_scores import synthetic_scores
+from matplotlib.figure import Figure
 
 from mergekit_wp.geometry import Geometry, Kind
 from mergekit_wp.merge.kernel import component_weights
@@ -48,6 +49,22 @@ def test_pictures_of_any_size_are_valid_xml_without_a_fixed_width(layers, heads,
         assert referred <= own
         ids += own
     assert len(ids) == len(set(ids)), "pictures on one page share no id"
+
+
+def test_weights_of_a_fit_are_drawn_to_their_height() -> None:
+    """They need not sum to 1, so nothing is cut off, and they are not called shares."""
+    for weights, top, label, ticks in (
+        ([[0.25, 0.6], [0.75, 0.4]], 1.0, "share of its heads", 3),
+        ([[0.25, 0.1], [0.25, 0.2]], 1.0, "weight of its heads", 3),
+        ([[1.5, 0.5], [1.0, 0.25]], 2.6, "weight of its heads", 3),
+    ):
+        axes = Figure().add_subplot()
+        draw_shares(axes, np.array(weights), ["a", "b"], "heads")
+        ends = [bar.get_y() + bar.get_height() for bars in axes.containers[1:] for bar in bars]
+        assert ends == pytest.approx(np.sum(weights, 0))
+        assert axes.get_ylim() == pytest.approx((0, top))
+        assert axes.get_ylabel() == label
+        assert len(axes.get_yticks()) == ticks
 
 
 def test_cells_are_named_and_lie_where_the_scores_are() -> None:

@@ -19,9 +19,12 @@ from mergekit_wp.scoring.config import PLAIN
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from mergekit_wp.fit_file import Fit
     from mergekit_wp.scores import PromptStyle, ScoreMeta
 
 _METHODS = {
+    "fit": "how much of what each expert changed there is in each attention head and MLP neuron was learnt from the "
+    "experts' own answers, without labels",
     "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
     "Patching, [arXiv 2604.13694](https://arxiv.org/abs/2604.13694))",
     "aim": "where the base's inputs are large, the merge goes part of the way back to the base (Activation-Informed "
@@ -47,8 +50,8 @@ class CardResults:
 
 @dataclass(frozen=True)
 class Card:
-    """Everything that the card says. `licences` go with `parents`; `scores` are (path in the repository, metadata);
-    `loader` is the class of transformers that loads the model."""
+    """Everything that the card says. `licences` go with `parents`; `scores` are (path in the repository, metadata),
+    `fit` is (path, the fit) where there are none; `loader` is the class of transformers that loads the model."""
 
     repo_id: str
     parents: Sequence[Parent]
@@ -59,6 +62,7 @@ class Card:
     dtype: str
     loader: str = "AutoModelForCausalLM"
     scores: Sequence[tuple[str, ScoreMeta]] = ()
+    fit: tuple[str, Fit] | None = None
     results: Sequence[CardResults] = ()
     licence_texts: Sequence[str] = ()
     cleaned: Sequence[str] = ()
@@ -124,7 +128,7 @@ class Card:
         experts = [_link(parent) for parent in self.parents if parent.role != "base"]
         bases = [_link(parent) for parent in self.parents if parent.role == "base"]
         what = f"A merge of {_listed(experts)}" + (f" on their common base {bases[0]}" if bases else "")
-        method = _METHODS.get(self.certificate.method)
+        method = _METHODS.get("fit" if self.fit else self.certificate.method)
         how = f" with {code(f'merge_method: {self.certificate.method}')}" + (f": {method}." if method else ".")
         return (
             f"# {markdown(self.repo_id.partition('/')[2])}\n\n{what}, made by "
@@ -158,15 +162,16 @@ Prompt it in the format that the experts were trained with."""
         return f", with the folder {_listed([code(name) for name in local])} in it" if local else ""
 
     def _scores(self) -> str:
-        return scores_section(self.scores) if self.scores else ""
+        return scores_section(self.scores) if self.scores else fit_section(*self.fit) if self.fit else ""
 
     def _picture(self) -> str:
         if not self.certificate.shares:
             return ""
+        what = "weight" if self.fit else "share"
         return (
             "## Who carries which layer\n\n"
-            f"![Mean share of each expert in each layer's heads and neurons]({PICTURE})\n\n"
-            "Mean share of each expert in the heads and in the neurons of each layer; the dashed lines are where a "
+            f"![Mean {what} of each expert in each layer's heads and neurons]({PICTURE})\n\n"
+            f"Mean {what} of each expert in the heads and in the neurons of each layer; the dashed lines are where a "
             "plain average would be."
         )
 
@@ -232,6 +237,47 @@ def scores_section(scores: Sequence[tuple[str, ScoreMeta]]) -> str:
     lines.append(markdown_grid(grid, "llllrlll"))
     put = [f"{code(meta.expert.name)} {_put(meta.prompts)}" for _, meta in scores if meta.prompts]
     return "\n".join([*lines, *(["", f"How prompts were put: {'; '.join(put)}."] if put else [])])
+
+
+_MOST_STEPS = 12
+
+
+def fit_section(path: str, fit: Fit) -> str:
+    """What a fit (at this path in the repository) was made of and came to, as a section of a card."""
+    meta = fit.meta
+    grid = [
+        ["expert", "heads", "neurons", "all else", "prompts (held out)", "not recovered at the start", "in the end"]
+    ]
+    rows = zip(meta.experts, fit.heads, fit.neurons, fit.rest, meta.prompts, meta.unrecovered, strict=True)
+    for expert, heads_LH, neurons_LF, rest, prompts, lost in rows:
+        weights = [f"{float(x.mean()):.3f}" for x in (heads_LH, neurons_LF, rest)]
+        count = f"{prompts.fitted + prompts.held_out} ({prompts.held_out})"
+        grid.append([markdown(expert.name), *weights, count, f"{lost.start:.4f}", f"{lost.end:.4f}"])
+    curve = meta.curve
+    every = -(-len(curve) // _MOST_STEPS)
+    kept = [p for n, p in enumerate(curve) if n % every == 0 or p.step in (meta.best_step, curve[-1].step)]
+    losses = [["step", "fitted", "held out"]]
+    losses += [[str(p.step), f"{p.fitted:.4f}", "" if p.held_out is None else f"{p.held_out:.4f}"] for p in kept]
+    read = (
+        f"the first {meta.answer_tokens} tokens of each answer" if meta.answer_tokens else "the token after each prompt"
+    )
+    put = [f"{code(e.name)} {_put(p.style)}" for e, p in zip(meta.experts, meta.prompts, strict=True) if p.style]
+    parts = [
+        "## Fit",
+        "How much of what each expert changed the merge takes: 0 leaves the base as it is, 1 takes the change whole. "
+        "The weights were learnt from the experts' own answers to unlabelled prompts. *Not recovered* is the share of "
+        "the distance between base and expert, KL divergence on the expert's answers, that the merge leaves (base: "
+        f"{', '.join(f'{lost.base:.4f}' for lost in meta.unrecovered)})"
+        + (", on prompts that were held out." if all(p.held_out for p in meta.prompts) else "."),
+        markdown_grid(grid, "lrrrrrr"),
+        f"Weights by {meta.family}, from {markdown(meta.start)}, over {read}, computed in {meta.dtype} on "
+        f"{meta.date[:10]}; those of step {meta.best_step}. All weights: [{path.rpartition('/')[2]}]({path})."
+        + (f" The base was one more teacher, on {markdown(meta.keep)}." if meta.keep else "")
+        + (f" How prompts were put: {'; '.join(put)}." if put else ""),
+        "The loss, mean over experts of what is not recovered:",
+        markdown_grid(losses, "rrr"),
+    ]
+    return "\n\n".join(parts)
 
 
 def _put(style: PromptStyle) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint.references import is_hub_name, read_reference
+from mergekit_wp.merge.recipe import FILES
 from mergekit_wp.push.parents import Parent
 
 # An absolute path of some machine, POSIX or Windows, as a whole text or within one; addresses are none.
@@ -20,14 +21,13 @@ _PATHS = re.compile(rf"(?<![\w./:~<}}\])-]){_ROOT}(?:[\w.@+-]+[\\/])+[\w.@+-]*")
 _TOKENS = re.compile(r"(token|tokens|content|template|pattern|regex)$", re.IGNORECASE)
 _FIELDS = re.compile(r"(name_or_path|path|file|dir|folder)$", re.IGNORECASE)
 MODEL_KEYS = ("model", "base_model", "lora", "path")
-FILE_KEYS = ("scores", "activations")
 
 
 class Names:
     """Local references and paths to the names under which they are published."""
 
     def __init__(self, folder: Path, repo_id: str, parents: Sequence[Parent], scores: Mapping[str, str]) -> None:
-        """scores: path of a score file as the recipe has it -> its path in the repository."""
+        """scores: path of a score or other file as the recipe has it -> its path in the repository."""
         self._published = {str(folder): repo_id, str(folder.absolute()): repo_id, **scores}
         for parent in parents:
             path = read_reference(parent.reference).model.path
@@ -62,7 +62,7 @@ class Names:
             known = isinstance(node, str) and (_PATH.fullmatch(node) or ("/" in node and node in self._published))
             return self.of(node) if known else node
         return {
-            key: self.of(value) if key in (*MODEL_KEYS, *FILE_KEYS) and isinstance(value, str) else self.recipe(value)
+            key: self.of(value) if key in (*MODEL_KEYS, *FILES) and isinstance(value, str) else self.recipe(value)
             for key, value in node.items()
         }
 

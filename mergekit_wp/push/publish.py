@@ -16,6 +16,7 @@ from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.console import say_nothing
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.fit_file import read_fit
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import auto_name
 from mergekit_wp.hashing import FileDigests
@@ -33,6 +34,7 @@ from mergekit_wp.push.retry import clean_logs, explain
 from mergekit_wp.push.secrets import check_secrets
 from mergekit_wp.push.stage import RECIPE
 from mergekit_wp.push.upload import UploadFile
+from mergekit_wp.scores import read_scores
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -162,7 +164,10 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         certificate=certificate,
         dtype=" and ".join(sorted({_dtype(header.dtype) for header in merged.tensors.values()})),
         loader=auto_name(merged.config),
-        scores=[(target, _score_meta(stage / target)) for target in placed.values() if certificate.method == WP],
+        scores=[
+            (at, read_scores(stage / at).meta) for at in placed.values() if certificate.method == WP and not _fit(at)
+        ],
+        fit=next(((at, read_fit(stage / at)) for at in placed.values() if _fit(at)), None),
         results=[
             _card_results(stage, name, one, names, request.repo_id, say)
             for name, one in zip(file_parts(one.suite.name for one in found), found, strict=True)
@@ -263,10 +268,9 @@ def _dtype(name: str) -> str:
     return TORCH_DTYPE.get(name, name).removeprefix("torch.")
 
 
-def _score_meta(path: Path) -> Any:
-    from mergekit_wp.scores import read_scores
-
-    return read_scores(path).meta
+def _fit(place: str) -> bool:
+    """Whether a file in the repository is a fit (`staging.place`)."""
+    return place.startswith("wp/fit/")
 
 
 def _draw(certificate: Certificate, stage: Path) -> None:

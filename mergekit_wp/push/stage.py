@@ -1,4 +1,5 @@
-"""What a push adds to the merged model, in a folder beside it: card, recipe, picture, score files, results, licences.
+"""What a push adds to the merged model, in a folder beside it: card, recipe, picture, score and fit files, results,
+licences.
 
 The model's own folder is left alone, whatever happens. All of `FOLDER.push` is made anew by every push from the same
 inputs, byte for byte, so that a second push of the same merge has nothing to commit.
@@ -21,13 +22,15 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_text, write_text
+from mergekit_wp.fit_file import METADATA_KEY as FIT_KEY
 from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.hashing import FileDigests, sha256_of
 from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores
 from mergekit_wp.merge.plan import OURS, WP
+from mergekit_wp.merge.recipe import FILES
 from mergekit_wp.push.bundle import Bundle
 from mergekit_wp.push.gate import is_licence_text, is_model_file
-from mergekit_wp.push.names import FILE_KEYS, Names, without_home
+from mergekit_wp.push.names import Names, without_home
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.upload import UploadFile
 
@@ -59,7 +62,7 @@ def open_stage(folder: Path) -> Path:
 
 
 def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path) -> dict[str, Path]:
-    """Score and activations files of a recipe, as it names them, and where they are: in the working directory, or
+    """Score, fit and activations files of a recipe, as it names them, and where they are: in the working directory, or
     beside it, as wp-merge looks for them.
 
     An expert may bring its own (see `merge.shares.BESIDE`). Raises `BadInput` naming one that is missing.
@@ -96,16 +99,21 @@ def check_scores(files: dict[str, Path], certificate: Certificate) -> dict[str, 
 
 
 def place(files: dict[str, Path]) -> dict[str, str]:
-    """The path in the repository of every score or activations file."""
+    """The path in the repository of every score, fit or activations file."""
     stems = file_parts(path.name.removesuffix(".safetensors") for path in files.values())
-    return {name: f"wp/scores/{stem}.safetensors" for name, stem in zip(files, stems, strict=True)}
+    folders = ["fit" if FIT_KEY in _metadata(path) else "scores" for path in files.values()]
+    return {name: f"wp/{at}/{stem}.safetensors" for name, at, stem in zip(files, folders, stems, strict=True)}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
-    """Copy score and activations files; where their metadata names folders of this machine, with published names."""
+    """Copy score, fit and activations files; where their metadata names folders of this machine, with public names."""
     for name, path in files.items():
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata = _metadata(path)
         public = {key: json.dumps(_public(json.loads(text), names), sort_keys=True) for key, text in metadata.items()}
         target = check_writable_parent(stage / placed[name])
         if {key: json.loads(text) for key, text in public.items()} == {k: json.loads(t) for k, t in metadata.items()}:
@@ -115,22 +123,25 @@ def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], nam
                 save_file(load_file(path), partial, metadata=public)
 
 
-def _public(document: Any, names: Names) -> Any:
-    """The JSON document of a score or activations file with published names."""
-    if not isinstance(document, dict):
-        return document
-    models = {
-        key: {**document[key], field: names.of(str(document[key][field]))}
-        for key, field in (("base", "name"), ("expert", "name"), ("prompts", "chat_owner"))
-        if isinstance(document.get(key), dict) and document[key].get(field) is not None
-    }
-    return {**names.content(document), **models}
+_NAMING = {"base": "name", "expert": "name", "experts": "name", "prompts": "chat_owner", "style": "chat_owner"}
+"""Fields of a score, fit or activations file's document -> which field in them is a model's name."""
+
+
+def _public(node: Any, names: Names, field: str = "") -> Any:
+    """The JSON document of such a file, or what is in a field of it, with published names."""
+    if isinstance(node, list):
+        return [_public(item, names, field) for item in node]
+    if not isinstance(node, dict):
+        return names.content(node)
+    own = _NAMING.get(field)
+    return {k: names.of(v) if k == own and isinstance(v, str) else _public(v, names, k) for k, v in node.items()}
 
 
 def stage_recipe(stage: Path, recipe: dict[str, Any], names: Names, parents: Sequence[Parent]) -> str:
     """The recipe as it may be published; its text."""
     local = [parent.shown for parent in parents if parent.hub is None]
-    head = "# Score files are beside this recipe, in wp/scores.\n" if recipe.get("merge_method") == "wp" else ""
+    what = "The fit file is" if isinstance((recipe.get("parameters") or {}).get("fit"), str) else "Score files are"
+    head = f"# {what} beside this recipe, in wp.\n" if recipe.get("merge_method") == WP else ""
     if local:
         head += f"# Not on the Hub, shown by the names of their folders: {one_line(', '.join(local))}.\n"
     text = head + yaml.safe_dump(names.recipe(recipe), sort_keys=False, allow_unicode=True, width=100)
@@ -244,10 +255,10 @@ def collect(
 
 
 def _named_files(node: Any) -> list[str]:
-    """Every `scores:` and `activations:` of the recipe, once, in order."""
+    """Every `scores:`, `activations:` and `fit:` of the recipe, once, in order."""
     if isinstance(node, list):
         return list(dict.fromkeys(name for item in node for name in _named_files(item)))
     if not isinstance(node, dict):
         return []
-    own = [value for key, value in node.items() if key in FILE_KEYS and isinstance(value, str) and value]
+    own = [value for key, value in node.items() if key in FILES and isinstance(value, str) and value]
     return list(dict.fromkeys([*own, *(n for v in node.values() if not isinstance(v, str) for n in _named_files(v))]))

@@ -442,6 +442,47 @@ def test_an_aim_merge_goes_with_its_activations(world):
         prepare(Request(world.root / "aim", REPO), None, lambda line: None)
 
 
+def test_a_merge_by_a_fit_goes_with_it(world):
+    """The card has the weights and the losses as numbers; the recipe and the file name no folder of this machine."""
+    from mergekit_wp.fit_file import FittedPrompts, LossAt, read_fit, write_fit
+    from mergekit_wp.scores import PromptStyle
+
+    fit = read_fit(world.write_fit([1, 0]))
+    style = PromptStyle("Q: {prompt}", "a" * 64, str(world.expert(0)))
+    curve = tuple(LossAt(n, 0.5 - n / 100, None if n % 2 else 0.5 - n / 125) for n in range(30))
+    prompts = (FittedPrompts(12, 4), FittedPrompts(9, 3, style))
+    fit = type(fit)(replace(fit.meta, curve=curve, best_step=17, prompts=prompts), fit.heads, fit.neurons, fit.rest)
+    write_fit(fit, world.fit)
+    merge(world, world.recipe(world.fitted(), "fit.yaml"), "fit")
+    publication = prepare(Request(world.root / "fit", REPO), None, lambda line: None)
+    card = publication.card.read_text()
+    assert "# The fit file is beside this recipe" in card
+    assert "fit: wp/fit/fit.safetensors" in card
+    assert "was learnt from the experts' own answers, without labels" in card
+    assert "## Scores" not in card
+    assert "Mean weight of each expert" in card
+    assert str(world.root) not in card
+    for k, name, counted in ((0, "e1", "16 (4)"), (1, "e0", "12 (3)")):
+        weights = " | ".join(f"{float(t[k].mean()):.3f}" for t in (fit.heads, fit.neurons, fit.rest))
+        assert f"| {name} | {weights} | {counted} | 0.5500 | 0.3000 |" in card
+    for step in (0, 3, 17, 29):  # every third, the one that was kept and the last
+        held_out = "" if step % 2 else f"{0.5 - step / 125:.4f}"
+        assert f"| {step} | {0.5 - step / 100:.4f} | {held_out} |" in card
+    assert "| 4 | " not in card
+    assert "those of step 17" in card
+    assert "`e0` as `Q: {prompt}`, in the chat template of `e0`" in card
+    published = next(item for item in publication.items if item.path == "wp/fit/fit.safetensors")
+    assert str(world.root).encode() not in published.source.read_bytes()
+    kept = read_fit(published.source)
+    assert [expert.name for expert in kept.meta.experts] == ["e1", "e0"]
+    assert all((kept.tensors()[part] == tensor).all() for part, tensor in fit.tensors().items())
+    assert "wp/shares.png" in [item.path for item in publication.items]
+    assert not any("wp/scores" in item.path for item in publication.items)
+    world.write_fit([1, 0], seed=5)
+    with pytest.raises(BadInput, match="was made with other numbers"):
+        prepare(Request(world.root / "fit", REPO), None, lambda line: None)
+
+
 def test_what_is_no_part_of_the_model_stays_here(world):
     out = world.root / "out"
     (out / "training.log").write_text("x")
