@@ -25,7 +25,7 @@ from mergekit_wp.foreign import echo
 from mergekit_wp.geometry import Kind
 from mergekit_wp.merge.certificate import CERTIFICATE, MeanShares, read_certificate
 from mergekit_wp.page import frame, render
-from mergekit_wp.pictures import expert_colour, recovery_lines, shares_svg
+from mergekit_wp.pictures import are_shares, expert_colour, recovery_lines, shares_svg
 from mergekit_wp.pipeline.examples import Example, examples_of
 from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
@@ -106,7 +106,11 @@ class Report:
         pictures = []
         for shares, merges in same:
             tables = {str(kind): np.array(shares[kind.value]) for kind in Kind}
-            faint = {kind: faint_layers(list(self.scores.values()), kind, len(tables[kind][0])) for kind in tables}
+            scored = list(self.scores.values())
+            faint = {
+                kind: faint_layers(scored if are_shares(table) else (), kind, len(table[0]))
+                for kind, table in tables.items()
+            }
             name = ", ".join(merges)
             pictures.append((name, shares_svg(tables, shares["experts"], faint, name)))
         return pictures

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Merge:
     recipe: Path | None = described(_WORD, "A recipe of your own, as it is; no other field then.", None)
     merge_method: str = described(_WORD, "Any of mergekit's or ours.", "wp")
     experts: tuple[str, ...] = described(_NAMES, "Names of those that are merged.", (), unset="all")
-    parameters: Mapping[str, Any] = described(_PARAMETERS, "Of the merge, such as `{scale: 1.5}`.", {})
+    parameters: Mapping[str, Any] = described(_PARAMETERS, "Of the merge, such as `{scale: 1.5}` or `{fit: FILE}`.", {})
     expert_parameters: Mapping[str, Any] = described(_PARAMETERS, "Of each expert, such as `{weight: 1.0}`.", {})
     base_parameters: Mapping[str, Any] | None = described(
         _PARAMETERS,
@@ -95,6 +95,11 @@ class Merge:
         unset="base not listed",
     )
     out_dtype: str | None = described(_WORD, "Dtype of the result.", None, unset="as experts are stored")
+
+    @property
+    def fitted(self) -> bool:
+        """By wp, with the weights of a fit file, which has no use for scores."""
+        return self.merge_method == "wp" and "fit" in self.parameters
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,12 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
         if others := sorted(set(values) - {"recipe"}):
             raise BadInput(f"`{where}` has a recipe of its own; write `{others[0]}` there.")
         return Merge(recipe=_found(values["recipe"], file, f"{where}.recipe"))
-    return Merge(**{**values, "experts": tuple(values.get("experts", ()))})
+    merge = Merge(**{**values, "experts": tuple(values.get("experts", ()))})
+    if merge.fitted and isinstance(fit := merge.parameters["fit"], str):
+        merge = replace(
+            merge, parameters={**merge.parameters, "fit": str(_found(fit, file, f"{where}.parameters.fit"))}
+        )
+    return merge
 
 
 def _evaluate(raw: Any, file: Path) -> Evaluate | None:
@@ -257,10 +267,11 @@ def _check(pipeline: Pipeline) -> None:
             _one_of(f"merges.{name}.experts", expert, list(pipeline.experts))
         for expert in merge.experts or pipeline.experts:
             known = pipeline.experts[expert]
-            if merge.recipe is None and merge.merge_method == "wp" and not (known.scoring or known.scores):
+            scored = merge.fitted or known.scoring or known.scores
+            if merge.recipe is None and merge.merge_method == "wp" and not scored:
                 raise BadInput(
                     f"`merges.{name}` is by wp, and `experts.{expert}` has no scores; give it `scoring: JOB.yaml` "
-                    "or `scores: FILE.safetensors`."
+                    "or `scores: FILE.safetensors`, or the merge `parameters: {fit: FILE.safetensors}`."
                 )
     if pipeline.evaluate:
         for name in pipeline.evaluate.models:

@@ -21,6 +21,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.certificate import CERTIFICATE
 from mergekit_wp.merge.plan import WP
+from mergekit_wp.merge.recipe import FILES
 from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline
 from mergekit_wp.scoring.models.precision import stored_dtype
@@ -54,9 +55,9 @@ def build_recipe(
     return content | ({"out_dtype": out_dtype} if out_dtype else {})
 
 
-def scores_of(recipe: Any) -> Iterator[str]:
-    """Every score file that a recipe names."""
-    yield from _values(recipe, ("scores",))
+def files_of(recipe: Any) -> Iterator[str]:
+    """Every score, fit and activations file that a recipe names."""
+    yield from _values(recipe, FILES)
 
 
 def _values(node: Any, keys: tuple[str, ...]) -> Iterator[str]:
@@ -166,7 +167,7 @@ def _recipe(pipeline: Pipeline, merge: Merge) -> dict[str, Any]:
     experts = {}
     for name in merge.experts or pipeline.experts:
         own = dict(merge.expert_parameters)
-        if merge.merge_method == WP:
+        if merge.merge_method == WP and not merge.fitted:
             own["scores"] = str(score_file(pipeline, name))
         experts[pipeline.experts[name].model] = own
     return build_recipe(
@@ -205,9 +206,9 @@ def _merge_step(pipeline: Pipeline, name: str) -> Step:
         content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, merge)
     except BadInput as error:
         raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
-    scores = [_beside(path, recipe) for path in scores_of(content)]
+    files = [_beside(path, recipe) for path in files_of(content)]
     command = ["wp-merge", str(recipe), str(merged), "--quiet", *pipeline.flags["merge"]]
-    inputs = [recipe, *scores, *_folders(recipe_models(content))]
+    inputs = [recipe, *files, *_folders(recipe_models(content))]
     title = f"Merge {name} by {content.get('merge_method')}"
     return _step(f"merge-{name}", "merge", title, command, inputs, (merged,), ("merge",))
 
@@ -292,7 +293,7 @@ def _folder(source: Source) -> Path:
 
 
 def _beside(name: str, recipe: Path) -> Path:
-    """A score file as wp-merge finds it: in the working directory, else beside the recipe."""
+    """A file of a recipe as wp-merge finds it: in the working directory, else beside the recipe."""
     beside = recipe.parent / name
     return beside if not os.path.exists(name) and os.path.exists(beside) else Path(name)
 

@@ -17,7 +17,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.outputs import claimed
 from mergekit_wp.pipeline.cli import main
 from mergekit_wp.pipeline.spec import read_pipeline
-from mergekit_wp.pipeline.steps import derived_files, hub_models, pipeline_steps, scores_of, write_derived
+from mergekit_wp.pipeline.steps import derived_files, files_of, hub_models, pipeline_steps, write_derived
 from mergekit_wp.push.cli import main as wp_push
 from mergekit_wp.scoring.config import ScoringJob
 
@@ -157,8 +157,28 @@ def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
     assert recipes["average"]["tokenizer"] == {"source": "base"}
     assert "out_dtype" not in recipes["wp"]  # not known before the models are here
     assert [model.text for model in recipe_models(recipes["wp"])] == ["user/base", "user/b", "user/a"]
-    assert len(list(scores_of(recipes["wp"]))) == 2
+    assert len(list(files_of(recipes["wp"]))) == 2
     assert list(map(str, hub_models(pipeline))) == ["user/base", "user/a", "user/b"]
+
+
+def test_a_merge_by_a_fit_needs_no_scores_and_is_due_again_with_another_file(tmp_path: Path) -> None:
+    """The fit is found beside the pipeline, as a score file is; so are the files of a recipe of one's own."""
+    (tmp_path / "fit.safetensors").write_bytes(b"x")
+    recipe = {
+        "merge_method": "wp",
+        "base_model": "x/y",
+        "models": [{"model": "x/z"}],
+        "parameters": {"fit": "fit.safetensors"},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    merges = {"fit": {"parameters": {"fit": "fit.safetensors", "scale": 0.9}}, "mine": {"recipe": "mine.yaml"}}
+    pipeline = read_pipeline(write(tmp_path, {**MINIMAL, "merges": merges}))
+    (text,) = [text for path, text in derived_files(pipeline).items() if path.name == "fit.yaml"]
+    found = yaml.safe_load(text)
+    assert found["models"] == [{"model": "user/a"}, {"model": "user/b"}]
+    assert found["parameters"] == {"fit": str(tmp_path / "fit.safetensors"), "scale": 0.9}
+    steps = [step for step in pipeline_steps(pipeline) if step.stage == "merge"]
+    assert [tmp_path / "fit.safetensors" in step.inputs for step in steps] == [True, True]
 
 
 def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
@@ -208,6 +228,10 @@ def _without(name: str) -> dict:
             for name in ("a/b", "..", ".a", "-a", "a b", "CON", "a.", "n" * 300, "e\u0301")
         ),
         ({**MINIMAL, "merges": {"wp": {}}}, "`merges.wp` is by wp, and `experts.b` has no scores"),
+        (
+            {**MINIMAL, "merges": {"m": {"parameters": {"fit": "no.safetensors"}}}},
+            "`merges.m.parameters.fit`: no.safet",
+        ),
         ({**MINIMAL, "merges": {"m": {"experts": ["c"]}}}, "`merges.m.experts`: there is no 'c' here"),
         ({**MINIMAL, "merges": {"m": {"parameters": 3}}}, "`merges.m.parameters`: found 3"),
         ({**MINIMAL, "merges": {"m": {"recipe": "no.yaml"}}}, "`merges.m.recipe`: no.yaml is neither in"),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from eval_world import TASKS, write_suite
+from merge_world import write_random_fit
 from pipeline_world import build, content, pipeline_of
 
 from mergekit_wp.pipeline.cli import main
@@ -27,6 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_suite(root / "nodata.yaml", tasks=[{**TASKS[0], "task": "tiny_nodata"}])
     write_suite(root / "folder.yaml", include_path="taskz")
     (root / "bad.safetensors").write_bytes(b"no scores")
+    write_random_fit(root / "one.fit.safetensors", str(root / "base"), [str(root / "one")])
     return root
 
 
@@ -77,6 +79,12 @@ TASK_ARITHMETIC = {"merge_method": "task_arithmetic", "expert_parameters": {"wei
         ("merge", expert(scores="bad.safetensors"), "`merges.wp`: "),
         ("merge", {"merge": {"flags": ["--version"]}}, "`merge.flags`: "),
         ("merge", merge(merge_method="tise"), "`merges.mine`: out/recipes/mine.yaml: mergekit has no merge_method"),
+        ("merge", merge(parameters={"fit": "bad.safetensors"}), "bad.safetensors: cannot be read as a safetensors fit"),
+        (
+            "merge",
+            merge(parameters={"fit": "one.fit.safetensors"}),
+            "two cannot be found among these; merge all of the",
+        ),
         ("merge", merge(recipe="ties.yaml"), "`merges.mine`: ties.yaml: mergekit has no merge_method 'tise'"),
         ("merge", merge(recipe="away.yaml"), "`merges.mine`: "),
         ("merge", merge(recipe="twice.yaml"), "the key `parameters` stands twice"),

@@ -81,6 +81,18 @@ def check_page(page: str) -> Outline:
     return outline
 
 
+def test_no_layer_of_a_fit_is_pale_for_its_experts_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_wp.pipeline.report._FAINT", 1.0)  # every layer has less
+    fitted = {**SHARES, "heads": [[0.9] * 6] * 3, "neurons": [[0.1] * 6] * 3}
+    seen = []
+    monkeypatch.setattr("mergekit_wp.pipeline.report.shares_svg", lambda _, __, faint, name: seen.append((name, faint)))
+    replace(whole_report(), shares={"wp": SHARES, "fit": fitted})._shares()
+    assert {name: [bool(faint_L.all()) for faint_L in faint.values()] for name, faint in seen} == {
+        "wp": [True, True],
+        "fit": [False, False],
+    }
+
+
 def test_the_page_is_whole_and_asks_nobody_for_anything() -> None:
     outline = check_page(whole_report().html(title=NASTY, lead=NASTY))
     names = [tag for tag, _ in outline.tags]
