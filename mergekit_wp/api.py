@@ -26,6 +26,7 @@ from mergekit_wp.outputs import check_file, claimed, scratch
 from mergekit_wp.scores import METADATA_KEY, Scores
 from mergekit_wp.scoring.anchor.cli import anchor_of
 from mergekit_wp.scoring.anchor.steering import Steering, steered
+from mergekit_wp.scoring.answers import answers_beside
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import check_pair, load_models
 from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
@@ -75,12 +76,15 @@ def score(
         live = _live(stack, base, expert, tokenizer)
         names = {role: live[role].name if role in live else given for role, given in _roles(base, expert)}
         job = ScoringJob.from_mapping({**fields, **names, "pairs": prompts if named else _HELD}, where="")
-        target = None if out is None else check_file(os.fspath(out), METADATA_KEY, "score", _reads(job, live, named))
+        reads = _reads(job, live, named)
+        target = None if out is None else check_file(os.fspath(out), METADATA_KEY, "score", reads)
+        kept = target is not None and job.answer_tokens and job.answers is None
+        beside = answers_beside(target, reads) if target is not None and kept else None
         rows = None if named else prompts_of(prompts, task, column, samples, seed)
         if target is not None:
             stack.enter_context(claimed(target))
         bars = stack.enter_context(ProgressBars(progress))
-        scores = score_job(job, bars, held=InMemory(live, rows))
+        scores = score_job(job, bars, held=InMemory(live, rows), answers=beside)
         if target is not None:
             scores.save(target)
     return scores

@@ -15,6 +15,7 @@ field that nobody knows is one too many). The aliases below are the meanings tha
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
+from mergekit_wp import __version__
 from mergekit_wp.errors import BadInput, shown
 
 MOST_YAML_BYTES = 1 << 18
@@ -226,6 +228,12 @@ def now() -> str:
 Date = Annotated[StrictStr, Field(max_length=64), AfterValidator(_is_date)]
 Versions = dict[Text, Text]
 """Of programs, by name."""
+
+
+def versions() -> Versions:
+    """Of this package and those that its numbers depend on."""
+    packages = ("torch", "transformers", "safetensors")
+    return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def strict(kind: type[T]) -> type[T]:

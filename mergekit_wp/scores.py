@@ -31,7 +31,7 @@ from mergekit_wp.checkpoint.folder import Fingerprint
 from mergekit_wp.checkpoint.hub import score_file
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.choices import GAPS, METHODS, OBJECTS, SPLITS, UTILITIES
-from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, one_of, read_document, strict
+from mergekit_wp.documents import Count, Date, Number, Positive, Sha256, Text, Versions, one_of, read_document, strict
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_tensors, write_tensors
 from mergekit_wp.geometry import Component, Geometry
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
-_LEFT_OUT = ("prompts", "object")  # where they are None, for the same reason
+_LEFT_OUT = ("prompts", "object", "answer_tokens")  # where they are None, for the same reason
 METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metrics`)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 METADATA_KEY = "wp"
@@ -127,6 +127,8 @@ class ScoreMeta:
     subset: the components, layers and top that were asked for, where not all were scored.
     recovery: how the anchor layer was chosen, where it was looked for.
     prompts: how prompts were put, where not as they are.
+    answer_tokens: where `kl` and `projection` are means over the expert's answers, the most tokens that these have;
+        None: of the next token alone.
     """
 
     base: ModelId
@@ -148,6 +150,7 @@ class ScoreMeta:
     recovery: RecoveryCurve | None = None
     prompts: PromptStyle | None = None
     object: Annotated[str, one_of(OBJECTS)] | None = None
+    answer_tokens: Positive | None = None
 
     @property
     def read_at(self) -> int | None:

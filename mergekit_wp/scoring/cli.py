@@ -63,9 +63,12 @@ def main(job_file: str | None, out: str, quiet: bool, as_json: bool, **flags: An
     given = {name: value for name, value in flags.items() if value is not None}
     job = load_job(job_file, given)
     from mergekit_wp.scores import METADATA_KEY
+    from mergekit_wp.scoring.answers import answers_beside
     from mergekit_wp.scoring.distributed import ProcessGroup
 
-    target = check_file(out, METADATA_KEY, "score", [*([job_file] if job_file else []), *job.reads()])
+    reads = [*([job_file] if job_file else []), *job.reads()]
+    target = check_file(out, METADATA_KEY, "score", reads)
+    beside = answers_beside(target, reads) if job.answer_tokens and job.answers is None else None
 
     processes = ProcessGroup.join(job.device)
     shown = not quiet and processes.first
@@ -82,7 +85,7 @@ def main(job_file: str | None, out: str, quiet: bool, as_json: bool, **flags: An
     if shown and processes.size > 1:
         echo(f"Shared by {processes.size} processes.", err=True)
     with ProgressBars(shown) as progress:
-        scores = score(job, progress, processes, resume)
+        scores = score(job, progress, processes, resume, answers=beside)
     if processes.first:
         write_scores(scores, target)
         resume.forget()

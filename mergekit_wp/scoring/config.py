@@ -128,6 +128,21 @@ class ScoringJob:
         unset="`write`",
         group=_METHOD,
     )
+    answer_tokens: int = described(
+        whole(0),
+        "Read `kl` and `projection` over the expert's own greedy answers of at most so many tokens; 0: of the next "
+        "token alone.",
+        0,
+        group=_METHOD,
+    )
+    answers: str | None = described(
+        text(),
+        "Answers that another run or machine made.",
+        None,
+        unset="generated, and kept beside the score file",
+        group=_METHOD,
+        metavar="FILE.jsonl",
+    )
     utility: str = described(
         one_of(*UTILITIES),
         "What recovery means: `kl` of the next token, `anchor` (the paper's), `projection`, `staged` (`anchor` up to "
@@ -226,7 +241,9 @@ class ScoringJob:
         """Everything that the job reads, models too, as it names them: paths, and names that are no paths here."""
         ranking = [str(self.top[1])] if self.top else []
         listed = [] if self.components in COMPONENTS else [self.components]
-        return [self.base, self.expert, *map(str, read_reference(self.expert).sources), self.pairs, *ranking, *listed]
+        answers = [] if self.answers is None else [self.answers]
+        models = [self.base, self.expert, *map(str, read_reference(self.expert).sources)]
+        return [*models, self.pairs, *answers, *ranking, *listed]
 
     def _check_together(self) -> None:
         """What only shows when several fields are seen."""
@@ -238,6 +255,13 @@ class ScoringJob:
             raise BadInput(f"parts: a score by {self.method} has no parts; use attr or writeback.")
         if self.utility == "projection" and self.layer is not None:
             raise BadInput("layer: the projection utility reads the last layer; leave the layer out.")
+        if self.answers is not None and not self.answer_tokens:
+            raise BadInput("answers: are read only with answer_tokens, which says how much of each; give that too.")
+        if self.answer_tokens and self.utility == "anchor":
+            raise BadInput(
+                "answer_tokens: the anchor utility reads the prompt's last token alone, whatever is answered; use kl, "
+                "projection or staged, or leave answer_tokens out."
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> ScoringJob:

@@ -76,6 +76,14 @@ class ProcessGroup:
 
         return broadcast_object_list([what if self.first else None])[0]
 
+    def gather(self, own: Sequence[T]) -> list[T]:
+        """What all processes have, by rank, in every process."""
+        if self.size == 1:
+            return list(own)
+        from accelerate.utils import gather_object
+
+        return list(gather_object(list(own)))
+
     def local_device(self, device: torch.device) -> torch.device:
         """`cuda` becomes this process's own card."""
         if device.type == "cuda" and device.index is None and self.size > 1:

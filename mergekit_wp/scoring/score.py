@@ -11,20 +11,19 @@ Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergekit_wp import __version__
 from mergekit_wp.checkpoint.in_memory import LiveModel
 from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.console import StartProgress, Tick, no_progress
-from mergekit_wp.documents import now
+from mergekit_wp.documents import now, versions
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
 from mergekit_wp.memory import free_memory
@@ -43,6 +42,7 @@ from mergekit_wp.scores import (
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.anchor.directions import Directions
 from mergekit_wp.scoring.anchor.search import Search, check_graders, locate, usual_layer
+from mergekit_wp.scoring.answers import answers_for, given_answers
 from mergekit_wp.scoring.batching import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
@@ -66,6 +66,7 @@ def score(
     processes: ProcessGroup | None = None,
     resume: Resume | None = None,
     held: InMemory | None = None,
+    answers: Path | None = None,
 ) -> Scores:
     """Run a whole scoring job.
 
@@ -74,6 +75,7 @@ def score(
     resume     where `exact` and `ap` keep their finished layers and go on from them (in the first process); nowhere
                by default. The caller calls its `forget` once the file is written
     held       what is in memory already, in the place of what the job names
+    answers    the file where the expert's answers are kept, and found again; nowhere by default
     Raises `BadInput` for everything the user can mend (see the modules called).
     """
     processes, resume = processes or ProcessGroup(), resume or Resume()
@@ -84,6 +86,7 @@ def score(
     LOG.info(pair.reason)
     start = progress or no_progress
     with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pair.device}; lower it."):
+        tasks = answers_for(job, checked, pair.expert, tokenizer, tasks, answers, processes, start)
         layer, directions, curve = _anchors(job, pair, tokenizer, tasks, asked, search, processes, start)
         date = now()
         if job.method in PATCHING:
@@ -156,6 +159,8 @@ def prepare(job: ScoringJob, held: InMemory | None = None) -> Prepared:
     warn_of_other_ids(checked, [prompt_format.text(pair.prompt, pair.chat) for each in pairs for pair in each.scoring])
     if search and job.directed:
         check_graders(tasks, search)
+    if job.answers is not None:
+        tasks = given_answers(job.answers, checked, job.answer_tokens, tasks)
     return Prepared(checked, search, asked, subset, tokenizer, prompt_format.style, tasks)
 
 
@@ -336,27 +341,22 @@ def _finish(
     return meta, TaskScores(heads, neurons, v_D, parts)
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "safetensors")
-    return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}
-
-
 def _inputs(
     job: ScoringJob, checked: CheckedPair, pair: ModelPair, tasks: Sequence[TaskTokens], subset: Subset,
     layer: int | None,
 ) -> dict[str, object]:  # fmt: skip
     """All that the numbers depend on, for `Resume`: what files hold, and not how they are called."""
     asked = asdict(job)
-    for name in ("pairs", "template", "samples", "components", "layers", "top", "rank"):
+    for name in ("pairs", "template", "samples", "answers", "components", "layers", "top", "rank"):
         del asked[name]  # `prompts` and `subset` are what became of them
     return {
         "job": asked,
-        "prompts": [(task.task, task.extraction, task.contrasts, task.scoring) for task in tasks],
+        "prompts": [(task.task, task.extraction, task.contrasts, task.scoring, task.answers) for task in tasks],
         "subset": {kind: mask.nonzero().tolist() for kind, mask in subset.masks.items()},
         "anchor layer": layer,  # with `auto`, rounding may decide it
         "prints": [asdict(checked.base_print), asdict(checked.expert_print)],
         "ran": [str(pair.device.type), str(pair.dtype), pair.offload],
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -379,9 +379,10 @@ def _meta(
         dtype=str(pair.dtype).removeprefix("torch."),
         device=device,
         seed=job.seed,
-        versions=_versions(),
+        versions=versions(),
         date=date,
         format=FORMAT if layer is None else ANCHORED,
         subset=asked if partial else None,
         object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
+        answer_tokens=job.answer_tokens or None,
     )

@@ -37,9 +37,14 @@ def batch_groups(stack: Stack, items: Sequence[T], tokens_of: Callable[[T], int]
     room = free_memory(torch.device("cpu")) // (2 * stream_bytes * (stack.depth + 3))
     if stack.device.type != "cpu":
         room = min(room, free_memory(stack.device) // (4 * 3 * stream_bytes))
+    yield from portions(items, tokens_of, room)
+
+
+def portions(items: Sequence[T], size_of: Callable[[T], int], room: int) -> Iterator[list[T]]:
+    """Cut the list into pieces whose sizes add up to at most `room`, or of one item."""
     group: list[T] = []
     for item in items:
-        if group and sum(map(tokens_of, group)) + tokens_of(item) > room:
+        if group and sum(map(size_of, group)) + size_of(item) > room:
             yield group
             group = []
         group.append(item)

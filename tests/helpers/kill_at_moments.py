@@ -119,7 +119,7 @@ def pairs(folder: Path) -> Path:
 
 
 def score(folder: Path):
-    """Exact, whose finished layers are kept beside the output and gone on from."""
+    """Exact over whole answers: finished layers, and answers, are kept beside the output and gone on from."""
     from merge_world import World
 
     from mergekit_wp.scoring.cli import main as command
@@ -127,7 +127,7 @@ def score(folder: Path):
     world = World(folder, "llama", experts=1).build()
     out = folder / "s.safetensors"
     arguments = ["--base", world.base, "--expert", world.expert(0), "--pairs", pairs(folder), "--method", "exact"]
-    arguments += ["--device", "cpu", "--out", out, "--quiet"]
+    arguments += ["--answer-tokens", 2, "--batch-size", 1, "--device", "cpu", "--out", out, "--quiet"]
     return lambda: command([str(a) for a in arguments]), out
 
 

@@ -371,7 +371,7 @@ def test_processes_that_cannot_share_do_not_all_do_the_job(monkeypatch):
 def test_two_processes_write_what_one_writes(tmp_path, method):
     job = job_for(tmp_path, "llama")
     write_pairs(tmp_path / "pairs.jsonl", rows=5)
-    flags = ("--method", method, "--batch-size", "2")
+    flags = ("--method", method, "--batch-size", "2", "--answer-tokens", "3" if method == "exact" else "0")
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
     subprocess.run([sys.executable, *command(job, alone, *flags, "--quiet")], env=ENVIRONMENT, check=True)
     with socket.socket() as probe:
@@ -391,3 +391,7 @@ def test_two_processes_write_what_one_writes(tmp_path, method):
     assert json.dumps({k: str(v) for k, v in vars(one.meta.tasks["first"]).items() if k != "alpha"}) == json.dumps(
         {k: str(v) for k, v in vars(two.meta.tasks["first"]).items() if k != "alpha"}
     )
+    if method == "exact":
+        kept = [(tmp_path / f"{name}.answers.jsonl").read_text().splitlines()[1:] for name in ("alone", "together")]
+        assert sorted(kept[0]) == sorted(kept[1])
+        assert kept[0]

@@ -187,14 +187,22 @@ class Greedy:
                 stopping_criteria=StoppingCriteriaList(ends),
             )
         answers = output_BT[:, length:].tolist()
-        return [cut(self._text(*both), until) for both in zip(prompts, answers, strict=True)]
+        return [cut(self.text(*both), until) for both in zip(prompts, answers, strict=True)]
 
     def _unknown(self, model: Any) -> list[Any]:
         """What keeps rows of the output head that the tokenizer does not know from being chosen."""
-        rows = range(self.vocabulary, len(model.get_output_embeddings().weight))
-        return [SuppressTokensLogitsProcessor(list(rows), device=model.device)] if rows else []
+        rows = self.barred(len(model.get_output_embeddings().weight))
+        return [SuppressTokensLogitsProcessor(rows, device=model.device)] if rows else []
 
-    def _text(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    def barred(self, rows: int) -> list[int]:
+        """Those of the `rows` of an output head that are not to be chosen: unknown ones, but where an answer ends."""
+        return [i for i in range(self.vocabulary, rows) if i not in self.eos]
+
+    def sayable(self, answer: Sequence[int]) -> list[int]:
+        """An answer's tokens without an end token that is unknown, if there are others."""
+        return list(answer[:-1] if answer[-1] >= self.vocabulary and len(answer) > 1 else answer)
+
+    def text(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
         """The answer without what follows its end, decoded after its prompt: alone, it would lose a first space."""
         end = next((i for i, token in enumerate(answer) if token in self.eos), len(answer))
         before, whole = (

@@ -8,7 +8,7 @@ The residual stream is float32 whatever the dtype of the weights: matrix product
 rounds weights that are held in another (see `precision`); their results are added in float32. What one neuron writes is
 far below bfloat16's resolution of the stream.
 
-Legend: B prompts, T tokens, D residual width, V vocabulary rows.
+Legend: B prompts, T tokens, S all tokens up to the last, D residual width, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mergekit_wp.geometry import FUSED, Geometry, text_tower
@@ -81,11 +82,23 @@ class Stack(ABC):
         # What enters layer 0 need not be the embedding: Granite multiplies it.
         return Start(self._probe(embedded_BTD)[0].stream_BTD, calls)
 
-    def _probe(self, embedded_BTD: torch.Tensor) -> list[_Probe]:
+    @torch.no_grad()
+    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache) -> Start:
+        """As `start`, for tokens that stand behind those in `cache`, S with these; mask_BS: 0 where padding is, on the
+        left. Calls are of this batch alone, and put its keys and values into the cache."""
+        forget_lengths(self.model)
+        positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
+        probes = self._probe(
+            self.tower.embed_tokens(ids_BT).float(), attention_mask=mask_BS, past_key_values=cache, use_cache=True,
+            position_ids=positions_BS[:, -ids_BT.shape[1] :],
+        )  # fmt: skip
+        return Start(probes[0].stream_BTD, [probe.call for probe in probes])
+
+    def _probe(self, embedded_BTD: torch.Tensor, **options: Any) -> list[_Probe]:
         """The model's own forward pass without its layers."""
         probes = [_Probe() for _ in range(self.depth)]
         with substituted(self.tower, layers=nn.ModuleList(probes)):
-            self.tower(inputs_embeds=embedded_BTD, use_cache=False)
+            self.tower(inputs_embeds=embedded_BTD, **{"use_cache": False, **options})
         return probes
 
     def call(self, layer: nn.Module, stream_BTD: torch.Tensor, call: Call) -> torch.Tensor:

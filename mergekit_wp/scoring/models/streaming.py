@@ -15,11 +15,12 @@ import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.quantised import check_plain, plain_config
@@ -341,6 +342,8 @@ def skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code:
             model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code)
     except Exception as error:
         raise BadInput(f"{name}: transformers could not load this model ({reason_of(error)}).") from error
+    with suppress(OSError):  # there is none
+        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
     _compute_tables(name, model)
     return model.requires_grad_(False).eval()
 
