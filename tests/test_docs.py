@@ -47,6 +47,7 @@ from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.config import ScoringJob, load_job
 from mergekit_wp.scoring.pairs import Pair, read_pairs
 from mergekit_wp.scoring.subset import read_components
+from mergekit_wp.scoring.whole_answers import read_answers
 
 ROOT = Path(__file__).resolve()
 while not (ROOT / "pyproject.toml").is_file():
@@ -234,6 +235,7 @@ def blocks(page: Path) -> dict[str, str]:
 READERS = {
     "check.json": lambda path: parse_check(parse_json(path.read_bytes()), ""),
     "job.yaml": lambda path: load_job(str(path), {}),
+    "answers": read_answers,
     "components.txt": lambda path: read_components(str(path), GEOMETRY),
     "score metadata": lambda path: ScoreMeta.from_json(path.read_text()),
     "texts.jsonl": lambda path: list(read_texts(str(path))),

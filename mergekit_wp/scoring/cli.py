@@ -63,8 +63,8 @@ def main(job_file: str | None, out: str, quiet: bool, as_json: bool, **flags: An
     given = {name: value for name, value in flags.items() if value is not None}
     job = load_job(job_file, given)
     from mergekit_wp.scores import METADATA_KEY
-    from mergekit_wp.scoring.answers import answers_beside
     from mergekit_wp.scoring.distributed import ProcessGroup
+    from mergekit_wp.scoring.whole_answers import answers_beside
 
     reads = [*([job_file] if job_file else []), *job.reads()]
     target = check_file(out, METADATA_KEY, "score", reads)

@@ -42,7 +42,6 @@ from mergekit_wp.scores import (
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.anchor.directions import Directions
 from mergekit_wp.scoring.anchor.search import Search, check_graders, locate, usual_layer
-from mergekit_wp.scoring.answers import answers_for, given_answers
 from mergekit_wp.scoring.batching import TaskTokens, batches, check_rows, tokenize_tasks
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
@@ -54,6 +53,7 @@ from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
 from mergekit_wp.scoring.sweep import batch_groups
+from mergekit_wp.scoring.whole_answers import answers_for, given_answers
 
 LOG = logger(__name__)
 DOUBTED = 16  # prompts of a task whose contrasts are looked at

@@ -434,6 +434,14 @@ def judge_pairs(content: bytes, value: Any) -> str | None:
     return None if _same(found, said) else "takes other pairs than are in the file"
 
 
+def judge_answers(content: bytes, value: Any) -> str | None:
+    first, *rows = [json.loads(line) for line in content.decode().split("\n") if line]
+    meta, known = value
+    wrong = not _same(json.loads(json.dumps(asdict(meta))), first) or any(len(r) != 4 or not r["answer"] for r in rows)
+    said = {tuple(row["prompt"]): row["answer"] for row in rows}
+    return "takes other answers than are in the file" if wrong or not _same(known, said) else None
+
+
 def judge_header(content: bytes, value: Any) -> str | None:
     """What safetensors itself refuses is not taken, and the rest is what it says."""
     try:
@@ -495,6 +503,7 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.scoring.config import load_job
     from mergekit_wp.scoring.pairs import read_pairs
     from mergekit_wp.scoring.resume import Resume
+    from mergekit_wp.scoring.whole_answers import read_answers
 
     root.mkdir(parents=True, exist_ok=True)
     small = {"hidden_size": 8, "intermediate_size": 3, "num_hidden_layers": 2, "head_dim": 4, "num_attention_heads": 2,
@@ -527,6 +536,10 @@ def formats(root: Path) -> list[Format]:
                 "score": {"flags": ["--device", "cpu"]}}  # fmt: skip
     pairs = [{"task": "t", "prompt": "p", "contrast": "c", "check": {"ifeval": "x:y", "kwargs": {"n": 1}}},
              {"task": "u", "prompt": "q"}]  # fmt: skip
+    answers = [{"wp_answers": 1, "expert": asdict(one.meta.expert), "max_tokens": 3, "vocabulary": 97, "device": "cpu",
+                "dtype": "float32", "versions": {"torch": "2"}, "date": "2026-11-25T00:00:00+00:00"},
+               {"task": "t", "prompt": [5, 6], "answer": [7, 2], "text": " w3"},
+               {"task": "u", "prompt": [8], "answer": [9, 9, 9], "text": " w5 w5 w5"}]  # fmt: skip
     entry = {"results": {"acc,none": 0.5}, "samples": 3, "task": "t"}
     texts, state = [{"text": "a b"}, {"text": "c"}], {"digest": "a" * 64, "date": "2026-01-01"}
     known = {str(root / "base" / "config.json"): ["1 2", "a" * 64]}
@@ -592,6 +605,7 @@ def formats(root: Path) -> list[Format]:
         Format("mark", root / "mark.yml", mark.text().encode(), read_certificate, judge_mark, *documents),
         Format("results", root / "results.json", files["results/results.json"], read_results, judge_results, *header),
         Format("pairs", root / "pairs.jsonl", dump_lines(pairs), read_pairs, judge_pairs, lines, dump_lines),
+        Format("answers", root / "a.jsonl", dump_lines(answers), read_answers, judge_answers, lines, dump_lines),
         Format("texts", root / "texts.jsonl", dump_lines(texts), texts_of, unjudged, lines, dump_lines),
         Format("cache", root / "cache.json", json_dump({"tasks": {"k": entry}}), read_cache, unjudged, *header),
         Format("digests", root / "digests.json", json_dump(known), digests, unjudged, *header),

@@ -15,10 +15,10 @@ from test_rotary import ROPES, rope_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from mergekit_wp.scores import read_scores
-from mergekit_wp.scoring import answers
+from mergekit_wp.scoring import whole_answers
 from mergekit_wp.scoring.anchor.steering import Greedy
-from mergekit_wp.scoring.answers import generate_answers
 from mergekit_wp.scoring.score import score
+from mergekit_wp.scoring.whole_answers import generate_answers
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3], [3, 4], [30, 31, 32, 33, 34]]
 TOKENS = 6
@@ -159,12 +159,13 @@ def test_without_answers_the_document_is_that_of_before(world):
         (lambda lines: lines, 0),
         (lambda lines: lines[:3], 3),
         (lambda lines: [*lines[:3], lines[3][:20]], 3),  # killed while it wrote
+        (lambda lines: [*lines[:3], lines[3][:-1]], 2),
         (lambda lines: [*lines[:2], b"{}\n", *lines[2:]], 4),
         (lambda lines: [lines[0].replace(b'"max_tokens": 4', b'"max_tokens": 5'), *lines[1:]], 5),
         (lambda lines: [lines[0].replace(b'"float32"', b'"bfloat16"'), *lines[1:]], 5),
         (lambda lines: lines[:1], 5),
     ],
-    ids=["whole", "killed", "cut", "damaged", "longer", "dtype", "begun"],
+    ids=["whole", "killed", "cut", "cut late", "damaged", "longer", "dtype", "begun"],
 )
 def test_a_run_goes_on_with_the_answers_that_are_there(world, monkeypatch, left, answered):
     result, path = run(world, **FLAGS)
@@ -177,7 +178,7 @@ def test_a_run_goes_on_with_the_answers_that_are_there(world, monkeypatch, left,
         asked.extend(prompts)
         return generate_answers(stack, rules, prompts, *rest)
 
-    monkeypatch.setattr(answers, "generate_answers", generate)
+    monkeypatch.setattr(whole_answers, "generate_answers", generate)
     result, path = run(world, **FLAGS)
     assert result.exit_code == 0, result.output
     assert len(asked) == answered
@@ -199,7 +200,7 @@ def last(**changes):
     [
         (lambda _lines: [b"hello\n"], "line 1: it is not valid JSON"),
         (lambda _lines: [], "line 1: there is none"),
-        (lambda lines: lines[1:], "line 1: the field expert is missing"),
+        (lambda lines: lines[1:], "line 1: the field wp_answers is missing"),
         (first(wp_answers=2), "line 1: format version 2, this program reads 1"),
         (first(max_tokens=0), "line 1: max_tokens: found 0"),
         (first(max_tokens=3), "line 2: an answer of 4 tokens, by line 1 at most 3"),

@@ -154,6 +154,7 @@ def _answer_together(stack: Stack, rules: Greedy, prompts: Tokens, group: Sequen
 class AnswersMeta:
     """The first line of a file of answers."""
 
+    wp_answers: Count
     expert: ModelId
     max_tokens: Positive
     vocabulary: Positive
@@ -161,7 +162,6 @@ class AnswersMeta:
     device: Text
     versions: Versions
     date: Date
-    wp_answers: Count = FORMAT
 
     def goes_on(self, other: AnswersMeta) -> bool:
         """Whether `other` would have the same answers."""
@@ -205,14 +205,7 @@ def given_answers(path: str, checked: CheckedPair, max_tokens: int, tasks: Seque
     Raises `BadInput` for a file that is none of answers, for answers of another model, shorter ones, such as the models
     cannot read, and where prompts have none.
     """
-    try:
-        meta, known, sound = _read(Path(path))
-    except OSError as error:
-        raise BadInput(f"answers: {path}: cannot be read ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise BadInput(f"answers: {path}, {error}.") from error
-    if sound.trouble:
-        raise BadInput(f"answers: {path}, {sound.trouble}.")
+    meta, known = read_answers(path)
     if not meta.same_expert(checked.expert_print):
         raise BadInput(
             f"answers: {path} holds answers of {meta.expert.name}, whose weights are not those of this expert; make "
@@ -241,6 +234,19 @@ def given_answers(path: str, checked: CheckedPair, max_tokens: int, tasks: Seque
     return found
 
 
+def read_answers(path: str | Path) -> tuple[AnswersMeta, Known]:
+    """A whole file of answers. Raises `BadInput`, naming the line, for one that is none."""
+    try:
+        meta, known, sound = _read(Path(path))
+        if sound.trouble:
+            raise ValueError(sound.trouble)
+    except OSError as error:
+        raise BadInput(f"answers: {path}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise BadInput(f"answers: {path}, {error}; name a file that a run kept.") from error
+    return meta, known
+
+
 def answers_for(
     job: ScoringJob, checked: CheckedPair, stack: Stack, tokenizer: Any, tasks: Sequence[TaskTokens],
     path: Path | None = None, processes: ProcessGroup | None = None, start: StartProgress = no_progress,
@@ -258,7 +264,7 @@ def answers_for(
     rules = Greedy.of([stack.model], tokenizer, job.answer_tokens, job.batch_size)
     rules = replace(rules, vocabulary=min(rules.vocabulary, checked.vocabulary), context=checked.context_limit)
     meta = AnswersMeta(
-        ModelId.of(job.expert, checked.expert_print), rules.max_tokens, rules.vocabulary,
+        FORMAT, ModelId.of(job.expert, checked.expert_print), rules.max_tokens, rules.vocabulary,
         str(stack.dtype).removeprefix("torch."), str(stack.device), versions(), now(),
     )  # fmt: skip
     kept = AnswerFile(path if processes.first else None, meta)
@@ -309,8 +315,11 @@ class AnswerFile:
                 self.known = known
                 if sound.trouble:
                     LOG.warning("%s, %s; from there on, prompts are answered again.", path, sound.trouble)
-                    with _writing(path):
-                        os.truncate(path, sound.nbytes)
+                with _writing(path), open(path, "r+b") as stream:
+                    stream.truncate(sound.nbytes)
+                    stream.seek(-1, os.SEEK_END)
+                    if stream.read() != b"\n":
+                        stream.write(b"\n")
                 return
         write_text(path, json.dumps(asdict(meta)) + "\n")
 
@@ -346,8 +355,6 @@ def _read(path: Path) -> tuple[AnswersMeta, Known, _Sound]:
         sound = 0
         for number, line in enumerate(iter(lambda: stream.readline(_MOST_LINE), b""), start=1):
             try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("it is cut short")
                 if number == 1:
                     meta = read_record(AnswersMeta, _parse(line))
                     if meta.wp_answers != FORMAT:
@@ -371,4 +378,5 @@ def _parse(line: bytes) -> Any:
     try:
         return parse_json(line)
     except ValueError as error:
-        raise ValueError(f"it is not valid JSON ({error})") from error
+        what = "not valid JSON" if line.endswith(b"\n") else "cut short"
+        raise ValueError(f"it is {what} ({error})") from error
