@@ -23,6 +23,7 @@ from mergekit_wp.merge.certificate import read_certificate
 from mergekit_wp.merge.fitted import fitted_weights
 from mergekit_wp.merge.kernel import fuse, merge_fitted
 from mergekit_wp.merge.recipe import read_recipe
+from mergekit_wp.merge.shares import BESIDE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,6 +129,13 @@ def test_wp_merge_audits_and_certifies(world):
         torch.testing.assert_close(
             torch.tensor(certificate.shares[kind]), getattr(fit, kind)[[1, 0]].mean(-1), atol=1e-4, rtol=0
         )
+
+
+def test_scores_in_an_experts_folder_are_left_alone(world):
+    (world.expert(0) / BESIDE).parent.mkdir()
+    shutil.copy(world.score(0), world.expert(0) / BESIDE)
+    run(world.recipe(world.fitted()), world.root / "out")
+    assert_merged(tensors_of(world.root / "out"), reference(world, order=[1, 0]))
 
 
 def test_the_audit_sees_another_weight(world):
