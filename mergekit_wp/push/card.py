@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mergekit_wp.scores import PromptStyle, ScoreMeta
 
 _METHODS = {
-    "fit": "how much of what each expert changed there is in each attention head and MLP neuron was learnt from the "
-    "experts' own answers, without labels",
+    "fit": "how much of each expert's change every attention head and MLP neuron takes was learnt from the experts' "
+    "own answers, without labels",
     "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
     "Patching, [arXiv 2604.13694](https://arxiv.org/abs/2604.13694))",
     "aim": "where the base's inputs are large, the merge goes part of the way back to the base (Activation-Informed "
@@ -162,7 +162,9 @@ Prompt it in the format that the experts were trained with."""
         return f", with the folder {_listed([code(name) for name in local])} in it" if local else ""
 
     def _scores(self) -> str:
-        return scores_section(self.scores) if self.scores else fit_section(*self.fit) if self.fit else ""
+        if self.fit:
+            return fit_section(*self.fit, scaled=re.search(r"^\s*scale:", self.recipe, re.MULTILINE) is not None)
+        return scores_section(self.scores) if self.scores else ""
 
     def _picture(self) -> str:
         if not self.certificate.shares:
@@ -242,8 +244,9 @@ def scores_section(scores: Sequence[tuple[str, ScoreMeta]]) -> str:
 _MOST_STEPS = 12
 
 
-def fit_section(path: str, fit: Fit) -> str:
-    """What a fit (at this path in the repository) was made of and came to, as a section of a card."""
+def fit_section(path: str, fit: Fit, scaled: bool) -> str:
+    """What a fit (at this path in the repository) was made of and came to, as a section of a card. scaled: the recipe
+    has a scale, with which nothing was measured."""
     meta = fit.meta
     grid = [
         ["expert", "heads", "neurons", "all else", "prompts (held out)", "not recovered at the start", "in the end"]
@@ -272,6 +275,11 @@ def fit_section(path: str, fit: Fit) -> str:
         markdown_grid(grid, "lrrrrrr"),
         f"Weights by {meta.family}, from {markdown(meta.start)}, over {read}, computed in {meta.dtype} on "
         f"{meta.date[:10]}; those of step {meta.best_step}. All weights: [{path.rpartition('/')[2]}]({path})."
+        + (
+            " The `scale` of the recipe multiplies these weights; what is not recovered is without it."
+            if scaled
+            else ""
+        )
         + (f" The base was one more teacher, on {markdown(meta.keep)}." if meta.keep else "")
         + (f" How prompts were put: {'; '.join(put)}." if put else ""),
         "The loss, mean over experts of what is not recovered:",

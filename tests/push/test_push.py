@@ -445,6 +445,7 @@ def test_an_aim_merge_goes_with_its_activations(world):
 def test_a_merge_by_a_fit_goes_with_it(world):
     """The card has the weights and the losses as numbers; the recipe and the file name no folder of this machine."""
     from mergekit_wp.fit_file import FittedPrompts, LossAt, read_fit, write_fit
+    from mergekit_wp.push.card import fit_section
     from mergekit_wp.scores import PromptStyle
 
     fit = read_fit(world.write_fit([1, 0]))
@@ -453,12 +454,15 @@ def test_a_merge_by_a_fit_goes_with_it(world):
     prompts = (FittedPrompts(12, 4), FittedPrompts(9, 3, style))
     fit = type(fit)(replace(fit.meta, curve=curve, best_step=17, prompts=prompts), fit.heads, fit.neurons, fit.rest)
     write_fit(fit, world.fit)
-    merge(world, world.recipe(world.fitted(), "fit.yaml"), "fit")
+    merge(world, world.recipe(world.fitted(scale=0.9), "fit.yaml"), "fit")
     publication = prepare(Request(world.root / "fit", REPO), None, lambda line: None)
     card = publication.card.read_text()
     assert "# The fit file is beside this recipe" in card
     assert "fit: wp/fit/fit.safetensors" in card
     assert "was learnt from the experts' own answers, without labels" in card
+    without = "The `scale` of the recipe multiplies these weights; what is not recovered is without it."
+    assert without in card
+    assert without not in fit_section("wp/fit/fit.safetensors", fit, scaled=False)
     assert "## Scores" not in card
     assert "Mean weight of each expert" in card
     assert str(world.root) not in card
