@@ -270,6 +270,7 @@ def about(scores: Scores) -> dict[str, Any]:
     meta = scores.meta
     found: dict[str, Any] = {"expert": _model(meta.expert), "base": _model(meta.base)}
     found |= {"method": meta.method, "utility": meta.utility, "gap": meta.gap}
+    found |= {"answers": meta.answer_tokens and f"up to {meta.answer_tokens} tokens"}
     found |= {"object": meta.object, "anchor layer": meta.read_at, "dtype": meta.dtype}
     if not scores.complete:
         found["scored"] = ", ".join(f"{int(scores.seen(kind).sum())} {kind}" for kind in Kind)

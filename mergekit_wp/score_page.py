@@ -11,7 +11,7 @@ from mergekit_wp.page import frame, grid, render, section
 from mergekit_wp.pictures import expert_colour, map_svg, scale_of, score_map
 from mergekit_wp.ranking import findings
 from mergekit_wp.score_tables import comparison, of_components, of_layers, of_tasks
-from mergekit_wp.scores import Scores
+from mergekit_wp.scores import ScoreMeta, Scores
 
 JUDGED = {  # by the utility of the scores
     "kl": "A component is judged by its effect on the prediction of the next token.",
@@ -32,6 +32,11 @@ def score_page(found: Mapping[str, Scores], top: int) -> str:
     return frame("Scores of heads and neurons", "", body)
 
 
+def _judged(meta: ScoreMeta) -> str:
+    text = JUDGED.get(meta.utility, "")
+    return text.replace("the next token", "each token of the expert's answers") if meta.answer_tokens else text
+
+
 def score_articles(found: Mapping[str, Scores], top: int = 10) -> Markup:
     """An article a file, with pictures on one scale."""
     scale = {kind: scale_of([score_map(scores, kind) for scores in found.values()]) for kind in Kind}
@@ -41,7 +46,7 @@ def score_articles(found: Mapping[str, Scores], top: int = 10) -> Markup:
             "meta": scores.meta,
             "colour": expert_colour(place),
             "used": sum(max(u.used for u in task.utilities.values()) for task in scores.meta.tasks.values()),
-            "judged": JUDGED.get(scores.meta.utility, ""),
+            "judged": _judged(scores.meta),
             "findings": findings(scores, name),
             "tables": Markup("").join(map(grid, (of_components(scores, top), of_tasks(scores), of_layers(scores)))),
             **{kind: map_svg(scores, kind, scale[kind], expert_colour(place), name) for kind in Kind},

@@ -200,10 +200,15 @@ def _expert(name: str, raw: Any, file: Path) -> Expert:
         raise BadInput(f"`{where}` has both `scoring` and `scores`; keep the one that is to be used.")
     if scoring is not None:
         scoring = {key: value for key, value in scoring.items() if key not in ("base", "expert")}
-        pairs = scoring.get("pairs")
-        if isinstance(pairs, str) and ":" not in pairs:
-            scoring["pairs"] = str(_found(pairs, file, f"{where}.scoring.pairs", must_exist=False))
+        for name, path in prompt_files(scoring).items():
+            scoring[name] = str(_found(path, file, f"{where}.scoring.{name}", must_exist=False))
     return Expert(_model(_text(f"{where}.model", model), file), scoring, scores)
+
+
+def prompt_files(scoring: Mapping[str, Any]) -> dict[str, str]:
+    """The files of prompts and answers that a scoring job reads, by field; a built-in set is none."""
+    named = {name: scoring.get(name) for name in ("pairs", "answers")}
+    return {name: path for name, path in named.items() if isinstance(path, str) and ":" not in path}
 
 
 def _merge(name: str, raw: Any, file: Path) -> Merge:

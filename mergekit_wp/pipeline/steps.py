@@ -23,7 +23,7 @@ from mergekit_wp.merge.certificate import CERTIFICATE
 from mergekit_wp.merge.plan import WP
 from mergekit_wp.merge.recipe import FILES
 from mergekit_wp.pipeline.execute import Step
-from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline
+from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline, prompt_files
 from mergekit_wp.scoring.models.precision import stored_dtype
 
 
@@ -193,9 +193,7 @@ def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
     if allow_code and (expert.scoring or {}).get("layer") == "auto":
         command.append("--allow-code-execution")
     inputs = [job, *_folders(map(read_reference, (pipeline.base, expert.model)))]
-    pairs = (expert.scoring or {}).get("pairs")
-    if isinstance(pairs, str) and ":" not in pairs:
-        inputs.append(Path(pairs))
+    inputs += map(Path, prompt_files(expert.scoring or {}).values())
     return _step(f"score-{name}", "score", f"Score the {name} expert", command, inputs, (scores,), ("scoring",))
 
 

@@ -281,7 +281,12 @@ def _sweep(
         for b in batches(t.scoring, job.batch_size, pair.base, pair.expert, answers=t.answers)
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
-    for group in batch_groups(pair.base, processes.share(items), lambda item: item.batch.ids_BT.numel()):
+    logits = pair.vocabulary / (pair.base.width * pair.base.depth)  # kept of the expert's, in tokens' activations
+
+    def tokens(item: BatchState) -> int:
+        return item.batch.ids_BT.numel() + math.ceil(logits * int(item.batch.answer_B.sum()))
+
+    for group in batch_groups(pair.base, processes.share(items), tokens):
         told = lambda done: tick(processes.size * done)  # noqa: E731
         passes = Passes(pair, job.method, group, pair.offload == "none", told, job.object != "activation")
         first_order(passes, subset)

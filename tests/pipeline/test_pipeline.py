@@ -193,6 +193,17 @@ def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
     assert "x/lora" in map(str, hub_models(pipeline))
 
 
+def test_answers_lie_beside_the_pipeline_and_are_an_input_of_the_scores(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    content = {**MINIMAL}
+    scoring = {"pairs": "builtin:code", "answer_tokens": 8, "answers": "a.jsonl"}
+    content["experts"] = {"a": {"model": "user/a", "scoring": scoring}, "b": {"model": "user/b"}}
+    pipeline = read_pipeline(write(tmp_path, content))
+    assert pipeline.experts["a"].scoring == {**scoring, "answers": str(tmp_path / "a.jsonl")}
+    step = next(step for step in pipeline_steps(pipeline) if step.stage == "score")
+    assert tmp_path / "a.jsonl" in step.inputs
+
+
 def test_consent_reaches_the_commands_that_need_it(tmp_path: Path) -> None:
     suite = tmp_path / "suite.yaml"
     suite.write_text("name: s")

@@ -14,6 +14,10 @@ from streamed_world import resident, streamed
 from test_rotary import ROPES, rope_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+import mergekit_wp
+from mergekit_wp.push.card import scores_section
+from mergekit_wp.ranking import about
+from mergekit_wp.score_page import score_page
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring import whole_answers
 from mergekit_wp.scoring.anchor.steering import Greedy
@@ -133,6 +137,10 @@ def test_answers_are_kept_once_a_prompt_and_read_from_a_file_to_the_same_scores(
     model = AutoModelForCausalLM.from_pretrained(world / "expert", dtype=torch.float32)
     for row in rows:
         assert row["answer"] == alone(model, row["prompt"], 2, tokens=4)
+    said = read_scores(path)
+    assert about(said)["answers"] == "up to 4 tokens"
+    assert "the prediction of each token of the expert" in score_page({"a": said}, 3)
+    assert "kl, answers of up to 4 tokens" in scores_section([("s", said.meta)])
     before = file.read_bytes()
     again, other = run(world, out="other.safetensors", answers=file, **FLAGS)
     assert again.exit_code == 0, again.output
@@ -145,6 +153,18 @@ def test_answers_are_kept_once_a_prompt_and_read_from_a_file_to_the_same_scores(
         assert done.exit_code == 0, done.output
     assert same(tables(world / "made.safetensors"), tables(world / "cut.safetensors"))
     assert not same(tables(world / "cut.safetensors"), tables(path))
+
+
+def test_models_in_memory_answer_as_those_of_their_folders(world):
+    _result, path = run(world, **FLAGS)
+    base, expert = (
+        AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float32) for name in ("base", "expert")
+    )
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    found = mergekit_wp.score(base, expert, rows, out=world / "m.safetensors", progress=False, **FLAGS)
+    assert same(found.tensors(), tables(path))
+    kept = [(world / f"{name}.answers.jsonl").read_text().splitlines()[1:] for name in ("m", "out")]
+    assert kept[0] == kept[1]
 
 
 def test_without_answers_the_document_is_that_of_before(world):
