@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,8 @@ from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.score import score
 from mergekit_wp.scoring.whole_answers import generate_answers
 
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3], [3, 4], [30, 31, 32, 33, 34]]
+_DRAW = random.Random(0)
+PROMPTS = [[_DRAW.randrange(3, 97) for _ in range(length)] for length in (3, 7, 1, 2, 5, 9, 12, 4)]
 TOKENS = 6
 
 
@@ -51,7 +53,7 @@ def test_answers_are_those_that_transformers_generates(tmp_path, kind):
     eos = [free[0][2], free[1][1]]  # so that some end early, and the first token of one is none
     wanted = [alone(stack.model, prompt, eos) for prompt in PROMPTS]
     assert len(set(map(len, wanted))) > 1
-    for each, size in ((stack, 1), (stack, 3), (streamed(folder), 2)):
+    for each, size in ((stack, 8), (streamed(folder), 3)):
         told, kept = [], {}
         assert generate_answers(each, rules_of(each, size, eos), PROMPTS, told.append, kept.update) == wanted
         assert sum(told) == TOKENS * len(PROMPTS)
@@ -61,10 +63,9 @@ def test_answers_are_those_that_transformers_generates(tmp_path, kind):
 @pytest.mark.parametrize("name", ROPES)
 def test_answers_pass_the_lengths_at_which_rotary_embeddings_change(tmp_path, name):
     folder = tiny.save(rope_model(name), tmp_path / "m")
-    prompts = [list(range(5, 5 + n)) for n in (9, 2, 5, 6, 4, 3)] + [[40, 41, 42, 43]]
-    wanted = [alone(rope_model(name), prompt, None) for prompt in prompts]
+    wanted = [alone(rope_model(name), prompt, None, tokens=12) for prompt in PROMPTS]
     for stack in (resident(folder), streamed(folder)):
-        assert generate_answers(stack, rules_of(stack, 8), prompts) == wanted
+        assert generate_answers(stack, rules_of(stack, 8, tokens=12), PROMPTS) == wanted
 
 
 def test_a_token_that_only_the_expert_has_is_never_said_but_may_end_an_answer(tmp_path):
