@@ -39,6 +39,7 @@ MODULES = {
     "wp-score": "mergekit_wp.scoring.cli",
     "wp-scores": "mergekit_wp.scores_cli",
     "wp-anchor": "mergekit_wp.scoring.anchor.cli",
+    "wp-fit": "mergekit_wp.fit.cli",
     "wp-aim": "mergekit_wp.merge.calibrate",
     "wp-merge": "mergekit_wp.merge.cli",
     "wp-eval": "mergekit_wp.eval.cli",

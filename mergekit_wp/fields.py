@@ -182,11 +182,13 @@ def plain(markdown: str) -> str:
 
 
 def options(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: a flag for every field of a dataclass, named as the field is; None where it was not given."""
+    """Decorator: a flag for every field that a flag can say, named as the field is; None where it was not given."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for item in reversed(fields(kind)):
             said, words = about(item), default_words(item)
+            if said.kind.flag is None:
+                continue
             help_text = plain(said.meaning.rstrip(".") + (f" (default: {words})." if words else "."))
             flag: dict[str, Any] = {"is_flag": True} if said.kind.flag is bool else {"type": said.kind.flag}
             name = "--" + item.name.replace("_", "-")

@@ -32,6 +32,7 @@ from mergekit_wp.eval.options import OPTIONS
 from mergekit_wp.eval.results import StoredMeasured, StoredResults, StoredRow
 from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
 from mergekit_wp.eval.tables import read_results
+from mergekit_wp.fit.job import FitExpert, FitJob, load_fit_job
 from mergekit_wp.fit_file import FitMeta, FittedPrompts, LossAt, Unrecovered
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.merge.activations import Calibration
@@ -136,6 +137,8 @@ FIELDS = {
     ("Score file", "field of `prompts`"): names(PromptStyle),
     ("Score file", "field of `recovery`"): names(RecoveryCurve),
     ("Fit file", "field"): names(FitMeta),
+    ("Fit job", "field of a fit job"): names(FitJob),
+    ("Fit job", "field of an entry of `experts`"): names(FitExpert),
     ("Fit file", "field of a fit's `prompts`"): names(FittedPrompts),
     ("Fit file", "field of `curve`"): names(LossAt),
     ("Fit file", "field of `unrecovered`"): names(Unrecovered),
@@ -235,6 +238,7 @@ def blocks(page: Path) -> dict[str, str]:
 READERS = {
     "check.json": lambda path: parse_check(parse_json(path.read_bytes()), ""),
     "job.yaml": lambda path: load_job(str(path), {}),
+    "fit.yaml": lambda path: load_fit_job(str(path), {}),
     "answers": read_answers,
     "components.txt": lambda path: read_components(str(path), GEOMETRY),
     "score metadata": lambda path: ScoreMeta.from_json(path.read_text()),

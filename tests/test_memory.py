@@ -21,7 +21,7 @@ def llama(tmp_path_factory):
 def pick(monkeypatch, llama, asked, free):
     monkeypatch.setattr("mergekit_wp.scoring.models.offload.free_memory", lambda _device: free)
     opened = Checkpoint.open(str(llama))
-    return pick_offload(asked, opened, opened, torch.bfloat16, CPU)
+    return pick_offload(asked, [opened, opened], torch.bfloat16, CPU)
 
 
 def test_parameter_bytes(llama):

@@ -84,19 +84,32 @@ class MergedStack(Stack):
 
     def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """As `Stack.layers`; the layers of base and experts are held alongside (`sources`)."""
-        if not self.streamed:
-            for index in order:
-                if index not in self._merged:
-                    self._merge_layer(index)
-                    self._merged.add(index)
-                yield self.tower.layers[index]
+        if self.streamed:
+            with closing(self.branches(order, [self.weights])) as sweep:
+                for _index, _branch, layer in sweep:
+                    yield layer
             return
+        for index in order:
+            if index not in self._merged:
+                self._merge_layer(index, self.weights)
+                self._merged.add(index)
+            yield self.tower.layers[index]
+
+    def branches(
+        self, order: Sequence[int], candidates: Sequence[FusionWeights]
+    ) -> Generator[tuple[int, int, nn.Module], None, None]:
+        """(index, number of the candidate, the layer merged by its weights): every candidate's before the next index.
+
+        The layers of base and experts are read once, however many candidates there are.
+        """
         with ExitStack() as sweeps:
             sources = [sweeps.enter_context(closing(stack.layers(order))) for stack in (self.base, *self.experts)]
             for index, *_held in zip(order, *sources, strict=True):
-                self._merge_layer(index)
+                self._merged.discard(index)
                 try:
-                    yield self.tower.layers[index]
+                    for branch, weights in enumerate(candidates):
+                        self._merge_layer(index, weights)
+                        yield index, branch, self.tower.layers[index]
                 finally:
                     for name, parameter in self._empty[index].items():
                         _put(self.tower.layers[index], name, parameter)
@@ -105,20 +118,25 @@ class MergedStack(Stack):
         """Layer `index` of the base, and of every expert; of streamed models only while `layers` is at it."""
         return self.base.tower.layers[index], [expert.tower.layers[index] for expert in self.experts]
 
-    @torch.no_grad()
     def start(self, batch: Batch) -> Start:
         """As `Stack.start`: what enters layer 0 is linear in the embeddings, so it is merged instead of these."""
-        first = self.base.start(batch)
-        stream_BTD = first.stream_BTD.clone()
-        for weight, change_BTD in zip(self.weights.rest_K.tolist(), self.start_changes(batch, first), strict=True):
-            stream_BTD += weight * change_BTD
-        return Start(stream_BTD, first.calls)
+        return self.starts(batch, [self.weights])[0]
 
-    def start_changes(self, batch: Batch, first: Start | None = None) -> Iterator[torch.Tensor]:
-        """What enters layer 0 of each expert beyond what enters the base's, [B, T, D]. `first`: the base's own."""
-        own = first or self.base.start(batch)
+    @torch.no_grad()
+    def starts(self, batch: Batch, candidates: Sequence[FusionWeights]) -> list[Start]:
+        """The starts of the merges by several weights."""
+        first = self.base.start(batch)
+        streams = [first.stream_BTD.clone() for _weights in candidates]
+        for k, change_BTD in enumerate(self.start_changes(batch, first.stream_BTD)):
+            for weights, stream_BTD in zip(candidates, streams, strict=True):
+                stream_BTD.add_(change_BTD, alpha=float(weights.rest_K[k]))
+        return [Start(stream_BTD, first.calls) for stream_BTD in streams]
+
+    def start_changes(self, batch: Batch, base_BTD: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """What enters layer 0 of each expert beyond what enters the base's (`base_BTD`, if known), [B, T, D]."""
+        own_BTD = self.base.entering(batch) if base_BTD is None else base_BTD
         for expert in self.experts:
-            yield expert.start(batch).stream_BTD - own.stream_BTD
+            yield expert.entering(batch) - own_BTD
 
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """As `Stack.logits`, by the merged norm and output head, which then stay until the weights change."""
@@ -134,22 +152,28 @@ class MergedStack(Stack):
         for own, *others in zip(*(outer_modules(stack) for stack in (self, self.base, *self.experts)), strict=True):
             base, experts = others[0], others[1:]
             for name, parameter in base.named_parameters():
-                _put(own, name, self._merge(None, parameter, [each.get_parameter(name) for each in experts]))
+                _put(own, name, self._merge(self.weights, None, parameter, [x.get_parameter(name) for x in experts]))
         self._head_is_merged = True
 
-    def _merge_layer(self, index: int) -> None:
+    def _merge_layer(self, index: int, weights: FusionWeights) -> None:
         base, experts = self.sources(index)
         for name, parameter in base.named_parameters():
             slot = slot_of(f"model.layers.{index}.{name}")
-            merged = self._merge(slot, parameter, [expert.get_parameter(name) for expert in experts])
+            merged = self._merge(weights, slot, parameter, [expert.get_parameter(name) for expert in experts])
             _put(self.tower.layers[index], name, merged)
 
     @torch.no_grad()
-    def _merge(self, slot: TensorSlot | None, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> nn.Parameter:
+    def _merge(
+        self,
+        weights: FusionWeights,
+        slot: TensorSlot | None,
+        base: torch.Tensor,
+        experts: Sequence[torch.Tensor],
+    ) -> nn.Parameter:
         """One tensor. What belongs to no component is small, or read by one product; it may have a gradient."""
         experts = [align_rows(tensor, base) for tensor in experts]
         axis = 0 if slot is None else slot.axis
-        weight_Kn = self.weights.along(slot, self.geometry, base.shape[axis])
+        weight_Kn = weights.along(slot, self.geometry, base.shape[axis])
         merged = fuse(experts, weight_Kn, axis, base.dtype, base)
         return nn.Parameter(merged, requires_grad=slot is None and base.ndim == 1)
 

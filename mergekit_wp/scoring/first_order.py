@@ -30,17 +30,18 @@ Parts = dict[str, torch.Tensor]
 
 def attr_heads(base: Any, expert: Any, record: LayerRecord, geometry: Geometry) -> Parts:
     """{q, o: [H]} float32."""
-    rows_Q, columns_Q = _rows("q", base, expert, record), _columns("o", base, expert, record, record.inputs["o"])
+    rows_Q, columns_Q = attr_rows("q", base, expert, record), _columns("o", base, expert, record, record.inputs["o"])
     return {"q": geometry.sum_per_head(rows_Q), "o": geometry.sum_per_head(columns_Q)}
 
 
 def attr_neurons(base: Any, expert: Any, record: LayerRecord, _geometry: Geometry) -> Parts:
     """{gate, up, down: [F]} float32."""
-    rows = {key: _rows(key, base, expert, record) for key in ("gate", "up")}
+    rows = {key: attr_rows(key, base, expert, record) for key in ("gate", "up")}
     return rows | {"down": _columns("down", base, expert, record, record.mlp_activation(base.mlp))}
 
 
-def _rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
+def attr_rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
+    """What each row of one projection (and of its bias) gives, [rows of the projection] float32."""
     return record.dot(record.grad_out[key], response_difference(key, base, expert, record))
 
 

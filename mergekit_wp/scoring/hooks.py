@@ -148,6 +148,7 @@ class LayerRecord:
     attention_call          args and kwargs that self_attn was called with
     reads_BA                the positions that were computed, where not all were; else None
     projections             those whose gradients are wanted
+    by_prompt               whether what is read off the record is kept apart for each prompt
     grad_parameters[name]   `scale` times dS/d(parameter), of those parameters of the layer that have gradients
     """
 
@@ -160,6 +161,7 @@ class LayerRecord:
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     reads_BA: torch.Tensor | None = None
     projections: Sequence[str] = SCORED
+    by_prompt: bool = False
     grad_parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     edges: dict[tuple[str, str], GradientEdge] = field(default_factory=dict)
 
@@ -184,9 +186,12 @@ class LayerRecord:
         return x_BTD if self.reads_BA is None else pick(x_BTD, self.reads_BA)
 
     def dot(self, a_BTW: torch.Tensor, b_BTW: torch.Tensor) -> torch.Tensor:
-        """sum over prompts and tokens of a*b in float32, one of them (times) a gradient of this record: [W]."""
+        """sum over prompts and tokens of a*b in float32, one of them (times) a gradient of this record: [W].
+
+        `by_prompt`: over tokens alone, [B, W].
+        """
         # Not einsum: it becomes one tiny dot product a column, at three times the cost.
-        return (a_BTW.float() * b_BTW.float()).sum((0, 1)) / self.scale
+        return (a_BTW.float() * b_BTW.float()).sum((1,) if self.by_prompt else (0, 1)) / self.scale
 
     def backward(
         self,

@@ -35,40 +35,48 @@ def random_weights(geometry: Geometry, count: int, seed: int = 0) -> FusionWeigh
     return FusionWeights(heads, neurons, 2 * torch.rand(count, generator=generator))
 
 
-def merged_by_hand(base, experts, weights: FusionWeights, geometry: Geometry):
-    """A copy of the model `base` with every component's slices moved by the formula, one after the other."""
-    merged = copy.deepcopy(base)
-    own = {text_name(name): p for name, p in merged.named_parameters() if text_name(name)}
-    before = {name: p.detach().clone() for name, p in own.items()}
+def merged_parameters(base, experts, weights: FusionWeights, geometry: Geometry):
+    """{name in the model: tensor} of the merge, slice by slice from the formula; differentiable in the weights."""
+    own = {text_name(name): (name, p.detach()) for name, p in base.named_parameters() if text_name(name)}
     after = [{text_name(name): p.detach() for name, p in e.named_parameters()} for e in experts]
-
-    def move(name, where, numbers):
-        for number, expert in zip(numbers, after, strict=True):
-            change = expert[name][: len(before[name])] - before[name]
-            own[name].data[where] += float(number) * change[where]
-
     r, d = geometry.group_size, geometry.head_dim
     Q, KV = geometry.heads * d, geometry.kv_heads * d
-    covered = set()
+    found = {}
+    taken = {}  # tensor -> [(where, weights of the K experts)]
+
+    def take(name, where, numbers_K):
+        if name in own:
+            taken.setdefault(name, []).append((where, numbers_K))
+
     for layer in range(geometry.layers):
         for kind, table in ((Kind.HEAD, weights.heads_KLH), (Kind.NEURON, weights.neurons_KLF)):
             for index in range(geometry.count(kind)):
                 for name, where in geometry.owned_slices(kind, layer, index):
-                    if name in own:
-                        move(name, where, table[:, layer, index])
-                        covered.add(name)
+                    take(name, where, table[:, layer, index])
+        inside = f"model.layers.{layer}.self_attn"
         for group in range(geometry.kv_heads):
             mean_K = weights.heads_KLH[:, layer, group * r : (group + 1) * r].mean(-1)
-            rows = slice(group * d, (group + 1) * d)
+            begin, end = group * d, (group + 1) * d
             for what in ("weight", "bias"):
                 for key in ("k", "v"):
-                    if (name := f"model.layers.{layer}.self_attn.{key}_proj.{what}") in own:
-                        move(name, rows, mean_K)
-                        covered.add(name)
-                fused = f"model.layers.{layer}.self_attn.qkv_proj.{what}"
-                if fused in own:
-                    for begin in (Q, Q + KV):
-                        move(fused, slice(begin + group * d, begin + (group + 1) * d), mean_K)
-    for name in own.keys() - covered:
-        move(name, ..., weights.rest_K)
+                    take(f"{inside}.{key}_proj.{what}", slice(begin, end), mean_K)
+                for first in (Q, Q + KV):
+                    take(f"{inside}.qkv_proj.{what}", slice(first + begin, first + end), mean_K)
+    for name, (full, before) in own.items():
+        total = before
+        for k, expert in enumerate(after):
+            change = expert[name][: len(before)] - before
+            share = weights.rest_K[k] * torch.ones_like(before)
+            for where, numbers_K in taken.get(name, ()):
+                share[where] = numbers_K[k]
+            total = total + share * change
+        found[full] = total
+    return found
+
+
+def merged_by_hand(base, experts, weights: FusionWeights, geometry: Geometry):
+    """A model with the parameters of `merged_parameters`."""
+    merged = copy.deepcopy(base)
+    for name, tensor in merged_parameters(base, experts, weights, geometry).items():
+        merged.get_parameter(name).data = tensor
     return merged

@@ -203,7 +203,7 @@ def test_memory_is_counted_as_it_is_held(tmp_path, stored, products, monkeypatch
     assert held == sum(parameter_bytes(model, held_dtype(model.tensors, products)) for model in (base, expert))
     for free, wanted in ((int(held / 0.75) + 1, "none"), (int(held / 0.75) - 1, "stream")):
         monkeypatch.setattr("mergekit_wp.scoring.models.offload.free_memory", lambda _device, free=free: free)
-        assert pick_offload("auto", base, expert, products, CPU)[0] == wanted
+        assert pick_offload("auto", [base, expert], products, CPU)[0] == wanted
 
 
 def test_responses_keep_their_own_precision(tmp_path):

@@ -79,7 +79,6 @@ class Stack(ABC):
         embedded_BTD = self.tower.embed_tokens(batch.ids_BT).float()
         # Batches are padded on the right and carry no mask, so one row's arguments are every row's.
         calls = [probe.call for probe in self._probe(embedded_BTD[:1])]
-        # What enters layer 0 need not be the embedding: Granite multiplies it.
         return Start(self._probe(embedded_BTD)[0].stream_BTD, calls)
 
     @torch.no_grad()
@@ -93,6 +92,11 @@ class Stack(ABC):
             position_ids=positions_BS[:, -ids_BT.shape[1] :],
         )  # fmt: skip
         return Start(probes[0].stream_BTD, [probe.call for probe in probes])
+
+    @torch.no_grad()
+    def entering(self, batch: Batch) -> torch.Tensor:
+        """What enters layer 0 alone [B, T, D]; need not be the embedding: Granite multiplies it."""
+        return self._probe(self.tower.embed_tokens(batch.ids_BT).float())[0].stream_BTD
 
     def _probe(self, embedded_BTD: torch.Tensor, **options: Any) -> list[_Probe]:
         """The model's own forward pass without its layers."""

@@ -137,31 +137,45 @@ def load_pair(job: ScoringJob, checked: CheckedPair, processes: ProcessGroup | N
         stacks = [ResidentStack(model, device, dtype) for model in (base_model, expert_model)]
         reason = f"scored as they are in memory, on {device}."
         return ModelPair(stacks[0], stacks[1], checked.base.geometry, device, dtype, "none", reason)
-    offload, reason = pick_offload(job.offload, checked.base, checked.expert, dtype, device)
-    if offload == "stream":
-        remote, lora = job.trust_remote_code, read_reference(job.expert).lora
-        adapter = str(local_folder(lora)) if lora else None
-        streamed_base = open_streamed(job.base, checked.base, dtype, device, remote)
-        streamed_expert = open_streamed(job.expert, checked.expert, dtype, device, remote, adapter)
-        return ModelPair(streamed_base, streamed_expert, checked.base.geometry, device, dtype, offload, reason)
-    base, expert = (ResidentStack(model, device, dtype) for model in load_models(job, checked, device, dtype))
+    offload, reason = pick_offload(job.offload, [checked.base, checked.expert], dtype, device)
+    expert, base = (
+        load_stack(name, checkpoint, dtype, device, offload, job.trust_remote_code)
+        for name, checkpoint in ((job.expert, checked.expert), (job.base, checked.base))
+    )
     return ModelPair(base, expert, checked.base.geometry, device, dtype, offload, reason)
+
+
+def load_stack(
+    name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, offload: str, remote_code: bool
+) -> Stack:
+    """The model that the user calls `name` (perhaps `base+lora`, `checkpoint` being the base), held as `offload` says.
+
+    Raises as `load_pair`.
+    """
+    if offload != "stream":
+        return ResidentStack(_load_module(name, checkpoint, dtype, device, remote_code), device, dtype)
+    lora = read_reference(name).lora
+    return open_streamed(name, checkpoint, dtype, device, remote_code, str(local_folder(lora)) if lora else None)
 
 
 def load_models(
     job: ScoringJob, checked: CheckedPair, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
     """Base and expert as frozen modules of transformers, held for products in `dtype`. Raises as `load_pair`."""
-    found = []
-    for name, checkpoint in ((job.expert, checked.expert), (job.base, checked.base)):
-        if isinstance(checkpoint, LiveModel):
-            found.append(_share_weights(checkpoint, dtype, device))
-            continue
-        with _lora_merged(name, job.trust_remote_code) as merged:
-            folder = merged or str(checkpoint.folder)
-            found.append(_load_model(name, folder, dtype, device, job.trust_remote_code))
-    expert, base = found
+    expert, base = (
+        _load_module(name, checkpoint, dtype, device, job.trust_remote_code)
+        for name, checkpoint in ((job.expert, checked.expert), (job.base, checked.base))
+    )
     return base, expert
+
+
+def _load_module(
+    name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, remote_code: bool
+) -> nn.Module:
+    if isinstance(checkpoint, LiveModel):
+        return _share_weights(checkpoint, dtype, device)
+    with _lora_merged(name, remote_code) as merged:
+        return _load_model(name, merged or str(checkpoint.folder), dtype, device, remote_code)
 
 
 @torch.no_grad()

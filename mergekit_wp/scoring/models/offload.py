@@ -1,6 +1,8 @@
-"""Whether two models stay on the device or are streamed: what they take against what is free."""
+"""Whether models stay on the device or are streamed: what they take against what is free."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,23 +16,23 @@ RESERVE = 0.25
 
 
 def pick_offload(
-    asked: str, base: Checkpoint, expert: Checkpoint, dtype: torch.dtype, device: torch.device
+    asked: str, models: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, what: str = "both models"
 ) -> tuple[str, str]:
     """(`none` or `stream`, one line that says why) for an --offload of `none`, `stream` or `auto`.
 
-    `auto` is `none` if the parameters of both models, as they are held for products in `dtype`, fit into the device's
-    free memory less RESERVE. Reads headers only.
+    `auto` is `none` if the parameters of all models, as they are held for products in `dtype`, fit into the device's
+    free memory less RESERVE. `what` they are, in words. Reads headers only.
     """
-    need = sum(parameter_bytes(model, held_dtype(model.tensors, dtype)) for model in (base, expert))
+    need = sum(parameter_bytes(model, held_dtype(model.tensors, dtype)) for model in models)
     free = free_memory(device)
     sizes = f"{_size(need)} of parameters against {_size(free)} of free memory on {device}"
     if asked != "auto":
-        what = "layers are streamed" if asked == "stream" else "both models stay on the device"
-        return asked, f"{what}, as asked ({sizes})."
+        how = "layers are streamed" if asked == "stream" else f"{what} stay on the device"
+        return asked, f"{how}, as asked ({sizes})."
     share = f"{1 - RESERVE:.0%} of the {_size(free)} of free memory on {device}"
     if need <= (1 - RESERVE) * free:
-        return "none", f"both models, {_size(need)}, fit into {share}: they stay there."
-    return "stream", f"both models, {_size(need)}, do not fit into {share}: streaming layers."
+        return "none", f"{what}, {_size(need)}, fit into {share}: they stay there."
+    return "stream", f"{what}, {_size(need)}, do not fit into {share}: streaming layers."
 
 
 def parameter_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -1,0 +1,92 @@
+"""`family: cross`: weights of every component in one shot, from what experts do to one another's answers.
+
+At the base, J_ts(c, x) is to first order what component c of expert s does to the share of t's gap that is recovered on
+t's prompt x (`attr` of the whole answer, Eq. 11, keys and values included). An expert t alone has the effect J_tt. Of
+each component the weights are those with which the merge has, on everyone's prompts, the effect that each expert has on
+its own:
+
+    min over alpha(c) of   sum_t sum_x (sum_s alpha_s(c) J_ts(c, x) - J_tt(c, x))^2 + lambda |alpha(c) - alpha_0|^2
+
+Where nobody's component does anything to the others' answers that is the sum (alpha = 1), where all do the same the
+shares, and what does harm is shrunk. The ridge draws what has no effect towards the plain average at its best scale,
+alpha_0. Then the scale of the whole is tried, as in every other family.
+
+One forward and one backward pass of the base for each prompt, and K products a layer; nothing is repeated.
+
+Legend: K experts, L layers, B prompts of a batch, n heads or neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mergekit_wp.console import Tick
+from mergekit_wp.fit.merged import FusionWeights, MergedStack
+from mergekit_wp.fit.objective import Gradient, LessonBatch, component_effects, passes
+from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.hooks import LayerRecord
+
+RIDGE = 0.1  # of the mean diagonal of a layer's heads or neurons
+
+
+def cross_weights(
+    merged: MergedStack,
+    batches: Sequence[LessonBatch],
+    weights_N: torch.Tensor,
+    average: FusionWeights,
+    vocabulary: int,
+    processes: ProcessGroup,
+    tick: Tick,
+) -> FusionWeights:
+    """alpha of every head and neuron, from 0 up; `average` is alpha_0, and stays where there is no component.
+
+    weights_N: one over the mean gap of each prompt's expert, so that effects are shares of it.
+    """
+    merged.set(average.scaled(0.0))
+    products = EffectProducts(merged)
+    passes(merged, batches, -weights_N, vocabulary, products, processes, tick)
+    heads_KLH, neurons_KLF = (
+        _solved(processes.add_up(gram).cpu(), processes.add_up(wanted).cpu(), prior_KLn)
+        for (gram, wanted), prior_KLn in zip(products.sums, (average.heads_KLH, average.neurons_KLF), strict=True)
+    )
+    return FusionWeights(heads_KLH, neurons_KLF, average.rest_K)
+
+
+def _solved(gram_LnKK: torch.Tensor, wanted_LnK: torch.Tensor, prior_KLn: torch.Tensor) -> torch.Tensor:
+    """The alphas [K, L, n] of the sums over prompts of J J^T and J J_tt."""
+    K = gram_LnKK.shape[-1]
+    ridge_L = RIDGE * gram_LnKK.diagonal(dim1=-2, dim2=-1).mean((1, 2)).clamp(min=1e-30)
+    eye_KK = torch.eye(K, dtype=gram_LnKK.dtype)
+    left = gram_LnKK + ridge_L[:, None, None, None] * eye_KK
+    right = wanted_LnK + ridge_L[:, None, None] * prior_KLn.permute(1, 2, 0).double()
+    return torch.linalg.solve(left, right).clamp(min=0).permute(2, 0, 1).float()
+
+
+class EffectProducts(Gradient):
+    """For heads and neurons, the sums over prompts of J_s J_u [L, n, K, K] and of J_s J_tt [L, n, K], float64."""
+
+    def __init__(self, merged: MergedStack):
+        super().__init__(merged)
+        shape, K, device = merged.geometry, len(merged.experts), merged.device
+        self.sums = [
+            tuple(torch.zeros(shape.layers, n, *size, dtype=torch.float64, device=device) for size in ((K, K), (K,)))
+            for n in (shape.heads, shape.neurons)
+        ]
+
+    @torch.no_grad()
+    def of_layer(self, index: int, record: LayerRecord, teacher: int) -> None:
+        record.by_prompt = True
+        base, experts = self.merged.sources(index)
+        with self.merged.autocast():
+            effects: Any = [component_effects(base, expert, record, self.geometry) for expert in experts]
+        for (gram, wanted), each in zip(self.sums, zip(*effects, strict=True), strict=True):
+            effect_KBn = torch.stack(each).double()
+            gram[index] += torch.einsum("kbn,jbn->nkj", effect_KBn, effect_KBn)
+            wanted[index] += torch.einsum("kbn,bn->nk", effect_KBn, effect_KBn[teacher])
+
+    def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
+        """Embeddings are no component."""

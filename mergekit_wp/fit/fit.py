@@ -1,0 +1,436 @@
+"""The fit: weights of a merge, learnt from the experts' own answers, without a label (METHOD.md 6).
+
+1. check      every expert against the base, its prompts, the tokenizer; nothing loaded yet
+2. answers    every expert answers its own prompts greedily (`scoring.answers`), or its answers are read
+3. lessons    what each expert says along its answers, and how far the base is from it: the gap that the loss divides by
+4. start      the plain average, or the shares of score files, times the scale with the least loss: all candidates go
+              through the layers together
+5. steps      Adam on the loss of `objective`; every few steps a look at the prompts held out, whose best is kept
+6. file       the weights of the best look
+
+All draws are made from the seed and the number of the step, and what a step leaves is kept beside the output: a run
+that was killed goes on, to the same bytes. Several processes share the prompts.
+
+Legend: K experts, L layers, H heads, F neurons, P numbers of the family, N prompts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mergekit_wp import __version__
+from mergekit_wp.console import StartProgress, no_progress
+from mergekit_wp.documents import now
+from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.fit.cross import cross_weights
+from mergekit_wp.fit.families import WeightFamily
+from mergekit_wp.fit.job import FitJob
+from mergekit_wp.fit.merged import FusionWeights, MergedStack
+from mergekit_wp.fit.objective import (
+    Lesson,
+    LessonBatch,
+    batch_lessons,
+    branch_losses,
+    loss_and_gradient,
+    losses,
+    read_lessons,
+)
+from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, LossAt, Unrecovered
+from mergekit_wp.foreign import logger
+from mergekit_wp.hashing import digest
+from mergekit_wp.merge.kernel import component_weights
+from mergekit_wp.merge.shares import check_complete
+from mergekit_wp.scores import ModelId, read_scores
+from mergekit_wp.scoring.batching import Tokens
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.models.layerwise import Stack
+from mergekit_wp.scoring.models.load import load_stack
+from mergekit_wp.scoring.models.offload import pick_offload
+from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
+from mergekit_wp.scoring.resume import Resume
+from mergekit_wp.scoring.score import Prepared, prepare
+from mergekit_wp.scoring.whole_answers import answers_beside, answers_for
+
+LOG = logger(__name__)
+SCALES = tuple(0.25 * i for i in range(2, 17))  # of the start; at 4, the average of four experts is their sum
+LEAST_GAP = 1e-3  # nats: below, an expert says along its own answers what the base would say
+SAME = 1e-3  # of a loss: less is no better
+
+
+def fit(
+    job: FitJob,
+    progress: StartProgress | None = None,
+    processes: ProcessGroup | None = None,
+    resume: Resume | None = None,
+    out: Path | None = None,
+) -> Fit:
+    """Run a whole fit job.
+
+    progress   called as (total, what, unit) at the start of each part; returns a function that is told what is done
+    processes  those that share the work; alone by default
+    resume     where finished steps are kept; nowhere by default. The caller calls its `forget` once the file is written
+    out        the fit file, beside which answers are kept; None: nowhere
+    Raises `BadInput` for everything the user can mend.
+    """
+    processes, resume, start = processes or ProcessGroup(), resume or Resume(), progress or no_progress
+    ready = check(job)
+    with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {job.device}; lower it."):
+        merged = load(job, ready, processes)
+        lessons = _lessons(job, ready, merged, processes, start, out)
+        run = FitRun(job, merged, _vocabulary(ready), *hold_out(lessons, job.hold_out, job.seed), processes, start)
+        date = resume.begin(_inputs(job, ready, run), now())
+        resume.spare_others()
+        found = run.carry_out(_start_shares(job, ready), resume)
+    return _fit_of(job, ready, run, found, date)
+
+
+def check(job: FitJob) -> list[Prepared]:
+    """Every expert checked against the base, with its prompts. Raises `BadInput` naming the expert."""
+    ready: list[Prepared] = []
+    for expert in job.models:
+        try:
+            each = prepare(job.scoring(expert))
+        except BadInput as error:
+            raise BadInput(f"expert {expert.expert}: {error.message}") from error
+        if any(each.checked.expert_print == other.checked.expert_print for other in ready):
+            raise BadInput(f"experts: {expert.expert} is listed twice; list each once.")
+        ready.append(each)
+    return ready
+
+
+def load(job: FitJob, ready: Sequence[Prepared], processes: ProcessGroup) -> MergedStack:
+    """Base and experts in memory, or ready to be read layer by layer, and over them a merge that takes nothing yet."""
+    base, experts = ready[0].checked.base, [each.checked.expert for each in ready]
+    device = processes.local_device(pick_device(job.device))
+    dtype = pick_dtype(job.dtype, device, [stored_dtype(model.tensors) for model in (base, *experts)])
+    models = [base, *experts, base]  # once more for the merge
+    offload, reason = pick_offload(job.offload, models, dtype, device, f"{len(models) - 1} models and their merge")
+    LOG.info(reason)
+    names = [job.base, *(expert.expert for expert in job.models)]
+    own, *others = (
+        load_stack(name, checkpoint, dtype, device, offload, job.trust_remote_code)
+        for name, checkpoint in zip(names, (base, *experts), strict=True)
+    )
+    return MergedStack(own, others, base.geometry, FusionWeights.uniform(base.geometry, [0.0] * len(others)))
+
+
+def _vocabulary(ready: Sequence[Prepared]) -> int:
+    return min(each.checked.vocabulary for each in ready)
+
+
+def _lessons(
+    job: FitJob, ready: Sequence[Prepared], merged: MergedStack, processes: ProcessGroup, start: StartProgress,
+    out: Path | None,
+) -> list[Lesson]:  # fmt: skip
+    """Every expert's prompts with its answers, what it says there, and the gap of the base. Raises `BadInput` for an
+    expert without one."""
+    lessons: list[Lesson] = []
+    for k, (each, stack) in enumerate(zip(ready, merged.experts, strict=True)):
+        prompts = [ids for task in each.tasks for ids in task.scoring]
+        answers = _answers(job, k, each, stack, processes, start, out)
+        tick = start(len(prompts), f"Reading answers of expert {k + 1} of {len(ready)}", "prompt")
+        lessons += read_lessons(stack, k, prompts, answers, job.batch_size, tick)
+    tick = start(len(lessons), "Reading the base", "prompt")
+    batches = batch_lessons(lessons, job.batch_size, (merged.base, *merged.experts))
+    base_N = losses(merged.base, merged.experts, batches, _vocabulary(ready), processes, tick)
+    lessons = [replace(lesson, base_kl=gap) for lesson, gap in zip(lessons, base_N.tolist(), strict=True)]
+    for k, expert in enumerate(job.models):
+        gaps = [lesson.base_kl for lesson in lessons if lesson.teacher == k]
+        if (gap := sum(gaps) / len(gaps)) < LEAST_GAP:
+            raise BadInput(
+                f"expert {expert.expert}: along its own answers to {expert.pairs} it says what the base says (a KL of "
+                f"{gap:.2g} nats a token, less than {LEAST_GAP:g}); give prompts of what it was tuned for."
+            )
+    return lessons
+
+
+def _answers(
+    job: FitJob, k: int, ready: Prepared, stack: Stack, processes: ProcessGroup, start: StartProgress, out: Path | None
+) -> Tokens:
+    """Expert k's answers to its prompts, made or read; where none are wanted, any one token, which is not read."""
+    if not job.answer_tokens:
+        return [[0] for task in ready.tasks for _prompt in task.scoring]
+    path = None
+    if out is not None:
+        path = answers_beside(out.with_name(f"{out.stem}.expert{k + 1}{out.suffix}"), job.reads())
+    scoring = job.scoring(job.models[k])
+    tasks = answers_for(scoring, ready.checked, stack, ready.tokenizer, ready.tasks, path, processes, start)
+    return [answer for task in tasks for answer in task.answers]
+
+
+def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Lesson], list[Lesson]]:
+    """(fitted, held out): of each expert's prompts this share, rounded down, is held out, drawn by the seed."""
+    fitted: list[Lesson] = []
+    held: list[Lesson] = []
+    for teacher in sorted({lesson.teacher for lesson in lessons}):
+        own = [lesson for lesson in lessons if lesson.teacher == teacher]
+        chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), int(share * len(own))))
+        held += [own[i] for i in sorted(chosen)]
+        fitted += [own[i] for i in range(len(own)) if i not in chosen]
+    return fitted, held
+
+
+def unrecovered(lessons: Sequence[Lesson], kl_N: torch.Tensor) -> torch.Tensor:
+    """R of every expert: its mean KL over the base's, float64 [K]."""
+    teachers = torch.tensor([lesson.teacher for lesson in lessons])
+    base_N = torch.tensor([lesson.base_kl for lesson in lessons], dtype=torch.float64)
+    return torch.stack(
+        [kl_N[teachers == k].mean() / base_N[teachers == k].mean() for k in range(int(teachers.max()) + 1)]
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a run: the weights, the curve, the step they are of, and R [K] at the start and at the end."""
+
+    weights: FusionWeights
+    start: str
+    curve: tuple[LossAt, ...]
+    best_step: int
+    before_K: torch.Tensor
+    after_K: torch.Tensor
+
+
+@dataclass
+class FitRun:
+    """The search for weights: prompts to fit and prompts held out, through the merge."""
+
+    job: FitJob
+    merged: MergedStack
+    vocabulary: int
+    fitted: list[Lesson]
+    held: list[Lesson]
+    processes: ProcessGroup
+    start: StartProgress
+
+    @property
+    def looked_at(self) -> list[Lesson]:
+        """What decides which weights are best: the prompts held out, if there are any."""
+        return self.held or self.fitted
+
+    def carry_out(self, shares: FusionWeights, resume: Resume) -> Found:
+        """Phases 4 and 5."""
+        first, scale, loss = self._scale(shares)
+        name = "the plain average" if self.job.start == "average" else "the shares of score files"
+        if self.job.family == "cross":
+            first, scale, loss = self._scale(self._crossed(first))
+            name = "cross effects"
+        name = f"{name} times {scale:g}"
+        before_K = self._look(first)
+        point = LossAt(0, loss, float(before_K.mean()) if self.held else None)
+        if self.job.family in ("scale", "cross"):
+            return Found(first, name, (point,), 0, before_K, before_K)
+        weights, curve, best_step = self._descend(first, point, resume)
+        return Found(weights, name, curve, best_step, before_K, self._look(weights))
+
+    def _scale(self, shares: FusionWeights) -> tuple[FusionWeights, float, float]:
+        """(the shares times the scale with the least loss on some of the fitted prompts, the scale, that loss)."""
+        candidates = [_bounded(shares.scaled(scale)) for scale in SCALES]
+        lessons = self._drawn(0)
+        tick = self.start(len(lessons), f"Trying {len(SCALES)} scales", "prompt")
+        kl_CN = branch_losses(self.merged, candidates, self._batches(lessons), self.vocabulary, self.processes, tick)
+        loss_C = torch.stack([unrecovered(lessons, kl_N).mean() for kl_N in kl_CN])
+        best = int(loss_C.argmin())
+        return candidates[best], SCALES[best], float(loss_C[best])
+
+    def _crossed(self, average: FusionWeights) -> FusionWeights:
+        """Weights from cross effects on all fitted prompts."""
+        batches = self._batches(self.fitted)
+        tick = self.start(len(self.fitted), "Reading cross effects", "prompt")
+        gaps = _weights(self.fitted) * len(self.fitted)
+        return cross_weights(self.merged, batches, gaps, average, self.vocabulary, self.processes, tick)
+
+    def _descend(
+        self, first: FusionWeights, point: LossAt, resume: Resume
+    ) -> tuple[FusionWeights, tuple[LossAt, ...], int]:
+        """Adam from the weights `first`; (the best, the curve, the best's step)."""
+        job, processes, K = self.job, self.processes, len(self.merged.experts)
+        family = WeightFamily.named(job.family, K, self.merged.geometry)
+        state = Descent(family.mean(first), point, job.steps, job.rate)
+        if (saved := processes.tell(resume.load(0, 0, state.tensors()))) is not None:
+            state.restore(saved)
+            LOG.info("Going on after %d finished steps.", state.step)
+        prompts = len(self._drawn(1))
+        tick = self.start(job.steps * prompts, "Fitting", "prompt")
+        tick(state.step * prompts)
+        while state.step < job.steps and not state.stalled(job.patience):
+            lessons = self._drawn(state.step + 1)
+            self.merged.set(family.spread(state.number_P.detach()))
+            kl_N, gradient = loss_and_gradient(
+                self.merged, self._batches(lessons), _weights(lessons), self.vocabulary, self.processes, tick
+            )
+            state.advance(float(unrecovered(lessons, kl_N).mean()), family.gather(gradient))
+            if state.step % job.look_every == 0 or state.step == job.steps:
+                state.look(float(self._look(family.spread(state.number_P.detach())).mean()))
+            resume.save(0, 0, state.tensors())
+        return family.spread(state.best_P), state.curve(bool(self.held)), state.best_step
+
+    def _look(self, weights: FusionWeights) -> torch.Tensor:
+        """R [K] of the prompts that decide."""
+        self.merged.set(weights)
+        batches = self._batches(self.looked_at)
+        kl_N = losses(self.merged, self.merged.experts, batches, self.vocabulary, self.processes, lambda _done: None)
+        return unrecovered(self.looked_at, kl_N)
+
+    def _batches(self, lessons: Sequence[Lesson]) -> list[LessonBatch]:
+        return batch_lessons(lessons, self.job.batch_size, (self.merged.base, *self.merged.experts))
+
+    def _drawn(self, step: int) -> list[Lesson]:
+        """The prompts of one step: some of each expert, all of them where there are few."""
+        found: list[Lesson] = []
+        for teacher in range(len(self.merged.experts)):
+            own = [lesson for lesson in self.fitted if lesson.teacher == teacher]
+            count = min(self.job.prompts_a_step, len(own))
+            found += random.Random(f"{self.job.seed}/step {step}/{teacher}").sample(own, count)
+        return found
+
+
+def _weights(lessons: Sequence[Lesson]) -> torch.Tensor:
+    """Of KL(x) in the loss, float64 [N]: 1 / (K N_t mean gap of t)."""
+    teachers = torch.tensor([lesson.teacher for lesson in lessons])
+    base_N = torch.tensor([lesson.base_kl for lesson in lessons], dtype=torch.float64)
+    weights_N = torch.zeros(len(lessons), dtype=torch.float64)
+    for k in (found := teachers.unique()):
+        weights_N[teachers == k] = 1 / (len(found) * base_N[teachers == k].sum())
+    return weights_N
+
+
+def _bounded(weights: FusionWeights) -> FusionWeights:
+    return FusionWeights(*(x.clamp(0, MOST) for x in (weights.heads_KLH, weights.neurons_KLF, weights.rest_K)))
+
+
+class Descent:
+    """Numbers [P] under torch's Adam, kept within the bounds; the best look at them so far, and the curve.
+
+    All of it is tensors (`tensors`), so that a killed run goes on from them (`restore`).
+    looks  [steps + 1, 3] float64: step, mean loss of the fitted prompts since the look before, loss at the look
+    """
+
+    def __init__(self, number_P: torch.Tensor, point: LossAt, steps: int, rate: float):
+        self.number_P = torch.nn.Parameter(number_P.clone(), requires_grad=False)
+        self.optimizer = torch.optim.Adam([self.number_P], lr=rate, betas=(0.9, 0.99))
+        self.best_P, self.since = number_P.clone(), torch.zeros(2, dtype=torch.float64)
+        self.looks = torch.zeros(steps + 1, 3, dtype=torch.float64)
+        self.looks[0, 1:] = torch.tensor([point.fitted, point.fitted if point.held_out is None else point.held_out])
+        self.counts = torch.tensor([0, 1, 0])  # steps, looks, the best look
+
+    step = property(lambda self: int(self.counts[0]))
+    best_step = property(lambda self: int(self.looks[self.counts[2], 0]))
+
+    def advance(self, loss: float, gradient_P: torch.Tensor) -> None:
+        """One step against the gradient, at which the loss of the step's prompts was `loss`."""
+        self.number_P.grad = gradient_P
+        self.optimizer.step()
+        self.number_P.clamp_(0, MOST)
+        self.counts[0] += 1
+        self.since += torch.tensor([loss, 1.0])
+
+    def look(self, loss: float) -> None:
+        """Take down the loss of the prompts that decide, and keep the numbers if none were better."""
+        at = int(self.counts[1])
+        self.looks[at] = torch.tensor([float(self.step), float(self.since[0] / self.since[1]), loss])
+        self.since.zero_()
+        self.counts[1] += 1
+        if loss < (1 - SAME) * float(self.looks[self.counts[2], 2]):
+            self.counts[2] = at
+            self.best_P = self.number_P.detach().clone()
+
+    def stalled(self, patience: int) -> bool:
+        """As many looks as that without a better one."""
+        return int(self.counts[1] - 1 - self.counts[2]) >= patience
+
+    def curve(self, held: bool) -> tuple[LossAt, ...]:
+        rows = self.looks[: int(self.counts[1])].tolist()
+        return tuple(LossAt(int(step), fitted, looked if held else None) for step, fitted, looked in rows)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state.get(self.number_P) or {
+            "step": torch.zeros(()), "exp_avg": torch.zeros_like(self.number_P),
+            "exp_avg_sq": torch.zeros_like(self.number_P),
+        }  # fmt: skip
+        own = {name: getattr(self, name) for name in ("best_P", "since", "looks", "counts")}
+        return {"number_P": self.number_P.detach(), **state, **own}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what `tensors` said."""
+        self.number_P.copy_(tensors.pop("number_P"))
+        self.optimizer.state[self.number_P] = {name: tensors.pop(name) for name in ("step", "exp_avg", "exp_avg_sq")}
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+
+def _start_shares(job: FitJob, ready: Sequence[Prepared]) -> FusionWeights:
+    """1/K of everything, or what the score files of the experts give (Eq. 17)."""
+    shape, count = ready[0].checked.base.geometry, len(ready)
+    average = FusionWeights.uniform(shape, [1 / count] * count)
+    if job.start == "average":
+        return average
+    files = []
+    for expert, each in zip(job.models, ready, strict=True):
+        scores = read_scores(str(expert.scores))
+        check_complete(scores, str(expert.scores))
+        for scored, found in (
+            (scores.meta.base, each.checked.base_print),
+            (scores.meta.expert, each.checked.expert_print),
+        ):
+            if scored.tensors != found.tensors:
+                raise BadInput(
+                    f"{expert.scores}: holds scores of {scored.name}, not of {expert.expert}; score this pair."
+                )
+        files.append(scores)
+    heads, neurons = (component_weights([getattr(x, kind) for x in files]) for kind in ("heads", "neurons"))
+    return FusionWeights(heads, neurons, average.rest_K)
+
+
+def _inputs(job: FitJob, ready: Sequence[Prepared], run: FitRun) -> dict[str, object]:
+    """All that the numbers depend on, for `Resume`."""
+    asked = {name: value for name, value in asdict(job).items() if name not in ("experts", "template")}
+    return {
+        "job": asked,
+        "prints": [asdict(each.checked.expert_print) for each in ready] + [asdict(ready[0].checked.base_print)],
+        "scores": [digest(Path(expert.scores)) if expert.scores else None for expert in job.models],
+        "prompts": [[(x.teacher, x.prompt, x.answer) for x in part] for part in (run.fitted, run.held)],
+        "ran": [str(run.merged.device.type), str(run.merged.dtype), run.merged.streamed, run.processes.size],
+        "versions": _versions(),
+    }
+
+
+def _fit_of(job: FitJob, ready: Sequence[Prepared], run: FitRun, found: Found, date: str) -> Fit:
+    """What goes into the file."""
+    prompts = []
+    for k, each in enumerate(ready):
+        fitted, held = (sum(lesson.teacher == k for lesson in part) for part in (run.fitted, run.held))
+        prompts.append(FittedPrompts(fitted, held, each.style))
+    open_K = zip(found.before_K.tolist(), found.after_K.tolist(), strict=True)
+    device = run.merged.device
+    meta = FitMeta(
+        base=ModelId.of(job.base, ready[0].checked.base_print),
+        experts=tuple(
+            ModelId.of(expert.expert, each.checked.expert_print) for expert, each in zip(job.models, ready, strict=True)
+        ),
+        geometry=run.merged.geometry,
+        family=job.family,
+        start=found.start,
+        answer_tokens=job.answer_tokens,
+        seed=job.seed,
+        prompts=tuple(prompts),
+        curve=found.curve,
+        unrecovered=tuple(Unrecovered(1.0, before, after) for before, after in open_K),
+        best_step=found.best_step,
+        dtype=str(run.merged.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        versions=_versions(),
+        date=date,
+    )
+    return Fit(meta, found.weights.heads_KLH, found.weights.neurons_KLF, found.weights.rest_K)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "safetensors")
+    return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}

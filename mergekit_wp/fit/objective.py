@@ -1,0 +1,402 @@
+"""What the fit makes small, and its gradient without a weight gradient (METHOD.md 6).
+
+Every expert t answered its own prompts greedily. With KL_t(x) the mean over the positions of the answer to x of
+KL(p_t || p) (Eq. 72, 84), the share of t's gap that a merge leaves open, and the loss, are
+
+    R_t(w) = mean_x KL_t(x | merge) / mean_x KL_t(x | base)            L(w) = mean_t R_t(w)
+
+The merge is linear in its weights w, so the gradient is Weight Patching's attribution (Eq. 11) with the merge in the
+place of the base:
+
+    dL/dw_k(c) = sum over the parameters p of c of (theta_k - theta_base)_p dL/dp
+
+1. forward    the merge runs up to its output, keeping the input of every layer
+2. loss       at the positions of the answers alone; there, what output head and final norm contribute
+3. backward   layer by layer, one product for each expert and projection (`first_order`); norms, which are small, by
+              autograd; the embeddings, in which layer 0's input is linear, by what enters it
+
+Legend: K experts, L layers, H heads, F neurons, B prompts, A positions of an answer, N = positions of all answers of a
+batch, T tokens, D residual width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mergekit_wp.checkpoint.vocabulary import align_rows
+from mergekit_wp.console import Tick
+from mergekit_wp.fit.merged import FusionWeights, MergedStack, outer_modules
+from mergekit_wp.geometry import Geometry
+from mergekit_wp.memory import free_memory
+from mergekit_wp.scoring.batching import Batch, Tokens, numbered_batches
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.first_order import attr_heads, attr_neurons, attr_rows
+from mergekit_wp.scoring.hooks import SCORED, LayerRecord
+from mergekit_wp.scoring.metrics import kl_utility
+from mergekit_wp.scoring.models.layerwise import Stack
+from mergekit_wp.scoring.sweep import ActivationCache, batch_groups, forward_sweep
+
+_PROJECTIONS = (*SCORED, "k", "v")
+_MOST_LOGITS = 1 << 27  # numbers at once: half a gigabyte
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One prompt of expert number `teacher` with the expert's answer, as token ids, and what the expert says there.
+
+    final_AD   the expert's own stream above its last layer at the positions of the answer, float32 in host memory: its
+               logits are made of it anew each time, which costs one product and saves V numbers a position
+    base_kl    KL_t(x | base)
+    """
+
+    teacher: int
+    prompt: list[int]
+    answer: list[int]
+    final_AD: torch.Tensor
+    base_kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class LessonBatch:
+    """Lessons of one teacher that run together. `numbers`: their places in the list that was batched."""
+
+    numbers: list[int]
+    lessons: list[Lesson]
+    batch: Batch
+
+    @property
+    def teacher(self) -> int:
+        return self.lessons[0].teacher
+
+    @property
+    def mask_BA(self) -> torch.Tensor:
+        """Which of the positions read belong to an answer."""
+        return self.batch.weights_BA > 0
+
+    def reads(self, stream_BTD: torch.Tensor) -> torch.Tensor:
+        """The stream at the positions of the answers [N, D]."""
+        return self.batch.at_reads(stream_BTD)[self.mask_BA]
+
+    def mean(self, values_N: torch.Tensor) -> torch.Tensor:
+        """The mean over each prompt's answer, float64 [B]."""
+        spread_BA = values_N.new_zeros(self.mask_BA.shape, dtype=torch.float64)
+        spread_BA[self.mask_BA] = values_N.double()
+        return (spread_BA * self.batch.weights_BA.double()).sum(1)
+
+    def targets(self, device: torch.device) -> torch.Tensor:
+        """The teacher's stream at those positions [N, D]."""
+        return torch.cat([lesson.final_AD for lesson in self.lessons]).to(device)
+
+
+@torch.no_grad()
+def read_lessons(
+    stack: Stack, teacher: int, prompts: Tokens, answers: Tokens, batch_size: int, tick: Tick
+) -> list[Lesson]:
+    """What the expert `stack` says along its own answers, in the order of the prompts. `tick` is told of prompts."""
+    found: dict[int, Lesson] = {}
+    numbered = list(numbered_batches(prompts, batch_size, stack, answers=answers))
+    for group in batch_groups(stack, numbered, lambda each: each[1].ids_BT.numel()):
+        batches = [batch for _numbers, batch in group]
+        for (numbers, batch), final_BTD in zip(group, _final_streams(stack, batches, tick), strict=True):
+            for number, final_AD in zip(numbers, batch.at_reads(final_BTD).cpu(), strict=True):
+                answer = answers[number]
+                found[number] = Lesson(teacher, prompts[number], answer, final_AD[: len(answer)].clone())
+    return [found[number] for number in range(len(prompts))]
+
+
+def batch_lessons(lessons: Sequence[Lesson], batch_size: int, stacks: Sequence[Stack]) -> list[LessonBatch]:
+    """In batches of one teacher each, that all `stacks` may run."""
+    found = []
+    for teacher in sorted({lesson.teacher for lesson in lessons}):
+        own = [number for number, lesson in enumerate(lessons) if lesson.teacher == teacher]
+        prompts, answers = [lessons[i].prompt for i in own], [lessons[i].answer for i in own]
+        for chosen, batch in numbered_batches(prompts, batch_size, *stacks, answers=answers):
+            numbers = [own[i] for i in chosen]
+            found.append(LessonBatch(numbers, [lessons[i] for i in numbers], batch))
+    return found
+
+
+@torch.no_grad()
+def losses(
+    stack: Stack,
+    teachers: Sequence[Stack],
+    batches: Sequence[LessonBatch],
+    vocabulary: int,
+    processes: ProcessGroup,
+    tick: Tick,
+) -> torch.Tensor:
+    """KL_t(x | stack) of every lesson, float64, by its number, on the CPU; each process reads some of the batches."""
+    found_N = torch.zeros(sum(len(each.numbers) for each in batches), dtype=torch.float64)
+    for group in batch_groups(stack, processes.share(batches), lambda each: each.batch.ids_BT.numel()):
+        streams = _final_streams(stack, [each.batch for each in group], tick)
+        for each, final_BTD in zip(group, streams, strict=True):
+            found_N[each.numbers] = _loss_of(stack, teachers, each, final_BTD, vocabulary)
+    return _add_up(found_N, processes, stack)
+
+
+@torch.no_grad()
+def branch_losses(
+    merged: MergedStack,
+    candidates: Sequence[FusionWeights],
+    batches: Sequence[LessonBatch],
+    vocabulary: int,
+    processes: ProcessGroup,
+    tick: Tick,
+) -> torch.Tensor:
+    """As `losses`, of the merges by each of C weights: float64 [C, N]. Every layer is read once (but for memory)."""
+    count, before = len(candidates), merged.weights
+    found_CN = torch.zeros(count, sum(len(each.numbers) for each in batches), dtype=torch.float64)
+    for group in batch_groups(merged, processes.share(batches), lambda each: count * each.batch.ids_BT.numel()):
+        starts = [merged.starts(each.batch, candidates) for each in group]
+        streams = [[start[branch].stream_BTD for start in starts] for branch in range(count)]
+        for index, branch, layer in merged.branches(range(merged.depth), candidates):
+            for i, stream_BTD in enumerate(streams[branch]):
+                streams[branch][i] = merged.call(layer, stream_BTD, starts[i][branch].calls[index])
+            tick(sum(len(each.numbers) for each in group) / merged.depth)
+        for branch, weights in enumerate(candidates):
+            merged.set(weights)
+            for each, final_BTD in zip(group, streams[branch], strict=True):
+                found_CN[branch, each.numbers] = _loss_of(merged, merged.experts, each, final_BTD, vocabulary)
+    merged.set(before)
+    return _add_up(found_CN, processes, merged)
+
+
+def loss_and_gradient(
+    merged: MergedStack,
+    batches: Sequence[LessonBatch],
+    weights_N: torch.Tensor,
+    vocabulary: int,
+    processes: ProcessGroup,
+    tick: Tick,
+) -> tuple[torch.Tensor, FusionWeights]:
+    """(KL_t(x | merge) of every lesson, float64 [N]; the gradient of sum_x weights(x) KL(x)), on the CPU."""
+    gradient = Gradient(merged)
+    found_N = passes(merged, batches, weights_N, vocabulary, gradient, processes, tick)
+    return found_N, gradient.total(processes)
+
+
+def passes(
+    merged: MergedStack,
+    batches: Sequence[LessonBatch],
+    weights_N: torch.Tensor,
+    vocabulary: int,
+    gradient: Gradient,
+    processes: ProcessGroup,
+    tick: Tick,
+) -> torch.Tensor:
+    """As `loss_and_gradient`, into a `gradient` of the caller's, which holds this process's share of the sums."""
+    found_N = torch.zeros(len(weights_N), dtype=torch.float64)
+    for group in batch_groups(merged, processes.share(batches), lambda each: each.batch.ids_BT.numel()):
+        _pass(merged, group, weights_N, vocabulary, found_N, gradient, tick)
+    return _add_up(found_N, processes, merged)
+
+
+def _pass(
+    merged: MergedStack,
+    group: Sequence[LessonBatch],
+    weights_N: torch.Tensor,
+    vocabulary: int,
+    found_N: torch.Tensor,
+    gradient: Gradient,
+    tick: Tick,
+) -> None:
+    """Forward and backward of one group; writes its losses and adds to the gradient."""
+    starts = [merged.start(each.batch) for each in group]
+    tokens = sum(each.batch.ids_BT.numel() for each in group)
+    cache = ActivationCache(
+        starts,
+        [each.batch.reads_BA for each in group],
+        merged.depth,
+        keep_graphs=_graphs_fit(merged, tokens),
+        offload=merged.streamed and merged.device.type != "cpu",
+        projections=_PROJECTIONS,
+    )
+    prompts, streams = sum(len(each.numbers) for each in group), [start.stream_BTD for start in starts]
+    for _index, above in cache.forward(merged):
+        streams = above
+        tick(prompts / (2 * merged.depth))
+    below: list[torch.Tensor] = []
+    for each, final_BTD in zip(group, streams, strict=True):
+        kl_B, gradient_ND = gradient.of_output(each, final_BTD, weights_N[each.numbers], vocabulary)
+        found_N[each.numbers] = kl_B
+        gradient_BTD = torch.zeros_like(final_BTD)
+        rows_BA = torch.arange(len(final_BTD), device=merged.device)[:, None].expand_as(each.batch.reads_BA)
+        mask_BA = each.mask_BA
+        gradient_BTD[rows_BA[mask_BA], each.batch.reads_BA[mask_BA]] = gradient_ND
+        below.append(gradient_BTD)
+    order = range(merged.depth - 1, -1, -1)
+    for index, layer in zip(order, merged.layers(order), strict=True):
+        small = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        for i in range(len(group)):
+            above_BTD, record = cache.recorded(merged, layer, index, i, gradient=True)
+            below[i] = record.backward(above_BTD, below[i], parameters=small)
+            gradient.of_layer(index, record, group[i].teacher)
+            del above_BTD, record
+        cache.forget(index)
+        tick(prompts / (2 * merged.depth))
+    for each, gradient_BTD in zip(group, below, strict=True):
+        gradient.of_input(each.batch, gradient_BTD)
+
+
+def _graphs_fit(merged: MergedStack, tokens: int) -> bool:
+    """Whether the graphs of all layers may be kept, which saves the second forward pass: of resident models, where
+    they take at most a quarter of what is free."""
+    shape = merged.geometry
+    floats = 10 * shape.d_model + 6 * shape.heads * shape.head_dim + 6 * shape.neurons
+    return not merged.streamed and 4 * tokens * floats * shape.layers < free_memory(merged.device) / 4
+
+
+class Gradient:
+    """The sums of dS/dw_k, float64, where S = sum_x weight(x) KL(x)."""
+
+    def __init__(self, merged: MergedStack):
+        self.merged, self.geometry, count = merged, merged.geometry, len(merged.experts)
+        shape = self.geometry
+        sizes = (shape.layers, shape.heads), (shape.layers, shape.neurons), ()
+        self.heads_KLH, self.neurons_KLF, self.rest_K = (
+            torch.zeros(count, *size, dtype=torch.float64, device=merged.device) for size in sizes
+        )
+
+    def total(self, processes: ProcessGroup) -> FusionWeights:
+        sums = (processes.add_up(x) for x in (self.heads_KLH, self.neurons_KLF, self.rest_K))
+        return FusionWeights(*(x.float().cpu() for x in sums))
+
+    def of_output(
+        self, each: LessonBatch, final_BTD: torch.Tensor, weights_B: torch.Tensor, vocabulary: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(KL [B] float64 on the CPU, dS/d(stream at the answers' positions) [N, D]); adds what norm and head give."""
+        final_ND, targets_ND = each.reads(final_BTD), each.targets(self.merged.device)
+        spread_BA = weights_B.to(final_ND.device)[:, None] * each.batch.weights_BA.double()
+        weights_N = spread_BA[each.mask_BA]
+        kl, gradients = [], []
+        for part in _parts(len(final_ND), vocabulary):
+            with torch.no_grad():
+                teacher_NV = self.merged.experts[each.teacher].logits(targets_ND[part], vocabulary)
+            kl_N, gradient_ND = self._through_head(final_ND[part], teacher_NV, weights_N[part], vocabulary)
+            kl.append(kl_N)
+            gradients.append(gradient_ND)
+        return each.mean(torch.cat(kl)).cpu(), torch.cat(gradients)
+
+    def _through_head(
+        self, final_ND: torch.Tensor, teacher_NV: torch.Tensor, weights_N: torch.Tensor, vocabulary: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        merged, seen = self.merged, {}
+        merged.read_head()
+        norm, head = outer_modules(merged)
+
+        def catch(_module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            seen["read"], seen["written"] = args[0], output
+
+        small = {name: p for name, p in norm.named_parameters() if p.requires_grad}
+        # Weights are a share of a prompt's: in float16, gradients that small would vanish.
+        scale = 2.0**10 / weights_N.abs().max().clamp(min=1e-30)
+        handle = head.register_forward_hook(catch)
+        try:
+            with torch.enable_grad():
+                z_ND = final_ND.detach().requires_grad_(True)
+                kl_N = -kl_utility(merged.logits(z_ND, vocabulary), teacher_NV)
+                leaves = [z_ND, seen["written"], *small.values()]
+                found = torch.autograd.grad((scale * weights_N * kl_N).sum(), leaves)
+        finally:
+            handle.remove()
+        gradient_ND, gradient_NV = found[0] / scale.float(), found[1].flatten(0, -2)
+        with torch.no_grad(), merged.autocast():
+            base, *experts = (outer_modules(stack) for stack in (merged.base, *merged.experts))
+            for k, (own_norm, own_head) in enumerate(experts):
+                self.rest_K[k] += _moved(dict(zip(small, found[2:], strict=True)), base[0], own_norm) / scale
+                self.rest_K[k] += _through(base[1], own_head, seen["read"].flatten(0, -2), gradient_NV) / scale
+        return kl_N.detach(), gradient_ND
+
+    @torch.no_grad()
+    def of_layer(self, index: int, record: LayerRecord, _teacher: int) -> None:
+        """Add what one layer gives for one batch, from the gradients in its record."""
+        base, experts = self.merged.sources(index)
+        with self.merged.autocast():
+            for k, expert in enumerate(experts):
+                effects_H, effects_F = component_effects(base, expert, record, self.geometry)
+                self.heads_KLH[k, index] += effects_H
+                self.neurons_KLF[k, index] += effects_F
+                self.rest_K[k] += _moved(record.grad_parameters, base, expert) / record.scale
+
+    @torch.no_grad()
+    def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
+        """Add what the embeddings give, from the gradient at the stream that enters layer 0."""
+        for k, change_BTD in enumerate(self.merged.start_changes(batch)):
+            self.rest_K[k] += (gradient_BTD * change_BTD).sum(dtype=torch.float64)
+
+
+def component_effects(
+    base: nn.Module, expert: nn.Module, record: LayerRecord, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dS/dalpha_k of every head [..., H] and neuron [..., F] of one layer, float32.
+
+    Keys and values have the mean weight of their group's query heads, so each of these has its part of what they give.
+    """
+    queries_H, written_H = attr_heads(base, expert, record, geometry).values()
+    rows_K = attr_rows("k", base, expert, record) + attr_rows("v", base, expert, record)
+    groups = rows_K.unflatten(-1, (geometry.kv_heads, geometry.head_dim)).sum(-1) / geometry.group_size
+    gate_F, up_F, down_F = attr_neurons(base, expert, record, geometry).values()
+    return queries_H + written_H + groups.repeat_interleave(geometry.group_size, -1), gate_F + up_F + down_F
+
+
+def _moved(gradients: Mapping[str, torch.Tensor], base: nn.Module, expert: nn.Module) -> torch.Tensor:
+    """sum over some parameters, by name, of gradient . (theta_k - theta_base), float64 []."""
+    total = torch.zeros((), dtype=torch.float64, device=next(base.parameters()).device)
+    for name, gradient in gradients.items():
+        change = expert.get_parameter(name).float() - base.get_parameter(name).float()
+        total += (gradient.float() * change).sum(dtype=torch.float64)
+    return total
+
+
+def _through(base: nn.Module, expert: nn.Module, read_ND: torch.Tensor, gradient_NV: torch.Tensor) -> torch.Tensor:
+    """sum over an output head's weights (and bias) of dS/dW . (W_k - W_base), float64 [], some rows at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=read_ND.device)
+    own, others = dict(base.named_parameters()), dict(expert.named_parameters())
+    weight_VD, other_VD = own["weight"], align_rows(others["weight"], own["weight"])
+    for begin in range(0, gradient_NV.shape[-1], rows := max(1, _MOST_LOGITS // (4 * weight_VD.shape[1]))):
+        part = slice(begin, begin + rows)
+        change_VD = other_VD[part].float() - weight_VD[part].float()
+        written_NV = read_ND @ change_VD.T.to(read_ND.dtype)
+        total += (written_NV.float() * gradient_NV[:, part].float()).sum(dtype=torch.float64)
+    if "bias" in own:
+        change_V = align_rows(others["bias"], own["bias"]).float() - own["bias"].float()
+        total += (gradient_NV.float().sum(0) * change_V[: gradient_NV.shape[-1]]).sum(dtype=torch.float64)
+    return total
+
+
+def _loss_of(
+    stack: Stack, teachers: Sequence[Stack], each: LessonBatch, final_BTD: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """KL_t(x | stack) of each prompt of the batch, float64 [B] on the CPU."""
+    final_ND, targets_ND = each.reads(final_BTD), each.targets(stack.device)
+    kl = [
+        -kl_utility(
+            stack.logits(final_ND[part], vocabulary), teachers[each.teacher].logits(targets_ND[part], vocabulary)
+        )
+        for part in _parts(len(final_ND), vocabulary)
+    ]
+    return each.mean(torch.cat(kl)).cpu()
+
+
+def _add_up(found_N: torch.Tensor, processes: ProcessGroup, stack: Stack) -> torch.Tensor:
+    """Over the processes, which talk through the device's memory."""
+    return processes.add_up(found_N.to(stack.device)).cpu()
+
+
+def _parts(count: int, vocabulary: int) -> Iterator[slice]:
+    """Positions whose logits are made together."""
+    size = max(1, _MOST_LOGITS // vocabulary)
+    yield from (slice(begin, begin + size) for begin in range(0, count, size))
+
+
+def _final_streams(stack: Stack, batches: Sequence[Batch], tick: Tick) -> list[torch.Tensor]:
+    """The streams above the last layer [B, T, D], right at the positions read."""
+    starts = [stack.start(batch) for batch in batches]
+    streams: list[torch.Tensor] = []
+    for _layer, streams in forward_sweep(stack, starts, stack.depth, at=[batch.reads_BA for batch in batches]):  # noqa: B007
+        tick(sum(len(batch.last_B) for batch in batches) / stack.depth)
+    return list(streams)

@@ -1,0 +1,235 @@
+"""wp-fit from its command: what it writes, what it refuses, and that a kill or company changes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+import yaml
+from click.testing import CliRunner
+from fit_world import geometry_of, save_experts
+from merge_world import write_random_scores
+from safetensors import safe_open
+from score_jobs import write_pairs
+
+import mergekit_wp.fit.fit as module
+from mergekit_wp.errors import BadInput
+from mergekit_wp.fit.cli import main
+from mergekit_wp.fit.fit import Descent, fit, hold_out
+from mergekit_wp.fit.job import FitJob, load_fit_job
+from mergekit_wp.fit.objective import Lesson
+from mergekit_wp.fit_file import LossAt, read_fit
+from mergekit_wp.scoring.resume import Resume
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with base, two experts, prompts of each, a job, and score files."""
+    root = tmp_path_factory.mktemp("fit")
+    folders = save_experts(root, "llama", extra_rows=1)
+    for k, folder in enumerate(folders[1:]):
+        write_pairs(root / f"pairs{k}.jsonl", contrast=False, tasks=(f"t{k}",), rows=8)
+        write_random_scores(root / f"scores{k}.safetensors", str(folders[0]), str(folder), k, geometry_of(folders[0]))
+    return root
+
+
+def job_of(world, **changes):
+    experts = [
+        {"expert": str(world / f"expert{k}"), "pairs": str(world / f"pairs{k}.jsonl"),
+         "scores": str(world / f"scores{k}.safetensors")} for k in range(2)
+    ]  # fmt: skip
+    defaults = {"base": str(world / "base"), "experts": experts, "device": "cpu", "answer_tokens": 3, "steps": 4,
+                "look_every": 2, "batch_size": 4}  # fmt: skip
+    return FitJob(**{**defaults, **changes})
+
+
+def run(world, out, *flags, **changes):
+    job = world / f"{out}.yaml"
+    job.write_text(yaml.safe_dump({k: v for k, v in vars(job_of(world, **changes)).items() if v is not None}))
+    return CliRunner().invoke(main, [str(job), "--out", str(world / f"{out}.safetensors"), *flags])
+
+
+def refused(result, *said):
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, result.output
+    assert all(part in errors[0] for part in said), errors[0]
+
+
+def test_the_fit_recovers_more_than_what_it_started_from_and_says_how(world):
+    result = run(world, "first", "--json", steps=12, look_every=4, hold_out=0.0)
+    assert result.exit_code == 0, result.output
+    found = read_fit(world / "first.safetensors")
+    start, end = (sum(getattr(x, when) for x in found.meta.unrecovered) / 2 for when in ("start", "end"))
+    assert found.meta.best_step > 0
+    assert end < 0.9 * start
+    assert all(point.held_out is None for point in found.meta.curve)
+    assert [(x.fitted, x.held_out) for x in found.meta.prompts] == [(8, 0), (8, 0)]
+    assert found.heads.std() > 0
+    said = json.loads(result.stdout[result.stdout.index("{\n") : result.stdout.rindex("}") + 1])
+    assert said["best_step"] == found.meta.best_step
+    rows = [json.loads(line) for line in (world / "first.expert1.answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 + 8
+    assert all(1 <= len(row["answer"]) <= 3 for row in rows[1:])
+
+
+@pytest.mark.parametrize("family", ["scale", "expert", "layer", "cross"])
+def test_families_have_the_freedom_that_they_say(world, family):
+    found = fit(job_of(world, family=family))
+    for k in range(2):
+        heads_LH, neurons_LF = found.heads[k], found.neurons[k]
+        if family in ("scale", "expert"):
+            assert heads_LH.unique().numel() == 1
+            assert torch.equal(heads_LH.unique(), neurons_LF.unique())
+        elif family == "layer":
+            assert all(row.unique().numel() == 1 for row in (*heads_LH, *neurons_LF))
+            assert heads_LH[:, 0].unique().numel() == 4
+        else:
+            assert heads_LH.unique().numel() > 8
+    if family == "scale":
+        assert torch.equal(found.heads[0], found.heads[1])
+        assert found.meta.best_step == 0
+
+
+def test_shares_of_score_files_are_a_start(world):
+    found = fit(job_of(world, start="scores", family="scale"))
+    scale = float(found.meta.start.rpartition(" ")[2])
+    from mergekit_wp.merge.kernel import component_weights
+    from mergekit_wp.scores import read_scores
+
+    files = [read_scores(world / f"scores{k}.safetensors") for k in range(2)]
+    shares = component_weights([scores.neurons for scores in files])
+    torch.testing.assert_close(found.neurons, (scale * shares).clamp(max=2))
+    assert found.meta.start.startswith("the shares")
+
+
+def test_the_next_token_alone(world):
+    found = fit(job_of(world, answer_tokens=0, family="scale"))
+    assert found.meta.answer_tokens == 0
+
+
+def test_streamed_is_resident(world):
+    one, other = (fit(job_of(world, offload=offload)) for offload in ("none", "stream"))
+    assert [x.step for x in one.meta.curve] == [x.step for x in other.meta.curve]
+    for a, b in zip(one.meta.curve, other.meta.curve, strict=True):
+        assert a.held_out == pytest.approx(b.held_out, rel=1e-3)
+    # Adam's first steps go by the sign of the gradient, which rounding decides where it is nothing.
+    assert (one.neurons - other.neurons).abs().median() < 1e-4
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(world, monkeypatch):
+    whole = run(world, "whole")
+    assert whole.exit_code == 0, whole.output
+    calls = []
+
+    def dies(*arguments):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments)
+
+    real = module.loss_and_gradient
+    monkeypatch.setattr(module, "loss_and_gradient", dies)
+    assert run(world, "again").exit_code != 0
+    assert not (world / "again.safetensors").exists()
+    monkeypatch.setattr(module, "loss_and_gradient", real)
+    again = run(world, "again")
+    assert "Going on after 3 finished steps" in again.output
+    one, other = (safe_open(world / f"{name}.safetensors", "pt") for name in ("whole", "again"))
+    for name in one.keys():  # noqa: SIM118
+        assert torch.equal(one.get_tensor(name), other.get_tensor(name))
+    said = [json.loads(file.metadata()["wp_fit"]) for file in (one, other)]
+    assert said[0]["curve"] == said[1]["curve"]
+    assert not list(world.glob(".again*"))
+
+
+def test_prompts_held_out_decide_which_step_is_kept(world):
+    found = fit(job_of(world, steps=6))
+    looks = [point.held_out for point in found.meta.curve]
+    best = next(point for point in found.meta.curve if point.step == found.meta.best_step)
+    assert best.held_out <= min(looks) * 1.001
+    ends = [each.end for each in found.meta.unrecovered]
+    assert sum(ends) / 2 == pytest.approx(best.held_out, rel=1e-5)
+    assert [(x.fitted, x.held_out) for x in found.meta.prompts] == [(6, 2), (6, 2)]
+
+
+class TestRefusals:
+    def test_an_expert_without_a_gap(self, world):
+        tiny.save(tiny.random_model("llama", seed=1), world / "same")
+        from safetensors.torch import load_file, save_file
+
+        for file in (world / "same").glob("model-*.safetensors"):
+            tensors = load_file(file)
+            if "model.layers.3.mlp.down_proj.weight" in tensors:
+                tensors["model.layers.3.mlp.down_proj.weight"][0, 0] += 1e-6
+            save_file(tensors, file, metadata={"format": "pt"})
+        experts = [job_of(world).experts[0], {"expert": str(world / "same"), "pairs": str(world / "pairs1.jsonl")}]
+        refused(run(world, "no-gap", experts=experts), "same", "says what the base says")
+
+    def test_one_expert_alone(self, world):
+        with pytest.raises(BadInput, match="at least two"):
+            job_of(world, experts=job_of(world).experts[:1])
+
+    def test_the_same_expert_twice(self, world):
+        expert = job_of(world).experts[0]
+        refused(run(world, "twice", experts=[expert, expert]), "listed twice")
+
+    def test_scores_of_another_expert(self, world):
+        one, other = job_of(world).experts
+        swapped = [{**one, "scores": other["scores"]}, {**other, "scores": one["scores"]}]
+        refused(run(world, "swapped", experts=swapped, start="scores"), "scores1.safetensors", "not of")
+
+    def test_fields(self, world, tmp_path):
+        expert = {"expert": "e", "pairs": "p"}
+        for change, said in (
+            ({"experts": "x"}, "experts: found 'x'"),
+            ({"experts": [expert, {"expert": "f"}]}, "experts, entry 2: lacks pairs"),
+            ({"experts": [expert, {**expert, "weight": 1}]}, "experts, entry 2: unknown field 'weight'"),
+            ({"experts": [expert, {**expert, "pairs": 3}]}, "experts, entry 2, pairs: found 3"),
+            ({"experts": [expert, expert], "start": "scores"}, "experts, entry 1: lacks scores"),
+            ({"experts": [expert, expert], "family": "heads"}, "family: found 'heads'"),
+            ({"experts": [expert, expert], "hold_out": 1}, "hold_out: found 1"),
+            ({"experts": [expert, expert], "rate": 0}, "rate: found 0"),
+            ({"experts": [expert, expert], "colour": 1}, "unknown field 'colour'"),
+            ({}, "experts: found (), expected a list of at least two"),
+        ):
+            (tmp_path / "job.yaml").write_text(yaml.safe_dump({"base": "b", **change}))
+            with pytest.raises(BadInput) as caught:
+                load_fit_job(str(tmp_path / "job.yaml"), {})
+            assert said in caught.value.message
+            assert "job.yaml" in caught.value.message
+
+    def test_an_output_that_is_something_else(self, world):
+        (world / "other.safetensors").write_bytes((world / "scores0.safetensors").read_bytes())
+        refused(run(world, "other"), "no fit file")
+
+
+def test_a_share_of_each_experts_prompts_is_held_out():
+    lessons = [Lesson(k, [i], [0], torch.zeros(1, 1), 1.0) for k in range(2) for i in range(10 + k)]
+    fitted, held = hold_out(lessons, 0.25, 0)
+    assert [sum(x.teacher == k for x in held) for k in range(2)] == [2, 2]
+    assert sorted((x.teacher, x.prompt) for x in (*fitted, *held)) == [(x.teacher, x.prompt) for x in lessons]
+    assert held != hold_out(lessons, 0.25, 1)[1]
+
+
+def test_weights_stay_within_their_bounds_and_the_best_look_is_kept():
+    descent = Descent(torch.tensor([0.1, 1.9]), LossAt(0, 1.0, 1.0), 10, 0.5)
+    for loss in (0.5, 0.4, 0.6, 0.7):
+        descent.advance(loss, torch.tensor([1.0, -1.0]))
+        descent.look(loss)
+        assert float(descent.number_P.min()) >= 0
+        assert float(descent.number_P.max()) <= 2
+    assert descent.best_step == 2
+    assert descent.stalled(2)
+    assert not descent.stalled(3)
+    assert [point.step for point in descent.curve(True)] == [0, 1, 2, 3, 4]
+
+
+def test_finished_steps_are_kept_per_question(world, tmp_path):
+    resume = Resume(tmp_path / "fit.safetensors")
+    fit(job_of(world), resume=resume)
+    other = Resume(tmp_path / "fit.safetensors")
+    fit(job_of(world, rate=0.01), resume=other)
+    assert other.folder != resume.folder

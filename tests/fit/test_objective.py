@@ -1,0 +1,130 @@
+"""The loss and its gradient against autograd through a merge that is made by hand, prompt by prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from fit_world import geometry_of, merged_parameters, random_weights, save_experts
+from streamed_world import resident, streamed
+from torch.nn import functional
+
+from mergekit_wp.fit.families import WeightFamily
+from mergekit_wp.fit.fit import unrecovered
+from mergekit_wp.fit.merged import FusionWeights, MergedStack
+from mergekit_wp.fit.objective import batch_lessons, branch_losses, loss_and_gradient, losses, read_lessons
+from mergekit_wp.scoring.distributed import ProcessGroup
+
+ALONE = ProcessGroup()
+V = 97
+# Ragged prompts and answers of two experts.
+PROMPTS = [[[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [[3, 4], [20, 21, 22, 23], [30, 31]]]
+ANSWERS = [[[40, 41], [42]], [[43, 44, 45, 46], [47, 2], [48]]]
+
+
+def quiet(_done):
+    pass
+
+
+class World:
+    """Base and two experts, their lessons, and the reference."""
+
+    def __init__(self, root, kind, opened=resident, extra_rows=0):
+        self.folders = save_experts(root, kind, extra_rows=extra_rows)
+        self.geometry = geometry_of(self.folders[0])
+        base, *experts = map(opened, self.folders)
+        self.merged = MergedStack(base, experts, self.geometry, random_weights(self.geometry, 2))
+        self.lessons = []
+        for k, expert in enumerate(experts):
+            self.lessons += read_lessons(expert, k, PROMPTS[k], ANSWERS[k], 2, quiet)
+        self.batches = batch_lessons(self.lessons, 2, (base, *experts))
+
+    def by_hand(self, weights, numbers=None):
+        """KL_t(x | merge) of every lesson, differentiable in the weights."""
+        base, *experts = (resident(folder).model for folder in self.folders)
+        parameters = merged_parameters(base, experts, weights, self.geometry)
+        found = []
+        for lesson in self.lessons:
+            ids = torch.tensor([lesson.prompt + lesson.answer[:-1]])
+            reads = slice(len(lesson.prompt) - 1, None)
+            own = torch.func.functional_call(base, parameters, (ids,)).logits[0, reads, :V]
+            with torch.no_grad():
+                wanted = experts[lesson.teacher](ids).logits[0, reads, :V]
+            own, wanted = (functional.log_softmax(x, -1) for x in (own, wanted))
+            found.append((wanted.exp() * (wanted - own)).sum(-1).mean())
+        return torch.stack(found)
+
+
+@pytest.mark.parametrize("kind", ["llama-biased", "qwen2", "qwen3", "gemma2", *tiny.FAMILIES])
+def test_loss_and_gradient_are_autograds(tmp_path, kind):
+    world = World(tmp_path, kind)
+    weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2], dtype=torch.float64)
+    kl_N, gradient = loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet)
+
+    leaves = FusionWeights(
+        *(
+            getattr(world.merged.weights, name).clone().requires_grad_()
+            for name in ("heads_KLH", "neurons_KLF", "rest_K")
+        )
+    )
+    wanted_N = world.by_hand(leaves)
+    (weights_N * wanted_N).sum().backward()
+    torch.testing.assert_close(kl_N, wanted_N.detach().double(), rtol=1e-4, atol=1e-6)
+    for name in ("heads_KLH", "neurons_KLF", "rest_K"):
+        got, wanted = getattr(gradient, name), getattr(leaves, name).grad
+        assert (got - wanted).abs().max() < 2e-4 * wanted.abs().max(), name
+        assert wanted.abs().min() > 0 or name != "rest_K"
+
+
+@pytest.mark.parametrize("kind", ["llama-biased", "gemma2"])
+def test_streamed_is_resident(tmp_path, kind):
+    weights_N = torch.linspace(0.1, 0.5, 5, dtype=torch.float64)
+    found = []
+    for opened in (resident, streamed):
+        world = World(tmp_path / opened.__name__, kind, opened, extra_rows=2)
+        found.append(loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet))
+    (one_N, one), (other_N, other) = found
+    torch.testing.assert_close(one_N, other_N, rtol=1e-5, atol=1e-7)
+    for name in ("heads_KLH", "neurons_KLF", "rest_K"):
+        wanted = getattr(one, name)
+        assert (getattr(other, name) - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("opened", [resident, streamed])
+def test_branches_are_merges_one_by_one(tmp_path, opened):
+    world = World(tmp_path, "qwen2", opened)
+    candidates = [random_weights(world.geometry, 2, seed) for seed in (1, 2, 3)]
+    found_CN = branch_losses(world.merged, candidates, world.batches, V, ALONE, quiet)
+    assert world.merged.weights == world.merged.weights
+    for weights, kl_N in zip(candidates, found_CN, strict=True):
+        torch.testing.assert_close(kl_N, world.by_hand(weights).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_leaves_nothing_of_its_own_gap_open_and_the_base_all(tmp_path):
+    world = World(tmp_path, "llama")
+    merged, teachers = world.merged, world.merged.experts
+    base_N = losses(merged.base, teachers, world.batches, V, ALONE, quiet)
+    lessons = [replace(x, base_kl=gap) for x, gap in zip(world.lessons, base_N.tolist(), strict=True)]
+    assert torch.equal(unrecovered(lessons, base_N), torch.ones(2, dtype=torch.float64))
+    merged.set(FusionWeights.uniform(world.geometry, [1.0, 0.0]))
+    left_K = unrecovered(lessons, losses(merged, teachers, world.batches, V, ALONE, quiet))
+    assert left_K[0].abs() < 1e-6
+    assert left_K[1] > 0.1
+
+
+@pytest.mark.parametrize("name", ["expert", "layer", "component"])
+def test_a_family_adds_up_the_gradients_of_what_is_one_number(name):
+    from mergekit_wp.geometry import Geometry
+
+    shape = Geometry("LlamaForCausalLM", 3, 4, 2, 8, 5, 24, 97)
+    family, K = WeightFamily.named(name, 2, shape), 2
+    counts = {"expert": 2, "layer": 2 * (2 * 3 + 1), "component": 2 * (3 * 9 + 1)}
+    assert family.numbers == counts[name]
+    number_P = torch.randn(family.numbers, requires_grad=True)
+    weights, gradient = family.spread(number_P), random_weights(shape, K)
+    total = sum((getattr(weights, x) * getattr(gradient, x)).sum() for x in ("heads_KLH", "neurons_KLF", "rest_K"))
+    total.backward()
+    torch.testing.assert_close(family.gather(gradient), number_P.grad)
+    torch.testing.assert_close(family.mean(weights), number_P)
