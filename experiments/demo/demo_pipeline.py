@@ -17,7 +17,7 @@ from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
 from mergekit_wp.pipeline.steps import pipeline_steps, write_derived
 
 EXPERTS = ("instruction", "maths", "code")
-MERGES = ("linear", "wp")
+MERGES = ("linear", "wp", "fit")
 
 
 def write_pipeline(out: Path) -> Pipeline:
@@ -39,6 +39,7 @@ def write_pipeline(out: Path) -> Pipeline:
                 "out_dtype": "bfloat16",  # as the world's models, which are not there yet when this is written
             },
             "wp": {"merge_method": "wp", "out_dtype": "bfloat16"},
+            "fit": {"fit": {"family": "component"}, "out_dtype": "bfloat16"},
         },
         "evaluate": {
             "suite": str(readable(SUITE)),

@@ -60,17 +60,20 @@ class Recipe:
         return str(self.content.get("merge_method"))
 
     def without_scores(self, files: Collection[Path]) -> Recipe:
-        """The recipe without those of its score files; nothing else of it changes."""
+        """The recipe without those of its score and fit files; nothing else of it changes."""
         content = copy.deepcopy(self.content)
         absolute = {file.absolute() for file in files}
         for parameters in _parameters(content):
-            if isinstance(name := parameters.get("scores"), str) and Path(name).absolute() in absolute:
-                del parameters["scores"]
+            for kind in ("scores", "fit"):
+                if isinstance(name := parameters.get(kind), str) and Path(name).absolute() in absolute:
+                    del parameters[kind]
         return replace(self, content=content)
 
     def score_files(self) -> set[str]:
-        """Every score file that it names."""
-        return {str(found["scores"]) for found in _parameters(self.content) if found.get("scores")}
+        """Every score and fit file that it names."""
+        return {
+            str(found[kind]) for found in _parameters(self.content) for kind in ("scores", "fit") if found.get(kind)
+        }
 
     def config(self) -> MergeConfiguration:
         """A fresh configuration: mergekit's planner rewrites the one it is given."""

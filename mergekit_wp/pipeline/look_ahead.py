@@ -72,6 +72,22 @@ def _score(step: Step, ahead: Ahead) -> None:
         pairs_of(job)
 
 
+def _fit(step: Step, ahead: Ahead) -> None:
+    from mergekit_wp.fit.cli import main
+    from mergekit_wp.fit.job import FitJob
+    from mergekit_wp.scoring.score import pairs_of, prepare
+
+    typed = _typed(main, step)
+    given = {item.name: typed[item.name] for item in fields(FitJob) if typed.get(item.name) is not None}
+    job = FitJob.from_mapping({**ahead.mapping(Path(typed["job_file"]), "fit job"), **given}, where="")
+    for expert in job.models:
+        scoring = job.scoring(expert)
+        if ahead.at_hand(job.base, *map(str, read_reference(expert.expert).sources)):
+            prepare(scoring)
+        else:
+            pairs_of(scoring)
+
+
 def _merge(step: Step, ahead: Ahead) -> None:
     from mergekit_wp.merge import register
     from mergekit_wp.merge.checks import check_plan, check_room
@@ -125,6 +141,7 @@ def _push(step: Step, ahead: Ahead) -> None:
 
 _CHECKS: dict[str, Callable[[Step, Ahead], None]] = {
     "score": _score,
+    "fit": _fit,
     "merge": _merge,
     "evaluate": _evaluate,
     "report": lambda _step, _ahead: None,  # it reads what the steps before it are checked for
@@ -142,7 +159,7 @@ def _typed(command: click.Command, step: Step) -> dict[str, Any]:
 @contextmanager
 def _one_sentence(step: Step) -> Iterator[None]:
     """What a check finds, with the field of the pipeline before it."""
-    place = {"score": "experts", "merge": "merges"}.get(step.stage, step.stage)
+    place = {"score": "experts", "fit": "merges", "merge": "merges"}.get(step.stage, step.stage)
     field = f"{place}.{step.name.partition('-')[2]}" if place != step.stage else place
     try:
         yield

@@ -8,13 +8,14 @@
       code: {model: user/code-13b, scores: scores/code-13b.safetensors}
     merges:
       linear: {merge_method: linear, expert_parameters: {weight: 1.0}}
-      wp: {parameters: {scale: 1.5}}                           # merge_method: wp
+      wp: {parameters: {scale: 1.5}}                           # merge_method: wp; `scale: auto` is found by wp-fit
+      fitted: {fit: {family: component}}                       # weights by wp-fit, from the experts' own answers
       mine: {recipe: my-recipe.yaml}                           # a mergekit recipe as it is
     evaluate: {suite: eval/paper.yaml, baseline: linear}
     push: {merge: wp, to: user/name, private: true, parents: {maths: WizardLMTeam/WizardMath-13B-V1.0}}
 
-A path is looked for in the working directory, then beside the pipeline file. `flags` under `score`, `merge`,
-`evaluate` and `push` go to that stage's command as they are.
+A path is looked for in the working directory, then beside the pipeline file. `flags` under `score`, `fit`,
+`merge`, `evaluate` and `push` go to that stage's command as they are.
 """
 
 from __future__ import annotations
@@ -41,16 +42,26 @@ from mergekit_wp.fields import (
     texts,
 )
 from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.fit.job import FitJob
 from mergekit_wp.foreign import file_part
 from mergekit_wp.scoring.config import ScoringJob
 
-STAGES = ("score", "merge", "evaluate", "report", "push")
+STAGES = ("score", "fit", "merge", "evaluate", "report", "push")
 BASE = "base"
 """The base's name among the rows of the table."""
 
 
 _WORD = text("a non-empty text")
 _NAMES = texts("a list of names")
+_FIT = ValueKind(
+    "a mapping of fields of a fit job but base and experts, such as {family: component}",
+    lambda value: isinstance(value, dict) and not set(value) & {"base", "experts"},
+    {
+        "type": "object",
+        "properties": {k: v for k, v in json_schema(FitJob)["properties"].items() if k not in ("base", "experts")},
+        "additionalProperties": False,
+    },
+)
 _PARAMETERS = mapping("a mapping, such as {weight: 1.0}")
 _FLAGS = ValueKind(
     "a list, such as [--device, cuda:1]",
@@ -86,7 +97,18 @@ class Merge:
     recipe: Path | None = described(_WORD, "A recipe of your own, as it is; no other field then.", None)
     merge_method: str = described(_WORD, "Any of mergekit's or ours.", "wp")
     experts: tuple[str, ...] = described(_NAMES, "Names of those that are merged.", (), unset="all")
-    parameters: Mapping[str, Any] = described(_PARAMETERS, "Of the merge, such as `{scale: 1.5}` or `{fit: FILE}`.", {})
+    parameters: Mapping[str, Any] = described(
+        _PARAMETERS,
+        "Of the merge, such as `{scale: 1.5}` or `{fit: FILE}`. `scale: auto` is the scale that `wp-fit` finds for the "
+        "shares of the scores.",
+        {},
+    )
+    fit: Mapping[str, Any] | None = described(
+        _FIT,
+        "By wp with weights that `wp-fit` learns first: fields of a fit job, such as `{family: component}`; experts "
+        "and their prompts come from here.",
+        None,
+    )
     expert_parameters: Mapping[str, Any] = described(_PARAMETERS, "Of each expert, such as `{weight: 1.0}`.", {})
     base_parameters: Mapping[str, Any] | None = described(
         _PARAMETERS,
@@ -99,7 +121,7 @@ class Merge:
     @property
     def fitted(self) -> bool:
         """By wp, with the weights of a fit file, which has no use for scores."""
-        return self.merge_method == "wp" and "fit" in self.parameters
+        return self.merge_method == "wp" and (self.fit is not None or "fit" in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -158,7 +180,7 @@ class Pipeline:
 
 
 _STAGE_FLAGS = {"type": "object", "properties": _WORDS_AS_THEY_ARE, "additionalProperties": False}
-_OTHER_FIELDS = {name: {"description": f"For wp-{name}.", **_STAGE_FLAGS} for name in ("score", "merge")}
+_OTHER_FIELDS = {name: {"description": f"For wp-{name}.", **_STAGE_FLAGS} for name in ("score", "fit", "merge")}
 _FIELDS = ("out", "base", "experts", "merges", "evaluate", "push", *_OTHER_FIELDS)
 
 
@@ -219,7 +241,14 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
             raise BadInput(f"`{where}` has a recipe of its own; write `{others[0]}` there.")
         return Merge(recipe=_found(values["recipe"], file, f"{where}.recipe"))
     merge = Merge(**{**values, "experts": tuple(values.get("experts", ()))})
-    if merge.fitted and isinstance(fit := merge.parameters["fit"], str):
+    if merge.merge_method == "wp" and merge.parameters.get("scale") == "auto":
+        if merge.fit is not None:
+            raise BadInput(f"`{where}` has both `fit` and `scale: auto`, which is a fit of its own; keep one.")
+        rest = {key: value for key, value in merge.parameters.items() if key != "scale"}
+        merge = replace(merge, parameters=rest, fit={"family": "scale", "start": "scores"})
+    if merge.fit is not None and (merge.merge_method != "wp" or "fit" in merge.parameters):
+        raise BadInput(f"`{where}.fit` is for merge_method wp without a fit file of its own; leave one of them out.")
+    if merge.fitted and isinstance(fit := merge.parameters.get("fit"), str):
         merge = replace(
             merge, parameters={**merge.parameters, "fit": str(_found(fit, file, f"{where}.parameters.fit"))}
         )
@@ -272,7 +301,12 @@ def _check(pipeline: Pipeline) -> None:
             _one_of(f"merges.{name}.experts", expert, list(pipeline.experts))
         for expert in merge.experts or pipeline.experts:
             known = pipeline.experts[expert]
-            scored = merge.fitted or known.scoring or known.scores
+            if merge.fit is not None and not (known.scoring or {}).get("pairs"):
+                raise BadInput(
+                    f"`merges.{name}.fit` needs prompts of `experts.{expert}`; give it `scoring: {{pairs: FILE}}`."
+                )
+            needs = merge.fit is not None and merge.fit.get("start") == "scores"
+            scored = (merge.fitted and not needs) or known.scoring or known.scores
             if merge.recipe is None and merge.merge_method == "wp" and not scored:
                 raise BadInput(
                     f"`merges.{name}` is by wp, and `experts.{expert}` has no scores; give it `scoring: JOB.yaml` "
@@ -312,8 +346,8 @@ def _known(kind: type, where: str, raw: Any, beside: Collection[str] = ()) -> di
 
 
 def _flags(stage: str, raw: Any) -> tuple[str, ...]:
-    """The list under `STAGE.flags`; of `score` and `merge` it is all there is."""
-    if stage in ("score", "merge") and raw is not None and (not isinstance(raw, dict) or set(raw) - {"flags"}):
+    """The list under `STAGE.flags`; of `score`, `fit` and `merge` it is all there is."""
+    if stage in ("score", "fit", "merge") and raw is not None and (not isinstance(raw, dict) or set(raw) - {"flags"}):
         raise BadInput(f"`{stage}`: found {shown(raw)}, expected {{flags: [...]}}.")
     flags = raw.get("flags", []) if isinstance(raw, dict) else []
     if not _FLAGS.fits(flags):
@@ -369,6 +403,6 @@ FORM = Form(
         "Each of its merges": rows(Merge),
         "evaluate": rows(Evaluate) | _STAGE_ROW,
         "push": rows(Push) | _STAGE_ROW,
-        "score, merge": _STAGE_ROW,
+        "score, fit, merge": _STAGE_ROW,
     },
 )

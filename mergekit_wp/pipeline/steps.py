@@ -75,6 +75,7 @@ def _values(node: Any, keys: tuple[str, ...]) -> Iterator[str]:
 def pipeline_steps(pipeline: Pipeline, allow_code: bool = False) -> list[Step]:
     """Every step, in order. Raises `BadInput` for a suite that runs model-written code without consent."""
     steps = [_score_step(pipeline, name, allow_code) for name, e in pipeline.experts.items() if e.scoring is not None]
+    steps += [_fit_step(pipeline, name) for name, merge in pipeline.merges.items() if merge.fit is not None]
     steps += [_merge_step(pipeline, name) for name in pipeline.merges]
     if pipeline.evaluate is not None:
         steps.append(_eval_step(pipeline, allow_code))
@@ -92,8 +93,10 @@ def derived_files(pipeline: Pipeline) -> dict[Path, str]:
             job = {"base": pipeline.base, "expert": expert.model, **expert.scoring}
             files[_job_file(pipeline, name)] = yaml.safe_dump(job, sort_keys=False, width=110)
     for name, merge in pipeline.merges.items():
+        if merge.fit is not None:
+            files[_fit_job_file(pipeline, name)] = yaml.safe_dump(_fit_job(pipeline, merge), sort_keys=False, width=110)
         if merge.recipe is None:
-            files[recipe_file(pipeline, name)] = yaml.safe_dump(_recipe(pipeline, merge), sort_keys=False)
+            files[recipe_file(pipeline, name)] = yaml.safe_dump(_recipe(pipeline, name), sort_keys=False)
     return files
 
 
@@ -163,15 +166,46 @@ def _job_file(pipeline: Pipeline, expert: str) -> Path:
     return pipeline.out / "scoring" / f"{expert}.yaml"
 
 
-def _recipe(pipeline: Pipeline, merge: Merge) -> dict[str, Any]:
-    experts = {}
-    for name in merge.experts or pipeline.experts:
+def fit_file(pipeline: Pipeline, merge: str) -> Path:
+    """Where the weights of a merge lie that its step writes."""
+    return pipeline.out / "fits" / f"{merge}.safetensors"
+
+
+def _fit_job_file(pipeline: Pipeline, merge: str) -> Path:
+    return pipeline.out / "fits" / f"{merge}.yaml"
+
+
+def _fit_job(pipeline: Pipeline, merge: Merge) -> dict[str, Any]:
+    """The job of wp-fit: prompts are those that the experts are scored on, put in the same way. Raises `BadInput` where
+    experts put theirs in different ways and the merge does not say how."""
+    assert merge.fit is not None
+    names = merge.experts or tuple(pipeline.experts)
+    jobs = [pipeline.experts[name].scoring or {} for name in names]
+    shared: dict[str, Any] = {}
+    for field in ("template", "chat_template", "system", "samples", "seed"):
+        said = [job.get(field) for job in jobs]
+        if field not in merge.fit and any(value != said[0] for value in said):
+            raise BadInput(f"`fit`: its experts have different `{field}`; say there which one holds for all.")
+        shared |= {} if said[0] is None else {field: said[0]}
+    experts = []
+    for name, job in zip(names, jobs, strict=True):
+        entry = {"expert": pipeline.experts[name].model, "pairs": job["pairs"]}
+        experts.append(
+            entry | ({"scores": str(score_file(pipeline, name))} if merge.fit.get("start") == "scores" else {})
+        )
+    return {"base": pipeline.base, "experts": experts, **shared, **merge.fit}
+
+
+def _recipe(pipeline: Pipeline, name: str) -> dict[str, Any]:
+    experts, merge = {}, pipeline.merges[name]
+    shared = dict(merge.parameters) | ({} if merge.fit is None else {"fit": str(fit_file(pipeline, name))})
+    for expert in merge.experts or pipeline.experts:
         own = dict(merge.expert_parameters)
         if merge.merge_method == WP and not merge.fitted:
-            own["scores"] = str(score_file(pipeline, name))
-        experts[pipeline.experts[name].model] = own
+            own["scores"] = str(score_file(pipeline, expert))
+        experts[pipeline.experts[expert].model] = own
     return build_recipe(
-        merge.merge_method, pipeline.base, experts, shared=merge.parameters,
+        merge.merge_method, pipeline.base, experts, shared=shared,
         base_parameters=merge.base_parameters, out_dtype=merge.out_dtype or _stored_dtype(experts),
     )  # fmt: skip
 
@@ -197,11 +231,25 @@ def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
     return _step(f"score-{name}", "score", f"Score the {name} expert", command, inputs, (scores,), ("scoring",))
 
 
+def _fit_step(pipeline: Pipeline, name: str) -> Step:
+    job_file, weights = _fit_job_file(pipeline, name), fit_file(pipeline, name)
+    try:
+        job = _fit_job(pipeline, pipeline.merges[name])
+    except BadInput as error:
+        raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
+    command = ["wp-fit", str(job_file), "--out", str(weights), *pipeline.flags["fit"]]
+    inputs = [job_file, *_folders(read_reference(m) for m in (pipeline.base, *(e["expert"] for e in job["experts"])))]
+    for entry in job["experts"]:
+        inputs += [Path(entry["pairs"])] if ":" not in entry["pairs"] else []
+        inputs += [Path(entry[kind]) for kind in ("answers", "scores") if kind in entry]
+    return _step(f"fit-{name}", "fit", f"Fit the weights of {name}", command, inputs, (weights,), ("scoring", "fit"))
+
+
 def _merge_step(pipeline: Pipeline, name: str) -> Step:
     recipe, merged = recipe_file(pipeline, name), merged_folder(pipeline, name)
     merge = pipeline.merges[name]
     try:
-        content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, merge)
+        content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, name)
     except BadInput as error:
         raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
     files = [_beside(path, recipe) for path in files_of(content)]

@@ -181,6 +181,32 @@ def test_a_merge_by_a_fit_needs_no_scores_and_is_due_again_with_another_file(tmp
     assert [tmp_path / "fit.safetensors" in step.inputs for step in steps] == [True, True]
 
 
+def test_a_merge_may_be_fitted_first(tmp_path: Path) -> None:
+    """Its job has the experts' prompts as they are scored; `scale: auto` is the family scale from the shares."""
+    scoring = {"pairs": "builtin:maths", "samples": 8, "method": "attr"}
+    merges = {"fitted": {"fit": {"family": "layer", "seed": 3}}, "scaled": {"parameters": {"scale": "auto"}}}
+    experts = {name: {"model": f"user/{name}", "scoring": {**scoring, "seed": 1}} for name in "ab"}
+    pipeline = read_pipeline(write(tmp_path, {**MINIMAL, "experts": experts, "merges": merges}))
+    files = {path: yaml.safe_load(text) for path, text in derived_files(pipeline).items()}
+    fits, recipes = Path("runs/pipeline/fits"), Path("runs/pipeline/recipes")
+    models = [{"expert": f"user/{name}", "pairs": "builtin:maths"} for name in "ab"]
+    shared = {"base": "user/base", "samples": 8}
+    assert files[fits / "fitted.yaml"] == {**shared, "experts": models, "family": "layer", "seed": 3}
+    scored = [{**entry, "scores": f"runs/pipeline/scores/{name}.safetensors"}
+              for name, entry in zip("ab", models, strict=True)]  # fmt: skip
+    assert files[fits / "scaled.yaml"] == {
+        **shared, "seed": 1, "experts": scored, "family": "scale", "start": "scores"
+    }  # fmt: skip
+    for name in merges:
+        assert files[recipes / f"{name}.yaml"]["parameters"] == {"fit": str(fits / f"{name}.safetensors")}
+        assert "parameters" not in files[recipes / f"{name}.yaml"]["models"][0]
+    stages = [step.stage for step in pipeline_steps(pipeline)]
+    assert stages == ["score", "score", "fit", "fit", "merge", "merge", "report"]
+    fit, merge = (next(s for s in pipeline_steps(pipeline) if s.name == f"{kind}-fitted") for kind in ("fit", "merge"))
+    assert fit.command == ("wp-fit", str(fits / "fitted.yaml"), "--out", str(fits / "fitted.safetensors"))
+    assert set(fit.outputs) <= set(merge.inputs)
+
+
 def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
@@ -242,6 +268,13 @@ def _without(name: str) -> dict:
         (
             {**MINIMAL, "merges": {"m": {"parameters": {"fit": "no.safetensors"}}}},
             "`merges.m.parameters.fit`: no.safet",
+        ),
+        ({**MINIMAL, "merges": {"m": {"fit": {"family": "layer"}}}}, "`merges.m.fit` needs prompts of `experts.b`"),
+        ({**MINIMAL, "merges": {"m": {"fit": {"base": "x"}}}}, "`merges.m.fit`: found {'base': 'x'}, expected a"),
+        ({**MINIMAL, "merges": {"m": {"merge_method": "linear", "fit": {}}}}, "`merges.m.fit` is for merge_method wp"),
+        (
+            {**MINIMAL, "merges": {"m": {"fit": {}, "parameters": {"scale": "auto"}}}},
+            "`merges.m` has both `fit` and `scale: auto`",
         ),
         ({**MINIMAL, "merges": {"m": {"experts": ["c"]}}}, "`merges.m.experts`: there is no 'c' here"),
         ({**MINIMAL, "merges": {"m": {"parameters": 3}}}, "`merges.m.parameters`: found 3"),
