@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
-from experiments.table3.formats import search_text, to_csv, to_markdown, to_text
+from experiments.table3.formats import remarks, search_text, to_csv, to_markdown, to_text
 from experiments.table3.frozen import CHANGES, KINDS, Disjoint
 from experiments.table3.grid import read_variants
-from experiments.table3.jobs import SECONDS, SeedResult, Setup, expected, seed_plan
+from experiments.table3.jobs import CHOICES, SECONDS, SeedResult, Setup, expected, seed_plan
 from experiments.table3.schedule import TableProgress, pool, run
 from experiments.table3.table import RivalTable, by_setting
 from experiments.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Variant
@@ -38,6 +38,15 @@ _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this variant or combination; may be repeated.")
 @click.option("--variants", "file", metavar="FILE.yaml", help="Variants of one's own; implies --validation-only.")
 @click.option("--validation-only", is_flag=True, help="Grade on validation items and stop before the test items.")
+@click.option(
+    "--choose",
+    multiple=True,
+    type=click.Choice([*CHOICES, "none"]),
+    default=CHOICES,
+    show_default=True,
+    help="How a grid's setting is chosen beside the authors' own: by labels of validation items, by the loss on "
+    "unlabelled prompts; may be repeated.",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Say what is left to do and how long it takes; do nothing.")
 @click.option("--workers", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default=True)
 @click.option("--keep", is_flag=True, help="Keep merged models (4 MB each) in OUT/merged.")
@@ -56,13 +65,14 @@ def main(
     only: tuple[str, ...],
     file: str | None,
     validation_only: bool,
+    choose: tuple[str, ...],
     plan_only: bool,
     workers: int,
     keep: bool,
     allow_code: bool,
     kind: str,
 ) -> None:
-    """The paper's table of merges on the miniature world: four combinations, seven methods, several seeds.
+    """The paper's table of merges on the miniature world: four combinations, each by many methods, several seeds.
 
     Prints the table and writes OUT/table3.md, .csv, .html and results.json. A run that was stopped goes on where it
     was. With --variants, settings of your own are compared on validation items.
@@ -70,7 +80,9 @@ def main(
     numbers = _seeds(seeds)
     out = out or Path("runs/table3" if kind == "near" else f"runs/table3-{kind}")
     variants, combinations = _chosen(read_variants(file) if file else VARIANTS, only, file is None)
-    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, validation_only or file is not None)
+    search = validation_only or file is not None
+    choices = tuple(name for name in CHOICES if name in choose)
+    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices)
     left = expected(setup, numbers)
     minutes = sum(SECONDS[kind] * count for kind, count in left.items()) / workers / 60
     todo = ", ".join(f"{count} {kind}" for kind, count in left.items() if count) or "nothing"
@@ -118,6 +130,7 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
     table = RivalTable(seeds, tuple(entry for result in results for entry in result.test), "test")
     worlds = ", ".join(f"{result.seed}: {result.world['hash']}" for result in results)
     notes = [f"Worlds, by their configuration hash: {worlds}."]
+    notes += remarks(setup.variants, {name: COMBINATIONS[name] for name in setup.combinations})
     write_text(setup.out / "table3.md", to_markdown(table, notes))
     write_text(setup.out / "table3.csv", to_csv(table))
     write_text(setup.out / "table3.html", to_html(table, notes))

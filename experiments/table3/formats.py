@@ -5,22 +5,42 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from experiments.table3.table import COLUMNS, MEAN, MERGED, RivalRow, RivalTable, Spread, best, item_error, less, ranked
-from experiments.table3.variants import BASELINE
+from experiments.table3.jobs import LABELS, UNLABELLED
+from experiments.table3.table import (
+    COLUMNS,
+    MEAN,
+    MERGED,
+    OWN,
+    RIVALS,
+    WITHOUT,
+    RivalRow,
+    RivalTable,
+    Spread,
+    best,
+    best_of,
+    item_error,
+    less,
+    ranked,
+)
+from experiments.table3.variants import BASELINE, Variant
 from mergekit_wp.page import aligned, markdown_grid
 
 GROUPS = {
-    "methods": "Each method (of a grid, the setting that is best on validation items)",
-    "authors": "The same methods with their authors' own settings",
+    OWN: "Each method with its authors' own setting",
+    UNLABELLED: "The setting of a grid that has the least loss on the experts' prompts, without labels",
+    LABELS: "The setting of a grid that is best on validation items, by their labels",
     "utilities": "WP by the utility of its scores",
 }
-HEADS = {MEAN: "mean of all", MERGED: "mean of merged"}
+HEADS = {MEAN: "mean of all", WITHOUT: "mean of maths, code", MERGED: "mean of merged"}
 SUMMARIES = {
     MEAN: "Mean over all three capabilities, as in the paper",
+    WITHOUT: "Mean over maths and code, without the instruction column",
     MERGED: "Mean over the merged capabilities alone",
 }
+FLAGSHIP = "fit, component"
+NONE = "—"
 MODELS = "The models before merging"
 
 
@@ -60,52 +80,74 @@ def caption(table: RivalTable) -> list[str]:
 
 
 def verdict(table: RivalTable) -> list[str]:
-    """Which method is first in each combination, where WP stands, and what lies between; said whoever wins."""
-    return [
+    """Which row is first in each combination, where ours stand, and what lies between; said whoever wins.
+
+    Then the means over the combinations, in which the goals are stated.
+    """
+    said = [
         f"{combination}: "
-        + "; ".join(_said(table.of(combination, "methods"), column) for column in (MEAN, MERGED))
+        + "; ".join(_said(table.of(combination, *RIVALS), column) for column in (MEAN, WITHOUT, MERGED))
         + "."
         for combination in table.combinations
     ]
+    whole = table.over_combinations
+    if len(said) < 2 or not whole:
+        return said
+    return [*said, f"mean over the combinations: {'; '.join(_said(whole, column) for column in SUMMARIES)}."]
 
 
 def _said(rows: Sequence[RivalRow], column: str) -> str:
     ranked_rows = sorted(rows, key=lambda row: -row.cells[column].mean)
-    ours = [row for row in ranked_rows if row.name.startswith("WP")]
-    others = [row for row in ranked_rows if row not in ours]
-    places = ", ".join(f"{row.name} is {ranked_rows.index(row) + 1} of {len(rows)}" for row in ours)
-    text = f"by the {HEADS[column]} {ranked_rows[0].name} is first ({number(ranked_rows[0].cells[column])})"
-    if not ours or not others:
+    text = f"by the {HEADS[column]} {ranked_rows[0].title} is first ({number(ranked_rows[0].cells[column])})"
+    ours = next((row for row in ranked_rows if row.name == FLAGSHIP), None)
+    ours = ours or next((row for row in ranked_rows if row.ours), None)
+    others = [row for row in ranked_rows if not row.ours]
+    if ours is None or not others:
         return text
-    paired = less(ours[0].cells[column], others[0].cells[column])
-    return f"{text}, {places}, and {ours[0].name} less {others[0].name}, the best other, is {difference(paired)}"
+    text += f", {ours.title} is {ranked_rows.index(ours) + 1} of {len(rows)}"
+    for labels, which in ((False, "the best other without labels"), (True, "the best other with them")):
+        if (other := best_of(others, column, labels)) is not None:
+            paired = less(ours.cells[column], other.cells[column])
+            text += f", less {other.title}, {which}, {difference(paired)}"
+    return text
+
+
+def remarks(variants: Sequence[Variant], combinations: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence on every method that has no place in some combination, or whose own setting saw labels."""
+    found = []
+    for variant in variants:
+        if unable := [name for name, experts in combinations.items() if not variant.can(experts)]:
+            count = "one expert" if variant.most == 1 else f"at most {variant.most} experts"
+            found.append(f"{variant.name} takes {count}: {NONE} in {', '.join(unable)}.")
+        if variant.told:
+            found.append(f"{variant.name}: {variant.why}")
+    return found
 
 
 def grid_of(table: RivalTable, combination: str, group: str) -> list[list[str]]:
     """Header and rows of one block; the difference of the mean in a column of its own."""
     columns = [c for c in COLUMNS if any(c in row.cells for row in table.of(combination, group))]
     main = MEAN if MEAN in columns else MERGED
-    lines = [["", *(HEADS.get(c, c) for c in columns), f"{HEADS[main]} − {BASELINE}"]]
+    lines = [["", *(HEADS.get(c, c) for c in columns), f"{HEADS[main]} − {BASELINE}", "saw"]]
     for row in table.of(combination, group):
         cells = [number(row.cells[c]) for c in columns]
-        lines.append([row.name, *cells, difference((row.differences or {}).get(main))])
+        lines.append([row.name, *cells, difference((row.differences or {}).get(main)), row.saw])
     return lines
 
 
 def summary(table: RivalTable, column: str = MEAN) -> list[list[str]]:
-    """The paper's layout, turned: a row a method, a column a combination."""
-    lines = [["", *table.combinations]]
-    names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
-    for name in names:
-        line = [name]
-        for combination in table.combinations:
-            row = next((r for r in table.of(combination, "methods") if r.name == name), None)
-            line.append(_with_difference(row, column) if row else "")
-        lines.append(line)
+    """The paper's layout, turned: a row a method (and a way of choosing its setting), a column a combination."""
+    lines = [["", "saw", *table.combinations, "mean"]]
+    whole = {row.title: row for row in table.over_combinations}
+    for title, by in table.lines.items():
+        rows = [*(by.get(combination) for combination in table.combinations), whole.get(title)]
+        lines.append([title, next(iter(by.values())).saw, *(_with_difference(row, column) for row in rows)])
     return lines
 
 
-def _with_difference(row: RivalRow, column: str) -> str:
+def _with_difference(row: RivalRow | None, column: str) -> str:
+    if row is None:
+        return NONE
     text = number(row.cells[column])
     return f"{text} ({difference(row.differences[column])})" if row.differences else text
 
@@ -164,7 +206,7 @@ def to_csv(table: RivalTable) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     seeds = [f"seed {seed}" for seed in table.seeds]
-    writer.writerow(["combination", "group", "row", "column", "mean", "standard error", f"minus {BASELINE}",
+    writer.writerow(["combination", "group", "row", "saw", "column", "mean", "standard error", f"minus {BASELINE}",
                      "its standard error", *seeds, "settings"])  # fmt: skip
     for row in table.rows:
         for column, spread in row.cells.items():
@@ -172,7 +214,7 @@ def to_csv(table: RivalTable) -> str:
             shown = [spread.mean, spread.error, paired and paired.mean, paired and paired.error, *spread.values]
             settings = "; ".join(dict.fromkeys(row.settings))
             texts = ["" if value is None else f"{value:.4f}" for value in shown]
-            writer.writerow([row.combination, row.group, row.name, column, *texts, settings])
+            writer.writerow([row.combination, row.group, row.name, row.saw, column, *texts, settings])
     return buffer.getvalue()
 
 

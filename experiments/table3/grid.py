@@ -17,18 +17,23 @@ from typing import Any
 from experiments.table3.variants import Point, Variant
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.fit.job import FitJob
 from mergekit_wp.scoring.config import ScoringJob
 
-# What a job of `wp-score` fills in for itself; a score setting is about everything else.
-_NOT_A_SETTING = {"base", "expert", "pairs", "device", "offload", "allow_code_execution", "trust_remote_code"}
+# What the table fills in for itself in a job of wp-score or wp-fit; a setting is about everything else.
+_NOT_A_SETTING = {
+    "base", "expert", "experts", "pairs", "answers", "device", "offload", "allow_code_execution", "trust_remote_code",
+}  # fmt: skip
+
+_COMMANDS = {"scores": "wp-score", "fit": "wp-fit"}
 
 
 def read_variants(path: str | os.PathLike[str]) -> tuple[Variant, ...]:
     """Variants of a YAML file, for a search on validation items.
 
-    variants: a list; each has `name` and `method`, and optionally `shared`, `expert`, `base`, `scores` (as in `Point`)
-    and `grid`, a mapping such as {shared.scale: [1, 2], scores.utility: [kl, staged]} whose product of values is laid
-    over them, the first of each first. Raises `BadInput` naming the file and the field.
+    variants: a list; each has `name` and `method`, and optionally `shared`, `expert`, `base`, `scores`, `fit` (as in
+    `Point`) and `grid`, a mapping such as {shared.scale: [1, 2], scores.utility: [kl, staged]} whose product of values
+    is laid over them, the first of each first. Raises `BadInput` naming the file and the field.
     """
     content = read_yaml_mapping(path, "list of variants")
     try:
@@ -64,7 +69,7 @@ def _laid_over(name: str, values: dict[str, Any], grid: Any) -> list[dict[str, A
     axes = []
     for place, choices in grid.items() if isinstance(grid, dict) else [(str(grid), None)]:
         part, _, key = str(place).partition(".")
-        if part not in ("shared", "expert", "base", "scores") or not key or not isinstance(choices, list):
+        if part not in ("shared", "expert", "base", "scores", "fit") or not key or not isinstance(choices, list):
             raise BadInput(f"variant {name!r}: `grid` needs entries like `shared.scale: [1, 2]`, found {place!r}.")
         axes.append([(part, key, choice) for choice in choices])
     found = []
@@ -77,12 +82,17 @@ def _laid_over(name: str, values: dict[str, Any], grid: Any) -> list[dict[str, A
 
 
 def _point(name: str, values: dict[str, Any]) -> Point:
-    settings = {f.name for f in fields(ScoringJob)} - _NOT_A_SETTING
-    if unknown := [key for key in values.get("scores") or {} if key not in settings]:
-        raise BadInput(
-            f"variant {name!r}: scores.{unknown[0]} is no setting of wp-score; it has {', '.join(settings)}."
-        )
-    ScoringJob("base", "expert", "pairs", **(values.get("scores") or {}))  # refuses bad values, naming the field
-    if values["method"] == "wp" and values.get("scores") is None:
+    for part, job in (("scores", ScoringJob), ("fit", FitJob)):
+        settings = [f.name for f in fields(job) if f.name not in _NOT_A_SETTING]
+        if unknown := [key for key in values.get(part) or {} if key not in settings]:
+            raise BadInput(
+                f"variant {name!r}: {part}.{unknown[0]} is no setting of {_COMMANDS[part]}; it has "
+                f"{', '.join(settings)}."
+            )
+    # Both refuse bad values, naming the field.
+    ScoringJob("base", "expert", "pairs", **(values.get("scores") or {}))
+    expert = {"expert": "expert", "pairs": "pairs"} | ({"scores": "scores"} if values.get("scores") is not None else {})
+    FitJob("base", [expert, expert], **(values.get("fit") or {}))
+    if values["method"] == "wp" and values.get("scores") is None and values.get("fit") is None:
         values["scores"] = {}  # wp-score's defaults
     return Point(**values)

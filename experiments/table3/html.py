@@ -15,8 +15,9 @@ from mergekit_wp.pictures import INK, to_svg
 
 _LEAD = (
     "Three experts were fine-tuned from one small base, on instructions, sums and small Python functions. Each "
-    "combination of them is merged by mergekit's own methods, by WIDEN and by Weight Patching, and graded on all three "
-    "capabilities. Methods with hyper-parameters show the setting that did best on validation items."
+    "combination of them is merged by mergekit's own methods, by WIDEN, by Weight Patching and by a fit, and graded on "
+    "all three capabilities. Methods with hyper-parameters have a row for their authors' setting, for the one with the "
+    "least loss on unlabelled prompts, and for the one that did best on labelled validation items."
 )
 
 
@@ -47,23 +48,20 @@ def to_html(table: RivalTable, notes: Sequence[str] = ()) -> str:
 
 def picture(table: RivalTable) -> Markup:
     """A panel a combination: the mean of each method with its standard error over seeds, and each seed as a dot."""
-    names = list(dict.fromkeys(row.name for row in table.rows if row.group == "methods"))
-    combinations = table.combinations
-    figure = Figure(figsize=(10, 0.34 * len(names) + 1.1), layout="constrained")
+    titles, combinations = list(table.lines), table.combinations
+    figure = Figure(figsize=(10, 0.26 * len(titles) + 1.1), layout="constrained")
     panels = figure.subplots(1, len(combinations), sharey=True, squeeze=False)[0]
     for axes, combination in zip(panels, combinations, strict=True):
-        rows = {row.name: row for row in table.of(combination, "methods")}
-        for place, name in enumerate(names):
-            if name not in rows:
+        for place, by in enumerate(table.lines.values()):
+            if (row := by.get(combination)) is None:
                 continue
-            spread, ours = rows[name].cells[MEAN], name.startswith("WP")
-            colour = "#d55e00" if ours else "#0072b2"
+            spread, colour = row.cells[MEAN], "#d55e00" if row.ours else "#0072b2"
             axes.plot(spread.values, [place] * len(spread.values), ".", color=colour, alpha=0.35, ms=5)
             axes.errorbar(spread.mean, place, xerr=spread.error, fmt="o", color=colour, capsize=3, ms=5, lw=1.6)
-            if name == BASELINE:
+            if row.title == BASELINE:
                 axes.axvline(spread.mean, color=INK, lw=0.9, ls=(0, (4, 2)))
         axes.set_title(combination, fontsize=10)
         axes.set_xlabel("percent right")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(titles)), titles)
     panels[0].invert_yaxis()
     return to_svg(figure, "Mean over the three capabilities of each method in each combination, with error bars")

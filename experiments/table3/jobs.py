@@ -1,4 +1,7 @@
-"""What must be done for one seed: its world, its score files, all merges on validation items, the chosen on test items.
+"""What must be done for one seed: its world, its score and fit files, what settings are chosen by, the test items.
+
+A grid's setting is chosen twice, if one asks for both: by labels (grades on validation items) and without (the loss on
+unlabelled prompts).
 
 Every result lies under a key (see `recipe`), so a plan that is run again does what is missing or has changed.
 """
@@ -7,22 +10,46 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.table3.frozen import KINDS, MODELS, Disjoint, TrainedWorld, check_frozen
-from experiments.table3.grade import Grade, ValidationGrade, choose, grade_settings
-from experiments.table3.keys import grade_key, merge_key, recipe, score_key
+from experiments.table3.grade import Grade, ValidationGrade, choose, choose_unlabelled, grade_settings
+from experiments.table3.keys import answers_key, fit_key, grade_key, loss_key, merge_key, recipe, score_key
 from experiments.table3.schedule import Plan, TableJob
-from experiments.table3.variants import COMBINATIONS, Point, Variant, slug
-from experiments.table3.work import Grading, MergeJob, grade_model, read_grade, train_world, write_score
+from experiments.table3.variants import (
+    COMBINATIONS,
+    SAW_LABELS,
+    SAW_NOTHING,
+    SAW_PROMPTS,
+    Point,
+    Variant,
+    slug,
+)
+from experiments.table3.work import (
+    Grading,
+    LossJob,
+    MergeJob,
+    grade_model,
+    measure_loss,
+    read_grade,
+    read_loss,
+    train_world,
+    write_answers,
+    write_fit_file,
+    write_score,
+)
+from mergekit_wp.fit.job import FitJob
 
-SECONDS = {"world": 230.0, "score": 3.0, "validation": 3.5, "test": 6.0}
-"""What a job of each kind takes on one quiet thread of the machine of experiments/benchmarks/RESULTS.md."""
-AUTHORS, CHOSEN, ONLY = "authors", "chosen", "only"
-"""Roles of a graded point: the authors' setting, the best of the grid on validation items, the only one there is."""
+SECONDS = {"world": 230.0, "score": 3.0, "answers": 7.0, "fit": 120.0, "loss": 4.5, "validation": 3.5, "test": 6.0}
+"""What a job of each kind takes on one quiet thread of the machine of experiments/benchmarks/RESULTS.md; answers, fits
+and losses in processor time of a busy one (a near world; of fits, between `scale` and two experts by `layer`)."""
+AUTHORS, LABELS, UNLABELLED, ONLY = "authors", "labels", "unlabelled", "only"
+"""Roles of a graded point: the authors' setting, the best of the grid on validation items, the one with the least loss
+on unlabelled prompts, the only one there is."""
+CHOICES = (LABELS, UNLABELLED)
 
 
 @dataclass(frozen=True)
@@ -37,6 +64,22 @@ class Setup:
     allow_code: bool = False
     keep: bool = False
     validation_only: bool = False
+    choose: tuple[str, ...] = CHOICES
+
+
+Cell = tuple[str, Variant, Point]
+"""A combination, a variant, and a point of its grid."""
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """The loss of one setting: of every expert that was merged, the share of its gap that the merge leaves open."""
+
+    seed: int
+    combination: str
+    variant: str
+    setting: str
+    unrecovered: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -50,6 +93,7 @@ class Entry:
     setting: str
     role: str
     grade: Grade
+    saw: str = SAW_NOTHING
 
 
 @dataclass(frozen=True)
@@ -59,6 +103,7 @@ class SeedResult:
     seed: int
     world: Mapping[str, str]
     validation: tuple[Entry, ...]
+    losses: tuple[LossEntry, ...]
     test: tuple[Entry, ...]
 
 
@@ -70,20 +115,30 @@ def seed_plan(seed: int, setup: Setup, disjoint: Disjoint) -> Plan:
     (folder,) = yield [_world_job(seed, setup)]
     world = TrainedWorld(seed, folder)
     disjoint.add(world)
-    yield _score_jobs(setup, world)
-    cells = [(c, v, p) for c in setup.combinations for v in setup.variants for p in v.points]
-    grades = yield [_merge_job(setup, world, c, p, "validation") for c, _, p in cells]
-    validation = tuple(_entry(seed, c, v, p, ONLY, g) for (c, v, p), g in zip(cells, grades, strict=True))
+    yield [*_score_jobs(setup, world), *_answer_jobs(setup, world)]
+    yield _fit_jobs(setup, world)
+    cells = [(c, v, p) for c in setup.combinations for v in setup.variants if v.can(COMBINATIONS[c]) for p in v.points]
+    tried = [cell for cell in cells if len(cell[1].points) > 1]
+    graded = cells if setup.validation_only else tried if LABELS in setup.choose else []
+    weighed = tried if UNLABELLED in setup.choose and not setup.validation_only else []
+    found = yield [
+        *(_merge_job(setup, world, c, p, "validation") for c, _, p in graded),
+        *(_loss_job(setup, world, c, p) for c, _, p in weighed),
+    ]
+    validation = tuple(_entry(seed, *cell, ONLY, g) for cell, g in zip(graded, found, strict=False))
+    losses = tuple(
+        LossEntry(seed, c, v.name, v.text(p), shares)
+        for (c, v, p), shares in zip(weighed, found[len(graded) :], strict=True)
+    )
     if setup.validation_only:
-        return SeedResult(seed, _identity(world), validation, ())
+        return SeedResult(seed, _identity(world), validation, (), ())
     # Everything is chosen here, before the first job on test items of this seed exists.
-    chosen = [cell for c in setup.combinations for v in setup.variants for cell in _tested(c, v, validation)]
-    jobs = [_merge_job(setup, world, c, p, "test") for c, _, p, _ in chosen]
+    chosen = [cell for c in setup.combinations for v in setup.variants for cell in _tested(c, v, validation, losses)]
     models = [_model_job(setup, world, name) for name in MODELS]
-    grades = yield [*models, *jobs]
+    grades = yield [*models, *(_merge_job(setup, world, c, p, "test") for c, _, p, _ in chosen)]
     tests = [Entry(seed, "", name, "models", "", ONLY, g) for name, g in zip(MODELS, grades, strict=False)]
-    tests += [_entry(seed, c, v, p, role, g) for (c, v, p, role), g in zip(chosen, grades[len(MODELS) :], strict=True)]
-    return SeedResult(seed, _identity(world), validation, tuple(tests))
+    tests += [_entry(seed, *cell, g) for cell, g in zip(chosen, grades[len(MODELS) :], strict=True)]
+    return SeedResult(seed, _identity(world), validation, losses, tuple(tests))
 
 
 def expected(setup: Setup, seeds: Sequence[int]) -> Counter[str]:
@@ -97,10 +152,17 @@ def expected(setup: Setup, seeds: Sequence[int]) -> Counter[str]:
 def _left(setup: Setup, seed: int) -> Counter[str]:
     """Walks through the plan as far as results are kept, and estimates the rest."""
     wanted = {name for combination in setup.combinations for name in COMBINATIONS[combination]}
-    points = len({(c, str(p)) for c in setup.combinations for v in setup.variants for p in v.points})
-    tests = len(setup.combinations) * sum(1 + (len(v.points) > 1) for v in setup.variants) + len(MODELS)
-    later = {"score": len(_settings(setup)) * len(wanted), "validation": points}
-    later["test"] = 0 if setup.validation_only else tests
+    able = [(c, v) for c in setup.combinations for v in setup.variants if v.can(COMBINATIONS[c])]
+    points, tried = ({(c, str(p)) for c, v in able if len(v.points) >= n for p in v.points} for n in (1, 2))
+    fits = {(c, str((p.fit, p.scores))) for c, v in able for p in v.points if p.fit is not None}
+    later = {"score": len(_settings(setup)) * len(wanted), "answers": len(_lengths(setup)) * len(wanted)}
+    later["fit"] = len(fits)
+    if setup.validation_only:
+        later["validation"] = len(points)
+    else:
+        later["validation"] = len(tried) * (LABELS in setup.choose)
+        later["loss"] = len(tried) * (UNLABELLED in setup.choose)
+        later["test"] = len(MODELS) + sum(1 + len(setup.choose) * (len(v.points) > 1) for _, v in able)
     plan = seed_plan(seed, setup, Disjoint())
     left, jobs = Counter[str](), next(plan)
     while True:
@@ -109,7 +171,7 @@ def _left(setup: Setup, seed: int) -> Counter[str]:
         left.update(missing.values())
         for kind in {job.kind for job in jobs}:
             later.pop(kind, None)
-        if set(missing.values()) & {"world", "validation"}:  # what comes then depends on it
+        if set(missing.values()) & {"world", "validation", "loss"}:  # what comes then depends on it
             return left + Counter(later)
         try:
             jobs = plan.send(kept)
@@ -117,17 +179,28 @@ def _left(setup: Setup, seed: int) -> Counter[str]:
             return left
 
 
-def _tested(combination: str, variant: Variant, validation: Sequence[Entry]) -> list[tuple[str, Variant, Point, str]]:
-    """What of a variant is graded on test items: the best of its grid, and the authors' setting."""
-    if len(variant.points) == 1:
-        return [(combination, variant, variant.points[0], ONLY)]
-    mine = [e.grade for e in validation if (e.combination, e.variant) == (combination, variant.name)]
-    best = choose(cast("list[ValidationGrade]", mine), COMBINATIONS[combination])
-    return [(combination, variant, variant.points[best], CHOSEN), (combination, variant, variant.points[0], AUTHORS)]
+def _tested(
+    combination: str, variant: Variant, validation: Sequence[Entry], losses: Sequence[LossEntry]
+) -> list[tuple[str, Variant, Point, str]]:
+    """What of a variant is graded on test items: the authors' setting, and what was chosen of its grid."""
+    points, experts = variant.points, COMBINATIONS[combination]
+    if not variant.can(experts):
+        return []
+    if len(points) == 1:
+        return [(combination, variant, points[0], ONLY)]
+    found = [(combination, variant, points[0], AUTHORS)]
+    place = (combination, variant.name)
+    if shares := [e.unrecovered for e in losses if (e.combination, e.variant) == place]:
+        found.append((combination, variant, points[choose_unlabelled(shares)], UNLABELLED))
+    if grades := [e.grade for e in validation if (e.combination, e.variant) == place]:
+        best = choose(cast("list[ValidationGrade]", grades), experts)
+        found.append((combination, variant, points[best], LABELS))
+    return found
 
 
 def _entry(seed: int, combination: str, variant: Variant, point: Point, role: str, grade: Grade) -> Entry:
-    return Entry(seed, combination, variant.name, variant.group, variant.text(point), role, grade)
+    saw = {LABELS: SAW_LABELS, UNLABELLED: SAW_PROMPTS}.get(role, variant.sees)
+    return Entry(seed, combination, variant.name, variant.group, variant.text(point), role, grade, saw)
 
 
 def _identity(world: TrainedWorld) -> dict[str, str]:
@@ -176,21 +249,107 @@ def _score_file(setup: Setup, world: TrainedWorld, settings: Mapping[str, Any], 
     return setup.out / "scores" / f"seed{world.seed}" / f"{name}.safetensors"
 
 
-def _merge_job(setup: Setup, world: TrainedWorld, combination: str, point: Point, split: str) -> TableJob:
-    """MergeJob and grade. On validation items only what was merged is graded, on test items everything."""
+def _tokens(point: Point) -> int:
+    """How long the answers are that a fit reads."""
+    return int((point.fit or {}).get("answer_tokens", FitJob.answer_tokens))
+
+
+def _lengths(setup: Setup) -> list[int]:
+    """The different lengths of answers that fits read; losses read those of a fit's default."""
+    fits = {_tokens(p) for v in setup.variants for p in v.points if p.fit is not None}
+    weighed = (
+        UNLABELLED in setup.choose and not setup.validation_only and any(len(v.points) > 1 for v in setup.variants)
+    )
+    return sorted((fits | ({FitJob.answer_tokens} if weighed else set())) - {0})
+
+
+def _answer_jobs(setup: Setup, world: TrainedWorld) -> list[TableJob]:
+    wanted = {name for combination in setup.combinations for name in COMBINATIONS[combination]}
+    return [
+        _answer_job(setup, world, expert, tokens)
+        for tokens in _lengths(setup)
+        for expert in CAPABILITIES
+        if expert in wanted
+    ]
+
+
+def _answer_job(setup: Setup, world: TrainedWorld, expert: str, tokens: int) -> TableJob:
+    file = _answer_file(setup, world, expert, tokens)
+    title = f"seed {world.seed}: answers of {expert} (at most {tokens} tokens)"
+    return TableJob(str(file), "answers", title, write_answers, (world.folder, expert, tokens, file),
+               lambda: file if file.is_file() else None)  # fmt: skip
+
+
+def _answer_file(setup: Setup, world: TrainedWorld, expert: str, tokens: int) -> Path:
+    name = f"{expert}-{tokens}-{answers_key(expert, tokens, world)}.jsonl"
+    return setup.out / "answers" / f"seed{world.seed}" / name
+
+
+def _fit_jobs(setup: Setup, world: TrainedWorld) -> list[TableJob]:
+    return [
+        _fit_job(setup, world, combination, point)
+        for combination in setup.combinations
+        for variant in setup.variants
+        for point in variant.points
+        if point.fit is not None
+    ]
+
+
+def _fit_job(setup: Setup, world: TrainedWorld, combination: str, point: Point) -> TableJob:
+    experts, settings = COMBINATIONS[combination], dict(point.fit or {})
+    file = _fit_file(setup, world, combination, point)
+    scores, tokens = _scores_of(setup, world, point, experts), _tokens(point)
+    answers = {name: _answer_file(setup, world, name, tokens) for name in experts} if tokens else {}
+    title = f"seed {world.seed}: fitted {combination} ({point.text()})"
+    return TableJob(str(file), "fit", title, write_fit_file,
+               (world.folder, experts, settings, answers, scores, file),
+               lambda: file if file.is_file() else None)  # fmt: skip
+
+
+def _fit_file(setup: Setup, world: TrainedWorld, combination: str, point: Point) -> Path:
+    key = fit_key(point, COMBINATIONS[combination], world)
+    how = slug("-".join(str(value) for value in (point.fit or {}).values()))[:40]
+    return setup.out / "fits" / f"seed{world.seed}" / f"{slug(combination)}-{how}-{key}.safetensors"
+
+
+def _scores_of(setup: Setup, world: TrainedWorld, point: Point, experts: Sequence[str]) -> dict[str, Path]:
+    """The score file of each expert, if the point takes any."""
+    if point.scores is None:
+        return {}
+    return {name: _score_file(setup, world, point.scores, name) for name in experts}
+
+
+def _the_merge(setup: Setup, world: TrainedWorld, combination: str, point: Point) -> tuple[str, str, MergeJob]:
+    """(its key, a name for its files, the merge)."""
     experts = COMBINATIONS[combination]
-    scores = {}
-    if point.scores is not None:
-        scores = {name: _score_file(setup, world, point.scores, name) for name in experts}
+    files = _scores_of(setup, world, point, experts)
+    fit = None if point.fit is None else _fit_file(setup, world, combination, point)
     key, place = merge_key(point, experts, world), f"{slug(combination)}-{slug(point.method)}"
-    task = MergeJob(
-        recipe(point, experts, world, scores),
+    return key, place, MergeJob(
+        recipe(point, experts, world, files, fit),
         setup.out / "recipes" / f"seed{world.seed}" / f"{place}-{key}.yaml",
         setup.out / "merged" / f"seed{world.seed}" / f"{place}-{key}",
         world.seed,
         setup.keep,
-    )
-    capabilities = experts if split == "validation" else CAPABILITIES
+    )  # fmt: skip
+
+
+def _loss_job(setup: Setup, world: TrainedWorld, combination: str, point: Point) -> TableJob:
+    """MergeJob and its loss on the prompts of what was merged."""
+    experts = COMBINATIONS[combination]
+    key, place, merge = _the_merge(setup, world, combination, point)
+    merge = replace(merge, folder=merge.folder.with_name(f"{merge.folder.name}-loss"))  # graded at the same time
+    result = setup.out / "losses" / f"seed{world.seed}" / f"{place}-{loss_key(key, experts, world)}.json"
+    title = f"seed {world.seed}: loss, {combination}, {point.method} ({point.text()})"
+    answers = tuple(_answer_file(setup, world, name, FitJob.answer_tokens) for name in experts)
+    task = LossJob(result, merge, world.folder, experts, answers)
+    return TableJob(str(result), "loss", title, measure_loss, (task,), lambda: read_loss(result, experts))
+
+
+def _merge_job(setup: Setup, world: TrainedWorld, combination: str, point: Point, split: str) -> TableJob:
+    """MergeJob and grade. On validation items only what was merged is graded, on test items everything."""
+    key, place, task = _the_merge(setup, world, combination, point)
+    capabilities = COMBINATIONS[combination] if split == "validation" else CAPABILITIES
     title = f"seed {world.seed}: {split}, {combination}, {point.method} ({point.text()})"
     about = {"combination": combination, "setting": point.text(), "random_seed": world.seed, "recipe": task.recipe}
     return _grading(setup, world, task, split, capabilities, f"{place}-", key, title, about)

@@ -23,21 +23,31 @@ from mergekit_wp.hashing import digest, readable
 
 _PACKAGE, _EXPERIMENTS = Path(mergekit_wp.__file__).parent, Path(__file__).parents[1]
 _MERGE_VERSIONS = ("mergekit", "torch")
+_BASELESS = ("karcher",)  # would take a base for one more model to average
 _GRADE_VERSIONS = ("lm-eval", "transformers", "torch")
 
 
-def recipe(point: Point, experts: tuple[str, ...], world: TrainedWorld, scores: Mapping[str, Path]) -> dict[str, Any]:
-    """A mergekit recipe; paths as a person in this folder would type them. `scores` has each expert's score file."""
+def recipe(
+    point: Point, experts: tuple[str, ...], world: TrainedWorld, scores: Mapping[str, Path], fit: Path | None = None
+) -> dict[str, Any]:
+    """A mergekit recipe; paths as a person in this folder would type them.
+
+    scores  each expert's score file, for a point that merges by them
+    fit     the fit file, for a point that has one; the scores were then for the fit
+    """
     from mergekit_wp.pipeline.steps import build_recipe  # which imports torch, and a worker must not yet
 
     listed = {}
     for name in experts:
-        own = dict(point.expert) | ({"scores": str(readable(scores[name]))} if point.scores is not None else {})
+        by_scores = point.scores is not None and fit is None
+        own = dict(point.expert) | ({"scores": str(readable(scores[name]))} if by_scores else {})
         listed[str(readable(world.folder / name))] = own
     base = str(readable(world.folder / "base"))
-    return build_recipe(
-        point.method, base, listed, shared=point.shared, base_parameters=point.base, out_dtype="bfloat16"
-    )
+    shared = dict(point.shared) | ({} if fit is None else {"fit": str(readable(fit))})
+    content = build_recipe(point.method, base, listed, shared=shared, base_parameters=point.base, out_dtype="bfloat16")
+    if point.method in _BASELESS:
+        content["tokenizer"] = {"source": content.pop("base_model")}
+    return content
 
 
 def score_key(settings: Mapping[str, Any], expert: str, world: TrainedWorld) -> str:
@@ -46,10 +56,35 @@ def score_key(settings: Mapping[str, Any], expert: str, world: TrainedWorld) -> 
     return _key("scores", dict(settings), inputs, source("scoring"), _versions(("torch", "transformers")))
 
 
+def answers_key(expert: str, tokens: int, world: TrainedWorld) -> str:
+    """Twelve hex digits that name a file of an expert's answers."""
+    inputs = [world.digests[name] for name in ("base", expert, f"pairs/{expert}")]
+    return _key("answers", tokens, inputs, source("scoring"), _versions(("torch", "transformers")))
+
+
+def fit_key(point: Point, experts: tuple[str, ...], world: TrainedWorld) -> str:
+    """Twelve hex digits that name a fit file."""
+    settings, read = dict(point.fit or {}), [f"pairs/{name}" for name in experts]
+    scores = None if point.scores is None else [score_key(point.scores, name, world) for name in experts]
+    inputs = [world.digests[name] for name in ("base", *experts, *read)]
+    return _key("fit", settings, experts, inputs, scores, *map(source, ("fit", "scoring", "merge")),
+                _versions(("torch", "transformers")))  # fmt: skip
+
+
+def loss_key(merge: str, experts: tuple[str, ...], world: TrainedWorld) -> str:
+    """Twelve hex digits that name the loss of a merge, whose key is given."""
+    inputs = [world.digests[name] for name in ("base", *experts, *(f"pairs/{name}" for name in experts))]
+    own = digest(Path(__file__).with_name("loss.py"))
+    return _key("loss", merge, experts, inputs, own, *map(source, ("fit", "scoring")),
+                _versions(("torch", "transformers")))  # fmt: skip
+
+
 def merge_key(point: Point, experts: tuple[str, ...], world: TrainedWorld) -> str:
     """Twelve hex digits that name a merged model (random methods draw with the world's seed)."""
-    scores = None
-    if point.scores is not None:
+    scores: Any = None
+    if point.fit is not None:
+        scores = fit_key(point, experts, world)
+    elif point.scores is not None:
         scores = [score_key(point.scores, name, world) for name in experts]
     own = source("merge") if point.method in METHODS else ""
     parameters = [point.method, dict(point.shared), dict(point.expert), point.base and dict(point.base)]

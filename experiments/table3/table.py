@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from scipy.stats import t as student_t
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.table3.grade import Grade
-from experiments.table3.jobs import AUTHORS, Entry
-from experiments.table3.variants import BASELINE, COMBINATIONS
+from experiments.table3.jobs import LABELS, UNLABELLED, Entry
+from experiments.table3.variants import BASELINE, COMBINATIONS, SAW_LABELS
 
-MEAN, MERGED = "mean", "merged"
-"""The last two columns: the mean over all capabilities, as in the paper, and over those that were merged."""
-COLUMNS = (*CAPABILITIES, MEAN, MERGED)
+MEAN, WITHOUT, MERGED = "mean", "without", "merged"
+"""The last three columns: the mean over all capabilities, as in the paper, over all but instructions (the paper's lead
+is in these alone), and over those that were merged."""
+COLUMNS = (*CAPABILITIES, MEAN, WITHOUT, MERGED)
+_OTHERS = tuple(name for name in CAPABILITIES if name != "instruction")
+OWN = "methods"
+"""The group of rows at the authors' settings. What was chosen of a grid has a group by how (`UNLABELLED`, `LABELS`)."""
+RIVALS = (OWN, UNLABELLED, LABELS)
+"""The groups that are compared, one row a method and a way of choosing its setting."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class RivalRow:
-    """One method in one combination, over seeds; `settings` are those that were graded, by seed."""
+    """One method in one combination, over seeds; `settings` are those that were graded, by seed; `saw`: see `Entry`."""
 
     combination: str
     name: str
@@ -60,6 +66,18 @@ class RivalRow:
     settings: tuple[str, ...]
     cells: dict[str, Spread]
     differences: dict[str, Spread] | None
+    saw: str
+
+    @property
+    def ours(self) -> bool:
+        """By Weight Patching, or by a fit, which has grown out of it."""
+        return self.name.startswith(("WP", "fit", "cross"))
+
+    @property
+    def title(self) -> str:
+        """The method, and how its setting was chosen, if it was."""
+        how = {UNLABELLED: ", setting by loss", LABELS: ", setting by labels"}
+        return self.name + how.get(self.group, "")
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class RivalTable:
         for entry in self.entries:
             name, group = _place(entry)
             groups.setdefault((entry.combination, group, name), {})[entry.seed] = entry
-        base = {c: found for (c, group, name), found in groups.items() if (group, name) == ("methods", BASELINE)}
+        base = {c: found for (c, group, name), found in groups.items() if (group, name) == (OWN, BASELINE)}
         rows = []
         for (combination, group, name), found in groups.items():
             if set(found) == set(self.seeds):
@@ -85,6 +103,21 @@ class RivalTable:
 
     def of(self, combination: str, *groups: str) -> list[RivalRow]:
         return [row for row in self.rows if row.combination == combination and row.group in groups]
+
+    @cached_property
+    def lines(self) -> dict[str, dict[str, RivalRow]]:
+        """The rows that are compared, by title and combination: in the order of variants, then of groups."""
+        rows = [row for row in self.rows if row.combination and row.group in RIVALS]
+        names = list(dict.fromkeys(row.name for row in rows))
+        found: dict[str, dict[str, RivalRow]] = {}
+        for row in sorted(rows, key=lambda row: (names.index(row.name), RIVALS.index(row.group))):
+            found.setdefault(row.title, {})[row.combination] = row
+        return found
+
+    @cached_property
+    def over_combinations(self) -> list[RivalRow]:
+        """Of each line that every combination has, the mean over them, seed by seed."""
+        return [_mean_row(list(by.values())) for by in self.lines.values() if set(by) == set(self.combinations)]
 
     @property
     def combinations(self) -> list[str]:
@@ -109,10 +142,25 @@ class RivalTable:
             c: Spread(tuple(mine[seed][c] for seed in self.seeds)) for c in self.columns if c in mine[self.seeds[0]]
         }
         differences = None
-        if base is not None and (group, name) != ("methods", BASELINE) and set(base) == set(self.seeds):
+        if base is not None and (group, name) != (OWN, BASELINE) and set(base) == set(self.seeds):
             theirs = {seed: values(base[seed]) for seed in self.seeds}
             differences = {c: less(cells[c], Spread(tuple(theirs[s][c] for s in self.seeds))) for c in cells}
-        return RivalRow(combination, name, group, tuple(found[seed].setting for seed in self.seeds), cells, differences)
+        settings, saw = tuple(found[seed].setting for seed in self.seeds), found[self.seeds[0]].saw
+        return RivalRow(combination, name, group, settings, cells, differences, saw)
+
+
+def _mean_row(rows: Sequence[RivalRow]) -> RivalRow:
+    def mean(spreads: Sequence[Spread]) -> Spread:
+        return Spread(tuple(sum(values) / len(values) for values in zip(*(x.values for x in spreads), strict=True)))
+
+    first, between = rows[0], [row.differences for row in rows if row.differences is not None]
+    return replace(
+        first,
+        combination="",
+        settings=(),
+        cells={c: mean([row.cells[c] for row in rows]) for c in (MEAN, WITHOUT, MERGED)},
+        differences={c: mean([x[c] for x in between]) for c in (MEAN, WITHOUT, MERGED)} if between else None,
+    )
 
 
 def values(entry: Entry) -> dict[str, float]:
@@ -120,7 +168,7 @@ def values(entry: Entry) -> dict[str, float]:
     grade: Grade = entry.grade
     found = {name: 100 * value for name, value in grade.right.items()}
     if set(CAPABILITIES) <= set(grade.right):
-        found[MEAN] = 100 * grade.mean(CAPABILITIES)
+        found |= {MEAN: 100 * grade.mean(CAPABILITIES), WITHOUT: 100 * grade.mean(_OTHERS)}
     if entry.combination:
         found[MERGED] = 100 * grade.mean(COMBINATIONS[entry.combination])
     return found
@@ -151,11 +199,14 @@ def ranked(table: RivalTable, column: str = MERGED) -> list[tuple[str, str, dict
     return sorted(scored, key=lambda item: -item[3])
 
 
+def best_of(rows: Iterable[RivalRow], column: str, labels: bool) -> RivalRow | None:
+    """The best of the rows that saw labels, or of those that saw none."""
+    return best((row for row in rows if (row.saw == SAW_LABELS) == labels), column)
+
+
 def _place(entry: Entry) -> tuple[str, str]:
-    """Name and group of an entry's row: an authors' setting has a row beside the best of its grid."""
-    if entry.role == AUTHORS:
-        return entry.variant, "authors"
-    return entry.variant, entry.group
+    """Name and group of an entry's row."""
+    return entry.variant, entry.role if entry.role in (UNLABELLED, LABELS) else entry.group
 
 
 def by_setting(entries: Sequence[Entry]) -> tuple[Entry, ...]:

@@ -1,4 +1,4 @@
-"""What a worker process does: train a world, score an expert, merge and grade. Each result lies under its key.
+"""What a worker process does: train a world, score an expert, fit, merge and grade. Each result lies under its key.
 
 Workers live long, so that the libraries' imports (seconds each) are paid once. A merge is mergekit's own command,
 called in the process: the function behind `mergekit-yaml`, with the recipe on disk and its options as typed.
@@ -10,18 +10,22 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.training import WorldConfig
 from experiments.table3.grade import GRADE_OF_SPLIT, Grade, grade
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
+
+if TYPE_CHECKING:
+    from mergekit_wp.fit.job import FitJob
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,17 @@ class Grading:
     about: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class LossJob:
+    """A merge whose loss is to be measured, on the prompts of its experts; `answers`: of each expert, in order."""
+
+    result: Path
+    model: MergeJob
+    world: Path
+    experts: tuple[str, ...]
+    answers: tuple[Path, ...]
+
+
 def train_world(config: WorldConfig, root: Path) -> Path:
     """The folder of this world, trained first if it is not there yet."""
     from experiments.miniature.world import build_world
@@ -69,6 +84,87 @@ def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Pat
     file.parent.mkdir(parents=True, exist_ok=True)
     write_scores(score(job), file)
     return file
+
+
+def write_answers(world: Path, expert: str, tokens: int, file: Path) -> Path:
+    """One expert's answers of at most so many tokens to its prompts, as a fit would ask for them."""
+    from mergekit_wp.scoring.models.load import load_pair
+    from mergekit_wp.scoring.score import prepare
+    from mergekit_wp.scoring.whole_answers import answers_for
+
+    fit = fit_job(world, (expert, *(name for name in CAPABILITIES if name != expert)), {"answer_tokens": tokens})
+    job = fit.scoring(fit.models[0])
+    ready = prepare(job)
+    stack = load_pair(job, ready.checked).expert
+    file.parent.mkdir(parents=True, exist_ok=True)
+    growing = file.with_suffix(".part")  # a run that was killed goes on
+    answers_for(job, ready.checked, stack, ready.tokenizer, ready.tasks, growing)
+    return growing.replace(file)
+
+
+def write_fit_file(
+    world: Path,
+    experts: tuple[str, ...],
+    settings: Mapping[str, Any],
+    answers: Mapping[str, Path],
+    scores: Mapping[str, Path],
+    file: Path,
+) -> Path:
+    """Fit the merge of these experts of a world by wp-fit's engine, with its defaults where `settings` say nothing.
+
+    answers  each expert's answers, if they were made
+    scores   each expert's score file, for `start: scores`
+    A run that was killed goes on.
+    """
+    from mergekit_wp.fit.fit import fit
+    from mergekit_wp.fit_file import write_fit
+    from mergekit_wp.scoring.resume import Resume
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    resume = Resume(file)
+    write_fit(fit(fit_job(world, experts, settings, answers, scores), resume=resume, out=file), file)
+    resume.forget()
+    return file
+
+
+def fit_job(
+    world: Path,
+    experts: Sequence[str],
+    settings: Mapping[str, Any],
+    answers: Mapping[str, Path] | None = None,
+    scores: Mapping[str, Path] | None = None,
+) -> FitJob:
+    """The fit of these experts on the prompts that they are scored by."""
+    from mergekit_wp.fit.job import FitJob
+
+    files = {"answers": answers or {}, "scores": scores or {}}
+    listed = [
+        {"expert": str(world / name), "pairs": str(world / "pairs" / f"{name}.jsonl")}
+        | {kind: str(of[name]) for kind, of in files.items() if name in of}
+        for name in experts
+    ]
+    return FitJob(base=str(world / "base"), experts=listed, device="cpu", offload="none", **settings)
+
+
+def measure_loss(task: LossJob) -> dict[str, float]:
+    """Merge, measure the share of each expert's gap that is left open, keep it, and remove the merged model."""
+    from experiments.table3.loss import measure_of
+
+    folder = merge(task.model)
+    found = measure_of(task.world, task.experts, task.answers).unrecovered(folder)
+    content = {"unrecovered": found, "recipe": task.model.recipe}
+    write_text(task.result, json.dumps(content, indent=2) + "\n")
+    shutil.rmtree(folder)
+    return found
+
+
+def read_loss(file: Path, experts: tuple[str, ...]) -> dict[str, float] | None:
+    """A loss that was kept, or None where there is none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["unrecovered"]
+        return {name: float(found[name]) for name in experts}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def merge(task: MergeJob) -> Path:

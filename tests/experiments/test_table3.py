@@ -19,13 +19,23 @@ from experiments.miniature.training import WorldConfig
 from experiments.miniature.world import build_world
 from experiments.table3 import jobs as plan_module
 from experiments.table3.frozen import FROZEN, KINDS, Disjoint, TrainedWorld, check_frozen
-from experiments.table3.grade import TestGrade, ValidationGrade, choose, suite_of
+from experiments.table3.grade import TestGrade, ValidationGrade, choose, choose_unlabelled, suite_of
 from experiments.table3.grid import read_variants
-from experiments.table3.jobs import AUTHORS, CHOSEN, ONLY, SECONDS, Setup, expected, seed_plan
+from experiments.table3.jobs import AUTHORS, LABELS, ONLY, SECONDS, UNLABELLED, Setup, expected, seed_plan
 from experiments.table3.keys import merge_key, recipe, score_key
 from experiments.table3.schedule import TableJob, TableProgress, run
-from experiments.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Point, Variant
+from experiments.table3.variants import (
+    BASELINE,
+    COMBINATIONS,
+    SAW_LABELS,
+    SAW_NOTHING,
+    SAW_PROMPTS,
+    VARIANTS,
+    Point,
+    Variant,
+)
 from mergekit_wp.errors import BadInput
+from mergekit_wp.fit.job import FitJob
 
 SEEDS = (0, 1, 2)
 
@@ -54,7 +64,9 @@ class Here:
         if len(self.names) == self.most:
             raise KeyboardInterrupt
         task = arguments[1]
-        self.names.append(str(getattr(task, "result", "")) or str(arguments[4]))
+        self.names.append(
+            str(getattr(task, "result", "")) or str(next(x for x in arguments[3:] if isinstance(x, Path)))
+        )
         future: Future[Any] = Future()
         future.set_result(function(*arguments))
         return future
@@ -63,6 +75,7 @@ class Here:
 GRID = Variant("grid", tuple(Point("task_arithmetic", expert={"weight": w}) for w in (1.0, 0.5, 0.25)), "")
 PLAIN = Variant(BASELINE, (Point("linear", expert={"weight": 1.0}, base={"weight": 0.0}),), "")
 SCORED = Variant("scored", (Point("wp", scores={"utility": "kl"}),), "")
+FITTED = Variant("fitted", (Point("wp", scores={"utility": "kl"}, fit={"family": "scale", "start": "scores"}),), "")
 
 
 def fake_grader(right: dict[tuple[str, float], float]) -> Any:
@@ -88,18 +101,43 @@ def fake_score(world: Path, expert: str, settings: Any, file: Path, allow_code: 
     return file
 
 
+def fake_loss(task: Any) -> dict[str, float]:
+    """Least at 0.25, which is best neither on validation nor on test items."""
+    assert all(path.is_file() for path in task.answers)
+    weight = task.model.recipe["models"][0]["parameters"]["weight"]
+    found = dict.fromkeys(task.experts, abs(weight - 0.25))
+    task.result.parent.mkdir(parents=True, exist_ok=True)
+    task.result.write_text(json.dumps({"unrecovered": found}))
+    return found
+
+
+def fake_answers(world: Path, expert: str, tokens: int, file: Path) -> Path:
+    assert tokens == FitJob.answer_tokens
+    return fake_score(world, expert, {}, file, False)
+
+
+def fake_fit(world: Path, experts: Any, settings: Any, answers: Any, scores: Any, file: Path) -> Path:
+    assert set(answers) == set(experts)
+    assert set(scores) == (set(experts) if settings.get("start") == "scores" else set())
+    assert all(path.is_file() for path in (*answers.values(), *scores.values()))
+    return fake_score(world, "", settings, file, False)
+
+
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, float], float]:
     """The values of the fake grader, to be changed by a test: 0.5 is best on validation, 1.0 by far on test items."""
     right = {("validation", 1.0): 0.3, ("validation", 0.5): 0.6, ("validation", 0.25): 0.4,
              ("test", 1.0): 0.99, ("test", 0.5): 0.2, ("test", 0.25): 0.98}  # fmt: skip
     monkeypatch.setattr(plan_module, "grade_model", fake_grader(right))
+    monkeypatch.setattr(plan_module, "measure_loss", fake_loss)
     monkeypatch.setattr(plan_module, "write_score", fake_score)
+    monkeypatch.setattr(plan_module, "write_answers", fake_answers)
+    monkeypatch.setattr(plan_module, "write_fit_file", fake_fit)
     return right
 
 
 def setup_of(worlds: Path, out: Path, **changes: Any) -> Setup:
-    return Setup(out, worlds, **{"variants": (PLAIN, GRID, SCORED), "kind": "smoke", **changes})
+    return Setup(out, worlds, **{"variants": (PLAIN, GRID, SCORED, FITTED), "kind": "smoke", **changes})
 
 
 def execute(setup: Setup, runner: Any, seeds: tuple[int, ...] = (0,)) -> list[Any]:
@@ -108,19 +146,56 @@ def execute(setup: Setup, runner: Any, seeds: tuple[int, ...] = (0,)) -> list[An
     return run(plans, runner, TableProgress(SECONDS, {}, 1, quiet=True))
 
 
-def test_the_point_that_is_best_on_validation_items_is_tested_whatever_the_test_items_say(
+def test_the_points_that_validation_items_and_the_loss_choose_are_tested_whatever_the_test_items_say(
     worlds: Path, tmp_path: Path, fakes: Any
 ) -> None:
     (result,) = execute(setup_of(worlds, tmp_path), Here())
     for combination in COMBINATIONS:
         mine = [e for e in result.test if e.variant == "grid" and e.combination == combination]
-        assert {e.role: (e.setting, e.grade.right["code"]) for e in mine} == {
-            CHOSEN: ("weight 0.5", 0.2),
-            AUTHORS: ("weight 1", 0.99),
+        assert {e.role: (e.setting, e.grade.right["code"], e.saw) for e in mine} == {
+            LABELS: ("weight 0.5", 0.2, SAW_LABELS),
+            UNLABELLED: ("weight 0.25", 0.98, SAW_PROMPTS),
+            AUTHORS: ("weight 1", 0.99, SAW_NOTHING),
         }
     assert {e.role for e in result.test if e.variant != "grid"} == {ONLY}
+    assert {e.variant for e in result.test if e.saw == SAW_PROMPTS} == {"grid", "scored", "fitted"}
     assert all(isinstance(e.grade, ValidationGrade) for e in result.validation)
     assert all(isinstance(e.grade, TestGrade) for e in result.test)
+
+
+@pytest.mark.parametrize(("choose_by", "roles", "kinds"), [
+    ((LABELS,), {LABELS, AUTHORS}, {"seed0", "validation", "test"}),
+    ((UNLABELLED,), {UNLABELLED, AUTHORS}, {"seed0", "test"}),
+    ((), {AUTHORS}, {"seed0", "test"}),
+])  # fmt: skip
+def test_only_the_choices_that_were_asked_for_are_made(
+    worlds: Path, tmp_path: Path, fakes: Any, choose_by: tuple[str, ...], roles: set[str], kinds: set[str]
+) -> None:
+    runner, setup = Here(), setup_of(worlds, tmp_path, choose=choose_by)
+    before = expected(setup, (0,))
+    (result,) = execute(setup, runner)
+    assert {e.role for e in result.test if e.variant == "grid"} == roles
+    assert {Path(name).parent.name for name in runner.names} == kinds
+    assert any("/losses/" in name for name in runner.names) == (UNLABELLED in choose_by)
+    assert sum(before.values()) == len(runner.names)
+    assert expected(setup, (0,)).total() == 0
+
+
+def test_a_method_that_cannot_merge_so_many_is_left_out(worlds: Path, tmp_path: Path, fakes: Any) -> None:
+    pairs_alone = Variant("pairs alone", GRID.points, "", most=2)
+    setup = setup_of(worlds, tmp_path, variants=(PLAIN, pairs_alone))
+    before, runner = expected(setup, (0,)), Here()
+    (result,) = execute(setup, runner)
+    found = {e.combination for e in result.test if e.variant == "pairs alone"}
+    assert found == set(COMBINATIONS) - {"all three"}
+    assert sum(before.values()) == len(runner.names)
+
+
+def test_the_least_loss_is_the_mean_over_what_was_merged() -> None:
+    assert (
+        choose_unlabelled([{"code": 0.2, "maths": 0.4}, {"code": 0.5, "maths": 0.0}, {"code": 0.3, "maths": 0.3}]) == 1
+    )
+    assert choose_unlabelled([{"code": 0.2, "maths": 0.4}, {"code": 0.4, "maths": 0.2}]) == 0
 
 
 def test_the_choice_takes_validation_grades_alone_and_looks_at_what_was_merged() -> None:
@@ -191,12 +266,17 @@ def test_a_changed_input_redoes_what_depends_on_it(worlds: Path, tmp_path: Path,
         pairs.write(json.dumps({"task": "code", "prompt": "Request: something new\nAnswer:\n"}) + "\n")
     second = Here()
     execute(setup_of(own, tmp_path / "out"), second)
-    scored = [name for name in second.names if name.endswith(".safetensors")]
-    assert len(scored) == 1
-    assert Path(scored[0]).name.startswith("code-")
-    graded = {Path(name).name.split("-wp-")[0] for name in second.names if name not in scored}
-    assert graded == {"code-instruction", "code-maths", "all-three"}
-    assert all("-wp-" in name for name in second.names if name not in scored)
+    scored = [name for name in second.names if name.endswith((".safetensors", ".jsonl"))]
+    for folder in ("scores", "answers"):
+        assert [Path(name).name.split("-")[0] for name in scored if f"/{folder}/" in name] == ["code"]
+    assert len(scored) == 2 + 3  # and the fits that start from them
+    # The loss of every merge is read on the prompts of its experts, and then the same setting is chosen as before.
+    with_code = {"code-instruction", "code-maths", "all-three"}
+    weighed = [name for name in second.names if "/losses/" in name]
+    assert {Path(name).name.split("-task-arithmetic-")[0] for name in weighed} == with_code
+    graded = [name for name in second.names if name not in (*scored, *weighed)]
+    assert {Path(name).name.split("-wp-")[0] for name in graded} == with_code
+    assert all("-wp-" in name for name in graded)
 
 
 def test_keys_change_with_all_that_decides_a_merge(worlds: Path) -> None:
@@ -212,6 +292,10 @@ def test_keys_change_with_all_that_decides_a_merge(worlds: Path) -> None:
         merge_key(Point("dare_linear", {"rescale": True}, {"weight": 1.0, "density": 0.8}), both, world),
         merge_key(Point("wp", scores={"utility": "kl"}), both, world),
         merge_key(Point("wp", scores={"utility": "anchor"}), both, world),
+        merge_key(Point("wp", fit={"family": "layer"}), both, world),
+        merge_key(Point("wp", fit={"family": "expert"}), both, world),
+        merge_key(Point("wp", fit={"family": "expert"}, scores={"utility": "kl"}), both, world),
+        merge_key(Point("wp", fit={"family": "expert"}, scores={"utility": "anchor"}), both, world),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == merge_key(point, both, world_of(worlds, 0))
@@ -223,21 +307,23 @@ def test_the_same_merge_under_two_names_is_made_once(worlds: Path, tmp_path: Pat
     runner = Here()
     (result,) = execute(setup_of(worlds, tmp_path, variants=twice), runner)
     assert max(Counter(runner.names).values()) == 1
-    assert len([e for e in result.validation if e.variant == "again"]) == len(COMBINATIONS)
+    assert len([e for e in result.test if e.variant == "again"]) == len(COMBINATIONS)
 
 
 def test_the_forecast_counts_what_is_left(worlds: Path, tmp_path: Path, fakes: Any) -> None:
     setup = setup_of(worlds, tmp_path)
     before = expected(setup, (0,))
-    assert dict(before) == {"score": 3, "validation": 20, "test": 4 * 4 + 4}
+    assert dict(before) == {"score": 3, "answers": 3, "fit": 4, "validation": 12, "loss": 12, "test": 4 * 6 + 4}
     runner = Here()
     execute(setup, runner)
     assert len(runner.names) <= sum(before.values())
     after = expected(setup, (0,))
     assert after.total() == 0
     (setup.out / "grades" / "seed0" / "test").rename(tmp_path / "moved")
-    assert dict(expected(setup, (0,))) == {"test": 4 * 4 + 4}
+    assert dict(expected(setup, (0,))) == {"test": 4 * 6 + 4}
     assert dict(expected(setup, (5,))) == {"world": 1, **before}
+    searching = setup_of(worlds, tmp_path / "search", validation_only=True)
+    assert dict(expected(searching, (0,))) == {"score": 3, "answers": 3, "fit": 4, "validation": 24}
 
 
 def test_what_a_job_raises_comes_out(worlds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,14 +410,14 @@ def test_the_authors_settings_are_those_of_the_13b_recipes() -> None:
     seen = set()
     for variant in VARIANTS:
         first = variant.points[0]
-        given = table[first.method]
-        if first.method != "wp":
+        given = table.get(first.method)
+        if first.method != "wp" and given is not None:
             assert dict(first.expert) == given.get("expert", {})
             assert dict(first.shared) == given.get("shared", {})
             assert (first.base and dict(first.base)) == given.get("base")
         assert len(variant.points) <= 4
         seen.add(first.method)
-    assert seen == set(table)
+    assert seen >= set(table)
 
 
 def test_a_recipe_reads_as_a_person_would_write_it(worlds: Path) -> None:
@@ -343,6 +429,9 @@ def test_a_recipe_reads_as_a_person_would_write_it(worlds: Path) -> None:
     ours = recipe(Point("wp", {"scale": 2.0}, scores={}), ("code",), world, {"code": Path("/s/code.safetensors")})
     assert ours["models"][0]["parameters"] == {"scores": "/s/code.safetensors"}
     assert ours["parameters"] == {"scale": 2.0}
+    fitted = recipe(Point("wp", scores={}, fit={}), ("code",), world, {"code": Path("/s/c")}, Path("/f/a.safetensors"))
+    assert fitted["parameters"] == {"fit": "/f/a.safetensors"}
+    assert "parameters" not in fitted["models"][0]
     assert "dtype" not in ours
     assert "tokenizer" not in ours
 
@@ -354,8 +443,12 @@ def test_variants_of_a_file(tmp_path: Path) -> None:
         "  - {name: a, method: wp, shared: {power: 2.0},\n"
         "     grid: {shared.scale: [1.0, 2.0], scores.utility: [kl, staged]}}\n"
         "  - {name: b, method: task_arithmetic, expert: {weight: 0.9}}\n"
+        "  - {name: c, method: wp, fit: {family: layer}, grid: {fit.steps: [10, 20]}}\n"
     )
-    a, b = read_variants(file)
+    a, b, c = read_variants(file)
+    assert [(p.fit, p.scores) for p in c.points] == [
+        ({"family": "layer", "steps": 10}, None), ({"family": "layer", "steps": 20}, None),
+    ]  # fmt: skip
     assert [(p.shared["power"], p.shared["scale"], p.scores and p.scores["utility"]) for p in a.points] == [
         (2.0, 1.0, "kl"), (2.0, 1.0, "staged"), (2.0, 2.0, "kl"), (2.0, 2.0, "staged"),
     ]  # fmt: skip
@@ -369,6 +462,8 @@ def test_variants_of_a_file(tmp_path: Path) -> None:
     ("variants: [{name: a, method: wp, scores: {utilty: kl}}]", "utilty"),
     ("variants: [{name: a, method: wp, scores: {utility: none}}]", "utility"),
     ("variants: [{name: a, method: wp, scores: {base: x}}]", "scores.base"),
+    ("variants: [{name: a, method: wp, fit: {experts: []}}]", "fit.experts"),
+    ("variants: [{name: a, method: wp, fit: {family: heads}}]", "family"),
     ("variants: [{name: a, method: wp, grid: {scale: [1]}}]", "shared.scale"),
     ("variants: [{name: a, method: wp, grid: 3}]", "shared.scale"),
     ("variants: [{name: a, method: wp}, {name: a, method: ties}]", "two variants"),

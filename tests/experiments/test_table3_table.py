@@ -13,9 +13,11 @@ import pytest
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.table3.formats import (
+    NONE,
     caption,
     difference,
     number,
+    remarks,
     search_text,
     summary,
     to_csv,
@@ -25,9 +27,28 @@ from experiments.table3.formats import (
 )
 from experiments.table3.grade import TestGrade, ValidationGrade
 from experiments.table3.html import to_html
-from experiments.table3.jobs import AUTHORS, CHOSEN, ONLY, Entry
-from experiments.table3.table import COLUMNS, MEAN, MERGED, RivalTable, Spread, by_setting, item_error, ranked
-from experiments.table3.variants import BASELINE, COMBINATIONS
+from experiments.table3.jobs import AUTHORS, LABELS, ONLY, UNLABELLED, Entry
+from experiments.table3.table import (
+    COLUMNS,
+    MEAN,
+    MERGED,
+    OWN,
+    WITHOUT,
+    RivalTable,
+    Spread,
+    by_setting,
+    item_error,
+    ranked,
+)
+from experiments.table3.variants import (
+    BASELINE,
+    COMBINATIONS,
+    SAW_LABELS,
+    SAW_NOTHING,
+    SAW_PROMPTS,
+    Point,
+    Variant,
+)
 
 SEEDS = (0, 1, 2)
 RNG = np.random.default_rng(7)
@@ -36,9 +57,13 @@ METHODS = (BASELINE, "TIES", "WP")
 RIGHT = RNG.uniform(0.2, 0.9, (3, len(COMBINATIONS), len(METHODS), 3)).round(3)
 
 
+SAW = {LABELS: SAW_LABELS, UNLABELLED: SAW_PROMPTS}
+
+
 def entry(seed: int, combination: str, name: str, right: np.ndarray, role: str = ONLY) -> Entry:
     grade = TestGrade(dict(zip(CAPABILITIES, map(float, right), strict=True)), dict.fromkeys(CAPABILITIES, 240))
-    return Entry(seed, combination, name, "methods", f"setting of {name}", role, grade)
+    saw = SAW_PROMPTS if name == "WP" else SAW.get(role, SAW_NOTHING)
+    return Entry(seed, combination, name, "methods", f"setting of {name}", role, grade, saw)
 
 
 def make_table(seeds: tuple[int, ...] = SEEDS) -> RivalTable:
@@ -46,9 +71,9 @@ def make_table(seeds: tuple[int, ...] = SEEDS) -> RivalTable:
     for s in seeds:
         for c, combination in enumerate(COMBINATIONS):
             for m, name in enumerate(METHODS):
-                role = CHOSEN if name == "TIES" else ONLY
-                entries.append(entry(s, combination, name, RIGHT[s, c, m], role))
-            entries.append(entry(s, combination, "TIES", RIGHT[s, c, 1] / 2, AUTHORS))
+                entries.append(entry(s, combination, name, RIGHT[s, c, m], AUTHORS if name == "TIES" else ONLY))
+            entries.append(entry(s, combination, "TIES", RIGHT[s, c, 1] / 2, UNLABELLED))
+            entries.append(entry(s, combination, "TIES", RIGHT[s, c, 1] / 4, LABELS))
         entries.append(Entry(s, "", "base", "models", "", ONLY, entry(s, "", "", RIGHT[s, 0, 0]).grade))
     return RivalTable(seeds, tuple(entries), "test")
 
@@ -56,7 +81,8 @@ def make_table(seeds: tuple[int, ...] = SEEDS) -> RivalTable:
 def test_means_errors_and_paired_differences_are_numpys() -> None:
     table = make_table()
     for c, (combination, experts) in enumerate(COMBINATIONS.items()):
-        places = {MEAN: [0, 1, 2], MERGED: [CAPABILITIES.index(name) for name in experts]}
+        others = [i for i, name in enumerate(CAPABILITIES) if name != "instruction"]
+        places = {MEAN: [0, 1, 2], WITHOUT: others, MERGED: [CAPABILITIES.index(name) for name in experts]}
         places |= {name: [i] for i, name in enumerate(CAPABILITIES)}
         for m, name in enumerate(METHODS):
             (row,) = [row for row in table.of(combination, "methods") if row.name == name]
@@ -74,11 +100,37 @@ def test_means_errors_and_paired_differences_are_numpys() -> None:
                     assert paired.error == pytest.approx((mine - theirs).std(ddof=1) / np.sqrt(3))
 
 
-def test_the_authors_setting_has_a_row_of_its_own() -> None:
+def test_each_way_of_choosing_a_setting_has_a_row_that_says_what_it_saw() -> None:
     table = make_table()
-    (row,) = table.of("all three", "authors")
-    (chosen,) = [row for row in table.of("all three", "methods") if row.name == "TIES"]
-    assert row.cells[MEAN].mean == pytest.approx(chosen.cells[MEAN].mean / 2)
+    rows = {row.title: row for row in table.of("all three", OWN, UNLABELLED, LABELS) if row.name == "TIES"}
+    assert {title: row.saw for title, row in rows.items()} == {
+        "TIES": SAW_NOTHING,
+        "TIES, setting by loss": SAW_PROMPTS,
+        "TIES, setting by labels": SAW_LABELS,
+    }
+    own = rows["TIES"].cells[MEAN].mean
+    assert rows["TIES, setting by loss"].cells[MEAN].mean == pytest.approx(own / 2)
+    assert rows["TIES, setting by labels"].cells[MEAN].mean == pytest.approx(own / 4)
+
+
+def test_the_mean_over_combinations_is_numpys_seed_by_seed() -> None:
+    mean = RIGHT.mean(axis=(1, 3)) * 100
+    for m, row in ((0, BASELINE), (1, "TIES"), (2, "WP")):
+        (found,) = [x for x in make_table().over_combinations if x.title == row]
+        assert found.cells[MEAN].values == pytest.approx(mean[:, m])
+        if m:
+            assert found.differences is not None
+            assert found.differences[MEAN].values == pytest.approx(mean[:, m] - mean[:, 0])
+
+
+def test_a_combination_that_a_method_cannot_do_is_a_dash_and_a_sentence() -> None:
+    whole = make_table()
+    some = tuple(e for e in whole.entries if not (e.variant == "WP" and e.combination == "all three"))
+    (line,) = [x for x in summary(RivalTable(SEEDS, some, "test")) if x[0] == "WP"]
+    assert [cell == NONE for cell in line[2:]] == [False, False, False, True, True]
+    twos = Variant("twos", (Point("slerp"),), "", most=2)
+    assert remarks([twos], COMBINATIONS) == [f"twos takes at most 2 experts: {NONE} in all three."]
+    assert remarks([Variant("any", (Point("ties"),), "")], COMBINATIONS) == []
 
 
 def test_a_row_that_a_seed_lacks_is_left_out() -> None:
@@ -114,17 +166,24 @@ def test_the_error_from_items_is_a_coins() -> None:
 
 
 def test_the_verdict_names_the_winner_where_wp_is_and_what_lies_between_even_when_it_loses() -> None:
-    for c, line in enumerate(verdict(make_table())):
+    lines = verdict(make_table())
+    assert lines[-1].startswith("mean over the combinations: ")
+    for c, line in enumerate(lines[:-1]):
         experts = COMBINATIONS[line.partition(":")[0]]
-        for label, places in (("mean of all", [0, 1, 2]), ("mean of merged", [CAPABILITIES.index(n) for n in experts])):
-            seeds = 100 * RIGHT[:, c][:, :, places].mean(axis=2)
+        merged = [CAPABILITIES.index(n) for n in experts]
+        # The columns of METHODS, then TIES by loss and by labels.
+        right = np.concatenate([RIGHT[:, c], RIGHT[:, c, 1:2] / 2, RIGHT[:, c, 1:2] / 4], axis=1)
+        titles = [*METHODS, "TIES, setting by loss", "TIES, setting by labels"]
+        for label, places in (("mean of all", [0, 1, 2]), ("mean of merged", merged)):
+            seeds = 100 * right[:, :, places].mean(axis=2)
             means = seeds.mean(axis=0)
             (said,) = [part for part in line.partition(": ")[2].split("; ") if label in part]
-            assert f"by the {label} {METHODS[int(means.argmax())]} is first" in said
-            assert f"WP is {1 + int((means > means[2]).sum())} of 3" in said
-            other = int(means[:2].argmax())
-            paired = seeds[:, 2] - seeds[:, other]
-            assert f"WP less {METHODS[other]}, the best other, is {paired.mean():+.1f} ± " in said
+            assert f"by the {label} {titles[int(means.argmax())]} is first" in said
+            assert f"WP is {1 + int((means > means[2]).sum())} of 5" in said
+            unlabelled = max((0, 1, 3), key=lambda m: means[m])
+            for other, which in ((unlabelled, "without labels"), (4, "with them")):
+                paired = seeds[:, 2] - seeds[:, other]
+                assert f"less {titles[other]}, the best other {which}, {paired.mean():+.1f} ± " in said
 
 
 def test_markdown_marks_the_best_of_each_column() -> None:
@@ -132,7 +191,7 @@ def test_markdown_marks_the_best_of_each_column() -> None:
     block = text.split("## all three")[1].split("\n\n")[2].splitlines()
     head, rows = block[0].split("|")[1:-1], [line.split("|")[1:-1] for line in block[2:]]
     assert len({len(row) for row in [head, *rows]}) == 1
-    for column in range(1, 6):
+    for column in range(1, 7):
         numbers = [float(re.findall(r"[\d.]+", row[column])[0]) for row in rows]
         bold = [row[column].strip().startswith("**") for row in rows]
         assert bold == [value == max(numbers) for value in numbers]
@@ -157,8 +216,9 @@ def test_csv_has_every_cell_of_every_seed() -> None:
 def test_text_and_summary_have_each_method_once() -> None:
     table = make_table()
     grid = summary(table)
-    assert [line[0] for line in grid] == ["", *METHODS]
-    assert grid[0][1:] == list(COMBINATIONS)
+    titles = [BASELINE, "TIES", "TIES, setting by loss", "TIES, setting by labels", "WP"]
+    assert [line[0] for line in grid] == ["", *titles]
+    assert grid[0][1:] == ["saw", *COMBINATIONS, "mean"]
     text = to_text(table)
     assert all(sentence in text for sentence in caption(table))
 
@@ -196,7 +256,7 @@ def test_the_page_is_whole_and_asks_nobody_for_anything() -> None:
     assert outline.seen.count("svg") == 1
     assert "script" not in outline.seen
     assert "&lt;note&gt;" in page
-    assert page.count("<table") == 3 + 2 * len(COMBINATIONS)
+    assert page.count("<table") == 4 + 3 * len(COMBINATIONS)
 
 
 def test_a_search_is_ranked_by_the_mean_over_combinations() -> None:

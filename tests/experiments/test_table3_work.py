@@ -19,9 +19,24 @@ from experiments.table3 import __main__ as command
 from experiments.table3.frozen import TrainedWorld
 from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade
 from experiments.table3.keys import recipe
+from experiments.table3.loss import measure_of
 from experiments.table3.variants import Point
-from experiments.table3.work import Grading, MergeJob, grade_model, merge, read_grade, write_score
+from experiments.table3.work import (
+    Grading,
+    LossJob,
+    MergeJob,
+    grade_model,
+    measure_loss,
+    merge,
+    read_grade,
+    read_loss,
+    write_answers,
+    write_fit_file,
+    write_score,
+)
 from mergekit_wp.errors import BadInput
+from mergekit_wp.fit.job import FitJob
+from mergekit_wp.fit_file import read_fit
 
 BOTH = ("instruction", "maths")
 
@@ -38,8 +53,10 @@ def world(root: Path) -> TrainedWorld:
     return TrainedWorld(0, root / WorldConfig.smoke().hash12)
 
 
-def merge_of(point: Point, world: TrainedWorld, out: Path, scores: dict[str, Path] | None = None) -> MergeJob:
-    return MergeJob(recipe(point, BOTH, world, scores or {}), out / "recipe.yaml", out / "merged", 3, False)
+def merge_of(
+    point: Point, world: TrainedWorld, out: Path, scores: dict[str, Path] | None = None, fit: Path | None = None
+) -> MergeJob:
+    return MergeJob(recipe(point, BOTH, world, scores or {}, fit), out / "recipe.yaml", out / "merged", 3, False)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +107,38 @@ def test_a_grading_merges_grades_keeps_the_result_and_removes_the_model(world: T
     assert json.loads(result.read_text())["recipe"]["merge_method"] == "wp"
 
 
+def test_the_loss_of_a_written_merge_is_the_fits_own(world: TrainedWorld, tmp_path: Path) -> None:
+    """On the same prompts, within what a merge loses when it is written in bfloat16; the base has 1 by definition."""
+    settings = {"family": "scale", "hold_out": 0.0}
+    answers = {
+        name: write_answers(world.folder, name, FitJob.answer_tokens, tmp_path / f"{name}.jsonl") for name in BOTH
+    }
+    file = write_fit_file(world.folder, BOTH, settings, answers, {}, tmp_path / "fits" / "both.safetensors")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # no answers of its own
+    model = merge_of(Point("wp", fit=settings), world, tmp_path, fit=file)
+    task = LossJob(tmp_path / "loss.json", model, world.folder, BOTH, tuple(answers.values()))
+    found = measure_loss(task)
+    expected = [share.end for share in read_fit(file).meta.unrecovered]
+    assert list(found.values()) == pytest.approx(expected, rel=0.02)
+    assert max(expected) < 0.95
+    assert read_loss(task.result, BOTH) == found
+    assert read_loss(task.result, ("code",)) is None
+    assert not task.model.folder.exists()
+    measure = measure_of(world.folder, BOTH, tuple(answers.values()))
+    assert measure.unrecovered(world.folder / "base") == pytest.approx(dict.fromkeys(BOTH, 1.0))
+    assert measure.unrecovered(world.folder / "maths")["maths"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_mean_of_hyperspheres_has_no_base_among_what_it_averages(world: TrainedWorld, tmp_path: Path) -> None:
+    """mergekit takes a `base_model` for one model more."""
+    found, base = weights(merge(merge_of(Point("karcher"), world, tmp_path))), weights(world.folder / "base")
+    average = weights(merge(merge_of(Point("linear", expert={"weight": 1.0}, base={"weight": 0.0}), world, tmp_path)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved, expected = found[name].float() - base[name].float(), average[name].float() - base[name].float()
+    assert found["model.embed_tokens.weight"].shape == base["model.embed_tokens.weight"].shape
+    assert float(moved.norm()) == pytest.approx(float(expected.norm()), rel=0.05)
+
+
 def test_grades_are_the_graders_own(world: TrainedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grader that finds every second answer right must come out as one half."""
     turn = iter(range(10**6))
@@ -124,7 +173,7 @@ def test_only_a_right_program_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_command_from_worlds_to_table_and_again(root: Path, tmp_path: Path) -> None:
     arguments = ["--kind", "smoke", "--seeds", "0", "--worlds", str(root), "--out", str(tmp_path), "--workers", "1"]
-    arguments += ["--only", "code + maths", "--only", "WP"]
+    arguments += ["--only", "code + maths", "--only", "WP", "--only", "fit, scale"]
     refused = CliRunner().invoke(command.main, arguments)
     assert refused.exit_code == 2
     assert "--allow-code-execution" in refused.output
@@ -134,7 +183,7 @@ def test_the_command_from_worlds_to_table_and_again(root: Path, tmp_path: Path) 
     assert WorldConfig.smoke().hash12 in (tmp_path / "table3.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     tested = {entry["variant"] for seed in results["seeds"] for entry in seed["test"]}
-    assert tested == {"average", "WP", "base", "instruction", "maths", "code"}
+    assert tested == {"average", "WP", "fit, scale", "base", "instruction", "maths", "code"}
     assert list((tmp_path / "merged").rglob("*.safetensors")) == []
     again = CliRunner().invoke(command.main, [*arguments, "--plan"])
     assert "To do: nothing" in again.output
