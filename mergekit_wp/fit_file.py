@@ -20,6 +20,7 @@ Legend: K experts, L layers, H query heads, F neurons a layer.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,13 +31,42 @@ from mergekit_wp.choices import FIT_FAMILIES
 from mergekit_wp.documents import Count, Date, Number, Positive, Text, Versions, one_of, read_document, strict
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_tensors, write_tensors
-from mergekit_wp.geometry import Geometry
+from mergekit_wp.geometry import Geometry, TensorSlot
 from mergekit_wp.scores import DTYPES, ModelId, PromptStyle, check_table
 
 FORMAT = 1
 METADATA_KEY = "wp_fit"
 MOST = 2.0
 """The largest weight."""
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """What a merge takes of each expert: heads_KLH, neurons_KLF, and rest_K of all that belongs to no component."""
+
+    heads_KLH: torch.Tensor
+    neurons_KLF: torch.Tensor
+    rest_K: torch.Tensor
+
+    @classmethod
+    def uniform(cls, geometry: Geometry, values: Sequence[float]) -> FusionWeights:
+        """One number an expert for all that it has, float32."""
+        value_K = torch.tensor(values, dtype=torch.float32)
+        heads, neurons = (
+            value_K[:, None, None].repeat(1, geometry.layers, count) for count in (geometry.heads, geometry.neurons)
+        )
+        return cls(heads, neurons, value_K)
+
+    def scaled(self, factor: float) -> FusionWeights:
+        """All of them times one number."""
+        return FusionWeights(factor * self.heads_KLH, factor * self.neurons_KLF, factor * self.rest_K)
+
+    def along(self, slot: TensorSlot | None, geometry: Geometry) -> torch.Tensor:
+        """[K, n] along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons; [K, 1] where there
+        is no component."""
+        if slot is None:
+            return self.rest_K[:, None]
+        return geometry.expand(slot, self.heads_KLH[:, slot.layer], self.neurons_KLF[:, slot.layer])
 
 
 @strict
@@ -148,6 +178,11 @@ class Fit:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors under the names that they have in the file."""
         return {"heads": self.heads, "neurons": self.neurons, "rest": self.rest}
+
+    def weights(self, order: Sequence[int] | None = None) -> FusionWeights:
+        """Of the experts at these places in the file; of all, in its order."""
+        chosen = list(range(len(self.rest)) if order is None else order)
+        return FusionWeights(self.heads[chosen], self.neurons[chosen], self.rest[chosen])
 
     def save(self, path: str | Path) -> None:
         """Write the fit file, as wp-fit does (`write_fit`)."""

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from mergekit_wp.console import Tick
-from mergekit_wp.fit.merged import FusionWeights, MergedStack
+from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import Gradient, LessonBatch, component_effects, passes
+from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.hooks import LayerRecord

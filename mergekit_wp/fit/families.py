@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.fit.merged import FusionWeights
+from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry
 
 

@@ -31,7 +31,7 @@ from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.fit.cross import cross_weights
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.job import FitJob
-from mergekit_wp.fit.merged import FusionWeights, MergedStack
+from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import (
     Lesson,
     LessonBatch,
@@ -41,7 +41,7 @@ from mergekit_wp.fit.objective import (
     losses,
     read_lessons,
 )
-from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, LossAt, Unrecovered
+from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, LossAt, Unrecovered
 from mergekit_wp.foreign import logger
 from mergekit_wp.hashing import digest
 from mergekit_wp.merge.kernel import component_weights

@@ -19,45 +19,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
+from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry, TensorSlot, slot_of
 from mergekit_wp.merge.kernel import fuse
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.models.layerwise import Stack, Start
-
-
-@dataclass(frozen=True)
-class FusionWeights:
-    """What each expert adds to the base: heads_KLH, neurons_KLF, rest_K (all that belongs to no component), float32."""
-
-    heads_KLH: torch.Tensor
-    neurons_KLF: torch.Tensor
-    rest_K: torch.Tensor
-
-    @classmethod
-    def uniform(cls, geometry: Geometry, values: Sequence[float]) -> FusionWeights:
-        """One number an expert for all that it has."""
-        value_K = torch.tensor(values, dtype=torch.float32)
-        heads, neurons = (
-            value_K[:, None, None].repeat(1, geometry.layers, count) for count in (geometry.heads, geometry.neurons)
-        )
-        return cls(heads, neurons, value_K)
-
-    def scaled(self, factor: float) -> FusionWeights:
-        """All of them times one number."""
-        return FusionWeights(factor * self.heads_KLH, factor * self.neurons_KLF, factor * self.rest_K)
-
-    def along(self, slot: TensorSlot | None, geometry: Geometry, length: int) -> torch.Tensor:
-        """[K, n] along the axis of one tensor, of `length` n where it belongs to no component."""
-        if slot is None:
-            return self.rest_K[:, None].expand(-1, length)
-        return geometry.expand(slot, self.heads_KLH[:, slot.layer], self.neurons_KLF[:, slot.layer])
 
 
 class MergedStack(Stack):
@@ -173,7 +145,7 @@ class MergedStack(Stack):
         """One tensor. What belongs to no component is small, or read by one product; it may have a gradient."""
         experts = [align_rows(tensor, base) for tensor in experts]
         axis = 0 if slot is None else slot.axis
-        weight_Kn = weights.along(slot, self.geometry, base.shape[axis])
+        weight_Kn = weights.along(slot, self.geometry).expand(-1, base.shape[axis])
         merged = fuse(experts, weight_Kn, axis, base.dtype, base)
         return nn.Parameter(merged, requires_grad=slot is None and base.ndim == 1)
 

@@ -29,7 +29,8 @@ from torch import nn
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.console import Tick
-from mergekit_wp.fit.merged import FusionWeights, MergedStack, outer_modules
+from mergekit_wp.fit.merged import MergedStack, outer_modules
+from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.memory import free_memory
 from mergekit_wp.scoring.batching import Batch, Tokens, numbered_batches

@@ -64,11 +64,8 @@ def layer_weights(fit: Fit, order: Sequence[int], layer: int) -> tuple[torch.Ten
 
 
 def fitted_weights(fit: Fit, order: Sequence[int], slot: TensorSlot | None) -> torch.Tensor:
-    """w_Kn along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons; w_K1 where there is no
-    component."""
-    if slot is None:
-        return fit.rest[list(order), None]
-    return fit.meta.geometry.expand(slot, *layer_weights(fit, order, slot.layer))
+    """w_Kn of the merge's experts, as `FusionWeights.along`."""
+    return fit.weights(order).along(slot, fit.meta.geometry)
 
 
 def _same(found: Fingerprint, fitted: ModelId) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fit_example
+import merge_world
 import pytest
 import tiny
 import torch
@@ -9,6 +11,8 @@ from fit_world import geometry_of, merged_by_hand, random_weights, save_experts
 from streamed_world import PROMPTS, resident, streamed
 
 from mergekit_wp.fit.merged import MergedStack
+from mergekit_wp.fit_file import Fit
+from mergekit_wp.merge.merging import merge
 from mergekit_wp.scoring.batching import batches
 from mergekit_wp.scoring.sweep import forward_sweep
 
@@ -52,6 +56,25 @@ def test_streamed_is_resident_and_leaves_nothing_behind(tmp_path, kind):
     torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-5, atol=1e-5)
     for stack in (merged, base, *experts):
         assert all(parameter.is_meta for layer in stack.tower.layers for parameter in layer.parameters())
+
+
+def test_is_the_merge_that_a_fit_file_makes(tmp_path):
+    """With the same weights, the model that wp-fit reads is the one that merge_method wp writes, to the bit."""
+    folders = save_experts(tmp_path, "qwen2", extra_rows=2)
+    geometry = geometry_of(folders[0])
+    weights = random_weights(geometry, 2)
+    names = [str(folder) for folder in folders]
+    about = fit_example.meta(merge_world.identity(names[0]), list(map(merge_world.identity, names[1:])), geometry)
+    fit = Fit(about, weights.heads_KLH, weights.neurons_KLF, weights.rest_K)
+    base, *experts = map(resident, folders)
+    written = merge(base.model, [expert.model for expert in experts], fit=fit)
+    merged = MergedStack(base, experts, geometry, weights)
+    list(merged.layers(range(merged.depth)))
+    merged.read_head()
+    own = merged.model.state_dict()
+    for name, tensor in written.items():
+        if "embed_tokens" not in name:  # what enters layer 0 is merged instead
+            assert torch.equal(own[name], tensor), name
 
 
 def test_other_weights_make_another_merge(tmp_path):

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.fit import unrecovered
-from mergekit_wp.fit.merged import FusionWeights, MergedStack
+from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import batch_lessons, branch_losses, loss_and_gradient, losses, read_lessons
+from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.scoring.distributed import ProcessGroup
 
 ALONE = ProcessGroup()

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from mergekit_wp.checkpoint.folder import Checkpoint
-from mergekit_wp.fit.merged import FusionWeights
+from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry, Kind, text_name
 
 

@@ -25,8 +25,8 @@ def write_random_scores(path: Path, base: str, expert: str, seed: int, geometry:
     geometry = geometry or Checkpoint.open(base.partition("+")[0]).geometry
     generator = torch.Generator().manual_seed(seed)
     meta = ScoreMeta(
-        base=_identity(base),
-        expert=_identity(expert),
+        base=identity(base),
+        expert=identity(expert),
         geometry=geometry,
         tasks={"t": TaskMeta(1, 1, {"anchor": UtilityStats(1, 0, 0.5)})},
         method="attr",
@@ -49,12 +49,12 @@ def write_random_scores(path: Path, base: str, expert: str, seed: int, geometry:
 
 def write_random_fit(path: Path, base: str, experts: Sequence[str], seed: int = 0) -> Path:
     """A valid fit file for these models in this order, with random weights."""
-    about = fit_example.meta(_identity(base), [_identity(name) for name in experts], Checkpoint.open(base).geometry)
+    about = fit_example.meta(identity(base), [identity(name) for name in experts], Checkpoint.open(base).geometry)
     write_fit(fit_example.example(about, seed), path)
     return path
 
 
-def _identity(name: str) -> ModelId:
+def identity(name: str) -> ModelId:
     print_ = fingerprint_of(name)
     return ModelId(name, None, print_.config, print_.tensors)
 
