@@ -25,6 +25,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
 
 if TYPE_CHECKING:
+    from experiments.table3.loss import Measure
     from mergekit_wp.fit.job import FitJob
 
 
@@ -146,10 +147,16 @@ def fit_job(
     return FitJob(base=str(world / "base"), experts=listed, device="cpu", offload="none", **settings)
 
 
+@lru_cache(maxsize=1)
+def measure_of(world: Path, experts: tuple[str, ...], answers: tuple[Path, ...]) -> Measure:
+    """The measure of one combination, made once a process as long as no other comes between."""
+    from experiments.table3.loss import Measure
+
+    return Measure(fit_job(world, experts, {}, dict(zip(experts, answers, strict=True))), experts)
+
+
 def measure_loss(task: LossJob) -> dict[str, float]:
     """Merge, measure the share of each expert's gap that is left open, keep it, and remove the merged model."""
-    from experiments.table3.loss import measure_of
-
     folder = merge(task.model)
     found = measure_of(task.world, task.experts, task.answers).unrecovered(folder)
     content = {"unrecovered": found, "recipe": task.model.recipe}

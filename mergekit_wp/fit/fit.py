@@ -82,8 +82,10 @@ def fit(
     ready = check(job)
     with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {job.device}; lower it."):
         merged = load(job, ready, processes)
-        lessons = _lessons(job, ready, merged, processes, start, out)
-        run = FitRun(job, merged, _vocabulary(ready), *hold_out(lessons, job.hold_out, job.seed), processes, start)
+        lessons = read_teachers(job, ready, merged, processes, start, out)
+        run = FitRun(
+            job, merged, shared_vocabulary(ready), *hold_out(lessons, job.hold_out, job.seed), processes, start
+        )
         date = resume.begin(_inputs(job, ready, run), now())
         resume.spare_others()
         found = run.carry_out(_start_shares(job, ready), resume)
@@ -120,11 +122,12 @@ def load(job: FitJob, ready: Sequence[Prepared], processes: ProcessGroup) -> Mer
     return MergedStack(own, others, base.geometry, FusionWeights.uniform(base.geometry, [0.0] * len(others)))
 
 
-def _vocabulary(ready: Sequence[Prepared]) -> int:
+def shared_vocabulary(ready: Sequence[Prepared]) -> int:
+    """V: vocabulary rows that all models have."""
     return min(each.checked.vocabulary for each in ready)
 
 
-def _lessons(
+def read_teachers(
     job: FitJob, ready: Sequence[Prepared], merged: MergedStack, processes: ProcessGroup, start: StartProgress,
     out: Path | None,
 ) -> list[Lesson]:  # fmt: skip
@@ -138,7 +141,7 @@ def _lessons(
         lessons += read_lessons(stack, k, prompts, answers, job.batch_size, tick)
     tick = start(len(lessons), "Reading the base", "prompt")
     batches = batch_lessons(lessons, job.batch_size, (merged.base, *merged.experts))
-    base_N = losses(merged.base, merged.experts, batches, _vocabulary(ready), processes, tick)
+    base_N = losses(merged.base, merged.experts, batches, shared_vocabulary(ready), processes, tick)
     lessons = [replace(lesson, base_kl=gap) for lesson, gap in zip(lessons, base_N.tolist(), strict=True)]
     for k, expert in enumerate(job.models):
         gaps = [lesson.base_kl for lesson in lessons if lesson.teacher == k]

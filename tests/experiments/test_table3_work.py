@@ -19,7 +19,6 @@ from experiments.table3 import __main__ as command
 from experiments.table3.frozen import TrainedWorld
 from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade
 from experiments.table3.keys import recipe
-from experiments.table3.loss import measure_of
 from experiments.table3.variants import Point
 from experiments.table3.work import (
     Grading,
@@ -27,6 +26,7 @@ from experiments.table3.work import (
     MergeJob,
     grade_model,
     measure_loss,
+    measure_of,
     merge,
     read_grade,
     read_loss,
