@@ -340,10 +340,10 @@ def skeleton(name: str, checkpoint: Checkpoint, dtype: torch.dtype, remote_code:
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code)
+        with suppress(OSError):  # there is none
+            model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
     except Exception as error:
         raise BadInput(f"{name}: transformers could not load this model ({reason_of(error)}).") from error
-    with suppress(OSError):  # there is none
-        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
     _compute_tables(name, model)
     return model.requires_grad_(False).eval()
 
