@@ -168,12 +168,19 @@ def _answers(
 
 
 def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Lesson], list[Lesson]]:
-    """(fitted, held out): of each expert's prompts this share, rounded down, is held out, drawn by the seed."""
+    """(fitted, held out): of each expert's prompts this share is held out, rounded down but at least one, drawn by the
+    seed; none where the share is 0. Raises `BadInput` for an expert with one prompt, of which none could be held out.
+    """
     fitted: list[Lesson] = []
     held: list[Lesson] = []
     for teacher in sorted({lesson.teacher for lesson in lessons}):
         own = [lesson for lesson in lessons if lesson.teacher == teacher]
-        chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), int(share * len(own))))
+        if share and len(own) < 2:
+            raise BadInput(
+                f"experts, entry {teacher + 1}: has one prompt, which cannot be held out; give more, or hold_out: 0."
+            )
+        count = max(1, int(share * len(own))) if share else 0
+        chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), count))
         held += [own[i] for i in sorted(chosen)]
         fitted += [own[i] for i in range(len(own)) if i not in chosen]
     return fitted, held
@@ -271,6 +278,8 @@ class FitRun:
             state.advance(float(unrecovered(lessons, kl_N).mean()), family.gather(gradient))
             if state.step % job.look_every == 0 or state.step == job.steps:
                 state.look(float(self._look(family.spread(state.number_P.detach())).mean()))
+                where = "held out" if self.held else "fitted"
+                LOG.info("step %d: %.4f of the gaps left open on prompts %s", state.step, state.last, where)
             resume.save(0, 0, state.tensors())
         return family.spread(state.best_P), state.curve(bool(self.held)), state.best_step
 
@@ -325,6 +334,7 @@ class Descent:
 
     step = property(lambda self: int(self.counts[0]))
     best_step = property(lambda self: int(self.looks[self.counts[2], 0]))
+    last = property(lambda self: float(self.looks[self.counts[1] - 1, 2]))
 
     def advance(self, loss: float, gradient_P: torch.Tensor) -> None:
         """One step against the gradient, at which the loss of the step's prompts was `loss`."""

@@ -212,6 +212,11 @@ def test_a_share_of_each_experts_prompts_is_held_out():
     assert [sum(x.teacher == k for x in held) for k in range(2)] == [2, 2]
     assert sorted((x.teacher, x.prompt) for x in (*fitted, *held)) == [(x.teacher, x.prompt) for x in lessons]
     assert held != hold_out(lessons, 0.25, 1)[1]
+    few = [*lessons[:2], *lessons[10:13]]  # a quarter of which is less than one
+    assert [sum(x.teacher == k for x in hold_out(few, 0.25, 0)[1]) for k in range(2)] == [1, 1]
+    assert hold_out(few, 0.0, 0) == (few, [])
+    with pytest.raises(BadInput, match="experts, entry 1: has one prompt"):
+        hold_out(few[1:], 0.25, 0)
 
 
 def test_weights_stay_within_their_bounds_and_the_best_look_is_kept():
