@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).parent / "helpers" / "kill_at_moments.py"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills forks")
 
 
-@pytest.mark.parametrize("stage", ["score", "aim", "merge", "push", "evaluate", "run"])
+@pytest.mark.parametrize("stage", ["score", "fit", "aim", "merge", "push", "evaluate", "run"])
 def test_twenty_kills(stage: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, PROGRAM, stage, tmp_path], capture_output=True, text=True, cwd=PROGRAM.parent
@@ -22,7 +22,12 @@ def test_twenty_kills(stage: str, tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == 0
     assert found["same"], "the run after the kills wrote something else than an undisturbed one"
-    kept = {"run": ["one.txt", "two.txt", ".steps"], "evaluate": ["cache"], "score": ["s.answers.jsonl"]}
+    kept = {
+        "run": ["one.txt", "two.txt", ".steps"],
+        "evaluate": ["cache"],
+        "score": ["s.answers.jsonl"],
+        "fit": ["f.expert1.answers.jsonl", "f.expert2.answers.jsonl"],
+    }
     left = sorted(kept.get(stage, []))
     assert sorted(found["left"]) == left, "killed runs left something that the next did not clear"
     assert found["kills"] >= 10  # a run that goes on from finished parts has fewer moments

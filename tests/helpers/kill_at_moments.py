@@ -131,6 +131,21 @@ def score(folder: Path):
     return lambda: command([str(a) for a in arguments]), out
 
 
+def fit(folder: Path):
+    """Answers and finished steps are kept beside the output and gone on from."""
+    from merge_world import World
+
+    from mergekit_wp.fit.cli import main as command
+
+    world = World(folder, "llama", experts=2).build()
+    prompts, out = pairs(folder), folder / "f.safetensors"
+    experts = [{"expert": str(world.expert(k)), "pairs": str(prompts)} for k in range(2)]
+    (folder / "fit.yaml").write_text(json.dumps({"base": str(world.base), "experts": experts}))
+    arguments = [folder / "fit.yaml", "--answer-tokens", 2, "--steps", 3, "--look-every", 2, "--device", "cpu"]
+    arguments += ["--out", out, "--quiet"]
+    return lambda: command([str(a) for a in arguments]), out
+
+
 def aim(folder: Path):
     from merge_world import World
 
@@ -211,7 +226,7 @@ def steps(folder: Path):
     return lambda: run_steps(chain, Stamps.below(folder / ".steps")), made[-1]
 
 
-STAGES = {"score": score, "aim": aim, "merge": merge, "push": push, "evaluate": evaluate, "run": steps}
+STAGES = {"score": score, "fit": fit, "aim": aim, "merge": merge, "push": push, "evaluate": evaluate, "run": steps}
 
 if __name__ == "__main__":
     main()
