@@ -55,8 +55,18 @@ while not (ROOT / "pyproject.toml").is_file():
     ROOT = ROOT.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
-# Of accelerate, lm_eval, mergekit-evolve and pip.
-FOREIGN_FLAGS = {"--num_processes", "--multi_gpu", "--model", "--model_args", "--tasks", "--no-reshard", "--target"}
+# Of accelerate, lm_eval, mergekit-evolve, pip and the table of experiments.
+FOREIGN_FLAGS = {
+    "--choose",
+    "--only",
+    "--num_processes",
+    "--multi_gpu",
+    "--model",
+    "--model_args",
+    "--tasks",
+    "--no-reshard",
+    "--target",
+}
 _TITLED = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.DOTALL | re.MULTILINE)
 GEOMETRY = Geometry("LlamaForCausalLM", 40, 40, 40, 128, 13824, 5120, 32000)
 

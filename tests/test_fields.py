@@ -58,7 +58,7 @@ def agree(validator, read, content):
 
 @pytest.mark.parametrize("field", [item.name for item in fields(ScoringJob)] + ["no_such_field"])
 def test_a_job_is_taken_where_its_schema_takes_it(field):
-    beside = {"object": {"method": "ap"}, "rank": {"top": [3, "f"]}}.get(field, {})
+    beside = {"object": {"method": "ap"}, "rank": {"top": [3, "f"]}, "answers": {"answer_tokens": 8}}.get(field, {})
     for value in [*VALUES, "mean-abs", "half", "stream", "float16"]:
         content = {"base": "b", "expert": "e", "pairs": "p", **beside, field: value}
         if (field, value) != ("layer", "auto"):
@@ -126,6 +126,9 @@ def test_a_part_of_a_pipeline_is_taken_where_its_schema_takes_it(part, field, tm
             continue
         if field == "recipe" and value is not None:  # the others of a merge do not go with it
             holder.clear()
+        if field == "fit" and value is not None:  # it is for wp, and wants an expert's prompts
+            holder.pop("merge_method")
+            content["experts"]["one"]["scoring"] = {"pairs": "p"}
         holder[field] = value
         Path("p.yaml").write_text(yaml.safe_dump(content))
         assert PIPELINE.is_valid(content) == takes(read_pipeline, "p.yaml"), content
@@ -157,7 +160,7 @@ def test_schema_as_text_has_every_field(command):
     done = CliRunner().invoke(command, ["--schema"])
     assert done.exit_code == 0
     for name, said in schema_of(command).schema["properties"].items():
-        if name not in ("score", "merge"):
+        if name not in ("score", "fit", "merge"):
             line = next(line for line in done.output.splitlines() if line.strip().startswith(f"{name}: "))
             assert said["description"].startswith(line.strip().removeprefix(f"{name}: "))
 

@@ -37,10 +37,13 @@ def test_no_command_says_a_word(world):
         "models": [{"model": "one", "parameters": {"scores": "out/scores/one.safetensors"}}],
     }
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    experts = [{"expert": name, "pairs": f"{name}.jsonl"} for name in ("one", "two")]
+    (world / "fit.yaml").write_text(yaml.safe_dump({"base": "base", "experts": experts, "steps": 1}))
     commands = [
         ["pipeline.cli", "out.yaml", "--until", "score"],
         ["scoring.cli", "anchored.yaml", "--out", "anchored.safetensors"],
         ["scores_cli", "out/scores/one.safetensors"],
+        ["fit.cli", "fit.yaml", "--out", "fit.safetensors"],
         ["merge.cli", "recipe.yaml", "merged"],
         ["eval.cli", "suite.yaml", "wp=merged", "--out", "eval"],
         ["eval.compare", "eval", "--out", "compared"],

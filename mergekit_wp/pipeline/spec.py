@@ -54,8 +54,8 @@ BASE = "base"
 _WORD = text("a non-empty text")
 _NAMES = texts("a list of names")
 _FIT = ValueKind(
-    "a mapping of fields of a fit job but base and experts, such as {family: component}",
-    lambda value: isinstance(value, dict) and not set(value) & {"base", "experts"},
+    "a mapping of fields of a fit job, such as {family: component}",
+    lambda value: isinstance(value, dict),
     {
         "type": "object",
         "properties": {k: v for k, v in json_schema(FitJob)["properties"].items() if k not in ("base", "experts")},
@@ -241,6 +241,8 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
             raise BadInput(f"`{where}` has a recipe of its own; write `{others[0]}` there.")
         return Merge(recipe=_found(values["recipe"], file, f"{where}.recipe"))
     merge = Merge(**{**values, "experts": tuple(values.get("experts", ()))})
+    if merge.fit is not None:
+        _check_fit(f"{where}.fit", merge.fit)
     if merge.merge_method == "wp" and merge.parameters.get("scale") == "auto":
         if merge.fit is not None:
             raise BadInput(f"`{where}` has both `fit` and `scale: auto`, which is a fit of its own; keep one.")
@@ -253,6 +255,14 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
             merge, parameters={**merge.parameters, "fit": str(_found(fit, file, f"{where}.parameters.fit"))}
         )
     return merge
+
+
+def _check_fit(where: str, fit: Mapping[str, Any]) -> None:
+    known = [item.name for item in fields(FitJob) if item.name not in ("base", "experts")]
+    if unknown := [name for name in fit if name not in known]:
+        raise BadInput(f"`{where}`: unknown field `{unknown[0]}`; it has {', '.join(known)}.")
+    if wrong := first_wrong(FitJob, fit):
+        raise BadInput(f"`{where}.{wrong[0]}`: found {shown(fit[wrong[0]])}, expected {wrong[1].expected}.")
 
 
 def _evaluate(raw: Any, file: Path) -> Evaluate | None:

@@ -270,7 +270,7 @@ def _without(name: str) -> dict:
             "`merges.m.parameters.fit`: no.safet",
         ),
         ({**MINIMAL, "merges": {"m": {"fit": {"family": "layer"}}}}, "`merges.m.fit` needs prompts of `experts.b`"),
-        ({**MINIMAL, "merges": {"m": {"fit": {"base": "x"}}}}, "`merges.m.fit`: found {'base': 'x'}, expected a"),
+        ({**MINIMAL, "merges": {"m": {"fit": {"base": "x"}}}}, "`merges.m.fit`: unknown field `base`; it has template"),
         ({**MINIMAL, "merges": {"m": {"merge_method": "linear", "fit": {}}}}, "`merges.m.fit` is for merge_method wp"),
         (
             {**MINIMAL, "merges": {"m": {"fit": {}, "parameters": {"scale": "auto"}}}},

@@ -80,7 +80,7 @@ def test_batched_steered_answers_are_those_of_each_prompt_alone(kind, positions)
             "anchor": lambda t, last=last: t == last,
             "answer": lambda t, last=last: t >= last,
         }[positions]
-        wanted.append(rules._text(prompt, alone(model, prompt, clamp, steer)))
+        wanted.append(rules.text(prompt, alone(model, prompt, clamp, steer)))
     steering = Steering(LAYER, v_D, alpha, positions)
     assert rules.answers(model, PROMPTS, steering=steering) == wanted
     assert rules.answers(model, PROMPTS) != wanted
@@ -106,7 +106,7 @@ def test_the_pt_file_makes_lm_eval_steer_as_we_do_at_all_positions(tmp_path, kin
     generated = theirs._model_generate(
         ids, max_length=len(PROMPTS[0]) + LENGTH, stop=[], do_sample=False, attention_mask=torch.ones_like(ids)
     )[0, len(PROMPTS[0]) :]
-    assert rules.answers(model, PROMPTS[:1], steering=steering) == [rules._text(PROMPTS[0], generated.tolist())]
+    assert rules.answers(model, PROMPTS[:1], steering=steering) == [rules.text(PROMPTS[0], generated.tolist())]
     assert rules.answers(model, PROMPTS[:1]) != rules.answers(model, PROMPTS[:1], steering=steering)
 
 
