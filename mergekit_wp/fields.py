@@ -145,6 +145,12 @@ def described(
     return field(default=default, metadata=about)
 
 
+def same(kind: type, name: str) -> Any:
+    """A field that another dataclass has already, with all that is said of it there."""
+    item = next(item for item in fields(kind) if item.name == name)
+    return field(default=item.default, metadata=item.metadata)
+
+
 def about(item: Field[Any]) -> Description:
     found: Description = item.metadata["about"]
     return found

@@ -78,12 +78,10 @@ class EffectProducts(Gradient):
             for n in (shape.heads, shape.neurons)
         ]
 
-    @torch.no_grad()
     def of_layer(self, index: int, record: LayerRecord, teacher: int) -> None:
         record.by_prompt = True
         base, experts = self.merged.sources(index)
-        with self.merged.autocast():
-            effects: Any = [component_effects(base, expert, record, self.geometry) for expert in experts]
+        effects: Any = [component_effects(base, expert, record, self.geometry) for expert in experts]
         for (gram, wanted), each in zip(self.sums, zip(*effects, strict=True), strict=True):
             effect_KBn = torch.stack(each).double()
             gram[index] += torch.einsum("kbn,jbn->nkj", effect_KBn, effect_KBn)

@@ -1,7 +1,7 @@
 """The fit: weights of a merge, learnt from the experts' own answers, without a label (METHOD.md 6).
 
 1. check      every expert against the base, its prompts, the tokenizer; nothing loaded yet
-2. answers    every expert answers its own prompts greedily (`scoring.answers`), or its answers are read
+2. answers    every expert answers its own prompts greedily (`scoring.whole_answers`), or its answers are read
 3. lessons    what each expert says along its answers, and how far the base is from it: the gap that the loss divides by
 4. start      the plain average, or the shares of score files, times the scale with the least loss: all candidates go
               through the layers together
@@ -16,7 +16,6 @@ Legend: K experts, L layers, H heads, F neurons, P numbers of the family, N prom
 
 from __future__ import annotations
 
-import importlib.metadata
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from mergekit_wp import __version__
 from mergekit_wp.console import StartProgress, no_progress
-from mergekit_wp.documents import now
+from mergekit_wp.documents import now, versions
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.fit.cross import cross_weights
+from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.job import FitJob
 from mergekit_wp.fit.merged import MergedStack
@@ -44,6 +43,7 @@ from mergekit_wp.fit.objective import (
 from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, LossAt, Unrecovered
 from mergekit_wp.foreign import logger
 from mergekit_wp.hashing import digest
+from mergekit_wp.merge.checks import check_fingerprint
 from mergekit_wp.merge.kernel import component_weights
 from mergekit_wp.merge.shares import check_complete
 from mergekit_wp.scores import ModelId, read_scores
@@ -60,7 +60,6 @@ from mergekit_wp.scoring.whole_answers import answers_beside, answers_for
 LOG = logger(__name__)
 SCALES = tuple(0.25 * i for i in range(2, 17))  # of the start; at 4, the average of four experts is their sum
 LEAST_GAP = 1e-3  # nats: below, an expert says along its own answers what the base would say
-SAME = 1e-3  # of a loss: less is no better
 
 
 def fit(
@@ -317,67 +316,6 @@ def _bounded(weights: FusionWeights) -> FusionWeights:
     return FusionWeights(*(x.clamp(0, MOST) for x in (weights.heads_KLH, weights.neurons_KLF, weights.rest_K)))
 
 
-class Descent:
-    """Numbers [P] under torch's Adam, kept within the bounds; the best look at them so far, and the curve.
-
-    All of it is tensors (`tensors`), so that a killed run goes on from them (`restore`).
-    looks  [steps + 1, 3] float64: step, mean loss of the fitted prompts since the look before, loss at the look
-    """
-
-    def __init__(self, number_P: torch.Tensor, point: LossAt, steps: int, rate: float):
-        self.number_P = torch.nn.Parameter(number_P.clone(), requires_grad=False)
-        self.optimizer = torch.optim.Adam([self.number_P], lr=rate, betas=(0.9, 0.99))
-        self.best_P, self.since = number_P.clone(), torch.zeros(2, dtype=torch.float64)
-        self.looks = torch.zeros(steps + 1, 3, dtype=torch.float64)
-        self.looks[0, 1:] = torch.tensor([point.fitted, point.fitted if point.held_out is None else point.held_out])
-        self.counts = torch.tensor([0, 1, 0])  # steps, looks, the best look
-
-    step = property(lambda self: int(self.counts[0]))
-    best_step = property(lambda self: int(self.looks[self.counts[2], 0]))
-    last = property(lambda self: float(self.looks[self.counts[1] - 1, 2]))
-
-    def advance(self, loss: float, gradient_P: torch.Tensor) -> None:
-        """One step against the gradient, at which the loss of the step's prompts was `loss`."""
-        self.number_P.grad = gradient_P
-        self.optimizer.step()
-        self.number_P.clamp_(0, MOST)
-        self.counts[0] += 1
-        self.since += torch.tensor([loss, 1.0])
-
-    def look(self, loss: float) -> None:
-        """Take down the loss of the prompts that decide, and keep the numbers if none were better."""
-        at = int(self.counts[1])
-        self.looks[at] = torch.tensor([float(self.step), float(self.since[0] / self.since[1]), loss])
-        self.since.zero_()
-        self.counts[1] += 1
-        if loss < (1 - SAME) * float(self.looks[self.counts[2], 2]):
-            self.counts[2] = at
-            self.best_P = self.number_P.detach().clone()
-
-    def stalled(self, patience: int) -> bool:
-        """As many looks as that without a better one."""
-        return int(self.counts[1] - 1 - self.counts[2]) >= patience
-
-    def curve(self, held: bool) -> tuple[LossAt, ...]:
-        rows = self.looks[: int(self.counts[1])].tolist()
-        return tuple(LossAt(int(step), fitted, looked if held else None) for step, fitted, looked in rows)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        state = self.optimizer.state.get(self.number_P) or {
-            "step": torch.zeros(()), "exp_avg": torch.zeros_like(self.number_P),
-            "exp_avg_sq": torch.zeros_like(self.number_P),
-        }  # fmt: skip
-        own = {name: getattr(self, name) for name in ("best_P", "since", "looks", "counts")}
-        return {"number_P": self.number_P.detach(), **state, **own}
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from what `tensors` said."""
-        self.number_P.copy_(tensors.pop("number_P"))
-        self.optimizer.state[self.number_P] = {name: tensors.pop(name) for name in ("step", "exp_avg", "exp_avg_sq")}
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
-
-
 def _start_shares(job: FitJob, ready: Sequence[Prepared]) -> FusionWeights:
     """1/K of everything, or what the score files of the experts give (Eq. 17)."""
     shape, count = ready[0].checked.base.geometry, len(ready)
@@ -388,14 +326,11 @@ def _start_shares(job: FitJob, ready: Sequence[Prepared]) -> FusionWeights:
     for expert, each in zip(job.models, ready, strict=True):
         scores = read_scores(str(expert.scores))
         check_complete(scores, str(expert.scores))
-        for scored, found in (
-            (scores.meta.base, each.checked.base_print),
-            (scores.meta.expert, each.checked.expert_print),
+        for role, name, found in (
+            ("base", job.base, each.checked.base_print),
+            ("expert", expert.expert, each.checked.expert_print),
         ):
-            if scored.tensors != found.tensors:
-                raise BadInput(
-                    f"{expert.scores}: holds scores of {scored.name}, not of {expert.expert}; score this pair."
-                )
+            check_fingerprint(found, role, name, getattr(scores.meta, role), str(expert.scores), False)
         files.append(scores)
     heads, neurons = (component_weights([getattr(x, kind) for x in files]) for kind in ("heads", "neurons"))
     return FusionWeights(heads, neurons, average.rest_K)
@@ -410,7 +345,7 @@ def _inputs(job: FitJob, ready: Sequence[Prepared], run: FitRun) -> dict[str, ob
         "scores": [digest(Path(expert.scores)) if expert.scores else None for expert in job.models],
         "prompts": [[(x.teacher, x.prompt, x.answer) for x in part] for part in (run.fitted, run.held)],
         "ran": [str(run.merged.device.type), str(run.merged.dtype), run.merged.streamed, run.processes.size],
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -438,12 +373,7 @@ def _fit_of(job: FitJob, ready: Sequence[Prepared], run: FitRun, found: Found, d
         best_step=found.best_step,
         dtype=str(run.merged.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        versions=_versions(),
+        versions=versions(),
         date=date,
     )
     return Fit(meta, found.weights.heads_KLH, found.weights.neurons_KLF, found.weights.rest_K)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "safetensors")
-    return {"mergekit-wp": __version__} | {name: importlib.metadata.version(name) for name in packages}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mergekit_wp.checkpoint.references import read_reference
-from mergekit_wp.choices import FIT_FAMILIES, FIT_STARTS, OFFLOADS, RUN_DTYPES
+from mergekit_wp.choices import FIT_FAMILIES, FIT_STARTS, OFFLOADS
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.fields import (
     Form,
@@ -26,14 +26,14 @@ from mergekit_wp.fields import (
     number,
     one_of,
     rows,
-    switch,
+    same,
     text,
     whole,
 )
 from mergekit_wp.files import read_yaml_mapping
-from mergekit_wp.scoring.config import PLAIN, ScoringJob
+from mergekit_wp.scoring.config import ScoringJob
 
-_MODELS, _FIT, _PERFORMANCE, _DANGEROUS = "Models and Prompts", "Fit", "Performance", "Dangerous Options"
+_MODELS, _FIT, _PERFORMANCE = "Models and Prompts", "Fit", "Performance"
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,10 @@ class FitJob:
         _EXPERTS, "The models to be merged, each with `expert`, `pairs`, and optionally `answers`, `scores`.",
         group=_MODELS,
     )  # fmt: skip
-    template: str = described(
-        text("text that contains {prompt}", "{prompt}"), "Text around every prompt; `{prompt}` stands for it.", PLAIN,
-        group=_MODELS, metavar="TEXT",
-    )  # fmt: skip
-    chat_template: str = described(
-        text(), "As in a scoring job: `auto`, `on`, `off`, or the name of one of several.", "auto", group=_MODELS,
-        metavar="auto|on|off|NAME",
-    )  # fmt: skip
-    system: str | None = described(text(), "System prompt of every chat.", None, group=_MODELS, metavar="TEXT")
-    samples: int | None = described(
-        whole(4), "Prompts a task of each expert, drawn by `seed`.", None, unset="all; 100 of a built-in set",
-        group=_MODELS,
-    )  # fmt: skip
+    template: str = same(ScoringJob, "template")
+    chat_template: str | bool = same(ScoringJob, "chat_template")
+    system: str | None = same(ScoringJob, "system")
+    samples: int | None = same(ScoringJob, "samples")
 
     family: str = described(
         one_of(*FIT_FAMILIES),
@@ -106,26 +97,18 @@ class FitJob:
     patience: int = described(whole(1), "Looks without a better loss that end the fit.", 4, group=_FIT)
     seed: int = described(whole(0), "Seed of all draws.", 0, group=_FIT)
 
-    device: str = described(
-        text("auto, cpu or cuda:N"), "`cpu`, `cuda`, `cuda:1`; `auto` is a GPU if there is one.", "auto",
-        group=_PERFORMANCE,
-    )  # fmt: skip
-    dtype: str = described(
-        one_of(*RUN_DTYPES), "Of products: `float32`, `bfloat16`, `float16`; `auto` is as stored, on a CPU float32.",
-        "auto", group=_PERFORMANCE,
-    )  # fmt: skip
-    batch_size: int = described(whole(1), "Prompts a forward pass.", 16, group=_PERFORMANCE)
+    device: str = same(ScoringJob, "device")
+    dtype: str = same(ScoringJob, "dtype")
+    batch_size: int = same(ScoringJob, "batch_size")
     offload: str = described(
         one_of(*OFFLOADS),
         "`none`: all models and the merge on the device; `stream`: layer by layer from disk; `auto`: by free memory.",
         "auto",
         group=_PERFORMANCE,
     )
-    trust_remote_code: bool = described(switch(), "Run Python that comes with a model folder.", False, group=_DANGEROUS)
+    trust_remote_code: bool = same(ScoringJob, "trust_remote_code")
 
     def __post_init__(self) -> None:
-        if isinstance(self.chat_template, bool):  # YAML reads on and off as true and false
-            object.__setattr__(self, "chat_template", "on" if self.chat_template else "off")
         if not self.base:
             raise BadInput("base: a fit needs this field; give it in the YAML or as --base.")
         if wrong := first_wrong(FitJob, vars(self)):

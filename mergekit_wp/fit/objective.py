@@ -37,9 +37,9 @@ from mergekit_wp.scoring.batching import Batch, Tokens, numbered_batches
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.first_order import attr_heads, attr_neurons, attr_rows
 from mergekit_wp.scoring.hooks import SCORED, LayerRecord
-from mergekit_wp.scoring.metrics import kl_utility
+from mergekit_wp.scoring.metrics import KLMetric, answer_mean, kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.sweep import ActivationCache, batch_groups, forward_sweep
+from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, batch_groups, forward_sweep
 
 _PROJECTIONS = (*SCORED, "k", "v")
 _MOST_LOGITS = 1 << 27  # numbers at once: half a gigabyte
@@ -78,19 +78,19 @@ class LessonBatch:
         """Which of the positions read belong to an answer."""
         return self.batch.weights_BA > 0
 
-    def reads(self, stream_BTD: torch.Tensor) -> torch.Tensor:
-        """The stream at the positions of the answers [N, D]."""
-        return self.batch.at_reads(stream_BTD)[self.mask_BA]
-
-    def mean(self, values_N: torch.Tensor) -> torch.Tensor:
-        """The mean over each prompt's answer, float64 [B]."""
-        spread_BA = values_N.new_zeros(self.mask_BA.shape, dtype=torch.float64)
-        spread_BA[self.mask_BA] = values_N.double()
-        return (spread_BA * self.batch.weights_BA.double()).sum(1)
-
     def targets(self, device: torch.device) -> torch.Tensor:
         """The teacher's stream at those positions [N, D]."""
         return torch.cat([lesson.final_AD for lesson in self.lessons]).to(device)
+
+
+@dataclass(frozen=True)
+class TeacherKL(KLMetric):
+    """-KL(p_t || p) with the `teacher`'s logits made, as they are needed, of its own stream [N, D]."""
+
+    teacher: Stack
+
+    def values(self, stack: Stack, z_ND: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return kl_utility(stack.logits(z_ND, self.vocabulary), self.teacher.logits(target, self.vocabulary))
 
 
 @torch.no_grad()
@@ -151,6 +151,13 @@ def branch_losses(
     """As `losses`, of the merges by each of C weights: float64 [C, N]. Every layer is read once (but for memory)."""
     count, before = len(candidates), merged.weights
     found_CN = torch.zeros(count, sum(len(each.numbers) for each in batches), dtype=torch.float64)
+    if not merged.streamed:  # nothing is read, and each merge is made once for all batches
+        for branch, weights in enumerate(candidates):
+            merged.set(weights)
+            told = lambda done: tick(done / count)  # noqa: E731
+            found_CN[branch] = losses(merged, merged.experts, batches, vocabulary, processes, told)
+        merged.set(before)
+        return found_CN
     for group in batch_groups(merged, processes.share(batches), lambda each: count * each.batch.ids_BT.numel()):
         starts = [merged.starts(each.batch, candidates) for each in group]
         streams = [[start[branch].stream_BTD for start in starts] for branch in range(count)]
@@ -220,7 +227,7 @@ def _pass(
     for _index, above in cache.forward(merged):
         streams = above
         tick(prompts / (2 * merged.depth))
-    below: list[torch.Tensor] = []
+    tops: list[torch.Tensor] = []
     for each, final_BTD in zip(group, streams, strict=True):
         kl_B, gradient_ND = gradient.of_output(each, final_BTD, weights_N[each.numbers], vocabulary)
         found_N[each.numbers] = kl_B
@@ -228,18 +235,17 @@ def _pass(
         rows_BA = torch.arange(len(final_BTD), device=merged.device)[:, None].expand_as(each.batch.reads_BA)
         mask_BA = each.mask_BA
         gradient_BTD[rows_BA[mask_BA], each.batch.reads_BA[mask_BA]] = gradient_ND
-        below.append(gradient_BTD)
-    order = range(merged.depth - 1, -1, -1)
-    for index, layer in zip(order, merged.layers(order), strict=True):
-        small = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-        for i in range(len(group)):
-            above_BTD, record = cache.recorded(merged, layer, index, i, gradient=True)
-            below[i] = record.backward(above_BTD, below[i], parameters=small)
-            gradient.of_layer(index, record, group[i].teacher)
-            del above_BTD, record
-        cache.forget(index)
-        tick(prompts / (2 * merged.depth))
-    for each, gradient_BTD in zip(group, below, strict=True):
+        tops.append(gradient_BTD)
+
+    def inject(_index: int, i: int, above_BTD: torch.Tensor | None) -> torch.Tensor:
+        return tops[i] if above_BTD is None else above_BTD
+
+    def consume(index: int, i: int, _layer: nn.Module, _other: None, record: LayerRecord) -> None:
+        gradient.of_layer(index, record, group[i].teacher)
+        tick(len(group[i].numbers) / (2 * merged.depth))
+
+    entering = backward_sweep(merged, None, cache, inject, consume, through=True)
+    for each, gradient_BTD in zip(group, entering, strict=True):
         gradient.of_input(each.batch, gradient_BTD)
 
 
@@ -270,8 +276,8 @@ class Gradient:
         self, each: LessonBatch, final_BTD: torch.Tensor, weights_B: torch.Tensor, vocabulary: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(KL [B] float64 on the CPU, dS/d(stream at the answers' positions) [N, D]); adds what norm and head give."""
-        final_ND, targets_ND = each.reads(final_BTD), each.targets(self.merged.device)
-        spread_BA = weights_B.to(final_ND.device)[:, None] * each.batch.weights_BA.double()
+        final_ND, targets_ND = each.batch.at_reads(final_BTD)[each.mask_BA], each.targets(self.merged.device)
+        spread_BA = weights_B.to(final_ND.device)[:, None] * each.batch.weights_BA
         weights_N = spread_BA[each.mask_BA]
         kl, gradients = [], []
         for part in _parts(len(final_ND), vocabulary):
@@ -280,7 +286,7 @@ class Gradient:
             kl_N, gradient_ND = self._through_head(final_ND[part], teacher_NV, weights_N[part], vocabulary)
             kl.append(kl_N)
             gradients.append(gradient_ND)
-        return each.mean(torch.cat(kl)).cpu(), torch.cat(gradients)
+        return answer_mean(torch.cat(kl), each.batch.weights_BA).cpu(), torch.cat(gradients)
 
     def _through_head(
         self, final_ND: torch.Tensor, teacher_NV: torch.Tensor, weights_N: torch.Tensor, vocabulary: int
@@ -312,16 +318,14 @@ class Gradient:
                 self.rest_K[k] += _through(base[1], own_head, seen["read"].flatten(0, -2), gradient_NV) / scale
         return kl_N.detach(), gradient_ND
 
-    @torch.no_grad()
     def of_layer(self, index: int, record: LayerRecord, _teacher: int) -> None:
         """Add what one layer gives for one batch, from the gradients in its record."""
         base, experts = self.merged.sources(index)
-        with self.merged.autocast():
-            for k, expert in enumerate(experts):
-                effects_H, effects_F = component_effects(base, expert, record, self.geometry)
-                self.heads_KLH[k, index] += effects_H
-                self.neurons_KLF[k, index] += effects_F
-                self.rest_K[k] += _moved(record.grad_parameters, base, expert) / record.scale
+        for k, expert in enumerate(experts):
+            effects_H, effects_F = component_effects(base, expert, record, self.geometry)
+            self.heads_KLH[k, index] += effects_H
+            self.neurons_KLF[k, index] += effects_F
+            self.rest_K[k] += _moved(record.grad_parameters, base, expert) / record.scale
 
     @torch.no_grad()
     def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
@@ -373,14 +377,9 @@ def _loss_of(
     stack: Stack, teachers: Sequence[Stack], each: LessonBatch, final_BTD: torch.Tensor, vocabulary: int
 ) -> torch.Tensor:
     """KL_t(x | stack) of each prompt of the batch, float64 [B] on the CPU."""
-    final_ND, targets_ND = each.reads(final_BTD), each.targets(stack.device)
-    kl = [
-        -kl_utility(
-            stack.logits(final_ND[part], vocabulary), teachers[each.teacher].logits(targets_ND[part], vocabulary)
-        )
-        for part in _parts(len(final_ND), vocabulary)
-    ]
-    return each.mean(torch.cat(kl)).cpu()
+    metric = TeacherKL("kl", stack.depth - 1, vocabulary, teachers[each.teacher])
+    z_BAD = each.batch.at_reads(final_BTD)
+    return -metric.read(stack, z_BAD, each.targets(stack.device), each.batch.weights_BA).cpu()
 
 
 def _add_up(found_N: torch.Tensor, processes: ProcessGroup, stack: Stack) -> torch.Tensor:

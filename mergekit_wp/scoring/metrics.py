@@ -154,7 +154,7 @@ class Metric(ABC):
         parts = [
             self.values(stack, z_ND[..., rows, :], target[rows].to(z_ND.device)) for rows in self._steps(z_BAD, z_ND)
         ]
-        return _mean(torch.cat(parts, -1), share_BA)
+        return answer_mean(torch.cat(parts, -1), share_BA)
 
     def read_with_gradient(
         self, stack: Stack, z_BAD: torch.Tensor, target: torch.Tensor, weights_BA: torch.Tensor
@@ -172,7 +172,7 @@ class Metric(ABC):
                 gradients += torch.autograd.grad(_SCALE * (share_N[rows] * values[-1]).sum(), some_ND)
             values[-1] = values[-1].detach()
         gradient_BAD[keep_BA] = torch.cat(gradients)
-        return _mean(torch.cat(values), share_BA), gradient_BAD / _SCALE
+        return answer_mean(torch.cat(values), share_BA), gradient_BAD / _SCALE
 
     def _steps(self, z_BAD: torch.Tensor, z_ND: torch.Tensor) -> Iterator[slice]:
         """Which of the N positions are taken at a time: at least as many as there are prompts."""
@@ -181,7 +181,7 @@ class Metric(ABC):
         yield from (slice(start, start + step) for start in range(0, z_ND.shape[-2], step))
 
 
-def _mean(values_N: torch.Tensor, share_BA: torch.Tensor) -> torch.Tensor:
+def answer_mean(values_N: torch.Tensor, share_BA: torch.Tensor) -> torch.Tensor:
     """[..., N] -> [..., B]: the mean over each prompt's positions."""
     values_BA = values_N.new_zeros(*values_N.shape[:-1], *share_BA.shape)
     values_BA[..., share_BA > 0] = values_N

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import repeat
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -138,26 +139,33 @@ class ActivationCache:
 
 
 Inject = Callable[[int, int, torch.Tensor | None], torch.Tensor]
-Consume = Callable[[int, int, nn.Module, nn.Module, LayerRecord], None]
+Consume = Callable[[int, int, nn.Module, Any, LayerRecord], None]
 
 
 def backward_sweep(
-    base: Stack, expert: Stack, cache: ActivationCache, inject: Inject, consume: Consume, *, lowest: int = 0
-) -> None:
-    """Sweep down the base to layer `lowest` with gradients, the expert's layers alongside.
+    base: Stack, expert: Stack | None, cache: ActivationCache, inject: Inject, consume: Consume, *, lowest: int = 0,
+    through: bool = False,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Sweep down the base to layer `lowest` with gradients, the expert's layers (if there is one) alongside.
 
     inject(layer, batch, g)   the gradient [B, T, D] at the stream above `layer`, given that from above it (None at
                               the top)
-    consume(layer, batch, base layer, expert layer, record)   takes every record with its gradients
+    consume(layer, batch, base layer, expert layer, record)   takes every record with its gradients, also those of the
+                              layer's own parameters that have any
+    Returns, if it goes `through` the lowest layer too, the gradients at the stream below it.
     """
     gradients: list[torch.Tensor | None] = [None] * len(cache.starts)
     order = range(cache.depth - 1, lowest - 1, -1)
-    for index, layer, expert_layer in zip(order, base.layers(order), expert.layers(order), strict=True):
+    alongside = repeat(None, len(order)) if expert is None else expert.layers(order)
+    for index, layer, expert_layer in zip(order, base.layers(order), alongside, strict=True):
+        trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         for i in range(len(cache.starts)):
             gradient_BTD = inject(index, i, gradients[i])
             above_BTD, record = cache.recorded(base, layer, index, i, gradient=True)
-            gradients[i] = record.backward(above_BTD, gradient_BTD, below=index > lowest)
+            below = through or index > lowest
+            gradients[i] = record.backward(above_BTD, gradient_BTD, below=below, parameters=trained)
             with torch.no_grad(), base.autocast():
                 consume(index, i, layer, expert_layer, record)
             del above_BTD, record  # before the next batch's are made
         cache.forget(index)
+    return [gradient for gradient in gradients if gradient is not None]

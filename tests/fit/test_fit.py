@@ -17,7 +17,8 @@ from score_jobs import write_pairs
 import mergekit_wp.fit.fit as module
 from mergekit_wp.errors import BadInput
 from mergekit_wp.fit.cli import main
-from mergekit_wp.fit.fit import Descent, fit, hold_out
+from mergekit_wp.fit.descent import Descent
+from mergekit_wp.fit.fit import fit, hold_out
 from mergekit_wp.fit.job import FitJob, load_fit_job
 from mergekit_wp.fit.objective import Lesson
 from mergekit_wp.fit_file import LossAt, read_fit
@@ -105,9 +106,13 @@ def test_shares_of_score_files_are_a_start(world):
     assert found.meta.start.startswith("the shares")
 
 
-def test_the_next_token_alone(world):
-    found = fit(job_of(world, answer_tokens=0, family="scale"))
-    assert found.meta.answer_tokens == 0
+def test_no_answer_is_read_as_an_answer_of_one_token(world):
+    """Both are the distribution after the prompt; which token is drawn from it is not looked at."""
+    none, one = (fit(job_of(world, answer_tokens=count)) for count in (0, 1))
+    assert none.meta.answer_tokens == 0
+    assert none.meta.curve == one.meta.curve
+    for name, tensor in none.tensors().items():
+        assert torch.equal(tensor, one.tensors()[name])
 
 
 def test_streamed_is_resident(world):
@@ -179,7 +184,7 @@ class TestRefusals:
     def test_scores_of_another_expert(self, world):
         one, other = job_of(world).experts
         swapped = [{**one, "scores": other["scores"]}, {**other, "scores": one["scores"]}]
-        refused(run(world, "swapped", experts=swapped, start="scores"), "scores1.safetensors", "not of")
+        refused(run(world, "swapped", experts=swapped, start="scores"), "scores1.safetensors", "made for the expert")
 
     def test_fields(self, world, tmp_path):
         expert = {"expert": "e", "pairs": "p"}

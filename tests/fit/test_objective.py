@@ -7,60 +7,18 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from fit_world import geometry_of, merged_parameters, random_weights, save_experts
+from fit_world import ALONE, LessonWorld, V, quiet, random_weights
 from streamed_world import resident, streamed
-from torch.nn import functional
 
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.fit import unrecovered
-from mergekit_wp.fit.merged import MergedStack
-from mergekit_wp.fit.objective import batch_lessons, branch_losses, loss_and_gradient, losses, read_lessons
+from mergekit_wp.fit.objective import branch_losses, loss_and_gradient, losses
 from mergekit_wp.fit_file import FusionWeights
-from mergekit_wp.scoring.distributed import ProcessGroup
-
-ALONE = ProcessGroup()
-V = 97
-# Ragged prompts and answers of two experts.
-PROMPTS = [[[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [[3, 4], [20, 21, 22, 23], [30, 31]]]
-ANSWERS = [[[40, 41], [42]], [[43, 44, 45, 46], [47, 2], [48]]]
-
-
-def quiet(_done):
-    pass
-
-
-class World:
-    """Base and two experts, their lessons, and the reference."""
-
-    def __init__(self, root, kind, opened=resident, extra_rows=0):
-        self.folders = save_experts(root, kind, extra_rows=extra_rows)
-        self.geometry = geometry_of(self.folders[0])
-        base, *experts = map(opened, self.folders)
-        self.merged = MergedStack(base, experts, self.geometry, random_weights(self.geometry, 2))
-        self.lessons = []
-        for k, expert in enumerate(experts):
-            self.lessons += read_lessons(expert, k, PROMPTS[k], ANSWERS[k], 2, quiet)
-        self.batches = batch_lessons(self.lessons, 2, (base, *experts))
-
-    def by_hand(self, weights, numbers=None):
-        """KL_t(x | merge) of every lesson, differentiable in the weights."""
-        base, *experts = (resident(folder).model for folder in self.folders)
-        parameters = merged_parameters(base, experts, weights, self.geometry)
-        found = []
-        for lesson in self.lessons:
-            ids = torch.tensor([lesson.prompt + lesson.answer[:-1]])
-            reads = slice(len(lesson.prompt) - 1, None)
-            own = torch.func.functional_call(base, parameters, (ids,)).logits[0, reads, :V]
-            with torch.no_grad():
-                wanted = experts[lesson.teacher](ids).logits[0, reads, :V]
-            own, wanted = (functional.log_softmax(x, -1) for x in (own, wanted))
-            found.append((wanted.exp() * (wanted - own)).sum(-1).mean())
-        return torch.stack(found)
 
 
 @pytest.mark.parametrize("kind", ["llama-biased", "qwen2", "qwen3", "gemma2", *tiny.FAMILIES])
 def test_loss_and_gradient_are_autograds(tmp_path, kind):
-    world = World(tmp_path, kind)
+    world = LessonWorld(tmp_path, kind)
     weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2], dtype=torch.float64)
     kl_N, gradient = loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet)
 
@@ -84,7 +42,7 @@ def test_streamed_is_resident(tmp_path, kind):
     weights_N = torch.linspace(0.1, 0.5, 5, dtype=torch.float64)
     found = []
     for opened in (resident, streamed):
-        world = World(tmp_path / opened.__name__, kind, opened, extra_rows=2)
+        world = LessonWorld(tmp_path / opened.__name__, kind, opened, extra_rows=2)
         found.append(loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet))
     (one_N, one), (other_N, other) = found
     torch.testing.assert_close(one_N, other_N, rtol=1e-5, atol=1e-7)
@@ -95,16 +53,17 @@ def test_streamed_is_resident(tmp_path, kind):
 
 @pytest.mark.parametrize("opened", [resident, streamed])
 def test_branches_are_merges_one_by_one(tmp_path, opened):
-    world = World(tmp_path, "qwen2", opened)
+    world = LessonWorld(tmp_path, "qwen2", opened)
     candidates = [random_weights(world.geometry, 2, seed) for seed in (1, 2, 3)]
+    before = world.merged.weights
     found_CN = branch_losses(world.merged, candidates, world.batches, V, ALONE, quiet)
-    assert world.merged.weights == world.merged.weights
+    assert world.merged.weights is before
     for weights, kl_N in zip(candidates, found_CN, strict=True):
         torch.testing.assert_close(kl_N, world.by_hand(weights).double(), rtol=1e-4, atol=1e-6)
 
 
 def test_an_expert_leaves_nothing_of_its_own_gap_open_and_the_base_all(tmp_path):
-    world = World(tmp_path, "llama")
+    world = LessonWorld(tmp_path, "llama")
     merged, teachers = world.merged, world.merged.experts
     base_N = losses(merged.base, teachers, world.batches, V, ALONE, quiet)
     lessons = [replace(x, base_kl=gap) for x, gap in zip(world.lessons, base_N.tolist(), strict=True)]

@@ -6,10 +6,21 @@ import copy
 
 import tiny
 import torch
+from streamed_world import resident
+from torch.nn import functional
 
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.fit.merged import MergedStack
+from mergekit_wp.fit.objective import batch_lessons, read_lessons
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry, Kind, text_name
+from mergekit_wp.scoring.distributed import ProcessGroup
+
+ALONE = ProcessGroup()
+V = 97
+# Ragged prompts and answers of two experts.
+PROMPTS = [[[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [[3, 4], [20, 21, 22, 23], [30, 31]]]
+ANSWERS = [[[40, 41], [42]], [[43, 44, 45, 46], [47, 2], [48]]]
 
 
 def save_experts(root, kind, count=2, extra_rows=0):
@@ -80,3 +91,36 @@ def merged_by_hand(base, experts, weights: FusionWeights, geometry: Geometry):
     for name, tensor in merged_parameters(base, experts, weights, geometry).items():
         merged.get_parameter(name).data = tensor
     return merged
+
+
+def quiet(_done):
+    pass
+
+
+class LessonWorld:
+    """Base and two experts, their lessons, and the reference."""
+
+    def __init__(self, root, kind, opened=resident, extra_rows=0):
+        self.folders = save_experts(root, kind, extra_rows=extra_rows)
+        self.geometry = geometry_of(self.folders[0])
+        base, *experts = map(opened, self.folders)
+        self.merged = MergedStack(base, experts, self.geometry, random_weights(self.geometry, 2))
+        self.lessons = []
+        for k, expert in enumerate(experts):
+            self.lessons += read_lessons(expert, k, PROMPTS[k], ANSWERS[k], 2, quiet)
+        self.batches = batch_lessons(self.lessons, 2, (base, *experts))
+
+    def by_hand(self, weights, numbers=None):
+        """KL_t(x | merge) of every lesson, differentiable in the weights."""
+        base, *experts = (resident(folder).model for folder in self.folders)
+        parameters = merged_parameters(base, experts, weights, self.geometry)
+        found = []
+        for lesson in self.lessons:
+            ids = torch.tensor([lesson.prompt + lesson.answer[:-1]])
+            reads = slice(len(lesson.prompt) - 1, None)
+            own = torch.func.functional_call(base, parameters, (ids,)).logits[0, reads, :V]
+            with torch.no_grad():
+                wanted = experts[lesson.teacher](ids).logits[0, reads, :V]
+            own, wanted = (functional.log_softmax(x, -1) for x in (own, wanted))
+            found.append((wanted.exp() * (wanted - own)).sum(-1).mean())
+        return torch.stack(found)
