@@ -180,8 +180,10 @@ class Fit:
         return {"heads": self.heads, "neurons": self.neurons, "rest": self.rest}
 
     def weights(self, order: Sequence[int] | None = None) -> FusionWeights:
-        """Of the experts at these places in the file; of all, in its order."""
+        """Of the experts at these places in the file; in its own order they are not copied."""
         chosen = list(range(len(self.rest)) if order is None else order)
+        if chosen == list(range(len(self.rest))):
+            return FusionWeights(self.heads, self.neurons, self.rest)
         return FusionWeights(self.heads[chosen], self.neurons[chosen], self.rest[chosen])
 
     def save(self, path: str | Path) -> None:

@@ -225,14 +225,14 @@ def _settings(setup: Setup) -> list[dict[str, Any]]:
     return found
 
 
-def _score_jobs(setup: Setup, world: TrainedWorld) -> list[TableJob]:
+def _experts(setup: Setup) -> list[str]:
+    """Those of all combinations."""
     wanted = {name for combination in setup.combinations for name in COMBINATIONS[combination]}
-    return [
-        _score_job(setup, world, settings, expert)
-        for settings in _settings(setup)
-        for expert in CAPABILITIES
-        if expert in wanted
-    ]
+    return [name for name in CAPABILITIES if name in wanted]
+
+
+def _score_jobs(setup: Setup, world: TrainedWorld) -> list[TableJob]:
+    return [_score_job(setup, world, how, expert) for how in _settings(setup) for expert in _experts(setup)]
 
 
 def _score_job(setup: Setup, world: TrainedWorld, settings: Mapping[str, Any], expert: str) -> TableJob:
@@ -264,13 +264,7 @@ def _lengths(setup: Setup) -> list[int]:
 
 
 def _answer_jobs(setup: Setup, world: TrainedWorld) -> list[TableJob]:
-    wanted = {name for combination in setup.combinations for name in COMBINATIONS[combination]}
-    return [
-        _answer_job(setup, world, expert, tokens)
-        for tokens in _lengths(setup)
-        for expert in CAPABILITIES
-        if expert in wanted
-    ]
+    return [_answer_job(setup, world, expert, tokens) for tokens in _lengths(setup) for expert in _experts(setup)]
 
 
 def _answer_job(setup: Setup, world: TrainedWorld, expert: str, tokens: int) -> TableJob:

@@ -330,7 +330,8 @@ def _start_shares(job: FitJob, ready: Sequence[Prepared]) -> FusionWeights:
             ("base", job.base, each.checked.base_print),
             ("expert", expert.expert, each.checked.expert_print),
         ):
-            check_fingerprint(found, role, name, getattr(scores.meta, role), str(expert.scores), False)
+            scored, remedy = getattr(scores.meta, role), "score this pair with wp-score"
+            check_fingerprint(found, role, name, scored, str(expert.scores), False, remedy=remedy)
         files.append(scores)
     heads, neurons = (component_weights([getattr(x, kind) for x in files]) for kind in ("heads", "neurons"))
     return FusionWeights(heads, neurons, average.rest_K)

@@ -27,7 +27,7 @@ from torch import nn
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry, TensorSlot, slot_of
-from mergekit_wp.merge.kernel import fuse
+from mergekit_wp.merge.kernel import merge_fitted
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.models.layerwise import Stack, Start
 
@@ -145,8 +145,8 @@ class MergedStack(Stack):
         """One tensor. What belongs to no component is small, or read by one product; it may have a gradient."""
         experts = [align_rows(tensor, base) for tensor in experts]
         axis = 0 if slot is None else slot.axis
-        weight_Kn = weights.along(slot, self.geometry).expand(-1, base.shape[axis])
-        merged = fuse(experts, weight_Kn, axis, base.dtype, base)
+        weight_Kn = weights.along(slot, self.geometry)
+        merged = merge_fitted(base, experts, weight_Kn, axis, [1.0] * len(experts), base.dtype)
         return nn.Parameter(merged, requires_grad=slot is None and base.ndim == 1)
 
 

@@ -48,7 +48,8 @@ LOG = logger(__name__)
 
 # Buffers that old checkpoints store and that transformers recomputes.
 _RECOMPUTED = ("rotary_emb.inv_freq",)
-OF_A_FIT = ("weights", "fit these models with wp-fit")
+_OR_ALLOW = "or set `allow_mismatch: true` to merge all the same"
+OF_A_FIT = ("weights", f"fit these models with wp-fit, {_OR_ALLOW}")
 """The last words of `check_fingerprint`."""
 # Room for config, tokenizer and shard headers beside the weights.
 _SLACK_BYTES = 64 * 2**20
@@ -267,7 +268,7 @@ def check_fingerprint(
     where: str,
     allow: bool,
     what: str = "scores",
-    remedy: str = "score this pair with wp-score",
+    remedy: str = f"score this pair with wp-score, {_OR_ALLOW}",
 ) -> None:
     """Raise `BadInput` unless what is in a file (`where`) was made for this model; a warning if that is allowed.
 
@@ -288,7 +289,7 @@ def check_fingerprint(
         f"of {model}"
     )
     if not allow:
-        raise BadInput(f"{text}; {remedy}, or set `allow_mismatch: true` to merge all the same.")
+        raise BadInput(f"{text}; {remedy}.")
     LOG.warning("%s; merging all the same, as allow_mismatch says.", text)
 
 
