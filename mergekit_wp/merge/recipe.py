@@ -47,6 +47,18 @@ FILES = ("scores", "activations", "fit")
 _OF_EVOLVE = ("normalize", "int8_mask")
 
 
+def files_of(content: Any) -> list[str]:
+    """Every score, fit and activations file that a recipe's content names, once, in order."""
+    if isinstance(content, list):
+        return list(dict.fromkeys(name for item in content for name in files_of(item)))
+    if not isinstance(content, dict):
+        return []
+    own = [value for key, value in content.items() if key in FILES and isinstance(value, str) and value]
+    return list(
+        dict.fromkeys([*own, *(n for v in content.values() if isinstance(v, list | dict) for n in files_of(v))])
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """`text` is the file as written; `content` its YAML with the paths of score and activations files found."""

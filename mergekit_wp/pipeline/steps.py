@@ -7,7 +7,7 @@ commands are those a person would type with these files. `build_recipe` also ser
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.certificate import CERTIFICATE
 from mergekit_wp.merge.plan import WP
-from mergekit_wp.merge.recipe import FILES
+from mergekit_wp.merge.recipe import files_of
 from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline, prompt_files
 from mergekit_wp.scoring.models.precision import stored_dtype
@@ -53,23 +53,6 @@ def build_recipe(
         # The methods of this package see to both themselves.
         content |= {"tokenizer": {"source": "base"}, "dtype": "float32"}
     return content | ({"out_dtype": out_dtype} if out_dtype else {})
-
-
-def files_of(recipe: Any) -> Iterator[str]:
-    """Every score, fit and activations file that a recipe names."""
-    yield from _values(recipe, FILES)
-
-
-def _values(node: Any, keys: tuple[str, ...]) -> Iterator[str]:
-    if isinstance(node, list):
-        for item in node:
-            yield from _values(item, keys)
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            if key in keys and isinstance(value, str):
-                yield value
-            else:
-                yield from _values(value, keys)
 
 
 def pipeline_steps(pipeline: Pipeline, allow_code: bool = False) -> list[Step]:

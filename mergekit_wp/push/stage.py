@@ -27,7 +27,7 @@ from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.hashing import FileDigests, sha256_of
 from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores
 from mergekit_wp.merge.plan import OURS, WP
-from mergekit_wp.merge.recipe import FILES
+from mergekit_wp.merge.recipe import files_of
 from mergekit_wp.push.bundle import Bundle
 from mergekit_wp.push.gate import is_licence_text, is_model_file
 from mergekit_wp.push.names import Names, without_home
@@ -70,7 +70,7 @@ def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path
     from mergekit_wp.merge.shares import scores_beside
 
     found: dict[str, Path] = {}
-    for name in _named_files(recipe) if recipe.get("merge_method") in OURS else ():
+    for name in files_of(recipe) if recipe.get("merge_method") in OURS else ():
         place = next((path for path in (Path(name), beside / name) if os.path.isfile(path)), None)
         if place is None:
             raise BadInput(
@@ -252,13 +252,3 @@ def collect(
                 "--out-shard-size 5B."
             )
     return items, left_out
-
-
-def _named_files(node: Any) -> list[str]:
-    """Every `scores:`, `activations:` and `fit:` of the recipe, once, in order."""
-    if isinstance(node, list):
-        return list(dict.fromkeys(name for item in node for name in _named_files(item)))
-    if not isinstance(node, dict):
-        return []
-    own = [value for key, value in node.items() if key in FILES and isinstance(value, str) and value]
-    return list(dict.fromkeys([*own, *(n for v in node.values() if not isinstance(v, str) for n in _named_files(v))]))

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_wp.checkpoint.references import recipe_models
 from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.recipe import files_of
 from mergekit_wp.outputs import claimed
 from mergekit_wp.pipeline.cli import main
 from mergekit_wp.pipeline.spec import read_pipeline
-from mergekit_wp.pipeline.steps import derived_files, files_of, hub_models, pipeline_steps, write_derived
+from mergekit_wp.pipeline.steps import derived_files, hub_models, pipeline_steps, write_derived
 from mergekit_wp.push.cli import main as wp_push
 from mergekit_wp.scoring.config import ScoringJob
 
@@ -157,7 +158,7 @@ def test_recipes_name_the_stock_fields_only(tmp_path: Path) -> None:
     assert recipes["average"]["tokenizer"] == {"source": "base"}
     assert "out_dtype" not in recipes["wp"]  # not known before the models are here
     assert [model.text for model in recipe_models(recipes["wp"])] == ["user/base", "user/b", "user/a"]
-    assert len(list(files_of(recipes["wp"]))) == 2
+    assert len(files_of(recipes["wp"])) == 2
     assert list(map(str, hub_models(pipeline))) == ["user/base", "user/a", "user/b"]
 
 
