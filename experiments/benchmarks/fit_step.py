@@ -3,9 +3,9 @@
     python experiments/benchmarks/fit_step.py --folder /tmp/fit --layers 4
     python experiments/benchmarks/fit_step.py --folder /data/fit --layers 40 --keep    # writes 104 GB
 
-The models are random, as in stream_13b.py. A step is a forward and a backward pass of the merge over all prompts and
-one product for each projection and expert; the floor is what these take at the rate at which the machine multiplies
-the MLP's own matrices, (2 + 2 + 2 K) operations a weight and token, reading not counted. The backward pass of streamed
+The models are random, as in stream_13b.py. A step is a forward pass of the merge over all prompts and a backward one,
+through activations and to the weights; the floor is what these three products take at the rate at which the machine
+multiplies the MLP's own matrices, 6 operations a weight and token, reading not counted. The backward pass of streamed
 layers computes each layer once more, which the floor does not count either. The step runs in a process of its own, so
 that its peak of resident memory is what is reported.
 """
@@ -97,7 +97,7 @@ def main(
     hidden, mlp = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     rate = matmul_rate(getattr(torch, dtype), torch.device("cpu"), found["tokens"], hidden, mlp)
     weights = layers * (4 * hidden * hidden + 3 * hidden * mlp)
-    floor = (4 + 2 * EXPERTS) * weights * found["tokens"] / rate
+    floor = 6 * weights * found["tokens"] / rate
     read = 2 * 2 * (1 + EXPERTS) * weights
     click.echo(
         f"{layers} layers, {EXPERTS} experts, {found['tokens']} tokens, {dtype}: a step takes {found['seconds']:.1f} s "

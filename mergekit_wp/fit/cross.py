@@ -22,13 +22,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from mergekit_wp.console import Tick
 from mergekit_wp.fit.merged import MergedStack
-from mergekit_wp.fit.objective import Gradient, LessonBatch, component_effects, passes
+from mergekit_wp.fit.objective import Gradient, LessonBatch, passes
 from mergekit_wp.fit_file import FusionWeights
+from mergekit_wp.geometry import Geometry
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.first_order import attr_heads, attr_neurons, attr_rows
 from mergekit_wp.scoring.hooks import LayerRecord
 
 RIDGE = 0.1  # of the mean diagonal of a layer's heads or neurons
@@ -87,5 +90,22 @@ class EffectProducts(Gradient):
             gram[index] += torch.einsum("kbn,jbn->nkj", effect_KBn, effect_KBn)
             wanted[index] += torch.einsum("kbn,bn->nk", effect_KBn, effect_KBn[teacher])
 
+    def layer_done(self, index: int) -> None:
+        """Every batch was taken as it came."""
+
     def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
         """Embeddings are no component."""
+
+
+def component_effects(
+    base: nn.Module, expert: nn.Module, record: LayerRecord, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dS/dalpha_k of every head [..., H] and neuron [..., F] of one layer, float32.
+
+    Keys and values have the mean weight of their group's query heads, so each of these has its part of what they give.
+    """
+    queries_H, written_H = attr_heads(base, expert, record, geometry).values()
+    rows_K = attr_rows("k", base, expert, record) + attr_rows("v", base, expert, record)
+    groups = rows_K.unflatten(-1, (geometry.kv_heads, geometry.head_dim)).sum(-1) / geometry.group_size
+    gate_F, up_F, down_F = attr_neurons(base, expert, record, geometry).values()
+    return queries_H + written_H + groups.repeat_interleave(geometry.group_size, -1), gate_F + up_F + down_F

@@ -142,12 +142,12 @@ class MergedStack(Stack):
         base: torch.Tensor,
         experts: Sequence[torch.Tensor],
     ) -> nn.Parameter:
-        """One tensor. What belongs to no component is small, or read by one product; it may have a gradient."""
+        """One tensor. Norms and biases, which are small, may have a gradient from autograd."""
         experts = [align_rows(tensor, base) for tensor in experts]
         axis = 0 if slot is None else slot.axis
         weight_Kn = weights.along(slot, self.geometry)
         merged = merge_fitted(base, experts, weight_Kn, axis, [1.0] * len(experts), base.dtype)
-        return nn.Parameter(merged, requires_grad=slot is None and base.ndim == 1)
+        return nn.Parameter(merged, requires_grad=base.ndim == 1)
 
 
 def outer_modules(stack: Stack) -> tuple[nn.Module, nn.Module]:

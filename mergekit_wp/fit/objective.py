@@ -1,4 +1,4 @@
-"""What the fit makes small, and its gradient without a weight gradient (METHOD.md 6).
+"""What the fit makes small, and its gradient (METHOD.md 6).
 
 Every expert t answered its own prompts greedily. With KL_t(x) the mean over the positions of the answer to x of
 KL(p_t || p) (Eq. 72, 84), the share of t's gap that a merge leaves open, and the loss, are
@@ -12,8 +12,11 @@ place of the base:
 
 1. forward    the merge runs up to its output, keeping the input of every layer
 2. loss       at the positions of the answers alone; there, what output head and final norm contribute
-3. backward   layer by layer, one product for each expert and projection (`first_order`); norms, which are small, by
-              autograd; the embeddings, in which layer 0's input is linear, by what enters it
+3. backward   layer by layer, dL/dW of each projection from all prompts that go through the layers together, which then
+              meets the changes W_k - W_base of every expert element by element, and is gone before the next layer's
+              is formed. So a step takes three products a projection (forward, through it, dL/dW) however many experts
+              there are, and the memory of one layer more. Norms, which are small, by autograd; the embeddings, in which
+              layer 0's input is linear, by what enters it
 
 Legend: K experts, L layers, H heads, F neurons, B prompts, A positions of an answer, N = positions of all answers of a
 batch, T tokens, D residual width, V vocabulary rows.
@@ -21,8 +24,9 @@ batch, T tokens, D residual width, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -31,17 +35,17 @@ from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.console import Tick
 from mergekit_wp.fit.merged import MergedStack, outer_modules
 from mergekit_wp.fit_file import FusionWeights
-from mergekit_wp.geometry import Geometry
+from mergekit_wp.geometry import PROJECTIONS, TensorSlot, slot_of
 from mergekit_wp.memory import free_memory
 from mergekit_wp.scoring.batching import Batch, Tokens, numbered_batches
 from mergekit_wp.scoring.distributed import ProcessGroup
-from mergekit_wp.scoring.first_order import attr_heads, attr_neurons, attr_rows
 from mergekit_wp.scoring.hooks import SCORED, LayerRecord
 from mergekit_wp.scoring.metrics import KLMetric, answer_mean, kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, batch_groups, forward_sweep
+from mergekit_wp.scoring.models.precision import loss_scale
+from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, batch_groups, forward_sweep, portions
 
-_PROJECTIONS = (*SCORED, "k", "v")
+_FITTED = (*SCORED, "k", "v")
 _MOST_LOGITS = 1 << 27  # numbers at once: half a gigabyte
 
 
@@ -198,9 +202,20 @@ def passes(
 ) -> torch.Tensor:
     """As `loss_and_gradient`, into a `gradient` of the caller's, which holds this process's share of the sums."""
     found_N = torch.zeros(len(weights_N), dtype=torch.float64)
-    for group in batch_groups(merged, processes.share(batches), lambda each: each.batch.ids_BT.numel()):
+    for group in _groups(merged, processes.share(batches)):
         _pass(merged, group, weights_N, vocabulary, found_N, gradient, tick)
     return _add_up(found_N, processes, merged)
+
+
+def _groups(merged: MergedStack, batches: Sequence[LessonBatch]) -> Iterator[list[LessonBatch]]:
+    """As `batch_groups`; of resident models as many batches at once as may keep their graphs, or one."""
+    if merged.streamed:
+        return batch_groups(merged, batches, _tokens)
+    return portions(batches, _tokens, _most_graphs(merged))
+
+
+def _tokens(each: LessonBatch) -> int:
+    return each.batch.ids_BT.numel()
 
 
 def _pass(
@@ -214,14 +229,13 @@ def _pass(
 ) -> None:
     """Forward and backward of one group; writes its losses and adds to the gradient."""
     starts = [merged.start(each.batch) for each in group]
-    tokens = sum(each.batch.ids_BT.numel() for each in group)
     cache = ActivationCache(
         starts,
         [each.batch.reads_BA for each in group],
         merged.depth,
-        keep_graphs=_graphs_fit(merged, tokens),
+        keep_graphs=not merged.streamed and sum(map(_tokens, group)) <= _most_graphs(merged),
         offload=merged.streamed and merged.device.type != "cpu",
-        projections=_PROJECTIONS,
+        projections=_FITTED,
     )
     prompts, streams = sum(len(each.numbers) for each in group), [start.stream_BTD for start in starts]
     for _index, above in cache.forward(merged):
@@ -242,6 +256,8 @@ def _pass(
 
     def consume(index: int, i: int, _layer: nn.Module, _other: None, record: LayerRecord) -> None:
         gradient.of_layer(index, record, group[i].teacher)
+        if i == len(group) - 1:
+            gradient.layer_done(index)
         tick(len(group[i].numbers) / (2 * merged.depth))
 
     entering = backward_sweep(merged, None, cache, inject, consume, through=True)
@@ -249,12 +265,12 @@ def _pass(
         gradient.of_input(each.batch, gradient_BTD)
 
 
-def _graphs_fit(merged: MergedStack, tokens: int) -> bool:
-    """Whether the graphs of all layers may be kept, which saves the second forward pass: of resident models, where
-    they take at most a quarter of what is free."""
+def _most_graphs(merged: MergedStack) -> int:
+    """Of how many tokens the graphs of all layers may be kept, which saves the second forward pass: what takes a
+    quarter of the memory that is free."""
     shape = merged.geometry
     floats = 10 * shape.d_model + 6 * shape.heads * shape.head_dim + 6 * shape.neurons
-    return not merged.streamed and 4 * tokens * floats * shape.layers < free_memory(merged.device) / 4
+    return free_memory(merged.device) // (4 * 4 * floats * shape.layers)
 
 
 class Gradient:
@@ -267,6 +283,7 @@ class Gradient:
         self.heads_KLH, self.neurons_KLF, self.rest_K = (
             torch.zeros(count, *size, dtype=torch.float64, device=merged.device) for size in sizes
         )
+        self._sums: dict[str, torch.Tensor] = {}
 
     def total(self, processes: ProcessGroup) -> FusionWeights:
         sums = (processes.add_up(x) for x in (self.heads_KLH, self.neurons_KLF, self.rest_K))
@@ -314,18 +331,50 @@ class Gradient:
         with torch.no_grad(), merged.autocast():
             base, *experts = (outer_modules(stack) for stack in (merged.base, *merged.experts))
             for k, (own_norm, own_head) in enumerate(experts):
-                self.rest_K[k] += _moved(dict(zip(small, found[2:], strict=True)), base[0], own_norm) / scale
+                for name, gradient in zip(small, found[2:], strict=True):
+                    change = _met(gradient.float(), base[0].get_parameter(name), own_norm.get_parameter(name), None)
+                    self.rest_K[k] += change.sum() / scale
                 self.rest_K[k] += _through(base[1], own_head, seen["read"].flatten(0, -2), gradient_NV) / scale
         return kl_N.detach(), gradient_ND
 
     def of_layer(self, index: int, record: LayerRecord, _teacher: int) -> None:
-        """Add what one layer gives for one batch, from the gradients in its record."""
+        """Take one batch's gradients of what layer `index` holds."""
+        mlp = self.merged.tower.layers[index].mlp
+        for key in _FITTED:
+            read = record.mlp_activation(mlp) if key == "down" else record.inputs[key]
+            self._add(
+                f"{PROJECTIONS[key]}.weight",
+                weight_gradient(record.grad_out[key], read, self.merged.dtype),
+                record.scale,
+            )
+        for name, gradient in record.grad_parameters.items():
+            self._add(name, gradient.float(), record.scale)
+
+    def _add(self, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
+        gradient = gradient / scale
+        self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
+
+    def layer_done(self, index: int) -> None:
+        """Every batch was seen: what the sums give to the weight of each row or column, and so to the components."""
         base, experts = self.merged.sources(index)
-        for k, expert in enumerate(experts):
-            effects_H, effects_F = component_effects(base, expert, record, self.geometry)
-            self.heads_KLH[k, index] += effects_H
-            self.neurons_KLF[k, index] += effects_F
-            self.rest_K[k] += _moved(record.grad_parameters, base, expert) / record.scale
+        shape, count = self.geometry, len(experts)
+        heads_KH, neurons_KF = (
+            torch.zeros(count, n, dtype=torch.float64, device=self.rest_K.device, requires_grad=True)
+            for n in (shape.heads, shape.neurons)
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.rest_K.device)
+        for name, gradient in self._sums.items():
+            slot, tensor_of = slot_of(f"model.layers.{index}.{name}"), attrgetter(name)
+            found_Kn = torch.stack([_met(gradient, tensor_of(base), tensor_of(expert), slot) for expert in experts])
+            if slot is None:
+                self.rest_K += found_Kn.sum(1)
+                continue
+            with torch.enable_grad():  # the derivative of `expand` is what takes rows to components
+                total = total + (shape.expand(slot, heads_KH, neurons_KF) * found_Kn).sum()
+        of_heads_KH, of_neurons_KF = torch.autograd.grad(total, (heads_KH, neurons_KF))
+        self.heads_KLH[:, index] += of_heads_KH
+        self.neurons_KLF[:, index] += of_neurons_KF
+        self._sums = {}
 
     @torch.no_grad()
     def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
@@ -334,27 +383,25 @@ class Gradient:
             self.rest_K[k] += (gradient_BTD * change_BTD).sum(dtype=torch.float64)
 
 
-def component_effects(
-    base: nn.Module, expert: nn.Module, record: LayerRecord, geometry: Geometry
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS/dalpha_k of every head [..., H] and neuron [..., F] of one layer, float32.
+def weight_gradient(gradient_BTO: torch.Tensor, read_BTI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """sum over prompts and tokens of gradient x input, [O, I] float32; products run in `dtype`.
 
-    Keys and values have the mean weight of their group's query heads, so each of these has its part of what they give.
+    The gradient's largest entry is of the size that `loss_scale` gives it.
     """
-    queries_H, written_H = attr_heads(base, expert, record, geometry).values()
-    rows_K = attr_rows("k", base, expert, record) + attr_rows("v", base, expert, record)
-    groups = rows_K.unflatten(-1, (geometry.kv_heads, geometry.head_dim)).sum(-1) / geometry.group_size
-    gate_F, up_F, down_F = attr_neurons(base, expert, record, geometry).values()
-    return queries_H + written_H + groups.repeat_interleave(geometry.group_size, -1), gate_F + up_F + down_F
+    gradient_NO, read_NI = gradient_BTO.flatten(0, -2), read_BTI.flatten(0, -2)
+    if dtype != torch.float16:
+        return (gradient_NO.T @ read_NI).float()
+    # The largest factors are then 16 and 1/4, so that 16,000 tokens cannot add up to more than float16 holds.
+    scale = loss_scale(read_NI) / 64
+    return (gradient_NO.T @ (scale * read_NI).half()).float() / scale
 
 
-def _moved(gradients: Mapping[str, torch.Tensor], base: nn.Module, expert: nn.Module) -> torch.Tensor:
-    """sum over some parameters, by name, of gradient . (theta_k - theta_base), float64 []."""
-    total = torch.zeros((), dtype=torch.float64, device=next(base.parameters()).device)
-    for name, gradient in gradients.items():
-        change = expert.get_parameter(name).float() - base.get_parameter(name).float()
-        total += (gradient.float() * change).sum(dtype=torch.float64)
-    return total
+def _met(gradient: torch.Tensor, base: torch.Tensor, expert: torch.Tensor, slot: TensorSlot | None) -> torch.Tensor:
+    """sum of gradient . (theta_k - theta_base) along the other axis than the slot's, float64 [n]; all, if 1-D."""
+    each = (expert.float() - base.float()).mul_(gradient)
+    if each.ndim > 1:
+        each = each.sum(0 if slot is not None and slot.axis else 1)
+    return each.double()
 
 
 def _through(base: nn.Module, expert: nn.Module, read_ND: torch.Tensor, gradient_NV: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from streamed_world import resident, streamed
 
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.fit import unrecovered
-from mergekit_wp.fit.objective import branch_losses, loss_and_gradient, losses
+from mergekit_wp.fit.objective import branch_losses, loss_and_gradient, losses, weight_gradient
 from mergekit_wp.fit_file import FusionWeights
 
 
@@ -35,6 +35,19 @@ def test_loss_and_gradient_are_autograds(tmp_path, kind):
         got, wanted = getattr(gradient, name), getattr(leaves, name).grad
         assert (got - wanted).abs().max() < 2e-4 * wanted.abs().max(), name
         assert wanted.abs().min() > 0 or name != "rest_K"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_gradient_of_many_tokens_of_massive_activations_is_finite(dtype):
+    """float16 ends at 65504, which the sum itself is past."""
+    generator = torch.Generator().manual_seed(0)
+    gradient_BTO, read_BTI = (torch.rand(2, 500, width, generator=generator) for width in (3, 5))
+    gradient_BTO, read_BTI = 16 * gradient_BTO.to(dtype), (2000 * read_BTI).to(dtype)
+    wanted = gradient_BTO.flatten(0, 1).double().T @ read_BTI.flatten(0, 1).double()
+    assert wanted.min() > 1e6
+    found = weight_gradient(gradient_BTO, read_BTI, dtype)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-7 if dtype == torch.bfloat16 else 2**-9, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["llama-biased", "gemma2"])
