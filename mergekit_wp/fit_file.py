@@ -11,8 +11,9 @@ with a JSON document under the metadata key `wp_fit` (`FitMeta`), whose `experts
 is theta_base + sum_k w_k (theta_k - theta_base), w_k being alpha_k of the component, rho_k elsewhere, and for the keys
 and values of a group the mean of alpha_k over its query heads. The weights of a component need not sum to 1.
 
-Loss means the share R of an expert's gap to the base that a model does not recover: the mean over the tokens of the
-expert's answers of KL(p_expert || p_model), over the same for the base. 1 is the base, 0 the expert.
+R is the share of an expert's gap to the base that a model does not recover: the mean over the tokens of the expert's
+answers of KL(p_expert || p_model), over the same for the base. 1 is the base, 0 the expert. The loss is its mean over
+the experts, and over the base's own (`Kept`) where the base was a teacher too.
 
 Legend: K experts, L layers, H query heads, F neurons a layer.
 """
@@ -83,7 +84,7 @@ class FittedPrompts:
 @strict
 @dataclass(frozen=True)
 class LossAt:
-    """The loss after a step, mean over the experts; held_out: on prompts that nothing was fitted to, None without."""
+    """The loss after a step, mean over the teachers; held_out: on prompts that nothing was fitted to, None without."""
 
     step: Count
     fitted: Number
@@ -103,6 +104,23 @@ class Unrecovered:
 
 @strict
 @dataclass(frozen=True)
+class Kept:
+    """What the base taught on prompts of its own.
+
+    pairs        the name of their file or built-in set
+    start, end   how far from the base the merge that the fit started from, and the one in the file, are on those held
+                 out (on the fitted, where none is held out), over the mean of the experts' distances: 0 is the base, 1
+                 as far as an expert
+    """
+
+    pairs: Text
+    prompts: FittedPrompts
+    start: Number
+    end: Number
+
+
+@strict
+@dataclass(frozen=True)
 class FitMeta:
     """Everything about a fit file that is not a tensor; `date` is ISO 8601 UTC.
 
@@ -114,7 +132,7 @@ class FitMeta:
     prompts, unrecovered    of each expert, in order
     curve           the loss by step
     best_step       whose weights these are
-    keep            prompts on which the base was one more teacher, so that what no expert teaches is not lost; or None
+    keep            of the base as one more teacher, so that what no expert teaches is not lost; or None
     """
 
     base: ModelId
@@ -132,7 +150,7 @@ class FitMeta:
     device: Text
     versions: Versions
     date: Date
-    keep: Text | None = None
+    keep: Kept | None = None
     format: Count = FORMAT
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from score_example import example as scores_example
 
 from mergekit_wp.errors import BadInput
-from mergekit_wp.fit_file import METADATA_KEY, MOST, Fit, FittedPrompts, LossAt, read_fit, write_fit
+from mergekit_wp.fit_file import METADATA_KEY, MOST, Fit, FittedPrompts, Kept, LossAt, read_fit, write_fit
 from mergekit_wp.scores import PromptStyle, read_scores, write_scores
 
 
@@ -31,7 +31,7 @@ def damage(path, change):
 def test_round_trip(tmp_path):
     about = replace(
         meta(),
-        keep="neutral.txt",
+        keep=Kept("neutral.jsonl", FittedPrompts(5, 1, PromptStyle("{prompt}", "a" * 64, "base")), 0.4, 0.25),
         prompts=(FittedPrompts(12, 4, PromptStyle("Q: {prompt}")), FittedPrompts(3, 0)),
         curve=(LossAt(0, 0.5, None),),
         best_step=0,

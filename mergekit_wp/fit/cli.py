@@ -100,6 +100,7 @@ def as_data(found: Fit) -> dict[str, Any]:
         "unrecovered": [{"base": x.base, "start": x.start, "end": x.end} for x in meta.unrecovered],
         "curve": [{"step": x.step, "fitted": x.fitted, "held_out": x.held_out} for x in meta.curve],
         "best_step": meta.best_step,
+        "keep": None if meta.keep is None else {"start": meta.keep.start, "end": meta.keep.end},
     }
 
 
@@ -117,6 +118,11 @@ def summary(found: Fit) -> str:
         lines.append(
             f"  {expert.name}: {left.start:.3f} -> {left.end:.3f}   heads {heads:.2f}, neurons {neurons:.2f}, "
             f"rest {float(found.rest[k]):.2f}"
+        )
+    if meta.keep is not None:
+        lines.append(
+            f"Distance from the base on {meta.keep.pairs}, as a share of an expert's: "
+            f"{meta.keep.start:.3f} -> {meta.keep.end:.3f}"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
 """The fit: weights of a merge, learnt from the experts' own answers, without a label (METHOD.md 6).
 
 1. check      every expert against the base, its prompts, the tokenizer; nothing loaded yet
-2. answers    every expert answers its own prompts greedily (`scoring.whole_answers`), or its answers are read
-3. lessons    what each expert says along its answers, and how far the base is from it: the gap that the loss divides by
+2. answers    every expert answers its own prompts greedily (`scoring.whole_answers`), or its answers are read; with
+              `keep` the base, too, answers prompts, and is one more teacher
+3. lessons    what each teacher says along its answers, and the gap that the loss divides by: how far the base is from
+              it, and of the base how far the experts are
 4. start      the plain average, or the shares of score files, times the scale with the least loss: all candidates go
               through the layers together
 5. steps      Adam on the loss of `objective`; every few steps a look at the prompts held out, whose best is kept
@@ -11,11 +13,13 @@
 All draws are made from the seed and the number of the step, and what a step leaves is kept beside the output: a run
 that was killed goes on, to the same bytes. Several processes share the prompts.
 
-Legend: K experts, L layers, H heads, F neurons, P numbers of the family, N prompts.
+Legend: K experts, J teachers (the experts, and the base with `keep`), L layers, H heads, F neurons, P numbers of the
+family, N prompts.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,18 +43,20 @@ from mergekit_wp.fit.objective import (
     loss_and_gradient,
     losses,
     read_lessons,
+    teachers_of,
 )
-from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, LossAt, Unrecovered
+from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, Kept, LossAt, Unrecovered
 from mergekit_wp.foreign import logger
 from mergekit_wp.hashing import digest
 from mergekit_wp.merge.checks import check_fingerprint
 from mergekit_wp.merge.kernel import component_weights
 from mergekit_wp.merge.shares import check_complete
 from mergekit_wp.scores import ModelId, read_scores
-from mergekit_wp.scoring.batching import Tokens
+from mergekit_wp.scoring.batching import Tokens, check_rows
+from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.models.load import load_stack
+from mergekit_wp.scoring.models.load import CheckedPair, load_stack
 from mergekit_wp.scoring.models.offload import pick_offload
 from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
 from mergekit_wp.scoring.resume import Resume
@@ -92,7 +98,7 @@ def fit(
 
 
 def check(job: FitJob) -> list[Prepared]:
-    """Every expert checked against the base, with its prompts. Raises `BadInput` naming the expert."""
+    """Every teacher with its prompts, experts checked against the base. Raises `BadInput` naming the teacher."""
     ready: list[Prepared] = []
     for expert in job.models:
         try:
@@ -102,12 +108,33 @@ def check(job: FitJob) -> list[Prepared]:
         if any(each.checked.expert_print == other.checked.expert_print for other in ready):
             raise BadInput(f"experts: {expert.expert} is listed twice; list each once.")
         ready.append(each)
-    return ready
+    if job.keep is not None:
+        base, base_print = ready[0].checked.base, ready[0].checked.base_print
+        try:
+            ready.append(prepare(job.keeping(), checked=CheckedPair(base, base, base_print, base_print, base.folder)))
+        except BadInput as error:
+            raise BadInput(f"keep: {error.message}") from error
+    for j, each in enumerate(ready):
+        if job.hold_out and sum(len(task.scoring) for task in each.tasks) < 2:
+            where = f"experts, entry {j + 1}" if j < len(job.experts) else "keep"
+            raise BadInput(f"{where}: has one prompt, which cannot be held out; give more, or hold_out: 0.")
+    return _reading_each_other(ready)
+
+
+def _reading_each_other(ready: Sequence[Prepared]) -> list[Prepared]:
+    """With answers of tokens that all models have, since each runs the others' prompts. Raises `BadInput` for prompts
+    (and for answers that were given) of others."""
+    models = [each.checked.expert for each in ready]
+    together = [replace(each, checked=replace(each.checked, others=models)) for each in ready]
+    for each in together:
+        ids = [ids for task in each.tasks for ids in (*task.scoring, *task.answers)]
+        check_rows(ids, each.tokenizer, each.checked.vocabulary)
+    return together
 
 
 def load(job: FitJob, ready: Sequence[Prepared], processes: ProcessGroup) -> MergedStack:
     """Base and experts in memory, or ready to be read layer by layer, and over them a merge that takes nothing yet."""
-    base, experts = ready[0].checked.base, [each.checked.expert for each in ready]
+    base, experts = ready[0].checked.base, [each.checked.expert for each in ready[: len(job.experts)]]
     device = processes.local_device(pick_device(job.device))
     dtype = pick_dtype(job.dtype, device, [stored_dtype(model.tensors) for model in (base, *experts)])
     models = [base, *experts, base]  # once more for the merge
@@ -123,61 +150,73 @@ def load(job: FitJob, ready: Sequence[Prepared], processes: ProcessGroup) -> Mer
 
 def shared_vocabulary(ready: Sequence[Prepared]) -> int:
     """V: vocabulary rows that all models have."""
-    return min(each.checked.vocabulary for each in ready)
+    return ready[0].checked.vocabulary
 
 
 def read_teachers(
     job: FitJob, ready: Sequence[Prepared], merged: MergedStack, processes: ProcessGroup, start: StartProgress,
     out: Path | None,
 ) -> list[Lesson]:  # fmt: skip
-    """Every expert's prompts with its answers, what it says there, and the gap of the base. Raises `BadInput` for an
-    expert without one."""
+    """Every teacher's prompts with its answers, what it says there, and its gap. Raises `BadInput` for a teacher that
+    has none."""
     lessons: list[Lesson] = []
-    for k, (each, stack) in enumerate(zip(ready, merged.experts, strict=True)):
+    K, vocabulary, batch_size = len(job.experts), shared_vocabulary(ready), job.batch_size
+    names = [*(f"expert {k + 1} of {K}" for k in range(K)), "the base"]
+    for j, (each, stack) in enumerate(zip(ready, teachers_of(merged), strict=False)):  # the base without keep is none
         prompts = [ids for task in each.tasks for ids in task.scoring]
-        answers = _answers(job, k, each, stack, processes, start, out)
-        tick = start(len(prompts), f"Reading answers of expert {k + 1} of {len(ready)}", "prompt")
-        lessons += read_lessons(stack, k, prompts, answers, job.batch_size, tick)
-    tick = start(len(lessons), "Reading the base", "prompt")
-    batches = batch_lessons(lessons, job.batch_size, (merged.base, *merged.experts))
-    base_N = losses(merged.base, merged.experts, batches, shared_vocabulary(ready), processes, tick)
-    lessons = [replace(lesson, base_kl=gap) for lesson, gap in zip(lessons, base_N.tolist(), strict=True)]
-    for k, expert in enumerate(job.models):
-        gaps = [lesson.base_kl for lesson in lessons if lesson.teacher == k]
+        scoring, beside = (job.keeping(), "base") if j == K else (job.scoring(job.models[j]), f"expert{j + 1}")
+        path = None if out is None else answers_beside(out.with_name(f"{out.stem}.{beside}{out.suffix}"), job.reads())
+        answers = _answers(scoring, each, stack, processes, start, path)
+        tick = start(len(prompts), f"Reading answers of {names[j]}", "prompt")
+        lessons += read_lessons(stack, j, prompts, answers, batch_size, tick)
+    own, kept = ([x for x in lessons if (x.teacher == K) == base] for base in (False, True))
+    lessons = with_gaps(own, [merged.base], merged, vocabulary, batch_size, processes, start)
+    if kept:
+        lessons += with_gaps(kept, merged.experts, merged, vocabulary, batch_size, processes, start)
+    for j, teacher in enumerate(job.teachers):
+        gaps = [lesson.gap for lesson in lessons if lesson.teacher == j]
         if (gap := sum(gaps) / len(gaps)) < LEAST_GAP:
+            small = f"(a KL of {gap:.2g} nats a token, less than {LEAST_GAP:g})"
             raise BadInput(
-                f"expert {expert.expert}: along its own answers to {expert.pairs} it says what the base says (a KL of "
-                f"{gap:.2g} nats a token, less than {LEAST_GAP:g}); give prompts of what it was tuned for."
+                f"keep: along the base's own answers to {teacher.pairs} the experts say what the base says {small}, so "
+                "there is nothing to be lost; leave keep out, or give other prompts."
+                if j == K
+                else f"expert {teacher.expert}: along its own answers to {teacher.pairs} it says what the base says "
+                f"{small}; give prompts of what it was tuned for."
             )
     return lessons
 
 
+def with_gaps(
+    lessons: Sequence[Lesson], others: Sequence[Stack], merged: MergedStack, vocabulary: int, batch_size: int,
+    processes: ProcessGroup, start: StartProgress,
+) -> list[Lesson]:  # fmt: skip
+    """Lessons with their gaps: the mean over `others` of how far these are from the teacher."""
+    teachers = teachers_of(merged)
+    batches = batch_lessons(lessons, batch_size, teachers)
+    what = "the base" if others == [merged.base] else "the experts on the base's prompts"
+    tick = start(len(lessons) * len(others), f"Reading {what}", "prompt")
+    found_N = torch.stack([losses(each, teachers, batches, vocabulary, processes, tick) for each in others]).mean(0)
+    return [replace(lesson, gap=gap) for lesson, gap in zip(lessons, found_N.tolist(), strict=True)]
+
+
 def _answers(
-    job: FitJob, k: int, ready: Prepared, stack: Stack, processes: ProcessGroup, start: StartProgress, out: Path | None
+    scoring: ScoringJob, ready: Prepared, stack: Stack, processes: ProcessGroup, start: StartProgress, path: Path | None
 ) -> Tokens:
-    """Expert k's answers to its prompts, made or read; where none are wanted, any one token, which is not read."""
-    if not job.answer_tokens:
+    """A teacher's answers to its prompts, made or read; where none are wanted, any one token, which is not read."""
+    if not scoring.answer_tokens:
         return [[0] for task in ready.tasks for _prompt in task.scoring]
-    path = None
-    if out is not None:
-        path = answers_beside(out.with_name(f"{out.stem}.expert{k + 1}{out.suffix}"), job.reads())
-    scoring = job.scoring(job.models[k])
     tasks = answers_for(scoring, ready.checked, stack, ready.tokenizer, ready.tasks, path, processes, start)
     return [answer for task in tasks for answer in task.answers]
 
 
 def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Lesson], list[Lesson]]:
-    """(fitted, held out): of each expert's prompts this share is held out, rounded down but at least one, drawn by the
-    seed; none where the share is 0. Raises `BadInput` for an expert with one prompt, of which none could be held out.
-    """
+    """(fitted, held out): of each teacher's prompts this share is held out, rounded down but at least one, drawn by the
+    seed; none where the share is 0."""
     fitted: list[Lesson] = []
     held: list[Lesson] = []
     for teacher in sorted({lesson.teacher for lesson in lessons}):
         own = [lesson for lesson in lessons if lesson.teacher == teacher]
-        if share and len(own) < 2:
-            raise BadInput(
-                f"experts, entry {teacher + 1}: has one prompt, which cannot be held out; give more, or hold_out: 0."
-            )
         count = max(1, int(share * len(own))) if share else 0
         chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), count))
         held += [own[i] for i in sorted(chosen)]
@@ -186,24 +225,22 @@ def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[L
 
 
 def unrecovered(lessons: Sequence[Lesson], kl_N: torch.Tensor) -> torch.Tensor:
-    """R of every expert: its mean KL over the base's, float64 [K]."""
+    """R of every teacher: its mean KL over its mean gap, float64 [J]."""
     teachers = torch.tensor([lesson.teacher for lesson in lessons])
-    base_N = torch.tensor([lesson.base_kl for lesson in lessons], dtype=torch.float64)
-    return torch.stack(
-        [kl_N[teachers == k].mean() / base_N[teachers == k].mean() for k in range(int(teachers.max()) + 1)]
-    )
+    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
+    return torch.stack([kl_N[teachers == j].mean() / gap_N[teachers == j].mean() for j in teachers.unique()])
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a run: the weights, the curve, the step they are of, and R [K] at the start and at the end."""
+    """What came of a run: the weights, the curve, the step they are of, and R [J] at the start and at the end."""
 
     weights: FusionWeights
     start: str
     curve: tuple[LossAt, ...]
     best_step: int
-    before_K: torch.Tensor
-    after_K: torch.Tensor
+    before_J: torch.Tensor
+    after_J: torch.Tensor
 
 
 @dataclass
@@ -231,12 +268,12 @@ class FitRun:
             first, scale, loss = self._scale(self._crossed(first))
             name = "cross effects"
         name = f"{name} times {scale:g}"
-        before_K = self._look(first)
-        point = LossAt(0, loss, float(before_K.mean()) if self.held else None)
+        before_J = self._look(first)
+        point = LossAt(0, loss, float(before_J.mean()) if self.held else None)
         if self.job.family in ("scale", "cross"):
-            return Found(first, name, (point,), 0, before_K, before_K)
+            return Found(first, name, (point,), 0, before_J, before_J)
         weights, curve, best_step = self._descend(first, point, resume)
-        return Found(weights, name, curve, best_step, before_K, self._look(weights))
+        return Found(weights, name, curve, best_step, before_J, self._look(weights))
 
     def _scale(self, shares: FusionWeights) -> tuple[FusionWeights, float, float]:
         """(the shares times the scale with the least loss on some of the fitted prompts, the scale, that loss)."""
@@ -249,10 +286,12 @@ class FitRun:
         return candidates[best], SCALES[best], float(loss_C[best])
 
     def _crossed(self, average: FusionWeights) -> FusionWeights:
-        """Weights from cross effects on all fitted prompts."""
-        batches = self._batches(self.fitted)
-        tick = self.start(len(self.fitted), "Reading cross effects", "prompt")
-        gaps = _weights(self.fitted) * len(self.fitted)
+        """Weights from cross effects on all fitted prompts of experts. The base's would add nothing: to first order,
+        and at the base, nothing moves what it says (KL(p_base || p) is least there)."""
+        lessons = [lesson for lesson in self.fitted if lesson.teacher < len(self.merged.experts)]
+        batches = self._batches(lessons)
+        tick = self.start(len(lessons), "Reading cross effects", "prompt")
+        gaps = _weights(lessons) * len(lessons)
         return cross_weights(self.merged, batches, gaps, average, self.vocabulary, self.processes, tick)
 
     def _descend(
@@ -283,19 +322,19 @@ class FitRun:
         return family.spread(state.best_P), state.curve(bool(self.held)), state.best_step
 
     def _look(self, weights: FusionWeights) -> torch.Tensor:
-        """R [K] of the prompts that decide."""
+        """R [J] of the prompts that decide."""
         self.merged.set(weights)
         batches = self._batches(self.looked_at)
-        kl_N = losses(self.merged, self.merged.experts, batches, self.vocabulary, self.processes, lambda _done: None)
+        kl_N = losses(self.merged, teachers_of(self.merged), batches, self.vocabulary, self.processes, _untold)
         return unrecovered(self.looked_at, kl_N)
 
     def _batches(self, lessons: Sequence[Lesson]) -> list[LessonBatch]:
-        return batch_lessons(lessons, self.job.batch_size, (self.merged.base, *self.merged.experts))
+        return batch_lessons(lessons, self.job.batch_size, teachers_of(self.merged))
 
     def _drawn(self, step: int) -> list[Lesson]:
-        """The prompts of one step: some of each expert, all of them where there are few."""
+        """The prompts of one step: some of each teacher, all of them where there are few."""
         found: list[Lesson] = []
-        for teacher in range(len(self.merged.experts)):
+        for teacher in sorted({lesson.teacher for lesson in self.fitted}):
             own = [lesson for lesson in self.fitted if lesson.teacher == teacher]
             count = min(self.job.prompts_a_step, len(own))
             found += random.Random(f"{self.job.seed}/step {step}/{teacher}").sample(own, count)
@@ -303,13 +342,17 @@ class FitRun:
 
 
 def _weights(lessons: Sequence[Lesson]) -> torch.Tensor:
-    """Of KL(x) in the loss, float64 [N]: 1 / (K N_t mean gap of t)."""
+    """Of KL(x) in the loss, float64 [N]: 1 / (J N_t mean gap of t)."""
     teachers = torch.tensor([lesson.teacher for lesson in lessons])
-    base_N = torch.tensor([lesson.base_kl for lesson in lessons], dtype=torch.float64)
+    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
     weights_N = torch.zeros(len(lessons), dtype=torch.float64)
-    for k in (found := teachers.unique()):
-        weights_N[teachers == k] = 1 / (len(found) * base_N[teachers == k].sum())
+    for j in (found := teachers.unique()):
+        weights_N[teachers == j] = 1 / (len(found) * gap_N[teachers == j].sum())
     return weights_N
+
+
+def _untold(_done: float) -> None:
+    """Of a look, which takes no time to speak of, nobody is told."""
 
 
 def _bounded(weights: FusionWeights) -> FusionWeights:
@@ -318,12 +361,12 @@ def _bounded(weights: FusionWeights) -> FusionWeights:
 
 def _start_shares(job: FitJob, ready: Sequence[Prepared]) -> FusionWeights:
     """1/K of everything, or what the score files of the experts give (Eq. 17)."""
-    shape, count = ready[0].checked.base.geometry, len(ready)
+    shape, count = ready[0].checked.base.geometry, len(job.experts)
     average = FusionWeights.uniform(shape, [1 / count] * count)
     if job.start == "average":
         return average
     files = []
-    for expert, each in zip(job.models, ready, strict=True):
+    for expert, each in zip(job.models, ready, strict=False):
         scores = read_scores(str(expert.scores))
         check_complete(scores, str(expert.scores))
         for role, name, found in (
@@ -353,28 +396,30 @@ def _inputs(job: FitJob, ready: Sequence[Prepared], run: FitRun) -> dict[str, ob
 def _fit_of(job: FitJob, ready: Sequence[Prepared], run: FitRun, found: Found, date: str) -> Fit:
     """What goes into the file."""
     prompts = []
-    for k, each in enumerate(ready):
-        fitted, held = (sum(lesson.teacher == k for lesson in part) for part in (run.fitted, run.held))
+    for j, each in enumerate(ready):
+        fitted, held = (sum(lesson.teacher == j for lesson in part) for part in (run.fitted, run.held))
         prompts.append(FittedPrompts(fitted, held, each.style))
-    open_K = zip(found.before_K.tolist(), found.after_K.tolist(), strict=True)
-    device = run.merged.device
+    before, after = found.before_J.tolist(), found.after_J.tolist()
+    K, device = len(job.experts), run.merged.device
     meta = FitMeta(
         base=ModelId.of(job.base, ready[0].checked.base_print),
         experts=tuple(
-            ModelId.of(expert.expert, each.checked.expert_print) for expert, each in zip(job.models, ready, strict=True)
+            ModelId.of(expert.expert, each.checked.expert_print)
+            for expert, each in zip(job.models, ready, strict=False)
         ),
         geometry=run.merged.geometry,
         family=job.family,
         start=found.start,
         answer_tokens=job.answer_tokens,
         seed=job.seed,
-        prompts=tuple(prompts),
+        prompts=tuple(prompts[:K]),
         curve=found.curve,
-        unrecovered=tuple(Unrecovered(1.0, before, after) for before, after in open_K),
+        unrecovered=tuple(Unrecovered(1.0, start, end) for start, end in zip(before[:K], after[:K], strict=True)),
         best_step=found.best_step,
         dtype=str(run.merged.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         versions=versions(),
         date=date,
+        keep=None if job.keep is None else Kept(os.path.basename(job.keep), prompts[K], before[K], after[K]),
     )
     return Fit(meta, found.weights.heads_KLH, found.weights.neurons_KLF, found.weights.rest_K)

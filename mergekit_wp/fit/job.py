@@ -84,15 +84,20 @@ class FitJob:
     answer_tokens: int = described(
         whole(0), "The longest answer of an expert that is read; 0: the token after the prompt alone.", 32, group=_FIT
     )
+    keep: str | None = described(
+        text(),
+        "Prompts on which the base is one more teacher, so that what no expert teaches is not lost: a file of pairs or "
+        "a built-in set.", None, group=_FIT, metavar="PAIRS",
+    )  # fmt: skip
     hold_out: float = described(
         number(0, 0.9, "a number from 0 to 0.9"),
-        "Share of each expert's prompts that nothing is fitted to: the loss on them ends the fit and picks its best.",
+        "Share of each teacher's prompts that nothing is fitted to: the loss on them ends the fit and picks its best.",
         0.25,
         group=_FIT,
     )
     steps: int = described(whole(1), "Steps of Adam at most.", 50, group=_FIT)
     rate: float = described(number(0, above=True), "How far a step moves a weight, about.", 0.05, group=_FIT)
-    prompts_a_step: int = described(whole(1), "Prompts of each expert in a step, drawn by `seed`.", 32, group=_FIT)
+    prompts_a_step: int = described(whole(1), "Prompts of each teacher in a step, drawn by `seed`.", 32, group=_FIT)
     look_every: int = described(whole(1), "Steps between two looks at the prompts held out.", 5, group=_FIT)
     patience: int = described(whole(1), "Looks without a better loss that end the fit.", 4, group=_FIT)
     seed: int = described(whole(0), "Seed of all draws.", 0, group=_FIT)
@@ -134,11 +139,21 @@ class FitJob:
     def models(self) -> list[FitExpert]:
         return [FitExpert(**values) for values in self.experts]
 
+    @property
+    def teachers(self) -> list[FitExpert]:
+        """The experts, and behind them, with `keep`, the base and its prompts."""
+        return [*self.models, *([] if self.keep is None else [FitExpert(self.base, self.keep)])]
+
     def scoring(self, expert: FitExpert) -> ScoringJob:
         """The job that would score this expert on the same prompts, put in the same way."""
         own: dict[str, Any] = {"base": self.base, "expert": expert.expert, "pairs": expert.pairs}
         own |= {} if expert.answers is None else {"answers": expert.answers}
-        return ScoringJob(**own, **{name: getattr(self, name) for name in _SHARED})
+        return ScoringJob(**own, **{name: getattr(self, name) for name in (*_SHARED, *_STYLE)})
+
+    def keeping(self) -> ScoringJob:
+        """The same of the base's own prompts, which are put as they are, or in a chat template of the base's."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return ScoringJob(base=self.base, expert=self.base, pairs=str(self.keep), **shared)
 
     def reads(self) -> list[str]:
         """Everything that the job reads, models too, as it names them."""
@@ -146,7 +161,7 @@ class FitJob:
         for expert in self.models:
             found += [expert.expert, *map(str, read_reference(expert.expert).sources), expert.pairs]
             found += [path for path in (expert.answers, expert.scores) if path]
-        return found
+        return found if self.keep is None else [*found, self.keep]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> FitJob:
@@ -160,10 +175,8 @@ class FitJob:
             raise BadInput(f"{where}: {error.message}" if where else error.message) from error
 
 
-_SHARED = (
-    "template", "chat_template", "system", "samples", "seed", "answer_tokens", "device", "dtype", "batch_size",
-    "offload", "trust_remote_code",
-)  # fmt: skip
+_STYLE = ("template", "chat_template", "system")
+_SHARED = ("samples", "seed", "answer_tokens", "device", "dtype", "batch_size", "offload", "trust_remote_code")
 
 
 def load_fit_job(path: str, flags: Mapping[str, Any]) -> FitJob:

@@ -5,6 +5,9 @@ KL(p_t || p) (Eq. 72, 84), the share of t's gap that a merge leaves open, and th
 
     R_t(w) = mean_x KL_t(x | merge) / mean_x KL_t(x | base)            L(w) = mean_t R_t(w)
 
+The base may be one more teacher, of what no expert teaches. It has no gap to itself: of the base, R is divided by the
+mean over the experts of mean_x KL(p_base || p_expert), so that at 1 the merge is as far from it as experts are.
+
 The merge is linear in its weights w, so the gradient is Weight Patching's attribution (Eq. 11) with the merge in the
 place of the base:
 
@@ -18,8 +21,8 @@ place of the base:
               there are, and the memory of one layer more. Norms, which are small, by autograd; the embeddings, in which
               layer 0's input is linear, by what enters it
 
-Legend: K experts, L layers, H heads, F neurons, B prompts, A positions of an answer, N = positions of all answers of a
-batch, T tokens, D residual width, V vocabulary rows.
+Legend: K experts (as a teacher, the base is number K), L layers, H heads, F neurons, B prompts, A positions of an
+answer, N = positions of all answers of a batch, T tokens, D residual width, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -51,18 +54,18 @@ _MOST_LOGITS = 1 << 27  # numbers at once: half a gigabyte
 
 @dataclass(frozen=True)
 class Lesson:
-    """One prompt of expert number `teacher` with the expert's answer, as token ids, and what the expert says there.
+    """One prompt of teacher number `teacher` with the teacher's answer, as token ids, and what the teacher says there.
 
-    final_AD   the expert's own stream above its last layer at the positions of the answer, float32 in host memory: its
+    final_AD   the teacher's own stream above its last layer at the positions of the answer, float32 in host memory: its
                logits are made of it anew each time, which costs one product and saves V numbers a position
-    base_kl    KL_t(x | base)
+    gap        what R divides by, before the mean: KL_t(x | base), or of the base its mean over the experts
     """
 
     teacher: int
     prompt: list[int]
     answer: list[int]
     final_AD: torch.Tensor
-    base_kl: float = 0.0
+    gap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class TeacherKL(KLMetric):
 def read_lessons(
     stack: Stack, teacher: int, prompts: Tokens, answers: Tokens, batch_size: int, tick: Tick
 ) -> list[Lesson]:
-    """What the expert `stack` says along its own answers, in the order of the prompts. `tick` is told of prompts."""
+    """What the teacher `stack` says along its own answers, in the order of the prompts. `tick` is told of prompts."""
     found: dict[int, Lesson] = {}
     numbered = list(numbered_batches(prompts, batch_size, stack, answers=answers))
     for group in batch_groups(stack, numbered, lambda each: each[1].ids_BT.numel()):
@@ -123,6 +126,11 @@ def batch_lessons(lessons: Sequence[Lesson], batch_size: int, stacks: Sequence[S
             numbers = [own[i] for i in chosen]
             found.append(LessonBatch(numbers, [lessons[i] for i in numbers], batch))
     return found
+
+
+def teachers_of(merged: MergedStack) -> list[Stack]:
+    """Whoever may have spoken a lesson, by number: the experts, and the base."""
+    return [*merged.experts, merged.base]
 
 
 @torch.no_grad()
@@ -159,7 +167,7 @@ def branch_losses(
         for branch, weights in enumerate(candidates):
             merged.set(weights)
             told = lambda done: tick(done / count)  # noqa: E731
-            found_CN[branch] = losses(merged, merged.experts, batches, vocabulary, processes, told)
+            found_CN[branch] = losses(merged, teachers_of(merged), batches, vocabulary, processes, told)
         merged.set(before)
         return found_CN
     for group in batch_groups(merged, processes.share(batches), lambda each: count * each.batch.ids_BT.numel()):
@@ -172,7 +180,7 @@ def branch_losses(
         for branch, weights in enumerate(candidates):
             merged.set(weights)
             for each, final_BTD in zip(group, streams[branch], strict=True):
-                found_CN[branch, each.numbers] = _loss_of(merged, merged.experts, each, final_BTD, vocabulary)
+                found_CN[branch, each.numbers] = _loss_of(merged, teachers_of(merged), each, final_BTD, vocabulary)
     merged.set(before)
     return _add_up(found_CN, processes, merged)
 
@@ -299,7 +307,7 @@ class Gradient:
         kl, gradients = [], []
         for part in _parts(len(final_ND), vocabulary):
             with torch.no_grad():
-                teacher_NV = self.merged.experts[each.teacher].logits(targets_ND[part], vocabulary)
+                teacher_NV = teachers_of(self.merged)[each.teacher].logits(targets_ND[part], vocabulary)
             kl_N, gradient_ND = self._through_head(final_ND[part], teacher_NV, weights_N[part], vocabulary)
             kl.append(kl_N)
             gradients.append(gradient_ND)

@@ -86,6 +86,8 @@ def _fit(step: Step, ahead: Ahead) -> None:
             prepare(scoring)
         else:
             pairs_of(scoring)
+    if job.keep is not None:
+        pairs_of(job.keeping())
 
 
 def _merge(step: Step, ahead: Ahead) -> None:

@@ -227,9 +227,9 @@ def _expert(name: str, raw: Any, file: Path) -> Expert:
     return Expert(_model(_text(f"{where}.model", model), file), scoring, scores)
 
 
-def prompt_files(scoring: Mapping[str, Any]) -> dict[str, str]:
-    """The files of prompts and answers that a scoring job reads, by field; a built-in set is none."""
-    named = {name: scoring.get(name) for name in ("pairs", "answers")}
+def prompt_files(job: Mapping[str, Any]) -> dict[str, str]:
+    """The files of prompts and answers that a scoring or fit job reads itself, by field; a built-in set is none."""
+    named = {name: job.get(name) for name in ("pairs", "answers", "keep")}
     return {name: path for name, path in named.items() if isinstance(path, str) and ":" not in path}
 
 
@@ -243,6 +243,9 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
     merge = Merge(**{**values, "experts": tuple(values.get("experts", ()))})
     if merge.fit is not None:
         _check_fit(f"{where}.fit", merge.fit)
+        named = prompt_files(merge.fit).items()
+        files = {name: str(_found(path, file, f"{where}.fit.{name}", must_exist=False)) for name, path in named}
+        merge = replace(merge, fit={**merge.fit, **files})
     if merge.merge_method == "wp" and merge.parameters.get("scale") == "auto":
         if merge.fit is not None:
             raise BadInput(f"`{where}` has both `fit` and `scale: auto`, which is a fit of its own; keep one.")

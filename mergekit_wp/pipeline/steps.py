@@ -225,6 +225,7 @@ def _fit_step(pipeline: Pipeline, name: str) -> Step:
     for entry in job["experts"]:
         inputs += [Path(entry["pairs"])] if ":" not in entry["pairs"] else []
         inputs += [Path(entry[kind]) for kind in ("answers", "scores") if kind in entry]
+    inputs += map(Path, prompt_files(job).values())
     return _step(f"fit-{name}", "fit", f"Fit the weights of {name}", command, inputs, (weights,), ("scoring", "fit"))
 
 

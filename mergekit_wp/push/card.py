@@ -19,7 +19,7 @@ from mergekit_wp.scoring.config import PLAIN
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from mergekit_wp.fit_file import Fit
+    from mergekit_wp.fit_file import Fit, Kept
     from mergekit_wp.scores import PromptStyle, ScoreMeta
 
 _METHODS = {
@@ -281,12 +281,22 @@ def fit_section(path: str, fit: Fit, scaled: bool) -> str:
             if scaled
             else ""
         )
-        + (f" The base was one more teacher, on {markdown(meta.keep)}." if meta.keep else "")
         + (f" How prompts were put: {'; '.join(put)}." if put else ""),
-        "The loss, mean over experts of what is not recovered:",
+        *([_kept(meta.keep)] if meta.keep else []),
+        f"The loss, mean over {'experts and base' if meta.keep else 'experts'} of what is not recovered:",
         markdown_grid(losses, "rrr"),
     ]
     return "\n\n".join(parts)
+
+
+def _kept(kept: Kept) -> str:
+    count = kept.prompts.fitted + kept.prompts.held_out
+    style = f", put {_put(kept.prompts.style)}" if kept.prompts.style else ""
+    return (
+        f"The base was one more teacher, on {count} prompts ({kept.prompts.held_out} held out) of "
+        f"{code(kept.pairs)}{style}. There the merge is {kept.end:.4f} as far from the base as the experts are on "
+        f"average ({kept.start:.4f} at the start)."
+    )
 
 
 def _put(style: PromptStyle) -> str:

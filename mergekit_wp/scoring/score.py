@@ -141,10 +141,11 @@ class Prepared:
     tasks: list[TaskTokens]
 
 
-def prepare(job: ScoringJob, held: InMemory | None = None) -> Prepared:
-    """Everything that can be checked before weights load, and what comes of it. Raises `BadInput`."""
+def prepare(job: ScoringJob, held: InMemory | None = None, checked: CheckedPair | None = None) -> Prepared:
+    """Everything that can be checked before weights load, and what comes of it; `checked`: the models, if they were.
+    Raises `BadInput`."""
     held = held or InMemory()
-    checked = check_pair(job, held.models)
+    checked = checked or check_pair(job, held.models)
     shape = checked.base.geometry
     search = search_of(job, shape.layers) if job.layer == "auto" else None
     asked = None if search else anchor_layer(job.layer, shape.layers)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_wp.fit.cross import RIDGE, EffectProducts, _solved, cross_weights
-from mergekit_wp.fit.objective import passes
+from mergekit_wp.fit.objective import loss_and_gradient, passes
 from mergekit_wp.fit_file import FusionWeights
 
 
@@ -34,6 +34,17 @@ def test_products_are_those_of_the_effects_of_each_prompt(tmp_path, kind):
             right_wanted += torch.einsum("kln,ln->lnk", effect_KLn, effect_KLn[lesson.teacher])
         for got, right in ((gram, right_gram), (wanted, right_wanted)):
             assert (got - right).abs().max() < 1e-3 * right.abs().max()
+
+
+def test_to_first_order_nothing_moves_what_the_base_says(tmp_path):
+    """So prompts of the base have no say in the weights, but in the scale."""
+    world = LessonWorld(tmp_path, "llama-biased", keep=True)
+    world.merged.set(FusionWeights.uniform(world.geometry, [0.0, 0.0]))
+    weights_N = torch.tensor([0.0] * 5 + [1.0] * 2, dtype=torch.float64)
+    _kl, of_base = loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet)
+    _kl, of_experts = loss_and_gradient(world.merged, world.batches, 1 - weights_N, V, ALONE, quiet)
+    for name in ("heads_KLH", "neurons_KLF", "rest_K"):
+        assert getattr(of_base, name).abs().max() < 1e-4 * getattr(of_experts, name).abs().max()
 
 
 def weights_of(effects_TKX):

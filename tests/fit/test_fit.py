@@ -13,6 +13,7 @@ from fit_world import geometry_of, save_experts
 from merge_world import write_random_scores
 from safetensors import safe_open
 from score_jobs import write_pairs
+from streamed_world import resident
 
 import mergekit_wp.fit.fit as module
 from mergekit_wp.errors import BadInput
@@ -20,9 +21,13 @@ from mergekit_wp.fit.cli import main
 from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.fit import fit, hold_out
 from mergekit_wp.fit.job import FitJob, load_fit_job
+from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import Lesson
-from mergekit_wp.fit_file import LossAt, read_fit
+from mergekit_wp.fit_file import FittedPrompts, Kept, LossAt, read_fit
+from mergekit_wp.scoring.batching import batches
+from mergekit_wp.scoring.pairs import read_pairs
 from mergekit_wp.scoring.resume import Resume
+from mergekit_wp.scoring.sweep import forward_sweep
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,7 @@ def world(tmp_path_factory):
     for k, folder in enumerate(folders[1:]):
         write_pairs(root / f"pairs{k}.jsonl", contrast=False, tasks=(f"t{k}",), rows=8)
         write_random_scores(root / f"scores{k}.safetensors", str(folders[0]), str(folder), k, geometry_of(folders[0]))
+    write_pairs(root / "neutral.jsonl", contrast=False, tasks=("neutral",), rows=6)
     return root
 
 
@@ -78,7 +84,7 @@ def test_the_fit_recovers_more_than_what_it_started_from_and_says_how(world):
 
 @pytest.mark.parametrize("family", ["scale", "expert", "layer", "cross"])
 def test_families_have_the_freedom_that_they_say(world, family):
-    found = fit(job_of(world, family=family))
+    found = fit(job_of(world, family=family, keep=str(world / "neutral.jsonl") if family == "cross" else None))
     for k in range(2):
         heads_LH, neurons_LF = found.heads[k], found.neurons[k]
         if family in ("scale", "expert"):
@@ -124,8 +130,71 @@ def test_streamed_is_resident(world):
     assert (one.neurons - other.neurons).abs().median() < 1e-4
 
 
+def test_what_no_expert_teaches_is_kept_better(world):
+    """KL of the next token from the base, by hand, of merges that were fitted with its prompts and without."""
+    keep = str(world / "neutral.jsonl")
+    changes = {"answer_tokens": 0, "hold_out": 0.0, "steps": 6, "look_every": 3}
+    one, other = fit(job_of(world, keep=keep, **changes)), fit(job_of(world, **changes))
+    base, *experts = (resident(world / name) for name in ("base", "expert0", "expert1"))
+    tokenizer = tiny.tokenizer()
+    prompts = [tokenizer(pair.prompt)["input_ids"] for pair in read_pairs(keep)]
+    merged = MergedStack(base, experts, one.meta.geometry, one.weights())
+
+    @torch.no_grad()
+    def away(stack):
+        """The mean KL(p_base || p_stack)."""
+        found = []
+        for ids in prompts:
+            (part,) = batches([ids], 1, base)
+            both = []
+            for each in (base, stack):
+                *_, (_top, (stream_BTD,)) = forward_sweep(each, [each.start(part)], each.depth)
+                both.append(torch.log_softmax(each.logits(part.at_anchor(stream_BTD), 97)[0].double(), -1))
+            found.append(float((both[0].exp() * (both[0] - both[1])).sum()))
+        return sum(found) / len(found)
+
+    gap = sum(map(away, experts)) / 2
+    kept = away(merged)
+    merged.set(other.weights())
+    assert kept < 0.8 * away(merged)
+    assert one.meta.keep == Kept("neutral.jsonl", FittedPrompts(6, 0), one.meta.keep.start, one.meta.keep.end)
+    assert one.meta.keep.end == pytest.approx(kept / gap, rel=1e-4)
+    assert other.meta.keep is None
+
+
+def test_the_scale_is_smaller_where_something_is_kept(world):
+    one, other = (fit(job_of(world, family="scale", keep=k)) for k in (None, str(world / "neutral.jsonl")))
+    scales = [float(found.meta.start.rpartition(" ")[2]) for found in (one, other)]
+    assert scales[1] < scales[0]
+    assert other.meta.curve[0].held_out == pytest.approx(
+        sum((*(x.start for x in other.meta.unrecovered), other.meta.keep.start)) / 3
+    )
+
+
+def test_answers_are_of_tokens_that_every_model_has(world, tmp_path):
+    """Each runs the others' prompts and answers, and one of them may have fewer rows."""
+    small = tiny.fine_tuned(tiny.random_model("llama", seed=1), seed=5)
+    small.resize_token_embeddings(60, mean_resizing=False)
+    tiny.save(small, tmp_path / "small")
+    (tmp_path / "low.jsonl").write_text("".join(f'{{"task": "low", "prompt": "w{i} w{i + 5}"}}\n' for i in range(4, 9)))
+    experts = [
+        {**job_of(world).experts[0], "pairs": str(tmp_path / "low.jsonl")},
+        {"expert": str(tmp_path / "small"), "pairs": str(tmp_path / "low.jsonl")},
+    ]
+    job = job_of(world, experts=experts, keep=str(tmp_path / "low.jsonl"), family="scale", answer_tokens=6)
+    fit(job, out=tmp_path / "f.safetensors")
+    said = [json.loads(line) for path in tmp_path.glob("f.*.jsonl") for line in path.read_text().splitlines()]
+    answers = [row["answer"] for row in said if "answer" in row]
+    assert len(answers) == 15
+    assert max(map(max, answers)) < 60
+    experts[0]["pairs"] = str(world / "pairs0.jsonl")
+    with pytest.raises(BadInput, match="for which a model of 60 vocabulary rows has none"):
+        fit(job_of(world, experts=experts))
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(world, monkeypatch):
-    whole = run(world, "whole")
+    keep = str(world / "neutral.jsonl")
+    whole = run(world, "whole", keep=keep)
     assert whole.exit_code == 0, whole.output
     calls = []
 
@@ -137,16 +206,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(world, monkeypatch):
 
     real = module.loss_and_gradient
     monkeypatch.setattr(module, "loss_and_gradient", dies)
-    assert run(world, "again").exit_code != 0
+    assert run(world, "again", keep=keep).exit_code != 0
     assert not (world / "again.safetensors").exists()
     monkeypatch.setattr(module, "loss_and_gradient", real)
-    again = run(world, "again")
+    again = run(world, "again", keep=keep)
     assert "Going on after 3 finished steps" in again.output
     one, other = (safe_open(world / f"{name}.safetensors", "pt") for name in ("whole", "again"))
     for name in one.keys():  # noqa: SIM118
         assert torch.equal(one.get_tensor(name), other.get_tensor(name))
     said = [json.loads(file.metadata()["wp_fit"]) for file in (one, other)]
     assert said[0]["curve"] == said[1]["curve"]
+    assert said[0]["keep"] == said[1]["keep"]
+    assert "Distance from the base on neutral.jsonl" in again.output
+    kept = [json.loads(line) for line in (world / "again.base.answers.jsonl").read_text().splitlines()]
+    assert kept[0]["expert"]["name"] == str(world / "base")
+    assert len(kept) == 1 + 6
     assert not list(world.glob(".again*"))
 
 
@@ -173,6 +247,46 @@ class TestRefusals:
         experts = [job_of(world).experts[0], {"expert": str(world / "same"), "pairs": str(world / "pairs1.jsonl")}]
         refused(run(world, "no-gap", experts=experts), "same", "says what the base says")
 
+    def test_nothing_to_keep(self, world):
+        """Experts that changed one word each, and prompts without these."""
+        experts = []
+        for k, word in enumerate((50, 60)):
+            model = tiny.random_model("llama", seed=1)
+            model.model.embed_tokens.weight.data[4 + word] += 1
+            tiny.save(model, world / f"word{k}")
+            pairs = world / f"word{k}.jsonl"
+            pairs.write_text("".join(f'{{"task": "t", "prompt": "w{i} w{word}"}}\n' for i in range(3)))
+            experts.append({"expert": str(world / f"word{k}"), "pairs": str(pairs)})
+        (world / "others.jsonl").write_text("".join(f'{{"task": "t", "prompt": "w{i} w3"}}\n' for i in range(3)))
+        job = {"experts": experts, "keep": str(world / "others.jsonl"), "answer_tokens": 0}
+        refused(run(world, "nothing", **job), "keep: ", "others.jsonl", "the experts say what the base says")
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            (None, "cannot read the pairs"),
+            ("{}\n", "line 1: the field task must be a non-empty string"),
+            ('{"task": "t", "prompt": "w1"}\n', "has one prompt, which cannot be held out"),
+        ],
+    )
+    def test_prompts_of_the_base(self, world, text, said):
+        if text:
+            (world / "kept.jsonl").write_text(text)
+        refused(run(world, "kept", "--keep", str(world / "kept.jsonl")), "keep: ", said)
+        (world / "kept.jsonl").unlink(missing_ok=True)
+
+    def test_answers_that_would_overwrite_prompts(self, world):
+        (world / "mine.base.answers.jsonl").write_bytes((world / "neutral.jsonl").read_bytes())
+        result = run(world, "mine", keep=str(world / "mine.base.answers.jsonl"))
+        refused(result, "mine.base.answers.jsonl")
+        assert (world / "mine.base.answers.jsonl").read_bytes() == (world / "neutral.jsonl").read_bytes()
+
+    def test_one_prompt_that_should_be_held_out(self, world):
+        one, other = job_of(world).experts
+        (world / "single.jsonl").write_text('{"task": "t", "prompt": "w1"}\n')
+        experts = [one, {**other, "pairs": str(world / "single.jsonl")}]
+        refused(run(world, "single", experts=experts), "experts, entry 2: has one prompt, which cannot be held out")
+
     def test_one_expert_alone(self, world):
         with pytest.raises(BadInput, match="at least two"):
             job_of(world, experts=job_of(world).experts[:1])
@@ -198,6 +312,7 @@ class TestRefusals:
             ({"experts": [expert, expert], "start": "scores"}, "experts, entry 1: lacks scores"),
             ({"experts": [expert, expert], "family": "heads"}, "family: found 'heads'"),
             ({"experts": [expert, expert], "hold_out": 1}, "hold_out: found 1"),
+            ({"experts": [expert, expert], "keep": ["x"]}, "keep: found ['x']"),
             ({"experts": [expert, expert], "rate": 0}, "rate: found 0"),
             ({"experts": [expert, expert], "colour": 1}, "unknown field 'colour'"),
             ({}, "experts: found (), expected a list of at least two"),
@@ -222,8 +337,6 @@ def test_a_share_of_each_experts_prompts_is_held_out():
     few = [*lessons[:2], *lessons[10:13]]  # a quarter of which is less than one
     assert [sum(x.teacher == k for x in hold_out(few, 0.25, 0)[1]) for k in range(2)] == [1, 1]
     assert hold_out(few, 0.0, 0) == (few, [])
-    with pytest.raises(BadInput, match="experts, entry 1: has one prompt"):
-        hold_out(few[1:], 0.25, 0)
 
 
 def test_weights_stay_within_their_bounds_and_the_best_look_is_kept():

@@ -10,16 +10,26 @@ import torch
 from fit_world import ALONE, LessonWorld, V, quiet, random_weights
 from streamed_world import resident, streamed
 
+from mergekit_wp.console import no_progress
 from mergekit_wp.fit.families import WeightFamily
-from mergekit_wp.fit.fit import unrecovered
-from mergekit_wp.fit.objective import branch_losses, loss_and_gradient, losses, weight_gradient
+from mergekit_wp.fit.fit import unrecovered, with_gaps
+from mergekit_wp.fit.objective import (
+    batch_lessons,
+    branch_losses,
+    loss_and_gradient,
+    losses,
+    teachers_of,
+    weight_gradient,
+)
 from mergekit_wp.fit_file import FusionWeights
 
+KINDS = ("llama-biased", "qwen2", "qwen3", "gemma2", *tiny.FAMILIES)
 
-@pytest.mark.parametrize("kind", ["llama-biased", "qwen2", "qwen3", "gemma2", *tiny.FAMILIES])
-def test_loss_and_gradient_are_autograds(tmp_path, kind):
-    world = LessonWorld(tmp_path, kind)
-    weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2], dtype=torch.float64)
+
+@pytest.mark.parametrize(("kind", "keep"), [(kind, kind in ("qwen2", "phi3")) for kind in KINDS])
+def test_loss_and_gradient_are_autograds(tmp_path, kind, keep):
+    world = LessonWorld(tmp_path, kind, keep=keep)
+    weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2, 0.4, 0.6][: len(world.lessons)], dtype=torch.float64)
     kl_N, gradient = loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet)
 
     leaves = FusionWeights(
@@ -79,12 +89,28 @@ def test_an_expert_leaves_nothing_of_its_own_gap_open_and_the_base_all(tmp_path)
     world = LessonWorld(tmp_path, "llama")
     merged, teachers = world.merged, world.merged.experts
     base_N = losses(merged.base, teachers, world.batches, V, ALONE, quiet)
-    lessons = [replace(x, base_kl=gap) for x, gap in zip(world.lessons, base_N.tolist(), strict=True)]
+    lessons = [replace(x, gap=gap) for x, gap in zip(world.lessons, base_N.tolist(), strict=True)]
     assert torch.equal(unrecovered(lessons, base_N), torch.ones(2, dtype=torch.float64))
     merged.set(FusionWeights.uniform(world.geometry, [1.0, 0.0]))
     left_K = unrecovered(lessons, losses(merged, teachers, world.batches, V, ALONE, quiet))
     assert left_K[0].abs() < 1e-6
     assert left_K[1] > 0.1
+
+
+@pytest.mark.parametrize("opened", [resident, streamed])
+def test_the_base_is_as_far_from_itself_as_its_experts_are_on_average(tmp_path, opened):
+    world = LessonWorld(tmp_path, "llama", opened, keep=True)
+    merged, teachers = world.merged, teachers_of(world.merged)
+    lessons = [lesson for lesson in world.lessons if lesson.teacher == 2]
+    lessons = with_gaps(lessons, merged.experts, merged, V, 2, ALONE, no_progress)
+    batches, left = batch_lessons(lessons, 2, teachers), []
+    for weights in ([1.0, 0.0], [0.0, 1.0], [0.0, 0.0]):
+        merged.set(FusionWeights.uniform(world.geometry, weights))
+        left += unrecovered(lessons, losses(merged, teachers, batches, V, ALONE, quiet)).tolist()
+    one, other, base = left
+    assert (one + other) / 2 == pytest.approx(1, rel=1e-4)
+    assert base == pytest.approx(0, abs=1e-6)
+    assert abs(one - other) > 0.01
 
 
 @pytest.mark.parametrize("name", ["expert", "layer", "component"])

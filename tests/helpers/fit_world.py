@@ -18,9 +18,9 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 
 ALONE = ProcessGroup()
 V = 97
-# Ragged prompts and answers of two experts.
-PROMPTS = [[[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [[3, 4], [20, 21, 22, 23], [30, 31]]]
-ANSWERS = [[[40, 41], [42]], [[43, 44, 45, 46], [47, 2], [48]]]
+# Ragged prompts and answers of two experts, and of the base.
+PROMPTS = [[[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [[3, 4], [20, 21, 22, 23], [30, 31]], [[60, 61, 62], [63, 64]]]
+ANSWERS = [[[40, 41], [42]], [[43, 44, 45, 46], [47, 2], [48]], [[70], [71, 72]]]
 
 
 def save_experts(root, kind, count=2, extra_rows=0):
@@ -98,16 +98,16 @@ def quiet(_done):
 
 
 class LessonWorld:
-    """Base and two experts, their lessons, and the reference."""
+    """Base and two experts, their lessons (with `keep` the base's too), and the reference."""
 
-    def __init__(self, root, kind, opened=resident, extra_rows=0):
+    def __init__(self, root, kind, opened=resident, extra_rows=0, keep=False):
         self.folders = save_experts(root, kind, extra_rows=extra_rows)
         self.geometry = geometry_of(self.folders[0])
         base, *experts = map(opened, self.folders)
         self.merged = MergedStack(base, experts, self.geometry, random_weights(self.geometry, 2))
         self.lessons = []
-        for k, expert in enumerate(experts):
-            self.lessons += read_lessons(expert, k, PROMPTS[k], ANSWERS[k], 2, quiet)
+        for j, teacher in enumerate([*experts, base] if keep else experts):
+            self.lessons += read_lessons(teacher, j, PROMPTS[j], ANSWERS[j], 2, quiet)
         self.batches = batch_lessons(self.lessons, 2, (base, *experts))
 
     def by_hand(self, weights, numbers=None):
@@ -120,7 +120,7 @@ class LessonWorld:
             reads = slice(len(lesson.prompt) - 1, None)
             own = torch.func.functional_call(base, parameters, (ids,)).logits[0, reads, :V]
             with torch.no_grad():
-                wanted = experts[lesson.teacher](ids).logits[0, reads, :V]
+                wanted = [*experts, base][lesson.teacher](ids).logits[0, reads, :V]
             own, wanted = (functional.log_softmax(x, -1) for x in (own, wanted))
             found.append((wanted.exp() * (wanted - own)).sum(-1).mean())
         return torch.stack(found)

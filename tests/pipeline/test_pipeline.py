@@ -185,14 +185,19 @@ def test_a_merge_by_a_fit_needs_no_scores_and_is_due_again_with_another_file(tmp
 def test_a_merge_may_be_fitted_first(tmp_path: Path) -> None:
     """Its job has the experts' prompts as they are scored; `scale: auto` is the family scale from the shares."""
     scoring = {"pairs": "builtin:maths", "samples": 8, "method": "attr"}
-    merges = {"fitted": {"fit": {"family": "layer", "seed": 3}}, "scaled": {"parameters": {"scale": "auto"}}}
+    merges = {
+        "fitted": {"fit": {"family": "layer", "seed": 3, "keep": "neutral.jsonl"}},
+        "scaled": {"parameters": {"scale": "auto"}},
+    }
     experts = {name: {"model": f"user/{name}", "scoring": {**scoring, "seed": 1}} for name in "ab"}
+    (tmp_path / "neutral.jsonl").touch()
     pipeline = read_pipeline(write(tmp_path, {**MINIMAL, "experts": experts, "merges": merges}))
     files = {path: yaml.safe_load(text) for path, text in derived_files(pipeline).items()}
     fits, recipes = Path("runs/pipeline/fits"), Path("runs/pipeline/recipes")
     models = [{"expert": f"user/{name}", "pairs": "builtin:maths"} for name in "ab"]
     shared = {"base": "user/base", "samples": 8}
-    assert files[fits / "fitted.yaml"] == {**shared, "experts": models, "family": "layer", "seed": 3}
+    kept = {"family": "layer", "seed": 3, "keep": str(tmp_path / "neutral.jsonl")}  # beside the pipeline
+    assert files[fits / "fitted.yaml"] == {**shared, "experts": models, **kept}
     scored = [{**entry, "scores": f"runs/pipeline/scores/{name}.safetensors"}
               for name, entry in zip("ab", models, strict=True)]  # fmt: skip
     assert files[fits / "scaled.yaml"] == {
@@ -206,6 +211,7 @@ def test_a_merge_may_be_fitted_first(tmp_path: Path) -> None:
     fit, merge = (next(s for s in pipeline_steps(pipeline) if s.name == f"{kind}-fitted") for kind in ("fit", "merge"))
     assert fit.command == ("wp-fit", str(fits / "fitted.yaml"), "--out", str(fits / "fitted.safetensors"))
     assert set(fit.outputs) <= set(merge.inputs)
+    assert tmp_path / "neutral.jsonl" in fit.inputs
 
 
 def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:

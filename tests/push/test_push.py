@@ -444,7 +444,7 @@ def test_an_aim_merge_goes_with_its_activations(world):
 
 def test_a_merge_by_a_fit_goes_with_it(world):
     """The card has the weights and the losses as numbers; the recipe and the file name no folder of this machine."""
-    from mergekit_wp.fit_file import FittedPrompts, LossAt, read_fit, write_fit
+    from mergekit_wp.fit_file import FittedPrompts, Kept, LossAt, read_fit, write_fit
     from mergekit_wp.push.card import fit_section
     from mergekit_wp.scores import PromptStyle
 
@@ -452,7 +452,10 @@ def test_a_merge_by_a_fit_goes_with_it(world):
     style = PromptStyle("Q: {prompt}", "a" * 64, str(world.expert(0)))
     curve = tuple(LossAt(n, 0.5 - n / 100, None if n % 2 else 0.5 - n / 125) for n in range(30))
     prompts = (FittedPrompts(12, 4), FittedPrompts(9, 3, style))
-    fit = type(fit)(replace(fit.meta, curve=curve, best_step=17, prompts=prompts), fit.heads, fit.neurons, fit.rest)
+    base = PromptStyle("{prompt}", "b" * 64, str(world.root / "base"))
+    kept = Kept("neutral.jsonl", FittedPrompts(6, 2, base), 0.4, 0.25)
+    about = replace(fit.meta, curve=curve, best_step=17, prompts=prompts, keep=kept)
+    fit = type(fit)(about, fit.heads, fit.neurons, fit.rest)
     write_fit(fit, world.fit)
     merge(world, world.recipe(world.fitted(scale=0.9), "fit.yaml"), "fit")
     publication = prepare(Request(world.root / "fit", REPO), None, lambda line: None)
@@ -475,6 +478,11 @@ def test_a_merge_by_a_fit_goes_with_it(world):
     assert "| 4 | " not in card
     assert "those of step 17" in card
     assert "`e0` as `Q: {prompt}`, in the chat template of `e0`" in card
+    assert (
+        "The base was one more teacher, on 8 prompts (2 held out) of `neutral.jsonl`, put in the chat template of "
+        "`base` (SHA-256 bbbbbbbbbbbb). There the merge is 0.2500 as far from the base as the experts are on average "
+        "(0.4000 at the start)."
+    ) in card
     published = next(item for item in publication.items if item.path == "wp/fit/fit.safetensors")
     assert str(world.root).encode() not in published.source.read_bytes()
     kept = read_fit(published.source)

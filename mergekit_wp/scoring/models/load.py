@@ -44,16 +44,18 @@ class CheckedPair:
     expert_print: Fingerprint
     published: Path
     """The expert's own folder; of `base+lora` the LoRA's, while `expert` is the base under it."""
+    others: Sequence[Checkpoint] = ()
+    """More models that read the same tokens."""
 
     @property
     def vocabulary(self) -> int:
-        """V: vocabulary rows that both models have."""
-        return min(self.base.geometry.vocabulary, self.expert.geometry.vocabulary)
+        """V: vocabulary rows that all models have."""
+        return min(model.geometry.vocabulary for model in (self.base, self.expert, *self.others))
 
     @property
     def context_limit(self) -> int:
-        """Positions that both models take."""
-        return min(Lengths(model.text_config).limit for model in (self.base, self.expert))
+        """Positions that all models take."""
+        return min(Lengths(model.text_config).limit for model in (self.base, self.expert, *self.others))
 
 
 @dataclass(frozen=True)
