@@ -80,6 +80,8 @@ def main(job_file: str, out: str, quiet: bool, as_json: bool, **flags: Any) -> N
     resume = Resume(target if processes.first else None)
     if shown:
         echo(f"Fitting {len(job.experts)} experts of {job.base} (by {job.family})", err=True)
+    if shown and processes.size > 1:
+        echo(f"Shared by {processes.size} processes.", err=True)
     with ProgressBars(shown) as progress:
         found = fit(job, progress, processes, resume, target)
     if processes.first:

@@ -145,7 +145,7 @@ def losses(
     """KL_t(x | stack) of every lesson, float64, by its number, on the CPU; each process reads some of the batches."""
     found_N = torch.zeros(sum(len(each.numbers) for each in batches), dtype=torch.float64)
     for group in batch_groups(stack, processes.share(batches), lambda each: each.batch.ids_BT.numel()):
-        streams = _final_streams(stack, [each.batch for each in group], tick)
+        streams = _final_streams(stack, [each.batch for each in group], processes.ticking(tick))
         for each, final_BTD in zip(group, streams, strict=True):
             found_N[each.numbers] = _loss_of(stack, teachers, each, final_BTD, vocabulary)
     return _add_up(found_N, processes, stack)
@@ -176,7 +176,7 @@ def branch_losses(
         for index, branch, layer in merged.branches(range(merged.depth), candidates):
             for i, stream_BTD in enumerate(streams[branch]):
                 streams[branch][i] = merged.call(layer, stream_BTD, starts[i][branch].calls[index])
-            tick(sum(len(each.numbers) for each in group) / merged.depth)
+            processes.ticking(tick)(sum(len(each.numbers) for each in group) / merged.depth)
         for branch, weights in enumerate(candidates):
             merged.set(weights)
             for each, final_BTD in zip(group, streams[branch], strict=True):
@@ -211,7 +211,7 @@ def passes(
     """As `loss_and_gradient`, into a `gradient` of the caller's, which holds this process's share of the sums."""
     found_N = torch.zeros(len(weights_N), dtype=torch.float64)
     for group in _groups(merged, processes.share(batches)):
-        _pass(merged, group, weights_N, vocabulary, found_N, gradient, tick)
+        _pass(merged, group, weights_N, vocabulary, found_N, gradient, processes.ticking(tick))
     return _add_up(found_N, processes, merged)
 
 

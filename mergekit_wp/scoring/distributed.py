@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mergekit_wp.console import Tick
 from mergekit_wp.documents import environment_count
 from mergekit_wp.errors import BadInput
 
@@ -75,6 +76,10 @@ class ProcessGroup:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([what if self.first else None])[0]
+
+    def ticking(self, tick: Tick) -> Tick:
+        """For a `tick` that is told of everyone's work, one to be told of this process's: the others do as much."""
+        return lambda done: tick(self.size * done)
 
     def gather(self, own: Sequence[T]) -> list[T]:
         """What all processes have, by rank, in every process."""

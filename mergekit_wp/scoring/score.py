@@ -288,8 +288,9 @@ def _sweep(
         return item.batch.ids_BT.numel() + math.ceil(logits * int(item.batch.answer_B.sum()))
 
     for group in batch_groups(pair.base, processes.share(items), tokens):
-        told = lambda done: tick(processes.size * done)  # noqa: E731
-        passes = Passes(pair, job.method, group, pair.offload == "none", told, job.object != "activation")
+        passes = Passes(
+            pair, job.method, group, pair.offload == "none", processes.ticking(tick), job.object != "activation"
+        )
         first_order(passes, subset)
     for run in runs:
         run.gather(processes)

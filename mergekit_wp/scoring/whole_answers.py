@@ -281,7 +281,7 @@ def answers_for(
             kept.add(rows)
             made.extend(rows)
 
-        generate_answers(stack, rules, mine, lambda n: tick(n * processes.size), keep)
+        generate_answers(stack, rules, mine, processes.ticking(tick), keep)
         every = processes.gather(made)
         kept.add([row for row in every if tuple(row.prompt) not in kept.known])
         known |= {tuple(row.prompt): row.answer for row in every}

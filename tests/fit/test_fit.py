@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from company import two_processes
 from fit_world import geometry_of, save_experts
 from merge_world import write_random_scores
 from safetensors import safe_open
@@ -222,6 +224,33 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(world, monkeypatch):
     assert kept[0]["expert"]["name"] == str(world / "base")
     assert len(kept) == 1 + 6
     assert not list(world.glob(".again*"))
+
+
+def test_two_processes_fit_what_one_fits(world):
+    """One step, whose direction Adam makes of the gradient's signs, and cross effects; sums differ by rounding."""
+    keep = str(world / "neutral.jsonl")
+    changes = {"family": "layer", "keep": keep, "steps": 2, "look_every": 1, "batch_size": 2}
+    job = world / "shared.yaml"
+    job.write_text(yaml.safe_dump(asdict(job_of(world, **changes))))
+    out = world / "shared.safetensors"
+    done = two_processes("-m", "mergekit_wp.fit.cli", str(job), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
+    one, two = fit(job_of(world, **changes), out=world / "alone.safetensors"), read_fit(out)
+    for name, tensor in one.tensors().items():
+        torch.testing.assert_close(two.tensors()[name], tensor, rtol=1e-4, atol=1e-5)
+    numbers = [json.loads(found.meta.to_json()) for found in (one, two)]
+    assert [x["best_step"] for x in numbers] == [2, 2]
+    for part in ("curve", "unrecovered"):
+        for a, b in zip(numbers[0][part], numbers[1][part], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+    assert [numbers[0]["keep"][x] for x in ("start", "end")] == pytest.approx(
+        [numbers[1]["keep"][x] for x in ("start", "end")], rel=1e-5
+    )
+    for name in ("expert1", "expert2", "base"):
+        kept = [(world / f"{of}.{name}.answers.jsonl").read_text().splitlines()[1:] for of in ("shared", "alone")]
+        assert sorted(kept[0]) == sorted(kept[1])
+        assert kept[0]
 
 
 def test_prompts_held_out_decide_which_step_is_kept(world):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from company import ENVIRONMENT, two_processes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from score_jobs import job_for, write_pairs
@@ -234,9 +234,6 @@ def command(job, out, *more):
     return ["-m", "mergekit_wp.scoring.cli", *flags, "--gap-floor", "0.001", "--out", str(out), *more]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1700000000"}
-
-
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     """kill -9 once some layers are done; the second run takes those up and writes the undisturbed run's file."""
     job = job_for(tmp_path, "llama")
@@ -374,16 +371,10 @@ def test_two_processes_write_what_one_writes(tmp_path, method):
     flags = ("--method", method, "--batch-size", "2", "--answer-tokens", "3" if method == "exact" else "0")
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
     subprocess.run([sys.executable, *command(job, alone, *flags, "--quiet")], env=ENVIRONMENT, check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Not --cpu, which starts a single process whatever the number asked for; the devices are the job's business.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     asked = command(job, together, *flags)
     if method == "writeback":  # where there is no GPU, auto is the CPU for accelerate as well
         asked[asked.index("--device") + 1] = "auto"
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    done = subprocess.run([sys.executable, *launch, *asked], env=ENVIRONMENT, capture_output=True, text=True)
+    done = two_processes(*asked)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
     one, two = read_scores(alone), read_scores(together)
