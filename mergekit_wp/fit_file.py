@@ -31,7 +31,7 @@ import torch
 from mergekit_wp.choices import FIT_FAMILIES
 from mergekit_wp.documents import Count, Date, Number, Positive, Text, Versions, one_of, read_document, strict
 from mergekit_wp.errors import BadInput
-from mergekit_wp.files import read_tensors, write_tensors
+from mergekit_wp.files import open_file, read_tensors, write_tensors
 from mergekit_wp.geometry import Geometry, TensorSlot
 from mergekit_wp.scores import DTYPES, ModelId, PromptStyle, check_table
 
@@ -215,6 +215,18 @@ class Fit:
             f"Fit({names} against {about.base.name}, {about.family}; heads [{K}, {shape.layers}, {shape.heads}], "
             f"neurons [{K}, {shape.layers}, {shape.neurons}])"
         )
+
+
+def is_fit(path: str | Path) -> bool:
+    """Whether a safetensors file with the metadata of a fit is there; what else may be is left to whoever reads it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        open_file(path).close()
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_fit(fit: Fit, path: str | Path) -> None:

@@ -66,8 +66,8 @@ def expert_colour(index: int) -> str:
 
 
 @dataclass(frozen=True)
-class ScoreMap:
-    """Cells of a map: `values` [L, cells], NaN where nothing was scored; `edges` [cells + 1]; `labels` [L][cells]."""
+class CellMap:
+    """Cells of a map: `values` [L, cells], NaN where nothing is known; `edges` [cells + 1]; `labels` [L][cells]."""
 
     kind: Kind
     values: np.ndarray
@@ -75,7 +75,7 @@ class ScoreMap:
     labels: list[list[str]]
 
 
-def score_map(scores: Scores, kind: Kind) -> ScoreMap:
+def score_map(scores: Scores, kind: Kind) -> CellMap:
     """Layers by heads, or by neurons sorted within each layer, strongest first.
 
     A neuron's index means nothing and few matter, so the axis is the rank, on a logarithmic scale: each cell is the
@@ -100,7 +100,7 @@ def score_map(scores: Scores, kind: Kind) -> ScoreMap:
             values[layer, cell] = own.mean() if len(own) else np.nan
             names = [Component(kind, layer, place).name for place in places_n[start : start + _MOST_NAMES][: len(own)]]
             labels[-1].append(_label(names, own))
-    return ScoreMap(kind, values, edges, labels)
+    return CellMap(kind, values, edges, labels)
 
 
 def _label(names: list[str], own: np.ndarray) -> str:
@@ -116,7 +116,7 @@ def rank_edges(count: int, cells: int = 40) -> list[int]:
     return [int(edge) for edge in edges]
 
 
-def scale_of(maps: Sequence[ScoreMap]) -> float:
+def scale_of(maps: Sequence[CellMap]) -> float:
     """The largest size of any cell: where the colours of all these maps end. 1 where all are 0."""
     return max((float(np.nanmax(np.abs(m.values))) for m in maps if np.isfinite(m.values).any()), default=0.0) or 1.0
 
@@ -129,7 +129,7 @@ def map_svg(scores: Scores, kind: Kind, scale: float, colour: str, name: str) ->
         panels = figure.subplots(1, 2, width_ratios=[5, 1], sharey=True)
         mapping = _draw_map(figure, panels, cells, scores, scale, colour, mesh=False)
     above = "" if scores.meta.read_at is None else "; the dashed line is above the anchor layer"
-    return to_svg(figure, f"Scores of the {kind} of {name} by layer{above}", _CellRects(panels[0], cells, mapping))
+    return to_svg(figure, f"Scores of the {kind} of {name} by layer{above}", CellRects(panels[0], cells, mapping))
 
 
 class Picture(Figure):
@@ -137,7 +137,7 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         with matplotlib.rc_context(FIGURE_STYLE):
-            return _png(self, 80)
+            return to_png(self, 80)
 
 
 def maps_figure(files: Mapping[str, Scores]) -> Picture:
@@ -160,15 +160,15 @@ def maps_png(files: Mapping[str, Scores]) -> bytes:
     """`maps_figure` as a PNG."""
     figure = maps_figure(files)
     with matplotlib.rc_context(FIGURE_STYLE):
-        return _png(figure)
+        return to_png(figure)
 
 
-def _height(cells: ScoreMap) -> float:
+def _height(cells: CellMap) -> float:
     return min(max(2.5, 0.2 * len(cells.values) + 1.1), 7.5)
 
 
 def _draw_map(
-    figure: Any, panels: Sequence[Axes], cells: ScoreMap, scores: Scores, scale: float, colour: str, mesh: bool
+    figure: Any, panels: Sequence[Axes], cells: CellMap, scores: Scores, scale: float, colour: str, mesh: bool
 ) -> ScalarMappable:
     axes, side = panels
     layers, ranked = len(cells.values), cells.kind == Kind.NEURON
@@ -177,20 +177,13 @@ def _draw_map(
         LinearSegmentedColormap.from_list("s", [_NEGATIVE, "white", colour], N=257),
     )
     mapping = ScalarMappable(norm, colours.with_extremes(bad=_UNKNOWN))
-    rows = np.arange(layers + 1) - 0.5
     if ranked:
         axes.set_xscale("log")
         axes.set_xlabel("rank of the neuron in its layer (1 = strongest)")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.set_xlabel("head")
-    if mesh:
-        values = np.ma.masked_invalid(cells.values)
-        axes.pcolormesh(cells.edges, rows, values, cmap=mapping.cmap, norm=norm, edgecolors="#eef1f4", lw=0.4)
-    else:
-        corner, size = (cells.edges[0], -0.5), (cells.edges[-1] - cells.edges[0], layers)
-        axes.add_patch(Rectangle(corner, *size, facecolor="none", gid=_CELLS))
-        axes.set(xlim=(cells.edges[0], cells.edges[-1]), ylim=(-0.5, layers - 0.5))
+    draw_cells(axes, cells, mapping, mesh)
     if not ranked:
         integer_ticks(axes, "x", cells.values.shape[1])
     axes.set_ylabel("layer")
@@ -209,12 +202,25 @@ def _draw_map(
     return mapping
 
 
+def draw_cells(axes: Axes, cells: CellMap, mapping: ScalarMappable, mesh: bool) -> None:
+    """Layer 0 at the bottom; without `mesh` the place alone, which `CellRects` fills once the figure is an SVG."""
+    layers = len(cells.values)
+    if mesh:
+        rows, values = np.arange(layers + 1) - 0.5, np.ma.masked_invalid(cells.values)
+        norm: Any = mapping.norm
+        axes.pcolormesh(cells.edges, rows, values, cmap=mapping.cmap, norm=norm, edgecolors="#eef1f4", lw=0.4)
+        return
+    corner, size = (cells.edges[0], -0.5), (cells.edges[-1] - cells.edges[0], layers)
+    axes.add_patch(Rectangle(corner, *size, facecolor="none", gid=_CELLS))
+    axes.set(xlim=(cells.edges[0], cells.edges[-1]), ylim=(-0.5, layers - 0.5))
+
+
 @dataclass(frozen=True)
-class _CellRects:
+class CellRects:
     """The cells of a map as rectangles with a title each, in the coordinates of the figure's SVG."""
 
     axes: Axes
-    cells: ScoreMap
+    cells: CellMap
     mapping: ScalarMappable
 
     def svg(self, height: float) -> str:
@@ -246,7 +252,7 @@ def shares_png(shares: Mapping[str, np.ndarray], names: Sequence[str]) -> bytes:
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(4.8 * len(shares), 2.9), layout="constrained")
         _draw_panels(figure, shares, names, {})
-        return _png(figure)
+        return to_png(figure)
 
 
 def _draw_panels(
@@ -325,14 +331,14 @@ def integer_ticks(axes: Axes, axis: str, count: int) -> None:
     getattr(axes, f"set_{axis}ticks")(range(0, count, step))
 
 
-def _png(figure: Figure, dpi: int = 144) -> bytes:
+def to_png(figure: Figure, dpi: int = 144) -> bytes:
     """No date and no version in it: the same picture is the same file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def to_svg(figure: Figure, description: str, cells: _CellRects | None = None) -> Markup:
+def to_svg(figure: Figure, description: str, cells: CellRects | None = None) -> Markup:
     """The figure as an `<svg>` that fills the width of its box; `description` tells it from others of a page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**FIGURE_STYLE, "svg.hashsalt": description}):

@@ -23,7 +23,7 @@ from mergekit_wp.geometry import Component, Kind
 if TYPE_CHECKING:
     import pandas
 
-    from mergekit_wp.scores import ModelId, Scores
+    from mergekit_wp.scores import Scores
 
 TOP_COUNT = 20
 
@@ -268,7 +268,7 @@ def _added(scores: Scores, task: str | None, span: slice) -> str:
 def about(scores: Scores) -> dict[str, Any]:
     """What the file says of itself, for people: label -> text."""
     meta = scores.meta
-    found: dict[str, Any] = {"expert": _model(meta.expert), "base": _model(meta.base)}
+    found: dict[str, Any] = {"expert": meta.expert.called, "base": meta.base.called}
     found |= {"method": meta.method, "utility": meta.utility, "gap": meta.gap}
     found |= {"answers": meta.answer_tokens and f"up to {meta.answer_tokens} tokens"}
     found |= {"object": meta.object, "anchor layer": meta.read_at, "dtype": meta.dtype}
@@ -276,7 +276,3 @@ def about(scores: Scores) -> dict[str, Any]:
         found["scored"] = ", ".join(f"{int(scores.seen(kind).sum())} {kind}" for kind in Kind)
     found["date"] = meta.date[:10]
     return {label: str(value) for label, value in found.items() if value is not None}
-
-
-def _model(model: ModelId) -> str:
-    return model.name + (f"@{model.revision}" if model.revision else "")

@@ -71,6 +71,11 @@ class ModelId:
         path, revision = (reference.model.path, reference.model.revision) if hub else (name, None)
         return cls(path, revision, fingerprint.config, fingerprint.tensors)
 
+    @property
+    def called(self) -> str:
+        """Name and revision, for people."""
+        return self.name + (f"@{self.revision}" if self.revision else "")
+
 
 @strict
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mergekit_wp.page import markdown_grid
 from mergekit_wp.push.evaluation import Figure
 from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
 from mergekit_wp.push.parents import Parent
-from mergekit_wp.push.stage import PICTURE, RECIPE
+from mergekit_wp.push.stage import CURVE, PICTURE, RECIPE
 from mergekit_wp.scoring.config import PLAIN
 
 if TYPE_CHECKING:
@@ -284,6 +284,7 @@ def fit_section(path: str, fit: Fit, scaled: bool) -> str:
         + (f" How prompts were put: {'; '.join(put)}." if put else ""),
         *([_kept(meta.keep)] if meta.keep else []),
         f"The loss, mean over {'experts and base' if meta.keep else 'experts'} of what is not recovered:",
+        f"![The loss by step, on prompts fitted and held out]({CURVE})",
         markdown_grid(losses, "rrr"),
     ]
     return "\n\n".join(parts)

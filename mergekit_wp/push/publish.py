@@ -16,7 +16,7 @@ from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.console import say_nothing
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping, write_text
-from mergekit_wp.fit_file import read_fit
+from mergekit_wp.fit_file import Fit, read_fit
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import auto_name
 from mergekit_wp.hashing import FileDigests
@@ -175,7 +175,7 @@ def prepare(request: Request, api: HfApi | None, say: Say) -> Publication:
         cleaned=tuple(cleaned),
         licence_texts=staging.stage_licences(stage, parents),
     )
-    _draw(certificate, stage)
+    _draw(certificate, card.fit and card.fit[1], stage)
     staging.stage_certificate(stage, certificate, cleaned)
     write_text(stage / "README.md", card.text())
     items, left_out = staging.collect(folder, stage, digests, certificate, cleaned)
@@ -273,14 +273,19 @@ def _fit(place: str) -> bool:
     return place.startswith("wp/fit/")
 
 
-def _draw(certificate: Certificate, stage: Path) -> None:
-    if not certificate.shares:
-        return
+def _draw(certificate: Certificate, fit: Fit | None, stage: Path) -> None:
+    """The pictures of the card: a fit's loss, and how much each expert gave of each layer."""
     import numpy as np
 
     from mergekit_wp.files import atomic_path
+    from mergekit_wp.fit_page import curve_png
     from mergekit_wp.pictures import shares_png
 
+    if fit is not None:
+        with atomic_path(stage / staging.CURVE) as partial:
+            partial.write_bytes(curve_png(fit))
+    if not certificate.shares:
+        return
     shares = {kind: np.array(certificate.shares[kind]) for kind in ("heads", "neurons")}
     with atomic_path(stage / staging.PICTURE) as partial:
         partial.write_bytes(shares_png(shares, certificate.shares["experts"]))

@@ -38,6 +38,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_to
 DIGESTS = ".digests.json"
 RECIPE = "mergekit_config.yml"
 PICTURE = "wp/shares.png"
+CURVE = "wp/fit-loss.png"
 
 
 def stage_of(folder: Path) -> Path:

@@ -488,7 +488,8 @@ def test_a_merge_by_a_fit_goes_with_it(world):
     kept = read_fit(published.source)
     assert [expert.name for expert in kept.meta.experts] == ["e1", "e0"]
     assert all((kept.tensors()[part] == tensor).all() for part, tensor in fit.tensors().items())
-    assert "wp/shares.png" in [item.path for item in publication.items]
+    assert {"wp/shares.png", "wp/fit-loss.png"} <= {item.path for item in publication.items}
+    assert "![The loss by step, on prompts fitted and held out](wp/fit-loss.png)" in card
     assert not any("wp/scores" in item.path for item in publication.items)
     world.write_fit([1, 0], seed=5)
     with pytest.raises(BadInput, match="was made with other numbers"):
