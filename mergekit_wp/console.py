@@ -39,6 +39,7 @@ MODULES = {
     "wp-score": "mergekit_wp.scoring.cli",
     "wp-scores": "mergekit_wp.scores_cli",
     "wp-anchor": "mergekit_wp.scoring.anchor.cli",
+    "wp-answers": "mergekit_wp.eval.greedy_answers",
     "wp-fit": "mergekit_wp.fit.cli",
     "wp-aim": "mergekit_wp.merge.calibrate",
     "wp-merge": "mergekit_wp.merge.cli",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -187,13 +187,13 @@ def plain(markdown: str) -> str:
     return markdown.replace("`", "")
 
 
-def options(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: a flag for every field that a flag can say, named as the field is; None where it was not given."""
+def options(kind: type, names: Collection[str] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: a flag for every field (of these `names`) that a flag can say, named as it is; None if not given."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for item in reversed(fields(kind)):
             said, words = about(item), default_words(item)
-            if said.kind.flag is None:
+            if said.kind.flag is None or (names is not None and item.name not in names):
                 continue
             help_text = plain(said.meaning.rstrip(".") + (f" (default: {words})." if words else "."))
             flag: dict[str, Any] = {"is_flag": True} if said.kind.flag is bool else {"type": said.kind.flag}
@@ -204,10 +204,10 @@ def options(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def groups(kind: type) -> dict[str, tuple[str, ...]]:
-    """Heading -> fields, for `GroupedCommand`."""
+def groups(kind: type, names: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
+    """Heading -> fields (of these `names`), for `GroupedCommand`."""
     found: dict[str, tuple[str, ...]] = {}
-    for item in fields(kind):
+    for item in (item for item in fields(kind) if names is None or item.name in names):
         found[about(item).group] = (*found.get(about(item).group, ()), item.name)
     return found
 

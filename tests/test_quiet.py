@@ -43,6 +43,7 @@ def test_no_command_says_a_word(world):
         ["pipeline.cli", "out.yaml", "--until", "score"],
         ["scoring.cli", "anchored.yaml", "--out", "anchored.safetensors"],
         ["scores_cli", "out/scores/one.safetensors"],
+        ["eval.greedy_answers", "anchored.yaml", "--utility", "kl", "--answer-tokens", "2", "--out", "said.jsonl"],
         ["fit.cli", "fit.yaml", "--out", "fit.safetensors"],
         ["merge.cli", "recipe.yaml", "merged"],
         ["eval.cli", "suite.yaml", "wp=merged", "--out", "eval"],

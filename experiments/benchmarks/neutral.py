@@ -43,7 +43,7 @@ def neutral_texts(world: Path, count: int) -> list[Text]:
 def perplexity(folder: Path, texts: Sequence[Text]) -> tuple[float, float]:
     """(perplexity a token of the answers, end token included; its standard error by texts), in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     sums, counts = [], []
     for text in texts:
         (row,) = encode([text], tokenizer)

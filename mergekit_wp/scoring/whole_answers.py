@@ -260,12 +260,37 @@ def answers_for(
     """
     if not job.answer_tokens or all(task.answers for task in tasks):
         return list(tasks)
-    processes = processes or ProcessGroup()
+    rules = answer_rules(job, checked, stack, tokenizer)
+
+    def generate(prompts: Tokens, tick: Tick, keep: Callable[[Found], object]) -> object:
+        return generate_answers(stack, rules, prompts, tick, keep)
+
+    return made_answers(job, checked, rules, stack.dtype, stack.device, tasks, generate, path, processes, start)
+
+
+def answer_rules(job: ScoringJob, checked: CheckedPair, stack: Stack, tokenizer: Any) -> Greedy:
+    """How the expert `stack` answers: up to its end tokens, in tokens that both models read."""
     rules = Greedy.of([stack.model], tokenizer, job.answer_tokens, job.batch_size)
-    rules = replace(rules, vocabulary=min(rules.vocabulary, checked.vocabulary), context=checked.context_limit)
+    return replace(rules, vocabulary=min(rules.vocabulary, checked.vocabulary), context=checked.context_limit)
+
+
+Generate = Callable[[Tokens, Tick, Callable[[Found], object]], object]
+"""Answers prompts: tells of tokens as `generate_answers` does, and hands on answers as soon as they are known."""
+
+
+def made_answers(
+    job: ScoringJob, checked: CheckedPair, rules: Greedy, dtype: torch.dtype, device: torch.device,
+    tasks: Sequence[TaskTokens], generate: Generate, path: Path | None, processes: ProcessGroup | None = None,
+    start: StartProgress = no_progress,
+) -> list[TaskTokens]:  # fmt: skip
+    """`tasks` with answers, those that `path` keeps and, by `generate` on `device` in `dtype`, the others.
+
+    Raises as `answers_for`.
+    """
+    processes = processes or ProcessGroup()
     meta = AnswersMeta(
         FORMAT, ModelId.of(job.expert, checked.expert_print), rules.max_tokens, rules.vocabulary,
-        str(stack.dtype).removeprefix("torch."), str(stack.device), versions(), now(),
+        str(dtype).removeprefix("torch."), str(device), versions(), now(),
     )  # fmt: skip
     kept = AnswerFile(path if processes.first else None, meta)
     known: Known = processes.tell(kept.known)
@@ -281,7 +306,7 @@ def answers_for(
             kept.add(rows)
             made.extend(rows)
 
-        generate_answers(stack, rules, mine, processes.ticking(tick), keep)
+        generate(mine, processes.ticking(tick), keep)
         every = processes.gather(made)
         kept.add([row for row in every if tuple(row.prompt) not in kept.known])
         known |= {tuple(row.prompt): row.answer for row in every}
