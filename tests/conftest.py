@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests start hundreds of interpreters, each of which would compile this package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import torch
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import tiny
 import yaml
 from eval_world import write_suite, write_tasks
+from warm import WP_RUN, warm
 
 
 def build(root: Path) -> Path:
@@ -53,9 +51,7 @@ def pipeline_of(world: Path, out: str = "out", **changes: object) -> Path:
 
 
 def wp_run(world: Path, *arguments: object, code: int = 0, **variables: str) -> str:
-    """The command itself, in a process of its own, from the world's folder; what it printed."""
-    command = [sys.executable, "-m", "mergekit_wp.pipeline.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, check=False)
+    """The command in a process of its own, as its steps are, from the world's folder; what it printed."""
+    done = warm().run(WP_RUN, *arguments, cwd=world, **variables)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 from click.testing import CliRunner
 from merge_world import World
+from warm import warm
 
 TOKEN = "hf_LoopbackTokenThatIsNoSecret1234"
 REPO = "alice/merge"
@@ -82,20 +80,14 @@ def write_results(folder: Path, fingerprint: str, model: Path, other: str = "/ho
 def wp_push(*arguments: object, url: str = "", code: int = 0, **environment: str) -> str:
     """The command in a process of its own; what it printed on both streams."""
     variables = {
-        **os.environ,
         "HF_ENDPOINT": url or "http://127.0.0.1:9",
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
-        "OMP_NUM_THREADS": "1",
-        **environment,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "mergekit_wp.push.cli", *map(str, arguments)],
-        env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout
-    return done.stdout
+    done = warm().command("mergekit_wp.push.cli", *arguments, **{**variables, **environment})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def front_matter(card: str) -> dict:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 from loopback_hub import Fault, LoopbackHub
 from pipeline_world import build, pipeline_of, wp_run
 from push_world import TOKEN, front_matter, licence
+from warm import WP_RUN, warm
 
 REPO = "alice/merged"
 PARENTS = {name: f"alice/{name}" for name in ("base", "one", "two")}
@@ -35,17 +33,11 @@ def test_one_run_scores_merges_grades_and_pushes(world: Path) -> None:
         variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         hold = Fault("PUT /", "hold", after=1000)
         hub.faults.append(hold)
-        run = subprocess.Popen(
-            [sys.executable, "-m", "mergekit_wp.pipeline.cli", file.name],
-            cwd=world,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert hold.reached.wait(240), run.communicate(timeout=5)[0]
+        run = warm().start(WP_RUN, file.name, cwd=world, **variables)
+        assert hold.reached.wait(240), run.said()
         run.send_signal(signal.SIGKILL)
-        said = run.communicate()[0]
+        run.wait()
+        said = run.said()
         hold.release.set()
         time.sleep(0.5)
         assert not hub.repos[REPO].files.keys() & {"README.md", "config.json"}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from loopback_hub import PART, Fault, LoopbackHub, regular
+from warm import warm
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.push import upload as uploading
@@ -303,7 +301,7 @@ from huggingface_hub import HfApi
 from mergekit_wp.push import upload as uploading
 from mergekit_wp.push.upload import UploadFile
 uploading._LARGE = 1000
-rows = [line.split("\\t") for line in sys.stdin.read().splitlines()]
+rows = [line.split("\\t") for line in sys.argv[2].splitlines()]
 items = [UploadFile(a, Path(b), int(c), d) for a, b, c, d in rows]
 print(uploading.upload(HfApi(), sys.argv[1], items, private=False, say=print))
 """
@@ -311,25 +309,12 @@ print(uploading.upload(HfApi(), sys.argv[1], items, private=False, say=print))
 
 def test_killed_half_way_the_rerun_sends_what_is_missing(hub, items):
     """SIGKILL in the second part of the four of the first shard, and then in the middle of the second shard."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     lines = "\n".join(f"{item.path}\t{item.source}\t{item.size}\t{item.sha256}" for item in items)
     shards = [item for item in items if item.path.startswith("model-")]
 
     def run():
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, REPO],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        process.stdin.write(lines)
-        process.stdin.close()
-        return process
+        return warm().start(SCRIPT, REPO, lines, **environment)
 
     for place, arrived in ((rf"PUT /storage/{shards[0].sha256}/2", 0), (rf"PUT /storage/{shards[1].sha256}$", 1)):
         fault = Fault(place, "hold", after=5000)
@@ -338,16 +323,14 @@ def test_killed_half_way_the_rerun_sends_what_is_missing(hub, items):
         assert fault.reached.wait(60)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process.stdout.close()
         fault.release.set()
         assert [shard.sha256 in hub.objects for shard in shards] == [n < arrived for n in range(2)]
         assert len(hub.repos[REPO].commits) == 1, "a half-sent model must not look finished"
 
     before = hub.bytes_sent()
     process = run()
-    output = process.stdout.read()
-    process.stdout.close()
-    assert process.wait() == 0, output
+    code, output = process.wait(), process.said()
+    assert code == 0, output
     assert_holds(hub, items)
     assert hub.bytes_sent() - before == shards[1].size  # the score file and the first shard were there
     assert TOKEN not in output
