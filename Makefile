@@ -1,5 +1,4 @@
-# make demo   the whole loop on a small world that it trains itself (10 minutes where the CPU multiplies bfloat16 in
-#             hardware, longer with AVX2 alone)
+# make demo   the whole loop on a small world that it trains itself (10 to 30 minutes on 2 busy cores)
 # make table3 the paper's table of merges on three small worlds: trainings, fits and some 900 gradings; resumable
 # make table3-far  the same where the experts went further from the base and disturb one another more
 # make test   the tests

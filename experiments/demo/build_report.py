@@ -17,8 +17,8 @@ TITLE = "Merging by Weight Patching: the miniature world"
 LEAD = (
     "Three experts were trained from one small base model. Weight Patching scores, for every attention head and "
     "MLP neuron of an expert, how much of its capability that one component carries when it alone is put into "
-    "the base. The merge wp takes each component from the experts in proportion to those scores; linear is their plain "
-    "average."
+    "the base. The merge wp takes each component from the experts in proportion to those scores, fit with weights that "
+    "were learnt from the experts' own answers; linear is their plain average."
 )
 
 
