@@ -57,6 +57,9 @@ versions, is taken from OUT/cache: a run that was killed goes on where it stoppe
 @click.option("--include-path", metavar="DIR", type=Path, help="Folder of lm-eval tasks, instead of the suite's.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
 @click.option(
+    "--prompts", multiple=True, metavar="PAIRS", help="What models were scored or fitted on; warns of items among them."
+)
+@click.option(
     "--out", required=True, type=Path, metavar="DIR", help="Folder for results.json, .csv, .md, .html, cache/."
 )
 @click.option("--log-samples", is_flag=True, help="Log every item, answer and grade under OUT/samples/, as JSON lines.")
@@ -79,6 +82,7 @@ def main(
     baseline: str | None,
     include_path: Path | None,
     limit: int | None,
+    prompts: tuple[str, ...],
     out: Path,
     log_samples: bool,
     device: str | None,
@@ -99,8 +103,10 @@ def main(
     """
     suite = read_suite(suite_file)
     from mergekit_wp.eval.models import name_models
+    from mergekit_wp.eval.seen_items import read_prompts
 
-    refuse_inputs(out, [suite_file, *name_models(models).values()], holds=False)
+    refuse_inputs(out, [suite_file, *prompts, *name_models(models).values()], holds=False)
+    texts = read_prompts(prompts)
     bars = not quiet and sys.stderr.isatty()  # only where somebody watches; lines of ours say what runs
     quieten(bars)
     if allow_code:
@@ -123,7 +129,7 @@ def main(
     if not quiet:
         echo(why, err=True)
     claim(out)
-    table = _evaluate(suite, models, settings, baseline, include_path or suite.include_path, out, quiet)
+    table = _evaluate(suite, models, settings, baseline, include_path or suite.include_path, texts, out, quiet)
     _write(table, suite_file, settings, out, quiet, as_json)
 
 
@@ -184,6 +190,7 @@ def _evaluate(
     settings: Settings,
     baseline: str | None,
     include_path: Path | None,
+    prompts: Mapping[str, set[str]],
     out: Path,
     quiet: bool,
 ) -> Table:
@@ -192,6 +199,7 @@ def _evaluate(
     from mergekit_wp.eval.models import name_models, open_model, takes_long
     from mergekit_wp.eval.process import measure_in_child, start_importing
     from mergekit_wp.eval.rows import evaluate_model, missing_tasks
+    from mergekit_wp.eval.seen_items import seen_items
     from mergekit_wp.eval.tables import Table
     from mergekit_wp.eval.tasks import ready_tasks
 
@@ -201,6 +209,7 @@ def _evaluate(
     _check_baseline(baseline, names)
     tasks = ready_tasks(suite, include_path, settings.allow_code)
     preflight.check_tasks(tasks)
+    seen = seen_items(tasks, prompts)
     for model in opened.values():
         preflight.check_model(model, tasks, settings)
     check_writable_parent(out / "results.json")
@@ -223,7 +232,9 @@ def _evaluate(
             if not quiet:
                 echo(f"{place} {text}", err=True)
 
-        rows.append(replace(evaluate_model(model, tasks, settings, cache, say, run), suite=suite.hash))
+        row = evaluate_model(model, tasks, settings, cache, say, run)
+        about = {c: how | ({"seen_items": seen[c]} if c in seen else {}) for c, how in row.measured.items()}
+        rows.append(replace(row, measured=about, suite=suite.hash))
     chosen = baseline or suite.baseline
     return Table(suite, rows, chosen if chosen in names else None, settings.limit)
 

@@ -26,6 +26,16 @@ class StoredCell:
     samples: Count | None = None
 
 
+class StoredSeen(TypedDict):
+    """Items that are prompts of these files too."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    files: list[Text]
+    seen: Positive
+    items: Positive
+
+
 class StoredMeasured(TypedDict, total=False):
     """How a cell came about; files of before lack some, those to come may have more."""
 
@@ -39,6 +49,7 @@ class StoredMeasured(TypedDict, total=False):
     backend: Text
     backend_options: dict[str, Any] | None
     cut_prompts: Count | None
+    seen_items: StoredSeen
     chat_template: Text | None
     system_instruction: str | None
     versions: Versions | None

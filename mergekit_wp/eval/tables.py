@@ -103,15 +103,25 @@ class Table:
 
     def warnings(self) -> list[str]:
         """What a reader must know before comparing rows; sentences, none when all were measured alike."""
-        return [*self._unlike, *(text for row in self.rows for text in self._cut(row))]
+        seen = dict.fromkeys(text for row in self.rows for text in self._seen(row))
+        return [*self._unlike, *seen, *(text for row in self.rows for text in self._cut(row))]
 
     def warnings_of(self, row: Row) -> list[str]:
         """Those of the warnings that a reader of this row alone must know."""
-        return [*self._unlike, *self._cut(row)]
+        return [*self._unlike, *self._seen(row), *self._cut(row)]
 
     @cached_property
     def _unlike(self) -> list[str]:
         return [f"Not measured alike: {text}" for text in differences(self.rows, self.suite.columns)]
+
+    @staticmethod
+    def _seen(row: Row) -> list[str]:
+        return [
+            f"{seen['seen']} of {seen['items']} items of {column} are prompts of {', '.join(seen['files'])} too: "
+            "models that were made with these are not measured on new items there."
+            for column, about in row.measured.items()
+            if (seen := about.get("seen_items"))
+        ]
 
     def _cut(self, row: Row) -> list[str]:
         return [

@@ -250,15 +250,25 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     command = ["wp-eval", str(how.suite), *(f"{name}={model}" for name, model in rows.items())]
     command += ["--baseline", how.baseline] if how.baseline else []
     command += ["--include-path", str(how.include_path)] if how.include_path else []
+    prompts = _prompts_used(pipeline)
+    command += [word for file in prompts for word in ("--prompts", file)]
     command += ["--allow-code-execution"] if allow_code else []
     command += ["--out", str(out), *pipeline.flags["evaluate"]]
     inputs = [
         how.suite,
         *([how.include_path] if how.include_path else []),
+        *map(Path, prompts),
         *_folders(map(read_reference, rows.values())),
     ]
     outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
     return _step("evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox"))
+
+
+def _prompts_used(pipeline: Pipeline) -> list[str]:
+    """Files of prompts that something is made from before it is evaluated."""
+    jobs = [expert.scoring or {} for expert in pipeline.experts.values()]
+    jobs += [merge.fit or {} for merge in pipeline.merges.values()]
+    return list(dict.fromkeys(path for job in jobs for name, path in prompt_files(job).items() if name != "answers"))
 
 
 def _report_step(pipeline: Pipeline) -> Step:

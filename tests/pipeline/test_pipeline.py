@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,22 @@ def test_a_merge_may_be_fitted_first(tmp_path: Path) -> None:
     assert fit.command == ("wp-fit", str(fits / "fitted.yaml"), "--out", str(fits / "fitted.safetensors"))
     assert set(fit.outputs) <= set(merge.inputs)
     assert tmp_path / "neutral.jsonl" in fit.inputs
+
+
+def test_the_evaluation_is_told_what_models_were_made_with(tmp_path: Path) -> None:
+    """Files of prompts, each once; a built-in set is drawn anew, and holds no items of anybody's."""
+    for name in ("a.jsonl", "neutral.jsonl", "suite.yaml"):
+        (tmp_path / name).touch()
+    experts = {
+        name: {"model": f"user/{name}", "scoring": {"pairs": pairs, "answers": "said.jsonl", "answer_tokens": 2}}
+        for name, pairs in (("a", "a.jsonl"), ("b", "builtin:maths"), ("c", "a.jsonl"))
+    }
+    merges = {"fitted": {"fit": {"keep": "neutral.jsonl"}, "experts": ["a", "b"]}}
+    content = {**MINIMAL, "experts": experts, "merges": merges, "evaluate": {"suite": "suite.yaml"}}
+    step = next(s for s in pipeline_steps(read_pipeline(write(tmp_path, content))) if s.stage == "evaluate")
+    told = [after for word, after in pairwise(step.command) if word == "--prompts"]
+    assert told == [str(tmp_path / "a.jsonl"), str(tmp_path / "neutral.jsonl")]
+    assert set(map(Path, told)) <= set(step.inputs)
 
 
 def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
