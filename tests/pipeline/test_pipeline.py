@@ -70,7 +70,7 @@ def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_chan
         "Score the two expert": "done",
         "Merge linear by linear": "done",
         "Merge wp by wp": "to do (unless out/scores/one.safetensors comes out as it was)",
-        "Grade every model": "to do (unless out/merges/wp comes out as it was)",
+        "Grade every model": "to do (one.jsonl has changed)",  # whose prompts it looks for among the items
         "Write the report": "to do (unless out/scores/one.safetensors comes out as it was)",
     }
     before = (world / "out/merges/linear/model.safetensors").stat().st_mtime_ns
