@@ -417,4 +417,5 @@ def test_the_first_commands_of_readme(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_versions_are_the_same_everywhere() -> None:
     citation = parse_yaml((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == mergekit_wp.__version__
-    assert f"\n## {mergekit_wp.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"\n## {mergekit_wp.__version__} \(2\d\d\d-\d\d-\d\d\)\n", (ROOT / "CHANGELOG.md").read_text())
+    assert f'\nversion = "{mergekit_wp.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
