@@ -29,7 +29,9 @@ def write_pairs(path, contrast=True, tasks=("first", "second"), rows=3):
 
 
 def job_for(tmp_path, kind, **options):
-    base, expert = options.pop("pair", None) or tiny.save_pair(tmp_path, kind, extra_rows=options.pop("extra_rows", 0))
+    """`shape`: of the models' config, where it is not that of all tiny models."""
+    shape = {"extra_rows": options.pop("extra_rows", 0), **options.pop("shape", {})}
+    base, expert = options.pop("pair", None) or tiny.save_pair(tmp_path, kind, **shape)
     contrast = options.pop("contrast", True)
     defaults = {"layer": LAYER, "batch_size": 2, "device": "cpu", "dtype": "float32", "gap_floor": 0.03}
     pairs = write_pairs(
@@ -53,6 +55,7 @@ class Reference:
         self.inside = "model.language_model" if hasattr(self.base.config, "vision_config") else "model"
         self.anchor = self.config.num_hidden_layers - 1 if job.utility == "projection" else job.layer
         self.tokenizer = AutoTokenizer.from_pretrained(job.base)
+        self.answers = {}
 
     def layers(self, model):
         return model.get_submodule(f"{self.inside}.layers")
@@ -84,9 +87,15 @@ class Reference:
             layer = self.anchor if name == "anchor" else -1
             z, direction = z_LD[layer], direction[layer]
             return (z @ direction) / (z.norm() * direction.norm())
-        with torch.no_grad():
-            target = self.run(self.expert, text)[1]
+        target = self.answer(text)
         return -(target.exp() * (target - log_p)).sum()
+
+    @torch.no_grad()
+    def answer(self, text):
+        """The expert's log-probabilities, which nothing here changes."""
+        if text not in self.answers:
+            self.answers[text] = self.run(self.expert, text)[1]
+        return self.answers[text]
 
     def gap(self, name, text, direction):
         with torch.no_grad():

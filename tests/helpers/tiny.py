@@ -193,8 +193,10 @@ def rename(folder: Path, start: str, instead: str) -> None:
         path.write_text(json.dumps(index))
 
 
-def save_pair(root: Path, kind: str, *, dtype: torch.dtype = torch.float32, extra_rows: int = 0) -> tuple[Path, Path]:
+def save_pair(
+    root: Path, kind: str, *, dtype: torch.dtype = torch.float32, extra_rows: int = 0, **overrides: object
+) -> tuple[Path, Path]:
     """root/base and root/expert, a fine-tune of it."""
-    base = random_model(kind, seed=1)
+    base = random_model(kind, seed=1, **overrides)
     expert = add_rows(fine_tuned(base, seed=2), extra_rows) if extra_rows else fine_tuned(base, seed=2)
     return save(base, root / "base", dtype), save(expert, root / "expert", dtype)

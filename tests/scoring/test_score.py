@@ -19,12 +19,16 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.score import anchor_layer, score
 
+NARROW = {"intermediate_size": 7}  # each neuron is replaced in turn, for every prompt
+
 
 @pytest.mark.parametrize(("method", "object"), [*((method, None) for method in METHODS), ("atp", "activation")])
 @pytest.mark.parametrize("kind", tiny.VARIANTS)
 def test_against_the_definition(tmp_path, kind, method, object):
-    """Staged covers both utilities and the cut between them; ragged batches of 2 of 3 prompts."""
-    job = job_for(tmp_path, kind, method=method, utility="staged", split="shared", object=object)
+    """Staged covers both utilities and the cut between them; ragged batches of 2 of 3 prompts; of two tasks once."""
+    tasks = ("first", "second") if kind == "llama" else ("first",)
+    options = {"method": method, "utility": "staged", "split": "shared", "object": object}
+    job = job_for(tmp_path, kind, **options, tasks=tasks, shape=NARROW)
     reference = Reference(job)
     heads, neurons = reference.scores(getattr(reference, method))  # every head and every neuron
     got = score(job)
@@ -51,7 +55,7 @@ def test_against_the_definition(tmp_path, kind, method, object):
     ids=str,
 )
 def test_options_against_the_definition(tmp_path, options):
-    job = job_for(tmp_path, "llama", **{"split": "shared", "method": "writeback", **options})
+    job = job_for(tmp_path, "llama", **{"split": "shared", "method": "writeback", "shape": NARROW, **options})
     reference = Reference(job)
     heads, neurons = reference.scores(getattr(reference, job.method))
     got = score(job)
