@@ -19,6 +19,15 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Minutes each: begun first, since one of these begun last is waited for by all other workers.
+LONG = {"test_kills", "test_score", "test_quiet", "test_score_engine", "test_table3_work", "test_eval_process",
+        "test_table3", "test_merge_widen_method", "test_eval"}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
     """Commands called in this process send the package's log to the terminal; the next test reads it itself."""
