@@ -1,4 +1,4 @@
-"""The start-up hook, in interpreters of its own."""
+"""The start-up hook, in interpreters of its own: real ones where it is about the start, else forks that have torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import warm
 
 from mergekit_wp import autoload
 
 HOOKED = "import mergekit_wp.autoload as a, sys; a.install(); a.install(); "
 
 
-def run(code, *flags, **environment):
+def at_start(code, **environment):
     return subprocess.run(
-        [sys.executable, *flags, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=120,
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
+
+
+def run(code, errors=None, **environment):
+    """`errors`: the category of warnings that are errors, as by -W."""
+    strict = f"import warnings; warnings.simplefilter('error', {errors}); " if errors else ""
+    return warm().run(strict + code, **environment)
 
 
 def test_start_imports_nothing_heavy():
@@ -31,14 +34,14 @@ def test_start_imports_nothing_heavy():
         "print(sum(type(f).__name__ == '_Finder' for f in sys.meta_path), "
         "[m for m in ('torch', 'click', 'yaml', 'mergekit', 'importlib.util', 'logging') if m in sys.modules])"
     )
-    done = run(code)
+    done = at_start(code)
     assert done.stdout.strip() == "2 []", done.stderr
 
 
 def test_disabled_by_the_environment():
     code = HOOKED + "print(sum(type(f).__name__ == '_Finder' for f in sys.meta_path))"
-    assert run(code, MERGEKIT_WP_DISABLE="1").stdout.strip() == "0"
-    assert run(code, MERGEKIT_WP_DISABLE="0").stdout.strip() == "2"
+    assert at_start(code, MERGEKIT_WP_DISABLE="1").stdout.strip() == "0"
+    assert at_start(code, MERGEKIT_WP_DISABLE="0").stdout.strip() == "2"
 
 
 def test_registers_leaves_no_trace_and_warns_of_nothing():
@@ -48,7 +51,7 @@ def test_registers_leaves_no_trace_and_warns_of_nothing():
         "sum(type(f).__name__ == '_Finder' for f in sys.meta_path)); "
         "import mergekit_wp.merge; mergekit_wp.merge.register(); print(len(r.registered_methods()))"
     )
-    done = run(code, "-W", "error")
+    done = run(code, "Warning")
     first, count = done.stdout.split("\n")[:2]
     # The finder that is left waits for mergekit-evolve.
     assert first == "True SourceFileLoader SourceFileLoader 1", done.stderr
@@ -61,7 +64,7 @@ def test_any_order_of_imports(first):
         HOOKED
         + f"import {first}; from mergekit.merge_methods.registry import _METHODS as m; print('wp' in m, 'widen' in m)"
     )
-    done = run(code, "-W", "error::RuntimeWarning")
+    done = run(code, "RuntimeWarning")
     assert done.stdout.strip() == "True True", done.stderr
 
 
@@ -119,7 +122,7 @@ EVOLVE = "from mergekit.evo.genome import METHOD_PARAM_MAPS as m; print(m.get('w
 def test_mergekit_evolve_knows_wp(before):
     """Whichever of the two modules comes first, and without importing anything that evolution needs."""
     left = "print(sum(type(f).__name__ == '_Finder' and 'evo' in f.module for f in sys.meta_path))"
-    done = run(HOOKED + before + EVOLVE + left, "-W", "error::RuntimeWarning")
+    done = run(HOOKED + before + EVOLVE + left, "RuntimeWarning")
     assert done.stdout.split("\n")[:2] == ["['weight', 'scale'] False ['weight', 'density']", "0"], done.stderr
 
 

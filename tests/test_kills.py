@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm import warm
 
-PROGRAM = Path(__file__).parent / "helpers" / "kill_at_moments.py"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills forks")
 
 
 @pytest.mark.parametrize("stage", ["score", "fit", "aim", "merge", "push", "evaluate", "run"])
 def test_twenty_kills(stage: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, PROGRAM, stage, tmp_path], capture_output=True, text=True, cwd=PROGRAM.parent
-    )
+    done = warm().run("import kill_at_moments; kill_at_moments.main()", stage, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from warm import script, warm
 
 from experiments.miniature import grading, sandbox
 from experiments.miniature.training import WorldConfig
@@ -69,9 +68,9 @@ def test_a_merge_in_the_process_is_the_executables(world: TrainedWorld, tmp_path
     merge(merge_of(Point("ties", {}, {"weight": 1.0, "density": 0.5}), world, tmp_path / "before"))
     task = merge_of(point, world, tmp_path)
     mine = weights(merge(task))
-    program = Path(sys.executable).parent / "mergekit-yaml"
     out = tmp_path / "stock"
-    subprocess.run([program, task.recipe_file, out, "--quiet", "--random-seed", "3"], check=True, capture_output=True)
+    done = warm().run(script("mergekit-yaml"), task.recipe_file, out, "--quiet", "--random-seed", "3")
+    assert done.returncode == 0, done.stderr
     theirs = weights(out)
     assert set(mine) == set(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

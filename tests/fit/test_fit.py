@@ -233,7 +233,7 @@ def test_two_processes_fit_what_one_fits(world):
     job = world / "shared.yaml"
     job.write_text(yaml.safe_dump(asdict(job_of(world, **changes))))
     out = world / "shared.safetensors"
-    done = two_processes("-m", "mergekit_wp.fit.cli", str(job), "--out", str(out))
+    done = two_processes("mergekit_wp.fit.cli", str(job), "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
     one, two = fit(job_of(world, **changes), out=world / "alone.safetensors"), read_fit(out)

@@ -137,7 +137,7 @@ def fit(folder: Path):
 
     from mergekit_wp.fit.cli import main as command
 
-    world = World(folder, "llama", experts=2).build()
+    world = World(folder, "llama", experts=2).build(num_hidden_layers=2)
     prompts, out = pairs(folder), folder / "f.safetensors"
     experts = [{"expert": str(world.expert(k)), "pairs": str(prompts)} for k in range(2)]
     (folder / "fit.yaml").write_text(json.dumps({"base": str(world.base), "experts": experts}))
@@ -164,7 +164,7 @@ def merge(folder: Path):
 
     from mergekit_wp.merge.cli import main as command
 
-    world = World(folder, "llama").build()
+    world = World(folder, "llama").build(num_hidden_layers=2)
     recipe = world.recipe()
     return lambda: command([str(recipe), str(folder / "m"), "--quiet", "--overwrite"]), folder / "m"
 
@@ -227,6 +227,3 @@ def steps(folder: Path):
 
 
 STAGES = {"score": score, "fit": fit, "aim": aim, "merge": merge, "push": push, "evaluate": evaluate, "run": steps}
-
-if __name__ == "__main__":
-    main()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 from merge_world import merge, tensors_of
 from safetensors.torch import save_file
+from warm import script, warm
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
@@ -131,7 +129,6 @@ MIXED_DTYPES = [  # dtypes of base and experts, what the recipe says more, dtype
 def merged_by_stock(world, config):
     """The tensors of a merge by mergekit's own command, in another process, with nothing imported by hand."""
     (world.root / "recipe.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("mergekit-yaml")), "recipe.yaml", "out"]
-    done = subprocess.run(command, cwd=world.root, capture_output=True, text=True, timeout=300)
+    done = warm().run(script("mergekit-yaml"), "recipe.yaml", "out", cwd=world.root)
     assert done.returncode == 0, done.stderr
     return tensors_of(world.root / "out")

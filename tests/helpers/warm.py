@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module, reload
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,6 +91,12 @@ class Warm:
         """One of this package's commands, by its module."""
         return self.run(COMMAND.format(module), *arguments, **how)
 
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -102,7 +109,9 @@ class Warm:
 @lru_cache
 def warm() -> Warm:
     """The one that all tests of this process share; it ends with this process."""
-    return Warm()
+    one = Warm()
+    atexit.register(one.close)
+    return one
 
 
 def _serve() -> dict[str, Any]:
@@ -169,6 +178,12 @@ def die_with(parent: int, number: int) -> None:
         ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, number)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def script(name: str) -> str:
+    """What the executable of this name runs: the code of its entry point."""
+    (entry,) = entry_points(group="console_scripts", name=name)
+    return f"from {entry.module} import {entry.attr} as main; main()"
 
 
 WP_RUN = "import warm; warm.fork_steps(); " + COMMAND.format("mergekit_wp.pipeline.cli")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from company import ENVIRONMENT, two_processes
+from company import ENVIRONMENT, launched, two_processes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from score_jobs import job_for, write_pairs
+from warm import COMMAND, warm
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import METHODS, Scores, read_scores, write_scores
@@ -231,21 +230,22 @@ def score_geometry():
 
 def command(job, out, *more):
     flags = ["--base", job.base, "--expert", job.expert, "--pairs", job.pairs, "--layer", "2", "--device", "cpu"]
-    return ["-m", "mergekit_wp.scoring.cli", *flags, "--gap-floor", "0.001", "--out", str(out), *more]
+    return ["mergekit_wp.scoring.cli", *flags, "--gap-floor", "0.001", "--out", str(out), *more]
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     """kill -9 once some layers are done; the second run takes those up and writes the undisturbed run's file."""
     job = job_for(tmp_path, "llama")
-    write_pairs(tmp_path / "pairs.jsonl", rows=24)
+    write_pairs(tmp_path / "pairs.jsonl", rows=10)
     undisturbed, killed = tmp_path / "undisturbed.safetensors", tmp_path / "killed.safetensors"
     exact = ("--method", "exact", "--batch-size", "1")
-    subprocess.run([sys.executable, *command(job, undisturbed, *exact, "--quiet")], env=ENVIRONMENT, check=True)
+    assert warm().command(*command(job, undisturbed, *exact), **ENVIRONMENT).returncode == 0
     root = tmp_path / ".killed.safetensors.resume"
-    process = subprocess.Popen([sys.executable, *command(job, killed, *exact, "--quiet")], env=ENVIRONMENT)
+    module, *arguments = command(job, killed, *exact)
+    process = warm().start(COMMAND.format(module), *arguments, **ENVIRONMENT)
     deadline = time.monotonic() + 120
     while len(list(root.glob("*/task-*.safetensors"))) < 2:
-        assert process.poll() is None, "finished before it could be killed"
+        assert not killed.exists(), "finished before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -253,9 +253,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert not killed.exists()
     done = {file: file.stat().st_mtime_ns for file in root.glob("*/task-*.safetensors")}
     assert len(done) < 8, "nothing was left to do"
-    again = subprocess.run(
-        [sys.executable, *command(job, killed, *exact)], env=ENVIRONMENT, check=True, capture_output=True, text=True
-    )
+    again = warm().command(*command(job, killed, *exact), **ENVIRONMENT)
+    assert again.returncode == 0, again.stderr
     assert f"Going on after {len(done)} finished layers" in again.stderr
     assert killed.read_bytes() == undisturbed.read_bytes()
     assert not root.exists()
@@ -370,11 +369,11 @@ def test_two_processes_write_what_one_writes(tmp_path, method):
     write_pairs(tmp_path / "pairs.jsonl", rows=5)
     flags = ("--method", method, "--batch-size", "2", "--answer-tokens", "3" if method == "exact" else "0")
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
-    subprocess.run([sys.executable, *command(job, alone, *flags, "--quiet")], env=ENVIRONMENT, check=True)
+    assert warm().command(*command(job, alone, *flags), **ENVIRONMENT).returncode == 0
     asked = command(job, together, *flags)
     if method == "writeback":  # where there is no GPU, auto is the CPU for accelerate as well
         asked[asked.index("--device") + 1] = "auto"
-    done = two_processes(*asked)
+    done = (launched if method == "writeback" else two_processes)(*asked)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
     one, two = read_scores(alone), read_scores(together)
