@@ -23,11 +23,13 @@ def launched(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def two_processes(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same as two forks with the environment that the launcher gives its processes."""
+def two_processes(module: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The same as two forks with the environment that the launcher gives its processes; `before`: code of both."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     forks = [
-        warm().start(COMMAND.format(module), *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **ENVIRONMENT)
+        warm().start(
+            before + COMMAND.format(module), *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **ENVIRONMENT
+        )
         for rank in range(2)
     ]
     codes = [fork.wait() for fork in forks]
