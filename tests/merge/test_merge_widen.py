@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +171,7 @@ def test_no_temporary_is_as_large_as_a_tensor(by_row, monkeypatch):
     """Beyond the output, tiles of 256 elements and a few numbers a column, however large the matrix."""
     monkeypatch.setattr(tiles, "_CPU_TILE", 256)
     monkeypatch.setattr(tiles, "_SERIAL", 10**9)  # on this thread, where it can be watched
+    monkeypatch.setattr(tiles, "_scratch", threading.local())  # not what other tests left
     base, experts = pair(3, (400, 60) if by_row else (60, 400), dtype=torch.bfloat16)
     columns, K = 400, 3
     with Largest(base, *experts) as watched:
