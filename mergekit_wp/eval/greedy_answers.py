@@ -63,6 +63,7 @@ def write_answers(job: ScoringJob, backend: str | None, path: Path, start: Start
 
     Raises `BadInput` as wp-score does, and for a backend that is not there or does not take the model.
     """
+    from mergekit_wp.checkpoint.references import read_reference
     from mergekit_wp.eval.backends import choose_backend
     from mergekit_wp.scoring.models.load import load_stack
     from mergekit_wp.scoring.models.offload import pick_offload
@@ -81,7 +82,7 @@ def write_answers(job: ScoringJob, backend: str | None, path: Path, start: Start
         stack = load_stack(job.expert, expert, dtype, device, offload, job.trust_remote_code)
         answers_for(job, checked, stack, ready.tokenizer, ready.tasks, path, start=start)
         return f"{why} {reason}"
-    if checked.published != expert.folder:
+    if read_reference(job.expert).lora:
         raise BadInput(f"expert: {job.expert} is a LoRA, which this runs with --backend hf alone; use that.")
     # Only its configs are read: vLLM holds the weights.
     stack = load_stack(job.expert, expert, dtype, device, "stream", job.trust_remote_code)

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import tiny
 from click.testing import CliRunner
+from merge_checks import make_lora
 from score_commands import refused
 from score_commands import run as wp_score
 
@@ -129,6 +130,13 @@ def test_what_vllm_is_asked(world, engine, monkeypatch):
         assert set(how.logit_bias) == {97, 98}  # rows that only the expert has
     for row in map(json.loads, rows(path)):
         assert row["answer"] == [row["prompt"][-1] + 1] * 2
+
+
+def test_a_lora_is_not_for_vllm(world, engine):
+    make_lora(world / "base", world / "lora", seed=1)
+    result, path = run(world, answer_tokens=4, backend="vllm", expert=f"{world / 'base'}+{world / 'lora'}", **FLAGS)
+    refused(result, path, "is a LoRA", "--backend hf")
+    assert not engine.asked
 
 
 def test_a_prompt_that_leaves_vllm_no_room(world, engine):
