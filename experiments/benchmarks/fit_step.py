@@ -24,8 +24,9 @@ from common import matmul_rate
 from stream_13b import ROWS, SHAPE, Pools, run, write_model, write_pairs
 
 from mergekit_wp.fit.fit import check, load
+from mergekit_wp.fit.gradient import loss_and_gradient
 from mergekit_wp.fit.job import FitJob
-from mergekit_wp.fit.objective import Lesson, batch_lessons, loss_and_gradient
+from mergekit_wp.fit.objective import Lesson, batch_lessons
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.scoring.distributed import ProcessGroup
 

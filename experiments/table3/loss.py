@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.console import no_progress
-from mergekit_wp.fit.fit import check, load, read_teachers, shared_vocabulary, unrecovered
+from mergekit_wp.fit.fit import check, load
 from mergekit_wp.fit.job import FitJob
-from mergekit_wp.fit.objective import batch_lessons, losses
+from mergekit_wp.fit.objective import batch_lessons, losses, read_teachers, shared_vocabulary, unrecovered
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.load import load_stack
 

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from mergekit_wp.console import Tick
+from mergekit_wp.fit.gradient import Gradient, passes
 from mergekit_wp.fit.merged import MergedStack
-from mergekit_wp.fit.objective import Gradient, LessonBatch, passes
+from mergekit_wp.fit.objective import LessonBatch
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.scoring.batching import Batch
@@ -90,8 +91,12 @@ class EffectProducts(Gradient):
             gram[index] += torch.einsum("kbn,jbn->nkj", effect_KBn, effect_KBn)
             wanted[index] += torch.einsum("kbn,bn->nk", effect_KBn, effect_KBn[teacher])
 
-    def layer_done(self, index: int) -> None:
+    def meet(self, index: int) -> None:
         """Every batch was taken as it came."""
+
+    def of_outer(self, *_seen: Any) -> torch.Tensor:
+        """Norm and output head are no components."""
+        return torch.zeros_like(self.rest_K)
 
     def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
         """Embeddings are no component."""

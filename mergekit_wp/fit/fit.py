@@ -33,6 +33,7 @@ from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.fit.cross import cross_weights
 from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.families import WeightFamily
+from mergekit_wp.fit.gradient import loss_and_gradient
 from mergekit_wp.fit.job import FitJob
 from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import (
@@ -40,10 +41,13 @@ from mergekit_wp.fit.objective import (
     LessonBatch,
     batch_lessons,
     branch_losses,
-    loss_and_gradient,
+    hold_out,
+    loss_weights,
     losses,
-    read_lessons,
+    read_teachers,
+    shared_vocabulary,
     teachers_of,
+    unrecovered,
 )
 from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, Kept, LossAt, Unrecovered
 from mergekit_wp.foreign import logger
@@ -52,20 +56,16 @@ from mergekit_wp.merge.checks import check_fingerprint
 from mergekit_wp.merge.kernel import component_weights
 from mergekit_wp.merge.shares import check_complete
 from mergekit_wp.scores import ModelId, read_scores
-from mergekit_wp.scoring.batching import Tokens, check_rows
-from mergekit_wp.scoring.config import ScoringJob
+from mergekit_wp.scoring.batching import check_rows
 from mergekit_wp.scoring.distributed import ProcessGroup
-from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.models.load import CheckedPair, load_stack
 from mergekit_wp.scoring.models.offload import pick_offload
 from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import Prepared, prepare
-from mergekit_wp.scoring.whole_answers import answers_beside, answers_for
 
 LOG = logger(__name__)
 SCALES = tuple(0.25 * i for i in range(2, 17))  # of the start; at 4, the average of four experts is their sum
-LEAST_GAP = 1e-3  # nats: below, an expert says along its own answers what the base would say
 
 
 def fit(
@@ -148,89 +148,6 @@ def load(job: FitJob, ready: Sequence[Prepared], processes: ProcessGroup) -> Mer
     return MergedStack(own, others, base.geometry, FusionWeights.uniform(base.geometry, [0.0] * len(others)))
 
 
-def shared_vocabulary(ready: Sequence[Prepared]) -> int:
-    """V: vocabulary rows that all models have."""
-    return ready[0].checked.vocabulary
-
-
-def read_teachers(
-    job: FitJob, ready: Sequence[Prepared], merged: MergedStack, processes: ProcessGroup, start: StartProgress,
-    out: Path | None,
-) -> list[Lesson]:  # fmt: skip
-    """Every teacher's prompts with its answers, what it says there, and its gap. Raises `BadInput` for a teacher that
-    has none."""
-    lessons: list[Lesson] = []
-    K, vocabulary, batch_size = len(job.experts), shared_vocabulary(ready), job.batch_size
-    names = [*(f"expert {k + 1} of {K}" for k in range(K)), "the base"]
-    for j, (each, stack) in enumerate(zip(ready, teachers_of(merged), strict=False)):  # the base without keep is none
-        prompts = [ids for task in each.tasks for ids in task.scoring]
-        scoring, beside = (job.keeping(), "base") if j == K else (job.scoring(job.models[j]), f"expert{j + 1}")
-        path = None if out is None else answers_beside(out.with_name(f"{out.stem}.{beside}{out.suffix}"), job.reads())
-        answers = _answers(scoring, each, stack, processes, start, path)
-        tick = start(len(prompts), f"Reading answers of {names[j]}", "prompt")
-        lessons += read_lessons(stack, j, prompts, answers, batch_size, tick)
-    own, kept = ([x for x in lessons if (x.teacher == K) == base] for base in (False, True))
-    lessons = with_gaps(own, [merged.base], merged, vocabulary, batch_size, processes, start)
-    if kept:
-        lessons += with_gaps(kept, merged.experts, merged, vocabulary, batch_size, processes, start)
-    for j, teacher in enumerate(job.teachers):
-        gaps = [lesson.gap for lesson in lessons if lesson.teacher == j]
-        if (gap := sum(gaps) / len(gaps)) < LEAST_GAP:
-            small = f"(a KL of {gap:.2g} nats a token, less than {LEAST_GAP:g})"
-            raise BadInput(
-                f"keep: along the base's own answers to {teacher.pairs} the experts say what the base says {small}, so "
-                "there is nothing to be lost; leave keep out, or give other prompts."
-                if j == K
-                else f"expert {teacher.expert}: along its own answers to {teacher.pairs} it says what the base says "
-                f"{small}; give prompts of what it was tuned for."
-            )
-    return lessons
-
-
-def with_gaps(
-    lessons: Sequence[Lesson], others: Sequence[Stack], merged: MergedStack, vocabulary: int, batch_size: int,
-    processes: ProcessGroup, start: StartProgress,
-) -> list[Lesson]:  # fmt: skip
-    """Lessons with their gaps: the mean over `others` of how far these are from the teacher."""
-    teachers = teachers_of(merged)
-    batches = batch_lessons(lessons, batch_size, teachers)
-    what = "the base" if others == [merged.base] else "the experts on the base's prompts"
-    tick = start(len(lessons) * len(others), f"Reading {what}", "prompt")
-    found_N = torch.stack([losses(each, teachers, batches, vocabulary, processes, tick) for each in others]).mean(0)
-    return [replace(lesson, gap=gap) for lesson, gap in zip(lessons, found_N.tolist(), strict=True)]
-
-
-def _answers(
-    scoring: ScoringJob, ready: Prepared, stack: Stack, processes: ProcessGroup, start: StartProgress, path: Path | None
-) -> Tokens:
-    """A teacher's answers to its prompts, made or read; where none are wanted, any one token, which is not read."""
-    if not scoring.answer_tokens:
-        return [[0] for task in ready.tasks for _prompt in task.scoring]
-    tasks = answers_for(scoring, ready.checked, stack, ready.tokenizer, ready.tasks, path, processes, start)
-    return [answer for task in tasks for answer in task.answers]
-
-
-def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Lesson], list[Lesson]]:
-    """(fitted, held out): of each teacher's prompts this share is held out, rounded down but at least one, drawn by the
-    seed; none where the share is 0."""
-    fitted: list[Lesson] = []
-    held: list[Lesson] = []
-    for teacher in sorted({lesson.teacher for lesson in lessons}):
-        own = [lesson for lesson in lessons if lesson.teacher == teacher]
-        count = max(1, int(share * len(own))) if share else 0
-        chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), count))
-        held += [own[i] for i in sorted(chosen)]
-        fitted += [own[i] for i in range(len(own)) if i not in chosen]
-    return fitted, held
-
-
-def unrecovered(lessons: Sequence[Lesson], kl_N: torch.Tensor) -> torch.Tensor:
-    """R of every teacher: its mean KL over its mean gap, float64 [J]."""
-    teachers = torch.tensor([lesson.teacher for lesson in lessons])
-    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
-    return torch.stack([kl_N[teachers == j].mean() / gap_N[teachers == j].mean() for j in teachers.unique()])
-
-
 @dataclass(frozen=True)
 class Found:
     """What came of a run: the weights, the curve, the step they are of, and R [J] at the start and at the end."""
@@ -291,7 +208,7 @@ class FitRun:
         lessons = [lesson for lesson in self.fitted if lesson.teacher < len(self.merged.experts)]
         batches = self._batches(lessons)
         tick = self.start(len(lessons), "Reading cross effects", "prompt")
-        gaps = _weights(lessons) * len(lessons)
+        gaps = loss_weights(lessons) * len(lessons)
         return cross_weights(self.merged, batches, gaps, average, self.vocabulary, self.processes, tick)
 
     def _descend(
@@ -311,7 +228,7 @@ class FitRun:
             lessons = self._drawn(state.step + 1)
             self.merged.set(family.spread(state.number_P.detach()))
             kl_N, gradient = loss_and_gradient(
-                self.merged, self._batches(lessons), _weights(lessons), self.vocabulary, self.processes, tick
+                self.merged, self._batches(lessons), loss_weights(lessons), self.vocabulary, self.processes, tick
             )
             state.advance(float(unrecovered(lessons, kl_N).mean()), family.gather(gradient))
             if state.step % job.look_every == 0 or state.step == job.steps:
@@ -339,16 +256,6 @@ class FitRun:
             count = min(self.job.prompts_a_step, len(own))
             found += random.Random(f"{self.job.seed}/step {step}/{teacher}").sample(own, count)
         return found
-
-
-def _weights(lessons: Sequence[Lesson]) -> torch.Tensor:
-    """Of KL(x) in the loss, float64 [N]: 1 / (J N_t mean gap of t)."""
-    teachers = torch.tensor([lesson.teacher for lesson in lessons])
-    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
-    weights_N = torch.zeros(len(lessons), dtype=torch.float64)
-    for j in (found := teachers.unique()):
-        weights_N[teachers == j] = 1 / (len(found) * gap_N[teachers == j].sum())
-    return weights_N
 
 
 def _untold(_done: float) -> None:

@@ -1,4 +1,4 @@
-"""What the fit makes small, and its gradient (METHOD.md 6).
+"""What the fit makes small: lessons, and how far a model is from them (METHOD.md 6).
 
 Every expert t answered its own prompts greedily. With KL_t(x) the mean over the positions of the answer to x of
 KL(p_t || p) (Eq. 72, 84), the share of t's gap that a merge leaves open, and the loss, are
@@ -8,48 +8,37 @@ KL(p_t || p) (Eq. 72, 84), the share of t's gap that a merge leaves open, and th
 The base may be one more teacher, of what no expert teaches. It has no gap to itself: of the base, R is divided by the
 mean over the experts of mean_x KL(p_base || p_expert), so that at 1 the merge is as far from it as experts are.
 
-The merge is linear in its weights w, so the gradient is Weight Patching's attribution (Eq. 11) with the merge in the
-place of the base:
+What a teacher says is kept as its stream above the last layer, so that nothing of V numbers a position is. The gradient
+of the loss is in `gradient`.
 
-    dL/dw_k(c) = sum over the parameters p of c of (theta_k - theta_base)_p dL/dp
-
-1. forward    the merge runs up to its output, keeping the input of every layer
-2. loss       at the positions of the answers alone; there, what output head and final norm contribute
-3. backward   layer by layer, dL/dW of each projection from all prompts that go through the layers together, which then
-              meets the changes W_k - W_base of every expert element by element, and is gone before the next layer's
-              is formed. So a step takes three products a projection (forward, through it, dL/dW) however many experts
-              there are, and the memory of one layer more. Norms, which are small, by autograd; the embeddings, in which
-              layer 0's input is linear, by what enters it
-
-Legend: K experts (as a teacher, the base is number K), L layers, H heads, F neurons, B prompts, A positions of an
-answer, N = positions of all answers of a batch, T tokens, D residual width, V vocabulary rows.
+Legend: K experts (as a teacher, the base is number K), B prompts, A positions of an answer, N = positions of all
+answers of a batch, T tokens, D residual width, V vocabulary rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import nn
 
-from mergekit_wp.checkpoint.vocabulary import align_rows
-from mergekit_wp.console import Tick
-from mergekit_wp.fit.merged import MergedStack, outer_modules
+from mergekit_wp.console import StartProgress, Tick
+from mergekit_wp.errors import BadInput
+from mergekit_wp.fit.job import FitJob
+from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit_file import FusionWeights
-from mergekit_wp.geometry import PROJECTIONS, TensorSlot, slot_of
-from mergekit_wp.memory import free_memory
 from mergekit_wp.scoring.batching import Batch, Tokens, numbered_batches
+from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
-from mergekit_wp.scoring.hooks import SCORED, LayerRecord
-from mergekit_wp.scoring.metrics import KLMetric, answer_mean, kl_utility
+from mergekit_wp.scoring.metrics import KLMetric, kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.models.precision import loss_scale
-from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, batch_groups, forward_sweep, portions
+from mergekit_wp.scoring.score import Prepared
+from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
+from mergekit_wp.scoring.whole_answers import answers_beside, answers_for
 
-_FITTED = (*SCORED, "k", "v")
-_MOST_LOGITS = 1 << 27  # numbers at once: half a gigabyte
+LEAST_GAP = 1e-3  # nats: below, an expert says along its own answers what the base would say
 
 
 @dataclass(frozen=True)
@@ -148,7 +137,7 @@ def losses(
         streams = _final_streams(stack, [each.batch for each in group], processes.ticking(tick))
         for each, final_BTD in zip(group, streams, strict=True):
             found_N[each.numbers] = _loss_of(stack, teachers, each, final_BTD, vocabulary)
-    return _add_up(found_N, processes, stack)
+    return add_up(found_N, processes, stack)
 
 
 @torch.no_grad()
@@ -182,250 +171,7 @@ def branch_losses(
             for each, final_BTD in zip(group, streams[branch], strict=True):
                 found_CN[branch, each.numbers] = _loss_of(merged, teachers_of(merged), each, final_BTD, vocabulary)
     merged.set(before)
-    return _add_up(found_CN, processes, merged)
-
-
-def loss_and_gradient(
-    merged: MergedStack,
-    batches: Sequence[LessonBatch],
-    weights_N: torch.Tensor,
-    vocabulary: int,
-    processes: ProcessGroup,
-    tick: Tick,
-) -> tuple[torch.Tensor, FusionWeights]:
-    """(KL_t(x | merge) of every lesson, float64 [N]; the gradient of sum_x weights(x) KL(x)), on the CPU."""
-    gradient = Gradient(merged)
-    found_N = passes(merged, batches, weights_N, vocabulary, gradient, processes, tick)
-    return found_N, gradient.total(processes)
-
-
-def passes(
-    merged: MergedStack,
-    batches: Sequence[LessonBatch],
-    weights_N: torch.Tensor,
-    vocabulary: int,
-    gradient: Gradient,
-    processes: ProcessGroup,
-    tick: Tick,
-) -> torch.Tensor:
-    """As `loss_and_gradient`, into a `gradient` of the caller's, which holds this process's share of the sums."""
-    found_N = torch.zeros(len(weights_N), dtype=torch.float64)
-    for group in _groups(merged, processes.share(batches)):
-        _pass(merged, group, weights_N, vocabulary, found_N, gradient, processes.ticking(tick))
-    return _add_up(found_N, processes, merged)
-
-
-def _groups(merged: MergedStack, batches: Sequence[LessonBatch]) -> Iterator[list[LessonBatch]]:
-    """As `batch_groups`; of resident models as many batches at once as may keep their graphs, or one."""
-    if merged.streamed:
-        return batch_groups(merged, batches, _tokens)
-    return portions(batches, _tokens, _most_graphs(merged))
-
-
-def _tokens(each: LessonBatch) -> int:
-    return each.batch.ids_BT.numel()
-
-
-def _pass(
-    merged: MergedStack,
-    group: Sequence[LessonBatch],
-    weights_N: torch.Tensor,
-    vocabulary: int,
-    found_N: torch.Tensor,
-    gradient: Gradient,
-    tick: Tick,
-) -> None:
-    """Forward and backward of one group; writes its losses and adds to the gradient."""
-    starts = [merged.start(each.batch) for each in group]
-    cache = ActivationCache(
-        starts,
-        [each.batch.reads_BA for each in group],
-        merged.depth,
-        keep_graphs=not merged.streamed and sum(map(_tokens, group)) <= _most_graphs(merged),
-        offload=merged.streamed and merged.device.type != "cpu",
-        projections=_FITTED,
-    )
-    prompts, streams = sum(len(each.numbers) for each in group), [start.stream_BTD for start in starts]
-    for _index, above in cache.forward(merged):
-        streams = above
-        tick(prompts / (2 * merged.depth))
-    tops: list[torch.Tensor] = []
-    for each, final_BTD in zip(group, streams, strict=True):
-        kl_B, gradient_ND = gradient.of_output(each, final_BTD, weights_N[each.numbers], vocabulary)
-        found_N[each.numbers] = kl_B
-        gradient_BTD = torch.zeros_like(final_BTD)
-        rows_BA = torch.arange(len(final_BTD), device=merged.device)[:, None].expand_as(each.batch.reads_BA)
-        mask_BA = each.mask_BA
-        gradient_BTD[rows_BA[mask_BA], each.batch.reads_BA[mask_BA]] = gradient_ND
-        tops.append(gradient_BTD)
-
-    def inject(_index: int, i: int, above_BTD: torch.Tensor | None) -> torch.Tensor:
-        return tops[i] if above_BTD is None else above_BTD
-
-    def consume(index: int, i: int, _layer: nn.Module, _other: None, record: LayerRecord) -> None:
-        gradient.of_layer(index, record, group[i].teacher)
-        if i == len(group) - 1:
-            gradient.layer_done(index)
-        tick(len(group[i].numbers) / (2 * merged.depth))
-
-    entering = backward_sweep(merged, None, cache, inject, consume, through=True)
-    for each, gradient_BTD in zip(group, entering, strict=True):
-        gradient.of_input(each.batch, gradient_BTD)
-
-
-def _most_graphs(merged: MergedStack) -> int:
-    """Of how many tokens the graphs of all layers may be kept, which saves the second forward pass: what takes a
-    quarter of the memory that is free."""
-    shape = merged.geometry
-    floats = 10 * shape.d_model + 6 * shape.heads * shape.head_dim + 6 * shape.neurons
-    return free_memory(merged.device) // (4 * 4 * floats * shape.layers)
-
-
-class Gradient:
-    """The sums of dS/dw_k, float64, where S = sum_x weight(x) KL(x)."""
-
-    def __init__(self, merged: MergedStack):
-        self.merged, self.geometry, count = merged, merged.geometry, len(merged.experts)
-        shape = self.geometry
-        sizes = (shape.layers, shape.heads), (shape.layers, shape.neurons), ()
-        self.heads_KLH, self.neurons_KLF, self.rest_K = (
-            torch.zeros(count, *size, dtype=torch.float64, device=merged.device) for size in sizes
-        )
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def total(self, processes: ProcessGroup) -> FusionWeights:
-        sums = (processes.add_up(x) for x in (self.heads_KLH, self.neurons_KLF, self.rest_K))
-        return FusionWeights(*(x.float().cpu() for x in sums))
-
-    def of_output(
-        self, each: LessonBatch, final_BTD: torch.Tensor, weights_B: torch.Tensor, vocabulary: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(KL [B] float64 on the CPU, dS/d(stream at the answers' positions) [N, D]); adds what norm and head give."""
-        final_ND, targets_ND = each.batch.at_reads(final_BTD)[each.mask_BA], each.targets(self.merged.device)
-        spread_BA = weights_B.to(final_ND.device)[:, None] * each.batch.weights_BA
-        weights_N = spread_BA[each.mask_BA]
-        kl, gradients = [], []
-        for part in _parts(len(final_ND), vocabulary):
-            with torch.no_grad():
-                teacher_NV = teachers_of(self.merged)[each.teacher].logits(targets_ND[part], vocabulary)
-            kl_N, gradient_ND = self._through_head(final_ND[part], teacher_NV, weights_N[part], vocabulary)
-            kl.append(kl_N)
-            gradients.append(gradient_ND)
-        return answer_mean(torch.cat(kl), each.batch.weights_BA).cpu(), torch.cat(gradients)
-
-    def _through_head(
-        self, final_ND: torch.Tensor, teacher_NV: torch.Tensor, weights_N: torch.Tensor, vocabulary: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        merged, seen = self.merged, {}
-        merged.read_head()
-        norm, head = outer_modules(merged)
-
-        def catch(_module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            seen["read"], seen["written"] = args[0], output
-
-        small = {name: p for name, p in norm.named_parameters() if p.requires_grad}
-        # Weights are a share of a prompt's: in float16, gradients that small would vanish.
-        scale = 2.0**10 / weights_N.abs().max().clamp(min=1e-30)
-        handle = head.register_forward_hook(catch)
-        try:
-            with torch.enable_grad():
-                z_ND = final_ND.detach().requires_grad_(True)
-                kl_N = -kl_utility(merged.logits(z_ND, vocabulary), teacher_NV)
-                leaves = [z_ND, seen["written"], *small.values()]
-                found = torch.autograd.grad((scale * weights_N * kl_N).sum(), leaves)
-        finally:
-            handle.remove()
-        gradient_ND, gradient_NV = found[0] / scale.float(), found[1].flatten(0, -2)
-        with torch.no_grad(), merged.autocast():
-            base, *experts = (outer_modules(stack) for stack in (merged.base, *merged.experts))
-            for k, (own_norm, own_head) in enumerate(experts):
-                for name, gradient in zip(small, found[2:], strict=True):
-                    change = _met(gradient.float(), base[0].get_parameter(name), own_norm.get_parameter(name), None)
-                    self.rest_K[k] += change.sum() / scale
-                self.rest_K[k] += _through(base[1], own_head, seen["read"].flatten(0, -2), gradient_NV) / scale
-        return kl_N.detach(), gradient_ND
-
-    def of_layer(self, index: int, record: LayerRecord, _teacher: int) -> None:
-        """Take one batch's gradients of what layer `index` holds."""
-        mlp = self.merged.tower.layers[index].mlp
-        for key in _FITTED:
-            read = record.mlp_activation(mlp) if key == "down" else record.inputs[key]
-            self._add(
-                f"{PROJECTIONS[key]}.weight",
-                weight_gradient(record.grad_out[key], read, self.merged.dtype),
-                record.scale,
-            )
-        for name, gradient in record.grad_parameters.items():
-            self._add(name, gradient.float(), record.scale)
-
-    def _add(self, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
-        gradient = gradient / scale
-        self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
-
-    def layer_done(self, index: int) -> None:
-        """Every batch was seen: what the sums give to the weight of each row or column, and so to the components."""
-        base, experts = self.merged.sources(index)
-        shape, count = self.geometry, len(experts)
-        heads_KH, neurons_KF = (
-            torch.zeros(count, n, dtype=torch.float64, device=self.rest_K.device, requires_grad=True)
-            for n in (shape.heads, shape.neurons)
-        )
-        total = torch.zeros((), dtype=torch.float64, device=self.rest_K.device)
-        for name, gradient in self._sums.items():
-            slot, tensor_of = slot_of(f"model.layers.{index}.{name}"), attrgetter(name)
-            found_Kn = torch.stack([_met(gradient, tensor_of(base), tensor_of(expert), slot) for expert in experts])
-            if slot is None:
-                self.rest_K += found_Kn.sum(1)
-                continue
-            with torch.enable_grad():  # the derivative of `expand` is what takes rows to components
-                total = total + (shape.expand(slot, heads_KH, neurons_KF) * found_Kn).sum()
-        of_heads_KH, of_neurons_KF = torch.autograd.grad(total, (heads_KH, neurons_KF))
-        self.heads_KLH[:, index] += of_heads_KH
-        self.neurons_KLF[:, index] += of_neurons_KF
-        self._sums = {}
-
-    @torch.no_grad()
-    def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
-        """Add what the embeddings give, from the gradient at the stream that enters layer 0."""
-        for k, change_BTD in enumerate(self.merged.start_changes(batch)):
-            self.rest_K[k] += (gradient_BTD * change_BTD).sum(dtype=torch.float64)
-
-
-def weight_gradient(gradient_BTO: torch.Tensor, read_BTI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """sum over prompts and tokens of gradient x input, [O, I] float32; products run in `dtype`.
-
-    The gradient's largest entry is of the size that `loss_scale` gives it.
-    """
-    gradient_NO, read_NI = gradient_BTO.flatten(0, -2), read_BTI.flatten(0, -2)
-    if dtype != torch.float16:
-        return (gradient_NO.T @ read_NI).float()
-    # The largest factors are then 16 and 1/4, so that 16,000 tokens cannot add up to more than float16 holds.
-    scale = loss_scale(read_NI) / 64
-    return (gradient_NO.T @ (scale * read_NI).half()).float() / scale
-
-
-def _met(gradient: torch.Tensor, base: torch.Tensor, expert: torch.Tensor, slot: TensorSlot | None) -> torch.Tensor:
-    """sum of gradient . (theta_k - theta_base) along the other axis than the slot's, float64 [n]; all, if 1-D."""
-    each = (expert.float() - base.float()).mul_(gradient)
-    if each.ndim > 1:
-        each = each.sum(0 if slot is not None and slot.axis else 1)
-    return each.double()
-
-
-def _through(base: nn.Module, expert: nn.Module, read_ND: torch.Tensor, gradient_NV: torch.Tensor) -> torch.Tensor:
-    """sum over an output head's weights (and bias) of dS/dW . (W_k - W_base), float64 [], some rows at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=read_ND.device)
-    own, others = dict(base.named_parameters()), dict(expert.named_parameters())
-    weight_VD, other_VD = own["weight"], align_rows(others["weight"], own["weight"])
-    for begin in range(0, gradient_NV.shape[-1], rows := max(1, _MOST_LOGITS // (4 * weight_VD.shape[1]))):
-        part = slice(begin, begin + rows)
-        change_VD = other_VD[part].float() - weight_VD[part].float()
-        written_NV = read_ND @ change_VD.T.to(read_ND.dtype)
-        total += (written_NV.float() * gradient_NV[:, part].float()).sum(dtype=torch.float64)
-    if "bias" in own:
-        change_V = align_rows(others["bias"], own["bias"]).float() - own["bias"].float()
-        total += (gradient_NV.float().sum(0) * change_V[: gradient_NV.shape[-1]]).sum(dtype=torch.float64)
-    return total
+    return add_up(found_CN, processes, merged)
 
 
 def _loss_of(
@@ -437,15 +183,9 @@ def _loss_of(
     return -metric.read(stack, z_BAD, each.targets(stack.device), each.batch.weights_BA).cpu()
 
 
-def _add_up(found_N: torch.Tensor, processes: ProcessGroup, stack: Stack) -> torch.Tensor:
+def add_up(found_N: torch.Tensor, processes: ProcessGroup, stack: Stack) -> torch.Tensor:
     """Over the processes, which talk through the device's memory."""
     return processes.add_up(found_N.to(stack.device)).cpu()
-
-
-def _parts(count: int, vocabulary: int) -> Iterator[slice]:
-    """Positions whose logits are made together."""
-    size = max(1, _MOST_LOGITS // vocabulary)
-    yield from (slice(begin, begin + size) for begin in range(0, count, size))
 
 
 def _final_streams(stack: Stack, batches: Sequence[Batch], tick: Tick) -> list[torch.Tensor]:
@@ -455,3 +195,96 @@ def _final_streams(stack: Stack, batches: Sequence[Batch], tick: Tick) -> list[t
     for _layer, streams in forward_sweep(stack, starts, stack.depth, at=[batch.reads_BA for batch in batches]):  # noqa: B007
         tick(sum(len(batch.last_B) for batch in batches) / stack.depth)
     return list(streams)
+
+
+def shared_vocabulary(ready: Sequence[Prepared]) -> int:
+    """V: vocabulary rows that all models have."""
+    return ready[0].checked.vocabulary
+
+
+def read_teachers(
+    job: FitJob, ready: Sequence[Prepared], merged: MergedStack, processes: ProcessGroup, start: StartProgress,
+    out: Path | None,
+) -> list[Lesson]:  # fmt: skip
+    """Every teacher's prompts with its answers, what it says there, and its gap. Raises `BadInput` for a teacher that
+    has none."""
+    lessons: list[Lesson] = []
+    K, vocabulary, batch_size = len(job.experts), shared_vocabulary(ready), job.batch_size
+    names = [*(f"expert {k + 1} of {K}" for k in range(K)), "the base"]
+    for j, (each, stack) in enumerate(zip(ready, teachers_of(merged), strict=False)):  # the base without keep is none
+        prompts = [ids for task in each.tasks for ids in task.scoring]
+        scoring, beside = (job.keeping(), "base") if j == K else (job.scoring(job.models[j]), f"expert{j + 1}")
+        path = None if out is None else answers_beside(out.with_name(f"{out.stem}.{beside}{out.suffix}"), job.reads())
+        answers = _answers(scoring, each, stack, processes, start, path)
+        tick = start(len(prompts), f"Reading answers of {names[j]}", "prompt")
+        lessons += read_lessons(stack, j, prompts, answers, batch_size, tick)
+    own, kept = ([x for x in lessons if (x.teacher == K) == base] for base in (False, True))
+    lessons = with_gaps(own, [merged.base], merged, vocabulary, batch_size, processes, start)
+    if kept:
+        lessons += with_gaps(kept, merged.experts, merged, vocabulary, batch_size, processes, start)
+    for j, teacher in enumerate(job.teachers):
+        gaps = [lesson.gap for lesson in lessons if lesson.teacher == j]
+        if (gap := sum(gaps) / len(gaps)) < LEAST_GAP:
+            small = f"(a KL of {gap:.2g} nats a token, less than {LEAST_GAP:g})"
+            raise BadInput(
+                f"keep: along the base's own answers to {teacher.pairs} the experts say what the base says {small}, so "
+                "there is nothing to be lost; leave keep out, or give other prompts."
+                if j == K
+                else f"expert {teacher.expert}: along its own answers to {teacher.pairs} it says what the base says "
+                f"{small}; give prompts of what it was tuned for."
+            )
+    return lessons
+
+
+def with_gaps(
+    lessons: Sequence[Lesson], others: Sequence[Stack], merged: MergedStack, vocabulary: int, batch_size: int,
+    processes: ProcessGroup, start: StartProgress,
+) -> list[Lesson]:  # fmt: skip
+    """Lessons with their gaps: the mean over `others` of how far these are from the teacher."""
+    teachers = teachers_of(merged)
+    batches = batch_lessons(lessons, batch_size, teachers)
+    what = "the base" if others == [merged.base] else "the experts on the base's prompts"
+    tick = start(len(lessons) * len(others), f"Reading {what}", "prompt")
+    found_N = torch.stack([losses(each, teachers, batches, vocabulary, processes, tick) for each in others]).mean(0)
+    return [replace(lesson, gap=gap) for lesson, gap in zip(lessons, found_N.tolist(), strict=True)]
+
+
+def _answers(
+    scoring: ScoringJob, ready: Prepared, stack: Stack, processes: ProcessGroup, start: StartProgress, path: Path | None
+) -> Tokens:
+    """A teacher's answers to its prompts, made or read; where none are wanted, any one token, which is not read."""
+    if not scoring.answer_tokens:
+        return [[0] for task in ready.tasks for _prompt in task.scoring]
+    tasks = answers_for(scoring, ready.checked, stack, ready.tokenizer, ready.tasks, path, processes, start)
+    return [answer for task in tasks for answer in task.answers]
+
+
+def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Lesson], list[Lesson]]:
+    """(fitted, held out): of each teacher's prompts this share is held out, rounded down but at least one, drawn by the
+    seed; none where the share is 0."""
+    fitted: list[Lesson] = []
+    held: list[Lesson] = []
+    for teacher in sorted({lesson.teacher for lesson in lessons}):
+        own = [lesson for lesson in lessons if lesson.teacher == teacher]
+        count = max(1, int(share * len(own))) if share else 0
+        chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), count))
+        held += [own[i] for i in sorted(chosen)]
+        fitted += [own[i] for i in range(len(own)) if i not in chosen]
+    return fitted, held
+
+
+def unrecovered(lessons: Sequence[Lesson], kl_N: torch.Tensor) -> torch.Tensor:
+    """R of every teacher: its mean KL over its mean gap, float64 [J]."""
+    teachers = torch.tensor([lesson.teacher for lesson in lessons])
+    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
+    return torch.stack([kl_N[teachers == j].mean() / gap_N[teachers == j].mean() for j in teachers.unique()])
+
+
+def loss_weights(lessons: Sequence[Lesson]) -> torch.Tensor:
+    """Of KL(x) in the loss, float64 [N]: 1 / (J N_t mean gap of t)."""
+    teachers = torch.tensor([lesson.teacher for lesson in lessons])
+    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
+    weights_N = torch.zeros(len(lessons), dtype=torch.float64)
+    for j in (found := teachers.unique()):
+        weights_N[teachers == j] = 1 / (len(found) * gap_N[teachers == j].sum())
+    return weights_N

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_wp.fit.cross import RIDGE, EffectProducts, _solved, cross_weights
-from mergekit_wp.fit.objective import loss_and_gradient, passes
+from mergekit_wp.fit.gradient import loss_and_gradient, passes
 from mergekit_wp.fit_file import FusionWeights
 
 

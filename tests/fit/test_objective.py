@@ -11,23 +11,20 @@ from fit_world import ALONE, LessonWorld, V, quiet, random_weights
 from streamed_world import resident, streamed
 
 from mergekit_wp.console import no_progress
+from mergekit_wp.fit import gradient as of_loss
 from mergekit_wp.fit.families import WeightFamily
-from mergekit_wp.fit.fit import unrecovered, with_gaps
-from mergekit_wp.fit.objective import (
-    batch_lessons,
-    branch_losses,
-    loss_and_gradient,
-    losses,
-    teachers_of,
-    weight_gradient,
-)
+from mergekit_wp.fit.gradient import loss_and_gradient, weight_gradient
+from mergekit_wp.fit.objective import batch_lessons, branch_losses, losses, teachers_of, unrecovered, with_gaps
 from mergekit_wp.fit_file import FusionWeights
+from mergekit_wp.scoring import sweep
 
 KINDS = ("llama-biased", "qwen2", "qwen3", "gemma2", *tiny.FAMILIES)
 
 
 @pytest.mark.parametrize(("kind", "keep"), [(kind, kind in ("qwen2", "phi3")) for kind in KINDS])
-def test_loss_and_gradient_are_autograds(tmp_path, kind, keep):
+def test_loss_and_gradient_are_autograds(tmp_path, monkeypatch, kind, keep):
+    if keep:  # positions and rows of the output head in many parts
+        monkeypatch.setattr(of_loss, "_MOST_LOGITS", 1200)
     world = LessonWorld(tmp_path, kind, keep=keep)
     weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2, 0.4, 0.6][: len(world.lessons)], dtype=torch.float64)
     kl_N, gradient = loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet)
@@ -72,6 +69,27 @@ def test_streamed_is_resident(tmp_path, kind):
     for name in ("heads_KLH", "neurons_KLF", "rest_K"):
         wanted = getattr(one, name)
         assert (getattr(other, name) - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("opened", [resident, streamed])
+def test_the_gradient_is_the_same_to_the_bit_whatever_memory_is_free(tmp_path, monkeypatch, opened):
+    """Sums are in float32: what is added up together must not depend on it, or a killed fit ends in other bytes."""
+    world = LessonWorld(tmp_path, "qwen2", opened)
+    weights_N = torch.linspace(0.1, 0.5, 5, dtype=torch.float64)
+    monkeypatch.setattr(of_loss, "SUMMED", 16)  # two sums, of one batch and of two
+    found, groups = [], []
+    one_pass = of_loss._pass
+    monkeypatch.setattr(of_loss, "_pass", lambda *args: (groups.append(len(args[1])), one_pass(*args)))
+    for free in (1 << 40, 1):
+        for module in (of_loss, sweep):
+            monkeypatch.setattr(module, "free_memory", lambda _device, free=free: free)
+        found.append(loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet))
+    assert [each.batch.ids_BT.numel() for each in world.batches] == [16, 10, 5]
+    assert groups == ([1, 1, 1, 1] if opened is resident else [2, 1, 1])
+    (one_N, one), (other_N, other) = found
+    assert torch.equal(one_N, other_N)
+    for name in ("heads_KLH", "neurons_KLF", "rest_K"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 @pytest.mark.parametrize("opened", [resident, streamed])
