@@ -41,7 +41,7 @@ MODULES = {
     "wp-anchor": "mergekit_wp.scoring.anchor.cli",
     "wp-answers": "mergekit_wp.eval.greedy_answers",
     "wp-fit": "mergekit_wp.fit.cli",
-    "wp-aim": "mergekit_wp.merge.calibrate",
+    "wp-aim": "mergekit_wp.calibrate",
     "wp-merge": "mergekit_wp.merge.cli",
     "wp-eval": "mergekit_wp.eval.cli",
     "wp-push": "mergekit_wp.push.cli",

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mergekit_wp
+from mergekit_wp.calibrate import read_texts
 from mergekit_wp.console import MODULES
 from mergekit_wp.documents import parse_json, parse_yaml
 from mergekit_wp.errors import BadInput
@@ -36,7 +37,6 @@ from mergekit_wp.fit.job import FitExpert, FitJob, load_fit_job
 from mergekit_wp.fit_file import FitMeta, FittedPrompts, LossAt, Unrecovered
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.merge.activations import Calibration
-from mergekit_wp.merge.calibrate import read_texts
 from mergekit_wp.merge.certificate import Certificate, read_certificate
 from mergekit_wp.merge.methods.aim import AimMerge
 from mergekit_wp.merge.methods.widen import WidenMerge

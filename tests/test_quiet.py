@@ -50,7 +50,7 @@ def test_no_command_says_a_word(world):
         ["eval.compare", "eval", "--out", "compared"],
         ["push.cli", "merged", "alice/wp", "--results", "eval", "--dry-run", "--license", "mit"],
         ["scoring.anchor.cli", "anchored.yaml", "--out", "a.safetensors"],
-        ["merge.calibrate", "base", "--texts", "texts.txt", "--tokens", "4", "--out", "aim.safetensors"],
+        ["calibrate", "base", "--texts", "texts.txt", "--tokens", "4", "--out", "aim.safetensors"],
     ]
     assert {f"mergekit_wp.{module}" for module, *_ in commands} == set(console.MODULES.values())
     code = (

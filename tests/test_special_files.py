@@ -12,6 +12,7 @@ import tiny
 import torch
 from fuzz import not_longer_than
 
+from mergekit_wp.calibrate import read_texts
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.weights import read_header
 from mergekit_wp.documents import now
@@ -23,7 +24,6 @@ from mergekit_wp.eval.tasks import task_manager
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.hashing import FileDigests
 from mergekit_wp.merge.activations import read_activations
-from mergekit_wp.merge.calibrate import read_texts
 from mergekit_wp.merge.recipe import read_recipe
 from mergekit_wp.outputs import check_file, claimed, refuse_busy
 from mergekit_wp.pipeline.spec import read_pipeline
@@ -107,7 +107,7 @@ def test_a_number_of_the_environment(text: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_line_longer_than_any_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_wp.merge.calibrate.MOST_JSON_BYTES", 100)
+    monkeypatch.setattr("mergekit_wp.calibrate.MOST_JSON_BYTES", 100)
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "a"}\n{"text": "' + "b" * 200 + '"}\n')
     with pytest.raises(BadInput, match=r"texts\.jsonl, line 2: longer than 100 characters"):

@@ -38,8 +38,8 @@ import transformers
 from experiments.miniature.corpus import CAPABILITIES as NAMES
 from experiments.miniature.corpus import training_texts
 from experiments.miniature.grading import grade
+from mergekit_wp.calibrate import cut, mean_inputs
 from mergekit_wp.geometry import Geometry, slot_of
-from mergekit_wp.merge.calibrate import cut, mean_inputs
 from mergekit_wp.scores import Scores, read_scores, write_scores
 from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.batching import batches

@@ -2,7 +2,6 @@
 
     job        what a fit job says              cli        wp-fit
     fit        the run, phase by phase; what is kept of the steps; what goes into the file
-    merged     a merge as a model, its layers made from those of base and experts while they are read
     objective  lessons and the loss             gradient   of the loss, by weights
     descent    Adam within the bounds, the best look, the curve
     families   what of a merge has a weight of its own

@@ -26,7 +26,6 @@ from torch import nn
 
 from mergekit_wp.console import Tick
 from mergekit_wp.fit.gradient import Gradient, passes
-from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import LessonBatch
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry
@@ -34,6 +33,7 @@ from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.first_order import attr_heads, attr_neurons, attr_rows
 from mergekit_wp.scoring.hooks import LayerRecord
+from mergekit_wp.scoring.models.merged import MergedStack
 
 RIDGE = 0.1  # of the mean diagonal of a layer's heads or neurons
 

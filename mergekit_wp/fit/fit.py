@@ -35,7 +35,6 @@ from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.gradient import loss_and_gradient
 from mergekit_wp.fit.job import FitJob
-from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import (
     Lesson,
     LessonBatch,
@@ -59,6 +58,7 @@ from mergekit_wp.scores import ModelId, read_scores
 from mergekit_wp.scoring.batching import check_rows
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.load import CheckedPair, load_stack
+from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.models.offload import pick_offload
 from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
 from mergekit_wp.scoring.resume import Resume

@@ -31,7 +31,6 @@ from torch import nn
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.console import Tick
-from mergekit_wp.fit.merged import MergedStack, outer_modules
 from mergekit_wp.fit.objective import LessonBatch, add_up, teachers_of
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import PROJECTIONS, TensorSlot, slot_of
@@ -40,6 +39,7 @@ from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.hooks import SCORED, LayerRecord
 from mergekit_wp.scoring.metrics import answer_mean, kl_utility
+from mergekit_wp.scoring.models.merged import MergedStack, outer_modules
 from mergekit_wp.scoring.models.precision import loss_scale
 from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, batch_groups, portions
 

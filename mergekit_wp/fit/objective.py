@@ -27,13 +27,13 @@ import torch
 from mergekit_wp.console import StartProgress, Tick
 from mergekit_wp.errors import BadInput
 from mergekit_wp.fit.job import FitJob
-from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.scoring.batching import Batch, Tokens, numbered_batches
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import KLMetric, kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
+from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.score import Prepared
 from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
 from mergekit_wp.scoring.whole_answers import answers_beside, answers_for

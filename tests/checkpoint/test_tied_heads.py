@@ -13,6 +13,7 @@ from merge_checks import assert_merged, edit_config, refused, rewrite
 from merge_world import World, merge, tensors_of
 from streamed_world import assert_same, resident, streamed
 
+from mergekit_wp.calibrate import mean_inputs
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.vocabulary import head_against_config, head_equals_embeddings, head_is_tied, says_tied
 from mergekit_wp.errors import BadInput
@@ -20,7 +21,6 @@ from mergekit_wp.eval.backends import Backend
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.preflight import _check_head
 from mergekit_wp.merge.audit import AuditFailed, audit
-from mergekit_wp.merge.calibrate import mean_inputs
 from mergekit_wp.scoring.batching import batches
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import check_pair

@@ -23,10 +23,10 @@ from mergekit_wp.fit.cli import main
 from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.fit import fit
 from mergekit_wp.fit.job import FitJob, load_fit_job
-from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import Lesson, hold_out
 from mergekit_wp.fit_file import FittedPrompts, Kept, LossAt, read_fit
 from mergekit_wp.scoring.batching import batches
+from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.pairs import read_pairs
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.sweep import forward_sweep

@@ -10,11 +10,11 @@ from streamed_world import resident
 from torch.nn import functional
 
 from mergekit_wp.checkpoint.folder import Checkpoint
-from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit.objective import batch_lessons, read_lessons
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry, Kind, text_name
 from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.models.merged import MergedStack
 
 ALONE = ProcessGroup()
 V = 97

@@ -487,6 +487,7 @@ def formats(root: Path) -> list[Format]:
     from merge_world import write_random_scores
     from push_world import write_results
 
+    from mergekit_wp.calibrate import read_texts
     from mergekit_wp.checkpoint.folder import Checkpoint
     from mergekit_wp.checkpoint.weights import read_header
     from mergekit_wp.eval.measure import read_cache
@@ -495,7 +496,6 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.fit_file import read_fit, write_fit
     from mergekit_wp.hashing import FileDigests
     from mergekit_wp.merge.activations import Activations, Calibration, read_activations, write_activations
-    from mergekit_wp.merge.calibrate import read_texts
     from mergekit_wp.merge.certificate import Certificate, CertifiedScores, read_certificate
     from mergekit_wp.merge.recipe import read_recipe
     from mergekit_wp.pipeline.spec import read_pipeline

@@ -149,7 +149,7 @@ def fit(folder: Path):
 def aim(folder: Path):
     from merge_world import World
 
-    from mergekit_wp.merge.calibrate import main as command
+    from mergekit_wp.calibrate import main as command
 
     world = World(folder, "llama", experts=1).build()
     (folder / "texts.txt").write_text("\n\n".join(f"w{i} w5 w7 w9 w1 w2 w3 w4" for i in range(8)))

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from streamed_world import CPU, resident, streamed
 
+from mergekit_wp.calibrate import mean_inputs
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.weights import TensorHeader
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.measure import _check_finite, _check_stored_weights
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.geometry import PROJECTIONS
-from mergekit_wp.merge.calibrate import mean_inputs
 from mergekit_wp.scoring.anchor.directions import Directions, extract_all
 from mergekit_wp.scoring.batching import TaskTokens, batches
 from mergekit_wp.scoring.config import ScoringJob

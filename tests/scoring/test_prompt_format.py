@@ -14,7 +14,7 @@ from score_commands import refused, run
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_wp.merge.calibrate import main as aim
+from mergekit_wp.calibrate import main as aim
 from mergekit_wp.scores import ScoreMeta, read_scores
 from mergekit_wp.scoring.prompt_format import PromptFormat, alone, prompt_ids
 

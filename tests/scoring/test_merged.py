@@ -10,10 +10,10 @@ import torch
 from fit_world import geometry_of, merged_by_hand, random_weights, save_experts
 from streamed_world import PROMPTS, resident, streamed
 
-from mergekit_wp.fit.merged import MergedStack
 from mergekit_wp.fit_file import Fit
 from mergekit_wp.merge.merging import merge
 from mergekit_wp.scoring.batching import batches
+from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.sweep import forward_sweep
 
 

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from streamed_world import resident, streamed
 
+from mergekit_wp.calibrate import cut, main, mean_inputs, read_texts
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.activations import Activations, read_activations, write_activations
-from mergekit_wp.merge.calibrate import cut, main, mean_inputs, read_texts
 from mergekit_wp.scoring import sweep
 from mergekit_wp.scoring.batching import batches
 from mergekit_wp.scoring.prompt_format import PromptFormat
@@ -155,7 +155,7 @@ def test_bad_requests(tmp_path, texts):
 
 
 def test_out_of_memory_is_a_sentence(tmp_path, texts, monkeypatch):
-    from mergekit_wp.merge import calibrate
+    from mergekit_wp import calibrate
 
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory")
