@@ -20,8 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from io import TextIOWrapper
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +29,11 @@ import click
 from mergekit_wp import __version__
 from mergekit_wp.choices import OFFLOADS, RUN_DTYPES
 from mergekit_wp.console import GroupedCommand, names_safetensors, quiet_option
-from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
+from mergekit_wp.documents import parse_json
 from mergekit_wp.errors import BadInput, enough_memory
-from mergekit_wp.files import open_file
 from mergekit_wp.foreign import echo
 from mergekit_wp.outputs import check_file, claim
+from mergekit_wp.records import numbered_lines
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +138,7 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
 
 def read_texts(path: str) -> Iterator[str]:
     """The documents of a file, one by one. Raises `BadInput`, naming file and line, for what cannot be read."""
-    numbered = _numbered(path)
+    numbered = numbered_lines(path)
     try:
         if Path(path).suffix == ".jsonl":
             yield from (_text_of(line, f"{path}, line {number}") for number, line in numbered if line.strip())
@@ -149,18 +148,6 @@ def read_texts(path: str) -> Iterator[str]:
         yield from (text for text in whole if text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot read the texts ({getattr(error, 'strerror', None) or error}).") from error
-
-
-def _numbered(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file, which may be larger than the memory; none of them may be."""
-    with TextIOWrapper(open_file(path), encoding="utf-8") as stream:
-        for number in count(1):
-            line = stream.readline(MOST_JSON_BYTES + 1)
-            if not line:
-                return
-            if len(line) > MOST_JSON_BYTES:
-                raise BadInput(f"{path}, line {number}: longer than {MOST_JSON_BYTES:,} characters; cut it up.")
-            yield number, line
 
 
 def _text_of(line: str, where: str) -> str:

@@ -55,7 +55,7 @@ while not (ROOT / "pyproject.toml").is_file():
     ROOT = ROOT.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
-# Of accelerate, lm_eval, mergekit-evolve, pip and the table of experiments.
+# Of accelerate, hf, lm_eval, mergekit-evolve, pip and the table of experiments.
 FOREIGN_FLAGS = {
     "--choose",
     "--only",
@@ -66,6 +66,8 @@ FOREIGN_FLAGS = {
     "--tasks",
     "--no-reshard",
     "--target",
+    "--repo-type",
+    "--local-dir",
 }
 _TITLED = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.DOTALL | re.MULTILINE)
 GEOMETRY = Geometry("LlamaForCausalLM", 40, 40, 40, 128, 13824, 5120, 32000)
@@ -186,7 +188,7 @@ def test_fields_of_results() -> None:
     example = json.loads(blocks(DOCS / "formats.md")["results.json"])
     assert set(tables(text)["field"]) == set(example) >= names(StoredResults)
     measured = set(next(iter(example["rows"][0]["measured"].values())))
-    if_asked = {"samples_file", "seen_items"}
+    if_asked = {"samples_file", "seen_items", "data"}
     assert set(tables(text)["field of `measured`"]) - if_asked == measured
     assert measured >= set(StoredMeasured.__annotations__) - if_asked
 

@@ -107,7 +107,7 @@ def test_a_number_of_the_environment(text: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_line_longer_than_any_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_wp.calibrate.MOST_JSON_BYTES", 100)
+    monkeypatch.setattr("mergekit_wp.records.MOST_JSON_BYTES", 100)
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "a"}\n{"text": "' + "b" * 200 + '"}\n')
     with pytest.raises(BadInput, match=r"texts\.jsonl, line 2: longer than 100 characters"):

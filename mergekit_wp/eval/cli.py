@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mergekit_wp.eval.tables import Table
 
 _GROUPS = {
-    "Suite": ("baseline", "include_path", "limit"),
+    "Suite": ("baseline", "include_path", "data", "limit"),
     "Output Settings": ("out", "log_samples"),
     "Backend": ("backend", "tensor_parallel", "data_parallel", "max_model_len"),
     "Performance": ("device", "dtype", "batch_size"),
@@ -44,6 +44,7 @@ Examples:
   wp-eval eval/lm-eval.yaml base=meta-llama/Llama-2-13b-hf wp=./merged --baseline base \\
       --allow-code-execution --out runs/eval
   wp-eval my.yaml a=runs/a b=runs/b --limit 20 --out /tmp/quick
+  HF_HUB_OFFLINE=1 wp-eval eval/lm-eval.yaml merged --data datasets --allow-code-execution --out runs/eval
 
 A task already measured on a model of the same fingerprint, with the same dtype, limit, backend and package
 versions, is taken from OUT/cache: a run that was killed goes on where it stopped.
@@ -55,6 +56,7 @@ versions, is taken from OUT/cache: a run that was killed goes on where it stoppe
 @click.argument("models", metavar="[NAME=]MODEL...", nargs=-1, required=True)
 @click.option("--baseline", metavar="NAME", help="Row that differences are taken from (default: the suite's).")
 @click.option("--include-path", metavar="DIR", type=Path, help="Folder of lm-eval tasks, instead of the suite's.")
+@click.option("--data", metavar="DIR", type=Path, help="Folder of data sets in the Hub's place (default: the suite's).")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
 @click.option(
     "--prompts", multiple=True, metavar="PAIRS", help="What models were scored or fitted on; warns of items among them."
@@ -81,6 +83,7 @@ def main(
     models: tuple[str, ...],
     baseline: str | None,
     include_path: Path | None,
+    data: Path | None,
     limit: int | None,
     prompts: tuple[str, ...],
     out: Path,
@@ -101,11 +104,12 @@ def main(
     model runs in a process of its own. The table is printed and written to OUT as results.json, .csv, .md and
     .html; `wp-compare` puts several of them together.
     """
-    suite = read_suite(suite_file)
+    suite = _suite(suite_file, data)
     from mergekit_wp.eval.models import name_models
     from mergekit_wp.eval.seen_items import read_prompts
 
-    refuse_inputs(out, [suite_file, *prompts, *name_models(models).values()], holds=False)
+    folders = [suite.data] if suite.data else []
+    refuse_inputs(out, [suite_file, *folders, *prompts, *name_models(models).values()], holds=False)
     texts = read_prompts(prompts)
     bars = not quiet and sys.stderr.isatty()  # only where somebody watches; lines of ours say what runs
     quieten(bars)
@@ -141,7 +145,7 @@ def check_asked(typed: Mapping[str, Any]) -> dict[str, str]:
     from mergekit_wp.eval.models import name_models
     from mergekit_wp.eval.tasks import find_tasks
 
-    suite = read_suite(typed["suite_file"])
+    suite = _suite(typed["suite_file"], typed["data"])
     names = name_models(typed["models"])
     _check_baseline(typed["baseline"], names)
     where = _device(typed["device"] or suite.device)
@@ -149,6 +153,12 @@ def check_asked(typed: Mapping[str, Any]) -> dict[str, str]:
     _backend(suite, where, **{name: typed[name] for name in flags})
     find_tasks(suite, typed["include_path"] or suite.include_path, typed["allow_code"])
     return names
+
+
+def _suite(file: str, data: Path | None) -> Suite:
+    """The suite of a file, with another folder of data if one is given."""
+    suite = read_suite(file)
+    return replace(suite, data=data) if data else suite
 
 
 def _check_baseline(baseline: str | None, names: Mapping[str, str]) -> None:
@@ -197,6 +207,7 @@ def _evaluate(
     """All checks, then model after model."""
     from mergekit_wp.eval import preflight
     from mergekit_wp.eval.models import name_models, open_model, takes_long
+    from mergekit_wp.eval.official_data import odd_counts
     from mergekit_wp.eval.process import measure_in_child, start_importing
     from mergekit_wp.eval.rows import evaluate_model, missing_tasks
     from mergekit_wp.eval.seen_items import seen_items
@@ -209,6 +220,10 @@ def _evaluate(
     _check_baseline(baseline, names)
     tasks = ready_tasks(suite, include_path, settings.allow_code)
     preflight.check_tasks(tasks)
+    if not quiet:
+        for task in tasks:
+            for odd in odd_counts(task.data):
+                echo(f"{suite.data}: {task.spec.column} has {odd}", err=True)
     seen = seen_items(tasks, prompts)
     for model in opened.values():
         preflight.check_model(model, tasks, settings)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit_wp.eval.options import OPTIONS
 from mergekit_wp.eval.rows import Row
+from mergekit_wp.hashing import digest_of
 
 _LISTED = 12
 _NOT_RECORDED = "not recorded"
@@ -16,9 +17,9 @@ _NOT_RECORDED = "not recorded"
 def differences(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """A sentence for everything in which rows differ, such as `dtype is float32 for a, b; bfloat16 for c (in Gen).`
 
-    Compared are what was asked (the suite), the backend with its version and the options that change answers, dtype,
-    chat template, limit, shots and package versions; not the device, the batch size or the number of GPUs, which move
-    an answer now and then by rounding.
+    Compared are what was asked (the suite), the files that stood in for the Hub's data, the backend with its version
+    and the options that change answers, dtype, chat template, limit, shots and package versions; not the device, the
+    batch size or the number of GPUs, which move an answer now and then by rounding.
     """
     found: dict[tuple[str, str], list[str]] = {}  # (what, who has which) -> columns
     for column in columns:
@@ -56,6 +57,7 @@ def _described(row: Row, column: str) -> Iterator[tuple[str, str]]:
         yield name, _text(measured, name)
     cell = row.cells[column]
     yield "items", _NOT_RECORDED if cell.samples is None else str(cell.samples)
+    yield "data", _files(measured.get("data") or {})
     options = measured.get("backend_options") or {}
     for name in sorted(options):
         if OPTIONS[name].answers if name in OPTIONS else True:
@@ -64,6 +66,14 @@ def _described(row: Row, column: str) -> Iterator[tuple[str, str]]:
     yield "system instruction", _text(measured, "system_instruction")
     for package, number in sorted((measured.get("versions") or {}).items()):
         yield f"version of {package}", str(number)
+
+
+def _files(data: dict[str, Any]) -> str:
+    """By content: a file may have another name on another machine."""
+    files = data.get("files") or {}
+    if not files:
+        return "as its task names it"
+    return f"files of content {digest_of(sorted(files.values()))[:12]}"
 
 
 def _text(measured: dict[str, Any], name: str) -> str:

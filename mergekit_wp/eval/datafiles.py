@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mergekit_wp import sandbox
 from mergekit_wp.checkpoint.hub import reason
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import code_eval
+from mergekit_wp.eval.official_data import DataFolder
 from mergekit_wp.eval.suite import SuiteTask
 
 # Names that `datasets` takes for a file format: such a task reads the files it lists.
@@ -23,8 +24,11 @@ _FILE_FORMATS = {"json", "csv", "parquet", "arrow", "text", "xml", "pandas"}
 _HUB_TIMEOUT_S = 5
 
 
-def check_data(task: str, config: dict[str, Any]) -> None:
-    """A task's data set must be here or reachable; lm-eval would retry for half a minute and then fail."""
+def check_data(task: str, config: dict[str, Any], data: DataFolder | None = None) -> None:
+    """A task's data set must be here or reachable; lm-eval would retry for half a minute and then fail.
+
+    With a folder of `data`, what the Hub would give must be in it.
+    """
     source = config.get("dataset_path")
     if source in _FILE_FORMATS:
         for name in data_files(config):
@@ -33,7 +37,11 @@ def check_data(task: str, config: dict[str, Any]) -> None:
                     f"task {task}: its data file {name} does not exist "
                     f"(a relative path is taken from the current folder, {Path.cwd()})."
                 )
-    elif isinstance(source, str) and not os.path.exists(source) and not _is_cached(source):
+    elif not isinstance(source, str) or "custom_dataset" in config:
+        return
+    elif data is not None and (data.has(source) or not os.path.exists(source)):
+        data.check(task, config)
+    elif not os.path.exists(source) and not _is_cached(source):
         _check_hub(task, source)
 
 
@@ -66,7 +74,7 @@ def _check_hub(task: str, dataset: str) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    advice = "download it where there is network (HF_HOME is the cache), or give the task a local data set"
+    advice = "download it where there is network (HF_HOME is the cache), or name a folder of data sets with --data"
     if constants.HF_HUB_OFFLINE:
         raise BadInput(f"task {task}: its data set {dataset} is not cached and HF_HUB_OFFLINE is set; {advice}.")
     try:
@@ -87,10 +95,17 @@ def _check_hub(task: str, dataset: str) -> None:
         ) from error
 
 
-def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str, Any]], tasks: list[Any]) -> str:
+def task_key(
+    spec: SuiteTask,
+    gen_kwargs: dict[str, Any],
+    leaves: list[dict[str, Any]],
+    tasks: list[Any],
+    data: Mapping[str, str],
+) -> str:
     """A hash of how the task is asked and of every local file that defines it or grades it.
 
-    `leaves` are its configurations as read, `tasks` as loaded. The column's title and the metric shown are
+    `leaves` are its configurations as read, `tasks` as loaded, `data` the hashes of what it reads in the Hub's place.
+    The column's title and the metric shown are
     left out: all metrics of a task are kept. What judges model-written code counts for the tasks that have any.
     """
     asked = {**asdict(spec), "gen_kwargs": gen_kwargs}
@@ -99,6 +114,8 @@ def task_key(spec: SuiteTask, gen_kwargs: dict[str, Any], leaves: list[dict[str,
     files = {path for leaf in leaves for path in files_read(leaf)} | {path for t in tasks for path in _code_of(t)}
     if any(leaf.get("unsafe_code") for leaf in leaves):
         files |= {Path(code_eval.__file__), *Path(sandbox.__file__).parent.glob("*.py")}
+    if data:
+        digest.update(json.dumps(sorted(data.values())).encode())
     for path in sorted(files):
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -261,6 +261,7 @@ def _evaluate(lm: Any, model: EvalModel, task: ReadyTask, settings: Settings) ->
         "limit": settings.limit,
         "num_fewshot": plain(output["n-shot"].get(spec.task)),
         "cut_prompts": count_cut(lm, leaves, settings.backend.name),
+        **({"data": task.data} if task.data else {}),
         **_how(lm, model, task, settings),
         "seconds": round(time.monotonic() - started, 1),
         "date": now(),

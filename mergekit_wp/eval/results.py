@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
-from mergekit_wp.documents import Count, Date, Number, Positive, Text, Versions, strict
+from mergekit_wp.documents import Count, Date, Number, Positive, Sha256, Text, Versions, strict
 
 AVERAGE = "Average"
 _MEAN_TOLERANCE = 1e-9
@@ -36,6 +36,16 @@ class StoredSeen(TypedDict):
     items: Positive
 
 
+class StoredData(TypedDict):
+    """What a task read from a folder in the Hub's place; rows by split, here and as published."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    files: dict[Text, Sha256]
+    rows: dict[Text, Count]
+    published: dict[Text, Count]
+
+
 class StoredMeasured(TypedDict, total=False):
     """How a cell came about; files of before lack some, those to come may have more."""
 
@@ -50,6 +60,7 @@ class StoredMeasured(TypedDict, total=False):
     backend_options: dict[str, Any] | None
     cut_prompts: Count | None
     seen_items: StoredSeen
+    data: StoredData
     chat_template: Text | None
     system_instruction: str | None
     versions: Versions | None

@@ -74,6 +74,7 @@ _TASKS = ValueKind(
     lambda value: isinstance(value, tuple),
     {"type": "array", "minItems": 1, "items": json_schema(SuiteTask)},
 )
+_FOLDERS = ("include_path", "data")  # fields of a suite
 _FOLDER = ValueKind("a folder", lambda value: isinstance(value, str | Path), {"type": "string"})
 
 
@@ -84,6 +85,9 @@ class Suite:
     name: str = described(_NAME, "Title of the table.")
     tasks: tuple[SuiteTask, ...] = described(_TASKS, "List of tasks, each a column.")
     include_path: Path | None = described(_FOLDER, "Folder of lm-eval tasks of your own, relative to this file.", None)
+    data: Path | None = described(
+        _FOLDER, "Folder of data sets that stands in for the Hub, relative to this file.", None, unset="the Hub"
+    )
     baseline: str | None = described(
         any_text(), "Row that differences are taken from, if there is one of this name.", None
     )
@@ -125,7 +129,7 @@ class Suite:
 
 
 def read_suite(path: str | os.PathLike[str]) -> Suite:
-    """The suite in a YAML file; `include_path` is taken relative to that file.
+    """The suite in a YAML file; `include_path` and `data` are taken relative to that file.
 
     Raises `BadInput`, naming the file and the field, for anything that is not a valid suite.
     """
@@ -143,18 +147,20 @@ def parse_suite(content: dict[str, Any], folder: Path) -> Suite:
     if not isinstance(raw_tasks, list):
         raise BadInput("`tasks` must be a list of tasks, each with `task`, `column` and `metric`.")
     tasks = tuple(_read_task(raw, number) for number, raw in enumerate(raw_tasks, start=1))
-    include = content.get("include_path")
-    if include is not None and not isinstance(include, str):
-        raise BadInput(f"`include_path` must be a folder, found {shown(include)}.")
-    include_path = folder / Path(include).expanduser() if include else None
-    return Suite(**{**content, "tasks": tasks, "include_path": include_path})
+    folders = {name: _beside(folder, name, content.get(name)) for name in _FOLDERS}
+    return Suite(**{**content, "tasks": tasks, **folders})
+
+
+def _beside(folder: Path, name: str, value: Any) -> Path | None:
+    if value is not None and not isinstance(value, str):
+        raise BadInput(f"`{name}` must be a folder, found {shown(value)}.")
+    return folder / Path(value).expanduser() if value else None
 
 
 def suite_text(suite: Suite) -> str:
     """The YAML of a suite, as `read_suite` takes it; what a field is without being named is left out."""
     content = _named(suite)
-    if suite.include_path is not None:
-        content["include_path"] = str(suite.include_path)
+    content |= {name: str(content[name]) for name in _FOLDERS if name in content}
     content["tasks"] = [_named(task) for task in suite.tasks]
     return yaml.safe_dump(content, sort_keys=False, width=110)
 

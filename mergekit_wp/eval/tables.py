@@ -22,6 +22,7 @@ from mergekit_wp.documents import read_record
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.comparability import differences
 from mergekit_wp.eval.models import EvalModel
+from mergekit_wp.eval.official_data import odd_counts
 from mergekit_wp.eval.results import AVERAGE, StoredResults, StoredRow
 from mergekit_wp.eval.rows import Cell, Row, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask
@@ -103,20 +104,26 @@ class Table:
 
     def warnings(self) -> list[str]:
         """What a reader must know before comparing rows; sentences, none when all were measured alike."""
-        seen = dict.fromkeys(text for row in self.rows for text in self._seen(row))
-        return [*self._unlike, *seen, *(text for row in self.rows for text in self._cut(row))]
+        items = dict.fromkeys(text for row in self.rows for text in self._items(row))
+        return [*self._unlike, *items, *(text for row in self.rows for text in self._cut(row))]
 
     def warnings_of(self, row: Row) -> list[str]:
         """Those of the warnings that a reader of this row alone must know."""
-        return [*self._unlike, *self._seen(row), *self._cut(row)]
+        return [*self._unlike, *self._items(row), *self._cut(row)]
 
     @cached_property
     def _unlike(self) -> list[str]:
         return [f"Not measured alike: {text}" for text in differences(self.rows, self.suite.columns)]
 
     @staticmethod
-    def _seen(row: Row) -> list[str]:
-        return [
+    def _items(row: Row) -> list[str]:
+        """Of what items are: not all that were published, or not new."""
+        odd = [
+            f"{column}: its data has {', '.join(found)}."
+            for column, about in row.measured.items()
+            if (found := odd_counts(about.get("data") or {}))
+        ]
+        return odd + [
             f"{seen['seen']} of {seen['items']} items of {column} are prompts of {', '.join(seen['files'])} too: "
             "models that were made with these are not measured on new items there."
             for column, about in row.measured.items()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from mergekit_wp import sandbox
 from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval.code_eval import sandboxed
 from mergekit_wp.eval.datafiles import check_data, function_modules, task_key
+from mergekit_wp.eval.official_data import DataFolder
 from mergekit_wp.eval.suite import Suite, SuiteTask
 from mergekit_wp.files import check_files
 from mergekit_wp.scoring.anchor.graders import check_punkt
@@ -129,11 +130,15 @@ def _asks_for_it(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class ReadyTask:
-    """A task of the suite: as lm-eval loaded it (its TaskDict), and the hash of everything that defines it."""
+    """A task of the suite: as lm-eval loaded it (its TaskDict), and the hash of everything that defines it.
+
+    data: what was read from a folder in the Hub's place, as `DataFolder.record` has it
+    """
 
     spec: SuiteTask
     loaded: Any
     key: str
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> list[ReadyTask]:
@@ -142,9 +147,13 @@ def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> li
     Raises `BadInput` for an unknown task or metric, and what `find_tasks` refuses.
     """
     manager, configs, boxed = find_tasks(suite, include_path, allow_code)
-    # Only where it is asked for: `evaluate` takes seconds to import.
-    with sandboxed() if "code_eval" in boxed else nullcontext():
-        return [_ready(manager, suite, spec, configs[spec.task]) for spec in suite.tasks]
+    data = DataFolder.open(suite.data) if suite.data else None
+    with ExitStack() as loading:
+        if "code_eval" in boxed:  # only where it is asked for: `evaluate` takes seconds to import
+            loading.enter_context(sandboxed())
+        if data is not None:
+            loading.enter_context(data.answering())
+        return [_ready(manager, suite, spec, configs[spec.task], data) for spec in suite.tasks]
 
 
 def find_tasks(
@@ -156,12 +165,13 @@ def find_tasks(
     or on a machine where it cannot be judged, in an order such that nothing slow precedes a cheap check.
     """
     names = [task.task for task in suite.tasks]
+    data = DataFolder.open(suite.data) if suite.data else None
     manager = task_manager(names, include_path)
     configs = {name: list(leaves(manager, name)) for name in names}
     boxed = _check_code(configs, allow_code)
     for name, found in configs.items():
         for config in found:
-            check_data(name, config)
+            check_data(name, config, data)
         # Before a grader is imported: it would try to download them, and go on without.
         check_word_lists(name, {module.parent for module in function_modules(found)})
     if boxed:
@@ -196,9 +206,13 @@ def _check_code(configs: dict[str, list[dict[str, Any]]], allow_code: bool) -> s
     return boxed
 
 
-def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[dict[str, Any]]) -> ReadyTask:
+def _ready(
+    manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[dict[str, Any]], data: DataFolder | None
+) -> ReadyTask:
     try:
         found: Any = manager.load(spec.task)
+    except BadInput as error:
+        raise BadInput(f"task {spec.task}: {error.message}") from error
     except Exception as error:  # task files run arbitrary code: any exception can come out
         raise BadInput(f"task {spec.task}: lm-eval cannot load it ({reason_of(error, 300, typed=True)}).") from error
     named = found["groups"].get(spec.task) or found["tasks"].get(spec.task)
@@ -218,7 +232,9 @@ def _ready(manager: TaskManager, suite: Suite, spec: SuiteTask, configs: list[di
         task.set_config(key="num_fewshot", value=shots or 0)
         if gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
-    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs, list(found["tasks"].values())))
+    loaded = list(found["tasks"].values())
+    record = data.record(loaded) if data else {}
+    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs, loaded, record.get("files", {})), record)
 
 
 def _metrics(loaded: Any) -> list[str]:

@@ -132,6 +132,9 @@ class Evaluate:
     baseline: str | None = described(_WORD, "Row that differences are taken from.", None, unset="the suite's")
     models: tuple[str, ...] = described(_NAMES, "Names among `base`, experts and merges.", (), unset="all")
     include_path: Path | None = described(_WORD, "Folder of lm-eval tasks.", None, unset="the suite's")
+    data: Path | None = described(
+        _WORD, "Folder of data sets that stands in for the Hub.", None, unset="the suite's, else the Hub"
+    )
 
 
 @dataclass(frozen=True)
@@ -274,13 +277,14 @@ def _evaluate(raw: Any, file: Path) -> Evaluate | None:
     values = _known(Evaluate, "evaluate", raw, {"flags"})
     if "suite" not in values:
         raise BadInput("`evaluate.suite` is missing; name a suite, such as eval/paper.yaml.")
-    include = values.get("include_path")
+    include, data = values.get("include_path"), values.get("data")
     return Evaluate(
         suite=_found(values["suite"], file, "evaluate.suite"),
         baseline=values.get("baseline"),
         models=tuple(values.get("models", ())),
         # It may be something that an earlier step makes.
         include_path=_found(include, file, "evaluate.include_path", must_exist=False) if include else None,
+        data=_found(data, file, "evaluate.data") if data else None,
     )
 
 

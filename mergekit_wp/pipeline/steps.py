@@ -250,6 +250,7 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     command = ["wp-eval", str(how.suite), *(f"{name}={model}" for name, model in rows.items())]
     command += ["--baseline", how.baseline] if how.baseline else []
     command += ["--include-path", str(how.include_path)] if how.include_path else []
+    command += ["--data", str(how.data)] if how.data else []
     prompts = _prompts_used(pipeline)
     command += [word for file in prompts for word in ("--prompts", file)]
     command += ["--allow-code-execution"] if allow_code else []
@@ -257,6 +258,7 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     inputs = [
         how.suite,
         *([how.include_path] if how.include_path else []),
+        *([how.data] if how.data else []),
         *map(Path, prompts),
         *_folders(map(read_reference, rows.values())),
     ]

@@ -52,7 +52,7 @@ def bundle(name: str, suite: Suite, include_path: Path | None) -> Bundle:
                 f"be read now ({reason_of(error, 300)}); bring them back, or leave these results out."
             ) from error
     include = Path(name) if made.copies or made.texts else None
-    made.texts[made.suite] = suite_text(replace(suite, include_path=include))
+    made.texts[made.suite] = suite_text(replace(suite, include_path=include, data=None))
     return made
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Of wp-eval's flags, those without a value, and those that name folders; --quiet and logs decide no number.
 _SWITCHES = ("--log-samples", "--allow-code-execution", "--trust-remote-code", "--quiet")
-_PLACES = ("--out", "--include-path", "--quiet", "--log-samples")
+_PLACES = ("--out", "--include-path", "--data", "--quiet", "--log-samples")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from official_world import (
     MATH,
     MBPP,
     SUBJECTS,
+    write_published,
     write_punkt_tab,
     write_world,
 )
@@ -67,6 +68,28 @@ def ready(world: Path) -> Iterator[dict[str, dict[str, ReadyTask]]]:
             name: {task.spec.column: task for task in ready_tasks(suite, None, allow_code=True)}
             for name, suite in suites.items()
         }
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_published_files_give_what_the_hub_gives(
+    ready: dict[str, dict[str, ReadyTask]], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--data`: rows, types, order, shots and prompts, of every task; and no cache of the Hub is looked at."""
+    write_published(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "no such cache")
+    suite = replace(read_suite(shipped(f"eval/{name}.yaml")), data=tmp_path / "data")
+    for task in ready_tasks(suite, None, allow_code=True):
+        other = ready[name][task.spec.column]
+        assert list(task.loaded["tasks"]) == list(other.loaded["tasks"])
+        assert task.key != other.key
+        for leaf, twin in zip(task.loaded["tasks"].values(), other.loaded["tasks"].values(), strict=True):
+            assert list(leaf.eval_docs) == list(twin.eval_docs)
+            for each in (leaf, twin):
+                each.set_fewshot_seed(seed=1234)
+            shots = leaf.get_config("num_fewshot")
+            for doc in leaf.eval_docs:
+                assert leaf.fewshot_context(doc, num_fewshot=shots) == twin.fewshot_context(doc, num_fewshot=shots)
 
 
 @dataclass

@@ -7,6 +7,7 @@ unchanged. Also the answers of a model that knows everything, of one that knows 
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,42 @@ def write_world(folder: Path) -> Path:
     choices = {name: mmlu(name, number) for number, name in enumerate(mmlu_subjects())}
     _write(folder / "cais/mmlu", choices)
     _write(folder / "google/IFEval", {"default": {"train": IFEVAL}})
+    return folder
+
+
+def write_published(folder: Path) -> Path:
+    """The same six as their authors publish them, as `wp-eval --data` takes them; in both ways if there are two."""
+
+    def lines(name: str, rows: list[dict[str, Any]]) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    lines("humaneval.jsonl", HUMANEVAL)
+    lines("mbpp.jsonl", [{**MBPP[0], "task_id": 1}, *MBPP, {**MBPP[0], "task_id": 600}, {**MBPP[0], "task_id": 974}])
+    lines("gsm8k-train.jsonl", GSM8K_TRAIN)
+    lines("gsm8k-test.jsonl", GSM8K)
+    given = [
+        {name: value for name, value in one.items() if value is not None} for row in IFEVAL for one in row["kwargs"]
+    ]
+    kwargs = iter(given)
+    lines("ifeval.jsonl", [{**row, "kwargs": [next(kwargs) for _ in row["kwargs"]]} for row in IFEVAL])
+    for number, subject in enumerate(SUBJECTS):
+        for split, rows in {"train": MATH[subject][:1], "test": MATH[subject]}.items():
+            if number % 2:
+                lines(f"math/{split}/{subject}.jsonl", rows)
+            else:
+                for place, row in zip((9, 10), rows, strict=False):
+                    lines(f"math/{split}/{subject}/{place}.json", [row])
+    for number, subject in enumerate(mmlu_subjects()):
+        for split, rows in mmlu(subject, number).items():
+            cells = [[row["question"], *row["choices"], row["answer"]] for row in rows]
+            if number % 2:
+                cells = [[*row[:5], "ABCD"[row[5]]] for row in cells]
+            else:
+                cells = [["question", "choice0", "choice1", "choice2", "choice3", "answer"], *cells]
+            (folder / "mmlu" / split).mkdir(parents=True, exist_ok=True)
+            with open(folder / "mmlu" / split / f"{subject}_{split}.csv", "w", newline="") as stream:
+                csv.writer(stream).writerows(cells)
     return folder
 
 

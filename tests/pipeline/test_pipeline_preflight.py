@@ -27,6 +27,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_suite(root / "unknown.yaml", tasks=[{**TASKS[0], "task": "tiny_gne"}])
     write_suite(root / "nodata.yaml", tasks=[{**TASKS[0], "task": "tiny_nodata"}])
     write_suite(root / "folder.yaml", include_path="taskz")
+    official = {"task": "wp_gsm8k", "column": "GSM8K", "metric": "exact_match,none"}
+    write_suite(root / "official.yaml", include_path=None, tasks=[official])
     (root / "bad.safetensors").write_bytes(b"no scores")
     write_random_fit(root / "one.fit.safetensors", str(root / "base"), [str(root / "one")])
     return root
@@ -99,6 +101,11 @@ TASK_ARITHMETIC = {"merge_method": "task_arithmetic", "expert_parameters": {"wei
         ("evaluate", graded(suite="unsafe.yaml"), "`evaluate`: tiny_unsafe: this runs Python"),
         ("evaluate", graded(suite="nodata.yaml"), "`evaluate`: task tiny_nodata: its data file"),
         ("evaluate", graded(suite="folder.yaml"), "`evaluate`: taskz: the suite's include_path is not a folder"),
+        (
+            "evaluate",
+            graded(suite="official.yaml", data="tasks"),
+            "`evaluate`: task wp_gsm8k: there is no tasks/gsm8k-t",
+        ),
         ("evaluate", graded(suite="suite.yaml", flags=["--dtype", "int8"]), "`evaluate.flags`: "),
         ("push", pushed(to="me", dry_run=True), "`push`: me: expected USER/NAME"),
         ("push", pushed(to="me/x", dry_run=True), "`push`: the licence of the merge cannot be told"),

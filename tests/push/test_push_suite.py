@@ -30,6 +30,8 @@ def test_the_cards_command_runs_in_a_copy_of_the_repository(tmp_path: Path, monk
         f"wp={out}",
         "--include-path",
         tasks,
+        "--data",
+        tmp_path / "private",
         "--limit",
         6,
         "--out",
