@@ -20,6 +20,7 @@ Legend: K experts, L layers, H query heads, F neurons a layer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -61,6 +62,12 @@ class FusionWeights:
     def scaled(self, factor: float) -> FusionWeights:
         """All of them times one number."""
         return FusionWeights(factor * self.heads_KLH, factor * self.neurons_KLF, factor * self.rest_K)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all numbers, hex."""
+        parts = (self.heads_KLH, self.neurons_KLF, self.rest_K)
+        return hashlib.sha256(b"".join(x.float().contiguous().cpu().numpy().tobytes() for x in parts)).hexdigest()
 
     def along(self, slot: TensorSlot | None, geometry: Geometry) -> torch.Tensor:
         """[K, n] along the slot's axis of its tensor: of heads, KV groups (their mean) or neurons; [K, 1] where there

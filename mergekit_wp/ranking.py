@@ -269,6 +269,7 @@ def about(scores: Scores) -> dict[str, Any]:
     """What the file says of itself, for people: label -> text."""
     meta = scores.meta
     found: dict[str, Any] = {"expert": meta.expert.called, "base": meta.base.called}
+    found |= {"at": meta.at and meta.at.called}
     found |= {"method": meta.method, "utility": meta.utility, "gap": meta.gap}
     found |= {"answers": meta.answer_tokens and f"up to {meta.answer_tokens} tokens"}
     found |= {"object": meta.object, "anchor layer": meta.read_at, "dtype": meta.dtype}

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
-_LEFT_OUT = ("prompts", "object", "answer_tokens")  # where they are None, for the same reason
+_LEFT_OUT = ("prompts", "object", "answer_tokens", "at")  # where they are None, for the same reason
 METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metrics`)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 METADATA_KEY = "wp"
@@ -123,6 +123,26 @@ class PromptStyle:
 
 @strict
 @dataclass(frozen=True)
+class ScoredAt:
+    """The merge, of the base with some experts, that stood in the base's place.
+
+    recipe: its YAML as it was read. weights: the SHA-256 of what it takes of every expert
+    (`fit_file.FusionWeights.digest`).
+    """
+
+    recipe: dict[str, Any]
+    method: Text
+    experts: tuple[ModelId, ...]
+    weights: Sha256
+
+    @property
+    def called(self) -> str:
+        """For people."""
+        return f"the {self.method} merge of {', '.join(expert.called for expert in self.experts)}"
+
+
+@strict
+@dataclass(frozen=True)
 class ScoreMeta:
     """Everything about a score file that is not a tensor; `date` is ISO 8601 UTC.
 
@@ -134,6 +154,7 @@ class ScoreMeta:
     prompts: how prompts were put, where not as they are.
     answer_tokens: where `kl` and `projection` are means over the expert's answers, the most tokens that these have;
         None: of the next token alone.
+    at: the merge that stood in the base's place, whose gap to the expert the scores are shares of; None: the base did.
     """
 
     base: ModelId
@@ -156,6 +177,7 @@ class ScoreMeta:
     prompts: PromptStyle | None = None
     object: Annotated[str, one_of(OBJECTS)] | None = None
     answer_tokens: Positive | None = None
+    at: ScoredAt | None = None
 
     @property
     def read_at(self) -> int | None:
@@ -266,8 +288,9 @@ class Scores:
 
     def __repr__(self) -> str:
         about, shape = self.meta, self.meta.geometry
+        against = about.base.name + (f", at {about.at.called}" if about.at else "")
         return (
-            f"Scores({about.expert.name} against {about.base.name}, {about.method}, {about.utility}; "
+            f"Scores({about.expert.name} against {against}, {about.method}, {about.utility}; "
             f"tasks {', '.join(self.tasks)}; heads [{shape.layers}, {shape.heads}], "
             f"neurons [{shape.layers}, {shape.neurons}])"
         )

@@ -43,7 +43,7 @@ from mergekit_wp.merge.methods.widen import WidenMerge
 from mergekit_wp.merge.methods.wp import WeightPatchingMerge
 from mergekit_wp.merge.recipe import read_recipe
 from mergekit_wp.pipeline.spec import Evaluate, Expert, Merge, Push, read_pipeline
-from mergekit_wp.scores import ModelId, PromptStyle, RecoveryCurve, ScoreMeta, TaskMeta
+from mergekit_wp.scores import ModelId, PromptStyle, RecoveryCurve, ScoredAt, ScoreMeta, TaskMeta
 from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.config import ScoringJob, load_job
 from mergekit_wp.scoring.pairs import Pair, read_pairs
@@ -147,6 +147,7 @@ FIELDS = {
     ("Score file", "field of a model"): names(ModelId),
     ("Score file", "field of a task"): names(TaskMeta),
     ("Score file", "field of `prompts`"): names(PromptStyle),
+    ("Score file", "field of `at`"): names(ScoredAt),
     ("Score file", "field of `recovery`"): names(RecoveryCurve),
     ("Fit file", "field"): names(FitMeta),
     ("Fit job", "field of a fit job"): names(FitJob),

@@ -14,7 +14,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from experiments.table3.variants import Point, Variant
+from experiments.table3.variants import COMBINATIONS, Point, Variant
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.fit.job import FitJob
@@ -91,6 +91,9 @@ def _point(name: str, values: dict[str, Any]) -> Point:
             )
     # Both refuse bad values, naming the field.
     ScoringJob("base", "expert", "pairs", **(values.get("scores") or {}))
+    at = (values.get("scores") or {}).get("at")
+    if at is not None and at not in COMBINATIONS:
+        raise BadInput(f"variant {name!r}: scores.at is {at!r}, expected one of {', '.join(COMBINATIONS)}.")
     expert = {"expert": "expert", "pairs": "pairs"} | ({"scores": "scores"} if values.get("scores") is not None else {})
     FitJob("base", [expert, expert], **(values.get("fit") or {}))
     if values["method"] == "wp" and values.get("scores") is None and values.get("fit") is None:

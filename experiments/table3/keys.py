@@ -17,7 +17,7 @@ from typing import Any
 
 import mergekit_wp
 from experiments.table3.frozen import TrainedWorld
-from experiments.table3.variants import Point
+from experiments.table3.variants import COMBINATIONS, Point
 from mergekit_wp.autoload import METHODS
 from mergekit_wp.hashing import digest, readable
 
@@ -52,8 +52,10 @@ def recipe(
 
 def score_key(settings: Mapping[str, Any], expert: str, world: TrainedWorld) -> str:
     """Twelve hex digits that name a score file."""
-    inputs = [world.digests[name] for name in ("base", expert, f"pairs/{expert}")]
-    return _key("scores", dict(settings), inputs, source("scoring"), _versions(("torch", "transformers")))
+    merged = COMBINATIONS[settings["at"]] if "at" in settings else ()
+    inputs = [world.digests[name] for name in ("base", expert, f"pairs/{expert}", *merged)]
+    own = [source(part) for part in ("scoring", *(["merge"] if merged else []))]
+    return _key("scores", dict(settings), inputs, *own, _versions(("torch", "transformers")))
 
 
 def answers_key(expert: str, tokens: int, world: TrainedWorld) -> str:

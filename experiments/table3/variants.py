@@ -34,7 +34,8 @@ class Point:
     shared  parameters of the merge, as in a recipe's `parameters:`
     expert  parameters of every expert
     base    parameters of the base, which is then listed among the models
-    scores  for a method that takes score files: fields of a scoring job, such as {"utility": "kl"}
+    scores  for a method that takes score files: fields of a scoring job, such as {"utility": "kl"}; `at` is a
+            combination, at whose plain average is scored
     fit     for a method that takes a fit file: fields of a fit job, such as {"family": "layer"}; it starts from the
             score files of `scores`, where there are any
     """

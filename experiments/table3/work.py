@@ -21,6 +21,7 @@ import yaml
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.training import WorldConfig
 from experiments.table3.grade import GRADE_OF_SPLIT, Grade, grade
+from experiments.table3.variants import COMBINATIONS
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
 
@@ -73,16 +74,28 @@ def train_world(config: WorldConfig, root: Path) -> Path:
 
 
 def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Path, allow_code: bool) -> Path:
-    """Score one expert of a world by wp-score's engine, with its defaults where `settings` say nothing."""
+    """Score one expert of a world by wp-score's engine, with its defaults where `settings` say nothing.
+
+    settings  fields of a job; `at` names a combination of experts, at whose plain average is scored
+    """
     from mergekit_wp.scores import write_scores
     from mergekit_wp.scoring.config import ScoringJob
     from mergekit_wp.scoring.score import score
 
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if "at" in settings:
+        from mergekit_wp.pipeline.steps import build_recipe
+
+        average, merged = file.with_suffix(".at.yaml"), COMBINATIONS[settings["at"]]
+        listed = {str(world / name): {"weight": 1.0} for name in merged}
+        base = str(world / "base")
+        content = build_recipe("linear", base, listed, shared={}, base_parameters={"weight": 0.0}, out_dtype=None)
+        write_text(average, yaml.safe_dump(content))
+        settings = {**settings, "at": str(average)}
     job = ScoringJob(
         str(world / "base"), str(world / expert), str(world / "pairs" / f"{expert}.jsonl"), device="cpu",
         offload="none", allow_code_execution=allow_code, **settings,
     )  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_scores(score(job), file)
     return file
 

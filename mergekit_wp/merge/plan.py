@@ -68,6 +68,8 @@ class PlannedTensor:
     scales: tuple[float, ...]
     parameters: Mapping[str, Any]
     """The recipe's parameters of the method that are not an expert's own."""
+    inputs: Mapping[ModelReference, Mapping[str, Any]]
+    """Those that are, by any method, of every model that has some."""
     read_dtype: str | None
     """The recipe's `dtype`: inputs are converted to it as they are read."""
     write_dtype: str | None
@@ -254,6 +256,7 @@ def _planned(
         weights=tuple(own["weight"] for own in given),
         scales=tuple(own["scale"] for own in given),
         parameters=dict(task.parameters.items()),
+        inputs={model: dict(own.items()) for model, own in task.input_parameters.items()},
         read_dtype=read_dtype,
         write_dtype=save_dtype or task.out_dtype,
         realigned=isinstance(inputs, PermutedVocabulary),

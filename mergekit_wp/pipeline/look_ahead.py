@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mergekit_wp.checkpoint.references import read_reference
+from mergekit_wp.checkpoint.references import read_reference, recipe_models
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.pipeline.execute import Step
@@ -66,7 +66,9 @@ def _score(step: Step, ahead: Ahead) -> None:
     typed = _typed(main, step)
     given = {item.name: typed[item.name] for item in fields(ScoringJob) if typed.get(item.name) is not None}
     job = ScoringJob.from_mapping({**ahead.mapping(Path(typed["job_file"]), "scoring job"), **given}, where="")
-    if ahead.at_hand(job.base, *map(str, read_reference(job.expert).sources)):
+    merged = [] if job.at is None else recipe_models(ahead.mapping(Path(job.at), "recipe"))
+    sources = [source for model in (read_reference(job.expert), *merged) for source in model.sources]
+    if ahead.at_hand(job.base, *map(str, sources)):
         prepare(job)
     else:
         pairs_of(job)

@@ -227,6 +227,8 @@ def _expert(name: str, raw: Any, file: Path) -> Expert:
         scoring = {key: value for key, value in scoring.items() if key not in ("base", "expert")}
         for name, path in prompt_files(scoring).items():
             scoring[name] = str(_found(path, file, f"{where}.scoring.{name}", must_exist=False))
+        if isinstance(scoring.get("at"), str):
+            scoring["at"] = str(_found(scoring["at"], file, f"{where}.scoring.at"))
     return Expert(_model(_text(f"{where}.model", model), file), scoring, scores)
 
 

@@ -211,6 +211,11 @@ def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
         command.append("--allow-code-execution")
     inputs = [job, *_folders(map(read_reference, (pipeline.base, expert.model)))]
     inputs += map(Path, prompt_files(expert.scoring or {}).values())
+    if (at := (expert.scoring or {}).get("at")) is not None:
+        try:
+            inputs += _of_recipe(Path(at), _read_recipe(Path(at)))
+        except BadInput as error:
+            raise BadInput(f"{pipeline.file}: `experts.{name}.scoring.at`: {error.message}") from error
     return _step(f"score-{name}", "score", f"Score the {name} expert", command, inputs, (scores,), ("scoring",))
 
 
@@ -236,11 +241,14 @@ def _merge_step(pipeline: Pipeline, name: str) -> Step:
         content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, name)
     except BadInput as error:
         raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
-    files = [_beside(path, recipe) for path in files_of(content)]
     command = ["wp-merge", str(recipe), str(merged), "--quiet", *pipeline.flags["merge"]]
-    inputs = [recipe, *files, *_folders(recipe_models(content))]
     title = f"Merge {name} by {content.get('merge_method')}"
-    return _step(f"merge-{name}", "merge", title, command, inputs, (merged,), ("merge",))
+    return _step(f"merge-{name}", "merge", title, command, _of_recipe(recipe, content), (merged,), ("merge",))
+
+
+def _of_recipe(recipe: Path, content: Mapping[str, Any]) -> list[Path]:
+    """A recipe, and the files and models that it names."""
+    return [recipe, *(_beside(path, recipe) for path in files_of(content)), *_folders(recipe_models(content))]
 
 
 def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:

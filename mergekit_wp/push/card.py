@@ -234,6 +234,7 @@ def scores_section(scores: Sequence[tuple[str, ScoreMeta]]) -> str:
         layer = "none" if meta.read_at is None else f"{meta.read_at} of {meta.geometry.layers}"
         name = path.rpartition("/")[2]
         method = meta.method + (f", object {meta.object}" if meta.object else "")
+        method += f", at {meta.at.called}" if meta.at else ""
         utility = meta.utility + (f", answers of up to {meta.answer_tokens} tokens" if meta.answer_tokens else "")
         cells = [meta.expert.name, tasks, method, utility, layer, meta.dtype, meta.date[:10]]
         grid.append([*map(markdown, cells), f"[{markdown(name)}]({path})"])

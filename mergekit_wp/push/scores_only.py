@@ -43,7 +43,8 @@ def prepare_scores(request: Request, api: HfApi | None, say: Say) -> Publication
     metas = {name: read_scores(path).meta for name, path in files.items()}
     if api is not None:
         _check_repository(api, request.repo_id)
-    models = [_reference(model) for meta in metas.values() for model in (meta.base, meta.expert)]
+    named = [(meta.base, meta.expert, *(meta.at.experts if meta.at else ())) for meta in metas.values()]
+    models = [_reference(model) for group in named for model in group]
     parents = find_parents({"models": [{"model": model} for model in dict.fromkeys(models)]}, request.parents)
     stage, placed = staging.open_stage(request.folder), staging.place(files)
     names = Names(request.folder, request.repo_id, parents, placed)

@@ -134,6 +134,8 @@ def _public(node: Any, names: Names, field: str = "") -> Any:
         return [_public(item, names, field) for item in node]
     if not isinstance(node, dict):
         return names.content(node)
+    if field == "recipe":
+        return names.recipe(node)
     own = _NAMING.get(field)
     return {k: names.of(v) if k == own and isinstance(v, str) else _public(v, names, k) for k, v in node.items()}
 

@@ -36,6 +36,7 @@ Examples:
   wp-score --base ./base --expert ./maths --pairs maths.jsonl --out scores/maths.safetensors
   wp-score --base ./base --expert ./base+./lora --pairs builtin:instructions --samples 50 --out s.safetensors
   wp-score JOB.yaml --method exact --top 20 first.safetensors --out validated.safetensors
+  wp-score JOB.yaml --at recipes/average.yaml --out at-average.safetensors
   accelerate launch --num_processes 4 $(which wp-score) JOB.yaml --out s.safetensors
 
 A flag overrides the field of the same name in JOB.yaml. Pairs are JSON lines {"task", "prompt", "contrast"};
@@ -81,7 +82,8 @@ def main(job_file: str | None, out: str, quiet: bool, as_json: bool, **flags: An
 
     resume = Resume(target if processes.first else None)
     if shown:
-        echo(f"Scoring {job.expert} against {job.base} ({job.method}, {job.utility})", err=True)
+        where = "" if job.at is None else f" at the merge of {job.at}"
+        echo(f"Scoring {job.expert} against {job.base}{where} ({job.method}, {job.utility})", err=True)
     if shown and processes.size > 1:
         echo(f"Shared by {processes.size} processes.", err=True)
     with ProgressBars(shown) as progress:

@@ -74,6 +74,14 @@ class ScoringJob:
         group=_MODELS,
         metavar="FILE.jsonl",
     )
+    at: str | None = described(
+        text(),
+        "A mergekit recipe: score in its merge, which need not be written, in the place of the base that it merges "
+        "into (`kl`).",
+        None,
+        group=_MODELS,
+        metavar="RECIPE.yaml",
+    )
     template: str = described(
         text("text that contains {prompt}", "{prompt}"),
         "Text around every prompt; `{prompt}` stands for it.",
@@ -243,7 +251,12 @@ class ScoringJob:
         listed = [] if self.components in COMPONENTS else [self.components]
         answers = [] if self.answers is None else [self.answers]
         models = [self.base, self.expert, *map(str, read_reference(self.expert).sources)]
-        return [*models, self.pairs, *answers, *ranking, *listed]
+        merge = []
+        if self.at is not None:
+            from mergekit_wp.merge.recipe import read_recipe
+
+            merge = [self.at, *read_recipe(self.at).reads()]
+        return [*models, *merge, self.pairs, *answers, *ranking, *listed]
 
     def _check_together(self) -> None:
         """What only shows when several fields are seen."""
@@ -255,6 +268,11 @@ class ScoringJob:
             raise BadInput(f"parts: a score by {self.method} has no parts; use attr or writeback.")
         if self.utility == "projection" and self.layer is not None:
             raise BadInput("layer: the projection utility reads the last layer; leave the layer out.")
+        if self.at is not None and self.directed:
+            raise BadInput(
+                f"at: the {self.utility} utility reads along a direction that is made of base and expert, not of a "
+                "merge; use kl, or write the merge and give its folder as the base."
+            )
         if self.answers is not None and not self.answer_tokens:
             raise BadInput("answers: are read only with answer_tokens, which says how much of each; give that too.")
         if self.answer_tokens and self.utility == "anchor":

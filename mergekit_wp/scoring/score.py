@@ -23,7 +23,7 @@ from mergekit_wp.checkpoint.in_memory import LiveModel
 from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.console import StartProgress, Tick, no_progress
-from mergekit_wp.documents import now, versions
+from mergekit_wp.documents import now, parse_yaml, versions
 from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.foreign import logger
 from mergekit_wp.memory import free_memory
@@ -33,6 +33,7 @@ from mergekit_wp.scores import (
     FORMAT,
     ModelId,
     PromptStyle,
+    ScoredAt,
     ScoreMeta,
     Scores,
     TaskMeta,
@@ -102,7 +103,8 @@ def score(
             _patch(job, pair, tasks, runs, subset, processes, resume, start)
         else:
             _sweep(job, pair, tasks, runs, subset, processes, start)
-        if not job.directed and pair.offload == "none":
+        # At a merge the expert may well be the one that is moved less.
+        if not job.directed and job.at is None and pair.offload == "none":
             for task in tasks:
                 _doubt_order(pair, task, job.batch_size)
     for run in runs:
@@ -354,9 +356,11 @@ def _inputs(
 ) -> dict[str, object]:  # fmt: skip
     """All that the numbers depend on, for `Resume`: what files hold, and not how they are called."""
     asked = asdict(job)
-    for name in ("pairs", "template", "samples", "answers", "components", "layers", "top", "rank"):
-        del asked[name]  # `prompts` and `subset` are what became of them
-    return {
+    for name in ("at", "pairs", "template", "samples", "answers", "components", "layers", "top", "rank"):
+        del asked[name]  # `at`, `prompts` and `subset` are what became of them
+    merge = checked.merge
+    at = {} if merge is None else {"at": [merge.weights.digest, *map(asdict, merge.prints)]}
+    return at | {
         "job": asked,
         "prompts": [(task.task, task.extraction, task.contrasts, task.scoring, task.answers) for task in tasks],
         "subset": {kind: mask.nonzero().tolist() for kind, mask in subset.masks.items()},
@@ -372,6 +376,10 @@ def _meta(
 ) -> ScoreMeta:
     device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
     asked = {name: getattr(job, name) for name in ("components", "layers", "top", "rank")}
+    merge, at = checked.merge, None
+    if merge is not None:
+        experts = tuple(map(ModelId.of, merge.names, merge.prints))
+        at = ScoredAt(parse_yaml(merge.recipe.text), merge.recipe.method, experts, merge.weights.digest)
     partial = job.components != "all" or job.layers is not None or job.top is not None
     return ScoreMeta(
         base=ModelId.of(job.base, checked.base_print),
@@ -392,4 +400,5 @@ def _meta(
         subset=asked if partial else None,
         object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
         answer_tokens=job.answer_tokens or None,
+        at=at,
     )

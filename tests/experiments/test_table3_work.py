@@ -17,7 +17,7 @@ from experiments.miniature.world import build_world
 from experiments.table3 import __main__ as command
 from experiments.table3.frozen import TrainedWorld
 from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade
-from experiments.table3.keys import recipe
+from experiments.table3.keys import recipe, score_key
 from experiments.table3.variants import Point
 from experiments.table3.work import (
     Grading,
@@ -36,6 +36,7 @@ from experiments.table3.work import (
 from mergekit_wp.errors import BadInput
 from mergekit_wp.fit.job import FitJob
 from mergekit_wp.fit_file import read_fit
+from mergekit_wp.scores import read_scores
 
 BOTH = ("instruction", "maths")
 
@@ -104,6 +105,19 @@ def test_a_grading_merges_grades_keeps_the_result_and_removes_the_model(world: T
     assert read_grade(result, "validation") == found
     assert read_grade(result, "test") is None
     assert json.loads(result.read_text())["recipe"]["merge_method"] == "wp"
+
+
+def test_scores_at_the_average_of_a_combination(world: TrainedWorld, tmp_path: Path) -> None:
+    settings = {"method": "attr", "at": "instruction + maths"}
+    file = write_score(world.folder, "maths", settings, tmp_path / "s" / "maths.safetensors", False)
+    at = read_scores(file).meta.at
+    assert at is not None
+    assert [Path(expert.name).name for expert in at.experts] == list(BOTH)
+    other = TrainedWorld(0, world.folder)
+    vars(other)["digests"] = {**world.digests, "instruction": "another"}
+    assert score_key(settings, "maths", world) != score_key(settings, "maths", other)
+    plain = {"method": "attr"}
+    assert score_key(plain, "maths", world) == score_key(plain, "maths", other)
 
 
 def test_the_loss_of_a_written_merge_is_the_fits_own(world: TrainedWorld, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mergekit_wp.checkpoint.references import Source
 from mergekit_wp.errors import BadInput
 from mergekit_wp.push.publish import Request
 from mergekit_wp.push.scores_only import prepare_scores
-from mergekit_wp.scores import ModelId, read_scores, write_scores
+from mergekit_wp.scores import ModelId, ScoredAt, read_scores, write_scores
 
 REPO = "alice/scores"
 
@@ -48,6 +48,22 @@ def hub():
 def names_in(path):
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["wp"])["expert"]["name"]
+
+
+def test_the_merge_that_was_scored_at_is_published_without_its_folders(folder):
+    home = "/home/bob/models"
+    recipe = {"merge_method": "linear", "models": [{"model": f"{home}/code", "parameters": {"weight": 1.0}}]}
+    at = ScoredAt(recipe, "linear", (ModelId(f"{home}/code", None, "d" * 64, "f" * 64),), "0" * 64)
+    write_scores(replace(example(), meta=replace(example().meta, at=at)), folder / "local.safetensors")
+    text = wp_push(folder, REPO, "--scores-only", "--dry-run", "--license", "cc0-1.0")
+    stage = folder.with_name("scores.push")
+    public = read_scores(stage / "wp" / "scores" / "local.safetensors").meta.at
+    assert public.recipe["models"][0] == {"model": "code", "parameters": {"weight": 1.0}}
+    assert [expert.name for expert in public.experts] == ["code"]
+    assert public.weights == at.weights
+    card = (stage / "README.md").read_text()
+    assert "at the linear merge of code" in card
+    assert "bob" not in text + card
 
 
 def test_a_dry_run_writes_the_card_and_no_folder_of_this_machine(folder):

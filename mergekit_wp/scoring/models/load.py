@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import Geometry, auto_class
 from mergekit_wp.memory import free_memory
+from mergekit_wp.merge.weighed import WeighedMerge, read_weighed
 from mergekit_wp.outputs import scratch
 from mergekit_wp.scoring.batching import Lengths
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.layerwise import ResidentStack, Stack
+from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.models.offload import RESERVE, parameter_bytes, pick_offload
 from mergekit_wp.scoring.models.precision import held_dtype, pick_device, pick_dtype, stored_dtype
 from mergekit_wp.scoring.models.streaming import move_buffers, open_streamed, skeleton
@@ -46,6 +48,8 @@ class CheckedPair:
     """The expert's own folder; of `base+lora` the LoRA's, while `expert` is the base under it."""
     others: Sequence[Checkpoint] = ()
     """More models that read the same tokens."""
+    merge: WeighedMerge | None = None
+    """The merge that stands in the base's place; its experts are among `others`."""
 
     @property
     def vocabulary(self) -> int:
@@ -60,7 +64,7 @@ class CheckedPair:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Both models as stacks of layers, parameters frozen; `geometry` is the base's.
+    """Both models as stacks of layers, parameters frozen; `geometry` is the base's. The base may be a merge into it.
 
     `offload` is how they are held, none or stream, and `reason` one line that says why.
     """
@@ -83,9 +87,9 @@ def check_pair(job: ScoringJob, live: Mapping[str, LiveModel] | None = None) -> 
     """Open both models and compare them by their configs and tensor headers.
 
     live: the models (`base`, `expert`) that are in memory already.
-    Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, and equal weights
-    (no gap to explain). Other signs of a wrong lineage (another rope_theta, say) are logged as warnings. The number of
-    vocabulary rows may differ.
+    Raises `BadInput` for missing or unreadable models, unsupported architectures, different shapes, equal weights (no
+    gap to explain), and a merge (`at`) that cannot stand in the base's place. Other signs of a wrong lineage (another
+    rope_theta, say) are logged as warnings. The number of vocabulary rows may differ.
     """
     live = live or {}
     base = live.get("base") or Checkpoint.open(job.base)
@@ -107,7 +111,22 @@ def check_pair(job: ScoringJob, live: Mapping[str, LiveModel] | None = None) -> 
     for checkpoint in (base, expert):
         if trouble := head_against_config(checkpoint):
             LOG.warning(trouble)
-    return checked
+    return checked if job.at is None else _at_merge(job, checked)
+
+
+def _at_merge(job: ScoringJob, checked: CheckedPair) -> CheckedPair:
+    """The pair with the merge of the recipe `at` in the base's place. Raises `BadInput`."""
+    try:
+        merge = read_weighed(str(job.at), checked.base, job.trust_remote_code)
+        for expert in merge.experts:
+            check_plain(expert)
+    except BadInput as error:
+        raise BadInput(f"at: {error.message}") from error
+    k = merge.whole
+    same = k is not None and merge.prints[k] == checked.expert_print
+    if k is not None and same and content_digest(merge.experts[k].tensors) == content_digest(checked.expert.tensors):
+        raise BadInput(f"at: {job.at}: this merge is the expert {job.expert} itself; there is no gap to explain.")
+    return replace(checked, others=merge.experts, merge=merge)
 
 
 def _open_expert(name: str, live: LiveModel | None) -> tuple[Checkpoint, Fingerprint, Path]:
@@ -131,20 +150,30 @@ def load_pair(job: ScoringJob, checked: CheckedPair, processes: ProcessGroup | N
     processes = processes or ProcessGroup()
     follow = live and job.device == "auto"
     device = live[0].device if follow else processes.local_device(pick_device(job.device))
-    dtype = pick_dtype(job.dtype, device, [stored_dtype(model.tensors) for model in (checked.base, checked.expert)])
+    models = [checked.base, checked.expert, *checked.others]
+    dtype = pick_dtype(job.dtype, device, [stored_dtype(model.tensors) for model in models])
     if live and job.offload == "stream":
         raise BadInput("offload: a model in memory is not streamed; give its folder, or leave offload out.")
+    merge, geometry = checked.merge, checked.base.geometry
+    own = {} if live else {job.expert: checked.expert}
+    taken = {} if merge is None else dict(zip(merge.names, merge.experts, strict=True))
     if live:
-        base_model, expert_model = load_models(job, checked, device, dtype)
-        stacks = [ResidentStack(model, device, dtype) for model in (base_model, expert_model)]
-        reason = f"scored as they are in memory, on {device}."
-        return ModelPair(stacks[0], stacks[1], checked.base.geometry, device, dtype, "none", reason)
-    offload, reason = pick_offload(job.offload, [checked.base, checked.expert], dtype, device)
-    expert, base = (
-        load_stack(name, checkpoint, dtype, device, offload, job.trust_remote_code)
-        for name, checkpoint in ((job.expert, checked.expert), (job.base, checked.base))
-    )
-    return ModelPair(base, expert, checked.base.geometry, device, dtype, offload, reason)
+        offload, reason = "none", f"scored as they are in memory, on {device}."
+    elif merge is None:
+        offload, reason = pick_offload(job.offload, [checked.base, checked.expert], dtype, device)
+    else:
+        models, whole = [checked.base, *(own | taken).values()], parameter_bytes(checked.base, torch.float32)
+        offload, reason = pick_offload(job.offload, models, dtype, device, f"{len(models)} models and a merge", whole)
+
+    def load(name: str, checkpoint: Checkpoint) -> Stack:
+        return load_stack(name, checkpoint, dtype, device, offload, job.trust_remote_code)
+
+    expert, base = load(job.expert, checked.expert), load(job.base, checked.base)
+    if merge is not None:
+        # An expert that is scored may be merged, too; differences to it are formed from what is not rounded again.
+        others = [expert if name in own else load(name, checkpoint) for name, checkpoint in taken.items()]
+        base = MergedStack(base, others, geometry, merge.weights, held=torch.float32, frozen=True)
+    return ModelPair(base, expert, geometry, device, dtype, offload, reason)
 
 
 def load_stack(

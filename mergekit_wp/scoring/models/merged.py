@@ -6,9 +6,9 @@ with a weight of every head and neuron of every expert (keys and values: the mea
 and one of everything else of an expert (norms, embeddings, output head, biases that nobody owns). Whatever reads a
 `Stack` can then read a merge: forward passes, gaps, metrics, gradients.
 
-Sums are formed in float32 and held as the base's weights are held (see `precision`), as a written merge would be. Of
-resident models the whole merge is kept until the weights change; of streamed ones a layer lives while its turn lasts,
-and the layers that it is made of can be read beside it (`sources`).
+Sums are formed in float32 and held as the base's weights are held (see `precision`), as a written merge would be, or in
+the dtype that is asked for. Of resident models the whole merge is kept until the weights change; of streamed ones a
+layer lives while its turn lasts, and the layers that it is made of can be read beside it (`sources`).
 
 Legend: K experts, L layers, H heads, F neurons, n the length of a tensor along the axis that components cut, B prompts,
 T tokens, D residual width.
@@ -36,14 +36,19 @@ class MergedStack(Stack):
     """The merge of `experts` into `base` by `weights`, which `set` replaces.
 
     The stacks must be of one geometry, on one device. Streamed if the base is; then a sweep over this stack sweeps over
-    all of them.
+    all of them. held: the dtype of merged weights; None: the base's. frozen: whether norms and biases, too, are without
+    gradients.
     """
 
-    def __init__(self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: FusionWeights):
+    def __init__(
+        self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: FusionWeights,
+        held: torch.dtype | None = None, frozen: bool = False,
+    ):  # fmt: skip
         # Modules of its own around the base's parameters, which give way to merged ones.
         shared = {id(parameter): parameter for parameter in base.model.parameters()}
         super().__init__(copy.deepcopy(base.model, shared), base.device, base.dtype)
         self.base, self.experts, self.geometry = base, list(experts), geometry
+        self.held, self.frozen = held, frozen
         self.streamed = base.streamed
         self._empty = [dict(layer.named_parameters()) for layer in self.tower.layers]
         self.set(weights)
@@ -142,12 +147,12 @@ class MergedStack(Stack):
         base: torch.Tensor,
         experts: Sequence[torch.Tensor],
     ) -> nn.Parameter:
-        """One tensor. Norms and biases, which are small, may have a gradient from autograd."""
+        """One tensor. Norms and biases, which are small, may have a gradient from autograd, unless all is frozen."""
         experts = [align_rows(tensor, base) for tensor in experts]
         axis = 0 if slot is None else slot.axis
         weight_Kn = weights.along(slot, self.geometry)
-        merged = merge_fitted(base, experts, weight_Kn, axis, [1.0] * len(experts), base.dtype)
-        return nn.Parameter(merged, requires_grad=base.ndim == 1)
+        merged = merge_fitted(base, experts, weight_Kn, axis, [1.0] * len(experts), self.held or base.dtype)
+        return nn.Parameter(merged, requires_grad=base.ndim == 1 and not self.frozen)
 
 
 def outer_modules(stack: Stack) -> tuple[nn.Module, nn.Module]:

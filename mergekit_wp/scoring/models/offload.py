@@ -16,14 +16,15 @@ RESERVE = 0.25
 
 
 def pick_offload(
-    asked: str, models: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, what: str = "both models"
-) -> tuple[str, str]:
+    asked: str, models: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, what: str = "both models",
+    more: int = 0,
+) -> tuple[str, str]:  # fmt: skip
     """(`none` or `stream`, one line that says why) for an --offload of `none`, `stream` or `auto`.
 
     `auto` is `none` if the parameters of all models, as they are held for products in `dtype`, fit into the device's
-    free memory less RESERVE. `what` they are, in words. Reads headers only.
+    free memory less RESERVE. `what` they are, in words; `more`: bytes beside them. Reads headers only.
     """
-    need = sum(parameter_bytes(model, held_dtype(model.tensors, dtype)) for model in models)
+    need = more + sum(parameter_bytes(model, held_dtype(model.tensors, dtype)) for model in models)
     free = free_memory(device)
     sizes = f"{_size(need)} of parameters against {_size(free)} of free memory on {device}"
     if asked != "auto":
