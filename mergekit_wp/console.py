@@ -36,6 +36,7 @@ StartProgress = Callable[[int, str, str], Tick]
 no_progress: StartProgress = lambda _total, _what, _unit: lambda _done: None  # noqa: E731
 
 MODULES = {
+    "wp-pairs": "mergekit_wp.scoring.convert",
     "wp-score": "mergekit_wp.scoring.cli",
     "wp-scores": "mergekit_wp.scores_cli",
     "wp-anchor": "mergekit_wp.scoring.anchor.cli",

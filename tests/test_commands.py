@@ -1,4 +1,4 @@
-"""What all eight commands have in common: help at once, a version, options of ours beside mergekit's."""
+"""What all commands have in common: help at once, a version, options of ours beside mergekit's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS = {name: import_module(module).main for name, module in MODULES.items()
 
 
 def test_help_imports_nothing_heavy():
-    """Eight helps in one interpreter; torch alone would take seconds of it."""
+    """All helps in one interpreter; torch alone would take seconds of it."""
     heavy = ["torch", "transformers", "mergekit", "lm_eval", "numpy", "huggingface_hub", "datasets"]
     code = (
         "import sys; from importlib import import_module; from click.testing import CliRunner\n"

@@ -10,7 +10,7 @@ from fuzz import Format, check, formats, mutant
 MUTANTS = 60
 NAMES = (
     "score", "fit", "activations", "header", "index", "config", "job", "suite", "recipe", "pipeline", "mark", "results",
-    "pairs", "answers", "texts", "cache", "digests", "resume",
+    "pairs", "answers", "chats", "ifeval", "table", "texts", "cache", "digests", "resume",
 )  # fmt: skip
 
 

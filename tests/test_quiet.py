@@ -39,7 +39,9 @@ def test_no_command_says_a_word(world):
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     experts = [{"expert": name, "pairs": f"{name}.jsonl"} for name in ("one", "two")]
     (world / "fit.yaml").write_text(yaml.safe_dump({"base": "base", "experts": experts, "steps": 1}))
+    (world / "rows.csv").write_text('q\nw1 w2\n""\n')
     commands = [
+        ["scoring.convert", "rows.csv", "--prompt", "q", "--out", "converted.jsonl"],
         ["pipeline.cli", "out.yaml", "--until", "score"],
         ["scoring.cli", "anchored.yaml", "--out", "anchored.safetensors"],
         ["scores_cli", "out/scores/one.safetensors"],

@@ -27,6 +27,7 @@ from mergekit_wp.merge.activations import read_activations
 from mergekit_wp.merge.recipe import read_recipe
 from mergekit_wp.outputs import check_file, claimed, refuse_busy
 from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.records import csv_lines, json_lines, json_values, parquet_rows
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.config import load_job
 from mergekit_wp.scoring.distributed import ProcessGroup
@@ -34,6 +35,10 @@ from mergekit_wp.scoring.pairs import read_pairs
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "pairs": read_pairs,
+    "rows": lambda path: list(json_lines(path)),
+    "json": lambda path: list(json_values(path)),
+    "csv": lambda path: list(csv_lines(path)),
+    "parquet": lambda path: list(parquet_rows(path)),
     "texts": lambda path: list(read_texts(str(path))),
     "scores": read_scores,
     "activations": read_activations,

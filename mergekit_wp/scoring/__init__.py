@@ -5,6 +5,7 @@ in.
       anchor/       directions, steering, the search for the anchor layer
       passes        both models forward; then, by method,
       first_order   attr, from gradients          patching   writeback, atp (first order); exact, ap (one by one)
+      convert       wp-pairs: other people's rows become pairs
     over sweep (layer by layer, with an activation cache), hooks (one layer and what is kept of it), metrics (what is
     read, gaps), accumulator (sums of a task), subset (which components), resume (finished layers), distributed
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -38,6 +38,7 @@ from mergekit_wp.files import read_text
 from mergekit_wp.foreign import echo
 from mergekit_wp.scoring.anchor.graders import parse_check
 
+T = TypeVar("T")
 FIELDS = {"task", "prompt", "contrast", "check", "chat"}
 _BUILTIN_PREFIX = "builtin:"
 _MOST_NAME = 200  # characters of a task
@@ -89,7 +90,7 @@ def draw_pairs(pairs: Sequence[Pair], samples: int | None, seed: int, source: st
     for task, rows in by_task(pairs).items():
         if len(rows) < samples:
             raise BadInput(f"{source}: task {task} has {len(rows)} rows, {samples} were asked for; lower --samples.")
-        drawn += _shuffled(rows, seed, task)[:samples]
+        drawn += shuffled(rows, seed, task)[:samples]
     return drawn
 
 
@@ -99,6 +100,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
         text = read_text(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot read the pairs ({getattr(error, 'strerror', None) or error}).") from error
+    return parse_pairs(text, path)
+
+
+def parse_pairs(text: str, path: str | Path) -> list[Pair]:
+    """The pairs of a file's text; `path` names it in errors. Raises as `read_pairs`."""
     lines = enumerate(text.split("\n"), start=1)
     pairs = [_parse_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not pairs:
@@ -136,13 +142,14 @@ def split_pairs(pairs: Sequence[Pair], split: str | None, seed: int) -> list[Tas
             continue
         if len(rows) < 2:
             raise BadInput(f"task {task} has 1 pair, which cannot be halved; add pairs or use --split shared.")
-        shuffled = _shuffled(rows, seed, task)
+        drawn = shuffled(rows, seed, task)
         middle = len(rows) // 2
-        tasks.append(TaskPairs(task, tuple(shuffled[:middle]), tuple(shuffled[middle:])))
+        tasks.append(TaskPairs(task, tuple(drawn[:middle]), tuple(drawn[middle:])))
     return tasks
 
 
-def _shuffled(rows: Sequence[Pair], seed: int, task: str) -> list[Pair]:
+def shuffled(rows: Sequence[T], seed: int, task: str) -> list[T]:
+    """The order in which rows of a task are drawn."""
     # Seeded by task name too, so that a task's draw does not depend on which other tasks are in the file.
     return random.Random(f"{seed}/{task}").sample(rows, len(rows))
 
@@ -180,6 +187,11 @@ def parse_pair(row: Any, where: str) -> Pair:
     if row.get("check") is not None:
         parse_check(row["check"], where)
     return Pair(row["task"], row["prompt"], row.get("contrast"), row.get("check"), row.get("chat", False))
+
+
+def fields_of(pair: Pair) -> dict[str, Any]:
+    """The row of a file: what `parse_pair` takes."""
+    return {key: value for key, value in asdict(pair).items() if value not in (None, False)}
 
 
 @cache
@@ -245,7 +257,7 @@ def _draw(choices: list[list[Any]], samples: int, seed: int, task: str) -> list[
 def main(name: str, samples: int, seed: int) -> None:
     """Print a built-in prompt set as JSONL, ready for wp-score --pairs."""
     for pair in BUILTIN[name](samples, seed):
-        echo(json.dumps({key: value for key, value in asdict(pair).items() if value is not None}))
+        echo(json.dumps(fields_of(pair)))
 
 
 if __name__ == "__main__":

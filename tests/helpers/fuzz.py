@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
+import io
 import json
 import random
 import signal
@@ -471,6 +473,41 @@ def judge_index(content: bytes, value: Any) -> str | None:
     return f"takes the shard {outside[0]!a}" if outside else None
 
 
+def judge_chats(content: bytes, value: Any) -> str | None:
+    """Every prompt is something that a message says, and no other row than is there makes one."""
+    rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+    said = {text for row in rows for place, _ in _places(row) if isinstance(place, dict) for text in _texts(place)}
+    odd = [pair for pair in value.pairs if pair.prompt not in said or pair.contrast or pair.check or not pair.chat]
+    if odd or len(value.pairs) > len(rows) or value.rows != len(rows):
+        return f"takes {odd[:1]!a} out of {len(rows)} rows, as {value.rows}"
+    return None
+
+
+def _texts(message: dict[str, Any]) -> Iterator[str]:
+    yield from (text for text in message.values() if isinstance(text, str))
+
+
+def judge_ifeval(content: bytes, value: Any) -> str | None:
+    """The rows are those of the file; what is more than in the file is null."""
+    rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+    if len(rows) != len(value):
+        return f"takes {len(rows)} rows as {len(value)}"
+    for said, found in zip(rows, value, strict=True):
+        if any(not _same(found[name], said[name]) for name in ("key", "prompt", "instruction_id_list")):
+            return f"takes {said!a} as {found!a}"
+        for given, read in zip(said["kwargs"], found["kwargs"], strict=True):
+            if any(not _same(read.get(name), given.get(name)) for name in {*given, *read}):
+                return f"takes {given!a} as {read!a}"
+    return None
+
+
+def judge_table(content: bytes, value: Any) -> str | None:
+    """The rows are those that the csv module reads."""
+    text = content.decode("utf-8").removeprefix("\ufeff")
+    head, *rows = [cells for cells in csv.reader(io.StringIO(text, newline="")) if cells] or [[]]
+    return None if value == [dict(zip(head, cells, strict=True)) for cells in rows] else f"takes {value!a}"
+
+
 def unjudged(_content: bytes, _value: Any) -> str | None:
     """A memory of ours: whatever is damaged counts as not there."""
     return None
@@ -491,6 +528,7 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.checkpoint.folder import Checkpoint
     from mergekit_wp.checkpoint.weights import read_header
     from mergekit_wp.eval.measure import read_cache
+    from mergekit_wp.eval.official_data import PUBLISHED
     from mergekit_wp.eval.suite import read_suite
     from mergekit_wp.eval.tables import read_results
     from mergekit_wp.fit_file import read_fit, write_fit
@@ -499,8 +537,10 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.merge.certificate import Certificate, CertifiedScores, read_certificate
     from mergekit_wp.merge.recipe import read_recipe
     from mergekit_wp.pipeline.spec import read_pipeline
+    from mergekit_wp.records import csv_records
     from mergekit_wp.scores import Scores, read_scores, write_scores
     from mergekit_wp.scoring.config import load_job
+    from mergekit_wp.scoring.convert import convert
     from mergekit_wp.scoring.pairs import read_pairs
     from mergekit_wp.scoring.resume import Resume
     from mergekit_wp.scoring.whole_answers import read_answers
@@ -540,6 +580,12 @@ def formats(root: Path) -> list[Format]:
                 "dtype": "float32", "versions": {"torch": "2"}, "date": "2026-11-25T00:00:00+00:00"},
                {"task": "t", "prompt": [5, 6], "answer": [7, 2], "text": " w3"},
                {"task": "u", "prompt": [8], "answer": [9, 9, 9], "text": " w5 w5 w5"}]  # fmt: skip
+    chats = [{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]},
+             {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}]},
+             {"messages": [{"role": "user", "content": "r"}]}]  # fmt: skip
+    asked = [{"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+             {"key": 2, "prompt": "q", "instruction_id_list": ["keywords:existence", "language:response_language"],
+              "kwargs": [{"keywords": ["a", "b"]}, {"language": "kn", "letter": None}]}]  # fmt: skip
     entry = {"results": {"acc,none": 0.5}, "samples": 3, "task": "t"}
     texts, state = [{"text": "a b"}, {"text": "c"}], {"digest": "a" * 64, "date": "2026-01-01"}
     known = {str(root / "base" / "config.json"): ["1 2", "a" * 64]}
@@ -566,6 +612,12 @@ def formats(root: Path) -> list[Format]:
 
     def load(path: Path) -> Any:
         return load_job(str(path), {})
+
+    def published(path: Path) -> Any:
+        return PUBLISHED["google/IFEval"].load(path.parent, "default")["train"]
+
+    def table(path: Path) -> Any:
+        return [row for _, row in csv_records(path)]
 
     def texts_of(path: Path) -> Any:
         return list(read_texts(str(path)))
@@ -606,6 +658,9 @@ def formats(root: Path) -> list[Format]:
         Format("results", root / "results.json", files["results/results.json"], read_results, judge_results, *header),
         Format("pairs", root / "pairs.jsonl", dump_lines(pairs), read_pairs, judge_pairs, lines, dump_lines),
         Format("answers", root / "a.jsonl", dump_lines(answers), read_answers, judge_answers, lines, dump_lines),
+        Format("chats", root / "chats.jsonl", dump_lines(chats), convert, judge_chats, lines, dump_lines),
+        Format("ifeval", root / "ifeval.jsonl", dump_lines(asked), published, judge_ifeval, lines, dump_lines),
+        Format("table", root / "table.csv", b'a,b\n"x, ""y""\nz",2\n\n3,4\n', table, judge_table),
         Format("texts", root / "texts.jsonl", dump_lines(texts), texts_of, unjudged, lines, dump_lines),
         Format("cache", root / "cache.json", json_dump({"tasks": {"k": entry}}), read_cache, unjudged, *header),
         Format("digests", root / "digests.json", json_dump(known), digests, unjudged, *header),

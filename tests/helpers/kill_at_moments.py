@@ -226,4 +226,21 @@ def steps(folder: Path):
     return lambda: run_steps(chain, Stamps.below(folder / ".steps")), made[-1]
 
 
-STAGES = {"score": score, "fit": fit, "aim": aim, "merge": merge, "push": push, "evaluate": evaluate, "run": steps}
+def convert(folder: Path):
+    from mergekit_wp.scoring.convert import main as command
+
+    source, out = folder / "rows.csv", folder / "made.jsonl"
+    source.write_text("q\n" + "".join(f"question {i}\n" for i in range(50)))
+    return lambda: command([str(source), "--prompt", "q", "--limit", "20", "--out", str(out), "--quiet"]), out
+
+
+STAGES = {
+    "pairs": convert,
+    "score": score,
+    "fit": fit,
+    "aim": aim,
+    "merge": merge,
+    "push": push,
+    "evaluate": evaluate,
+    "run": steps,
+}

@@ -131,6 +131,11 @@ def test_malformed_checks_are_refused_with_their_line(tmp_path, check, message):
         ({"ifeval": "detectable_format:titel"}, "IFEval has no type"),
         ({"ifeval": "detectable_format:multiple_sections"}, "takes the kwargs"),
         ({"ifeval": "punctuation:no_comma", "kwargs": {"count": 3}}, "takes the kwargs"),
+        ({"ifeval": "keywords:existence", "kwargs": {"keywords": []}}, "takes no empty keywords"),
+        (
+            {"ifeval": "length_constraints:number_words", "kwargs": {"num_words": 9, "relation": "about"}},
+            "does not take the kwargs",
+        ),
         ({"number": "twelve"}, "takes a text such as '97'"),
         ({"number": "12", "kwargs": {"total": 3}}, "no kwargs"),
         ({"python": "f(x)", "kwargs": {"cases": [[1, 2]]}}, "the name of a function"),

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.errors import BadInput, reason_of, shown
 from mergekit_wp.sandbox import call_function
 
 GRADERS = ("ifeval", "number", "python")
@@ -128,16 +128,38 @@ def _lm_eval() -> tuple[Any, dict[str, Any]]:
     return utils, instructions_registry.INSTRUCTION_DICT
 
 
-def _preflight_ifeval(check: Check, where: str) -> None:
+def ifeval_trouble(name: str, kwargs: Mapping[str, Any]) -> str | None:
+    """Why IFEval's grader cannot grade by this type with these arguments, as a clause; None where it can."""
     _utils, types = _lm_eval()
-    if check.name not in types:
-        raise BadInput(f"{where}: IFEval has no type {shown(check.name)}; it has {', '.join(sorted(types))}.")
-    needed = set(types[check.name](check.name).get_instruction_args_keys())
+    if name not in types:
+        return f"IFEval has no type {shown(name)}; it has {', '.join(sorted(types))}"
+    instruction = types[name](name)
+    needed = set(instruction.get_instruction_args_keys())
     # A missing argument would be drawn at random, and the check would grade something that nobody asked for.
-    if needed != set(check.kwargs):
-        raise BadInput(
-            f"{where}: the check {check.name} takes the kwargs {sorted(needed)}, found {sorted(check.kwargs)}."
-        )
+    if needed != set(kwargs):
+        return f"the check {name} takes the kwargs {sorted(needed)}, found {sorted(kwargs)}"
+    if empty := sorted(key for key, value in kwargs.items() if not value):  # lm-eval takes it for missing
+        return f"the check {name} takes no empty {empty[0]}, found {shown(kwargs[empty[0]])}"
+    try:
+        instruction.build_description(**kwargs)
+    except Exception as error:  # whatever comes of arguments of other kinds than it expects
+        return f"the check {name} does not take the kwargs {shown(dict(kwargs))} ({reason_of(error)})"
+    taken = instruction.get_instruction_args() or {}
+    if other := [key for key, value in kwargs.items() if key in taken and _plain(taken[key]) != _plain(value)]:
+        return f"the check {name} takes no {other[0]} {shown(kwargs[other[0]])}; lm-eval would draw another"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A value of IFEval's but for what its types change in it: case, space around, order."""
+    if isinstance(value, str):
+        return value.strip().lower()
+    return sorted({str(each) for each in value}) if isinstance(value, list) else value
+
+
+def _preflight_ifeval(check: Check, where: str) -> None:
+    if trouble := ifeval_trouble(check.name, check.kwargs):
+        raise BadInput(f"{where}: {trouble}.")
     if check.name in _NEEDS_PUNKT:
         check_punkt(f"{where}: the check {check.name}")
 
