@@ -76,6 +76,17 @@ TASK_ARITHMETIC = {"merge_method": "task_arithmetic", "expert_parameters": {"wei
         ("score", expert(scoring={"pairs": "builtin:math"}), "`experts.one`: pairs: no built-in set 'math'"),
         ("score", expert(scoring={"pairs": "one.jsonl", "layers": "3-9"}), "`experts.one`: layers: 3-9 is out of"),
         ("score", expert(scoring={"pairs": "one.jsonl", "top": [5, "no.safetensors"]}), "no such score file"),
+        (
+            "score",
+            expert(scoring={"pairs": "one.jsonl", "at": "no.yaml"}),
+            "`experts.one.scoring.at`: no.yaml is neither",
+        ),
+        (
+            "score",
+            expert(scoring={"pairs": "one.jsonl", "at": "ties.yaml"}),
+            "`experts.one`: at: ties.yaml: mergekit has no",
+        ),
+        ("score", expert(scoring={"pairs": "one.jsonl", "at": "away.yaml"}), "`experts.one`: at: ./away: no such"),
         ("score", expert(model="onne", scoring={"pairs": "one.jsonl"}), "`experts.one`: onne: no such model folder"),
         ("score", {"score": {"flags": ["--devise", "cpu"]}}, "`score.flags`: No such option"),
         ("merge", expert(scores="bad.safetensors"), "`merges.wp`: "),
