@@ -13,6 +13,8 @@ from merge_world import write_random_fit
 from pipeline_world import build, content, pipeline_of
 
 from mergekit_wp.pipeline.cli import main
+from mergekit_wp.pipeline.spec import read_pipeline
+from mergekit_wp.pipeline.steps import pipeline_steps
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,17 @@ def pushed(**fields: object) -> dict:
 
 
 TASK_ARITHMETIC = {"merge_method": "task_arithmetic", "expert_parameters": {"weight": 1.0}}
+
+
+def test_a_merge_that_is_scored_at_is_an_input(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recipe, models and files: where one of them changes, the step is due."""
+    monkeypatch.chdir(world)
+    recipe = {"merge_method": "wp", "base_model": "base", "models": [{"model": "two"}]}
+    recipe["parameters"] = {"fit": "one.fit.safetensors"}
+    (world / "wp.yaml").write_text(yaml.safe_dump(recipe))
+    scored = expert(scoring={"pairs": "one.jsonl", "at": "wp.yaml"})
+    step = pipeline_steps(read_pipeline(pipeline_of(world, "scored-at", **scored)))[0]
+    assert {Path("wp.yaml"), Path("one.fit.safetensors"), Path("base"), Path("two"), Path("one")} <= set(step.inputs)
 
 
 @pytest.mark.parametrize(
