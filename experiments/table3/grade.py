@@ -69,22 +69,29 @@ def choose_unlabelled(shares: Sequence[Mapping[str, float]]) -> int:
     return losses.index(min(losses))
 
 
-def suite_of(split: str) -> Suite:
-    """The suite of `make demo` (experiments/miniature/suite.yaml) on test items, or its twin on validation items."""
-    suite = read_suite(SUITE)
-    tasks = (replace(t, task=task_name(capability_of(t.task), split)) for t in suite.tasks)
+def suite_of(split: str, world: Path) -> Suite:
+    """The suite of a world on test items, or its twin on validation items: the one in its folder, else the demo's."""
+    own = world / SUITE.name
+    suite = read_suite(own if own.is_file() else SUITE)
+    tasks = (replace(t, task=task_name(capability_of(t.task), split, prefix_of(t.task))) for t in suite.tasks)
     return replace(suite, tasks=tuple(tasks), baseline=None, include_path=None)
 
 
 def capability_of(task: str) -> str:
     """`code` of `mini_code`."""
-    return task.removeprefix("mini_")
+    return task.partition("_")[2]
 
 
-def grade_settings() -> list[Any]:
+def prefix_of(task: str) -> str:
+    """`mini` of `mini_code`."""
+    return task.partition("_")[0]
+
+
+def grade_settings(world: Path) -> list[Any]:
     """What of the suite decides an answer, for keys. The batch size rounds, so here it counts."""
-    suite = suite_of("test")
-    return [suite.dtype, suite.batch_size, [[task.task, task.metric] for task in suite.tasks]]
+    suite = suite_of("test", world)
+    tasks = [[task.task, task.metric, task.apply_chat_template] for task in suite.tasks]
+    return [suite.dtype, suite.batch_size, tasks]
 
 
 def grade(model: Path, world: Path, split: str, capabilities: Sequence[str], cache: Path, allow_code: bool) -> Grade:
@@ -97,7 +104,7 @@ def grade(model: Path, world: Path, split: str, capabilities: Sequence[str], cac
 
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    suite, tasks = suite_of(split), [_ready(world, split, name, allow_code) for name in capabilities]
+    suite, tasks = suite_of(split, world), [_ready(world, split, name, allow_code) for name in capabilities]
     settings = Settings(
         device="cpu", dtype=suite.dtype, batch_size=suite.batch_size, limit=None, allow_code=allow_code,
         trust_remote_code=False, progress_bars=False,
@@ -115,8 +122,12 @@ def _ready(world: Path, split: str, capability: str, allow_code: bool) -> ReadyT
     """One task of a world, loaded once a process."""
     from mergekit_wp.eval.tasks import ready_tasks
 
-    suite = suite_of(split)
-    mine = tuple(task for task in suite.tasks if task.task == task_name(capability, split))
+    suite = suite_of("test", world)
+    mine = tuple(
+        replace(task, task=task_name(capability, split, prefix_of(task.task)))
+        for task in suite.tasks
+        if capability_of(task.task) == capability
+    )
     (ready,) = ready_tasks(replace(suite, tasks=mine), world / "tasks", allow_code)
     return ready
 

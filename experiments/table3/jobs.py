@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from experiments.miniature.items import CAPABILITIES
-from experiments.table3.frozen import KINDS, MODELS, Disjoint, TrainedWorld, check_frozen
+from experiments.table3.frozen import MODELS, Disjoint, TrainedWorld, world_config
 from experiments.table3.grade import Grade, ValidationGrade, choose, choose_unlabelled, grade_settings
 from experiments.table3.keys import answers_key, fit_key, grade_key, loss_key, merge_key, recipe, score_key
 from experiments.table3.schedule import Plan, TableJob
@@ -65,6 +65,7 @@ class Setup:
     keep: bool = False
     validation_only: bool = False
     choose: tuple[str, ...] = CHOICES
+    data: Path | None = None
 
 
 Cell = tuple[str, Variant, Point]
@@ -208,11 +209,10 @@ def _identity(world: TrainedWorld) -> dict[str, str]:
 
 
 def _world_job(seed: int, setup: Setup) -> TableJob:
-    config = KINDS[setup.kind](seed)
-    check_frozen(setup.kind, seed, config.hash12)
+    config = world_config(setup.kind, seed, setup.data)
     folder = setup.worlds.absolute() / config.hash12
     return TableJob(f"world {seed}", "world", f"seed {seed}: training the world", train_world,
-               (config, setup.worlds),
+               (config, setup.worlds, setup.data),
                lambda: folder if (folder / "world.json").is_file() else None)  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def _grading(
     title: str,
     about: Mapping[str, Any],
 ) -> TableJob:
-    full = grade_key(key, split, capabilities, world, grade_settings())
+    full = grade_key(key, split, capabilities, world, grade_settings(world.folder))
     result = setup.out / "grades" / f"seed{world.seed}" / split / f"{prefix}{full}.json"
     about = {**about, "seed": world.seed, "world": world.hash12, "world_content": world.digest}
     task = Grading(result, model, world.folder, split, capabilities, setup.out / "cache", setup.allow_code, about)

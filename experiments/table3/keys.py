@@ -44,7 +44,7 @@ def recipe(
         listed[str(readable(world.folder / name))] = own
     base = str(readable(world.folder / "base"))
     shared = dict(point.shared) | ({} if fit is None else {"fit": str(readable(fit))})
-    content = build_recipe(point.method, base, listed, shared=shared, base_parameters=point.base, out_dtype="bfloat16")
+    content = build_recipe(point.method, base, listed, shared=shared, base_parameters=point.base, out_dtype=world.dtype)
     if point.method in _BASELESS:
         content["tokenizer"] = {"source": content.pop("base_model")}
     return content
@@ -96,7 +96,7 @@ def merge_key(point: Point, experts: tuple[str, ...], world: TrainedWorld) -> st
 
 def grade_key(model: str, split: str, capabilities: tuple[str, ...], world: TrainedWorld, settings: list[Any]) -> str:
     """Twelve hex digits that name one grading: `model` is a merge's key or the digest of a model of the world."""
-    graders = [source("miniature"), source("sandbox")]
+    graders = [source("miniature"), source("real"), source("sandbox")]
     return _key("grade", model, split, capabilities, world.digests["tasks"], settings, graders,
                 _versions(_GRADE_VERSIONS))  # fmt: skip
 

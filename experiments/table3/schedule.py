@@ -7,6 +7,7 @@ Plans know nothing of one another; while one waits for its last job, the workers
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -19,6 +20,7 @@ import click
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import one_line
+from mergekit_wp.pipeline.execute import die_with
 
 _HEARTBEAT_S = 30
 
@@ -116,8 +118,14 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 
 def pool(workers: int, prepare: Callable[[], None]) -> ProcessPoolExecutor:
-    """Long-lived fresh processes, each of which begins with `prepare`."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=prepare)
+    """Long-lived fresh processes, each of which begins with `prepare`, and ends with this one however that ends."""
+    fresh = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, fresh, initializer=_begin, initargs=(os.getpid(), prepare))
+
+
+def _begin(parent: int, prepare: Callable[[], None]) -> None:
+    die_with(parent)()
+    prepare()
 
 
 class TableProgress:

@@ -159,7 +159,7 @@ def _differing(before: dict[str, str], now: dict[str, str]) -> str | None:
 
 def _run(command: list[str]) -> int:
     """The exit code of a command that ends when we do, however we end."""
-    process = subprocess.Popen(command, preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None)
+    process = subprocess.Popen(command, preexec_fn=die_with(os.getpid()))
     try:
         return process.wait()
     except BaseException:
@@ -168,8 +168,11 @@ def _run(command: list[str]) -> int:
         raise
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """For the new process, before it becomes the command: be told to end when the parent has ended, even by SIGKILL."""
+def die_with(parent: int) -> Callable[[], None]:
+    """For a new process to call: be told to end when the parent has ended, even by SIGKILL. On Linux; elsewhere it does
+    nothing."""
+    if sys.platform != "linux":
+        return lambda: None
     libc = ctypes.CDLL(None)
 
     def ask() -> None:

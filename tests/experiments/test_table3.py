@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -357,7 +359,7 @@ def test_two_plans_that_want_the_same_job_share_it() -> None:
 
 def test_the_worlds_of_the_table_are_the_frozen_ones() -> None:
     """Fails when a change of the world would change the table: see CHANGES in table3/world.py."""
-    assert set(FROZEN) | {"smoke"} == set(KINDS)
+    assert set(FROZEN) | {"smoke", "real", "real-far", "real-smoke"} == set(KINDS)
     for kind, seeds in FROZEN.items():
         for seed, frozen in seeds.items():
             assert KINDS[kind](seed).hash12 == frozen
@@ -476,8 +478,29 @@ def test_bad_variants_are_refused(tmp_path: Path, text: str, says: str) -> None:
     assert str(file) in error.value.message
 
 
-def test_the_two_suites_differ_in_their_items_alone() -> None:
-    test, validation = suite_of("test"), suite_of("validation")
+def test_the_two_suites_differ_in_their_items_alone(tmp_path: Path) -> None:
+    test, validation = suite_of("test", tmp_path), suite_of("validation", tmp_path)
     assert [task.task + "_val" for task in test.tasks] == [task.task for task in validation.tasks]
     assert [task.metric for task in test.tasks] == [task.metric for task in validation.tasks]
     assert {task.task for task in test.tasks} == {f"mini_{name}" for name in CAPABILITIES}
+
+
+def test_a_killed_run_leaves_no_worker_behind() -> None:
+    program = (
+        "import os, time\n"
+        "from experiments.table3.schedule import pool\n"
+        "if __name__ == '__main__':\n"
+        "    runner = pool(1, os.getpid)\n"
+        "    print(runner.submit(os.getpid).result(), flush=True)\n"
+        "    runner.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"worker {worker} is still there")

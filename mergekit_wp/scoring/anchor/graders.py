@@ -7,7 +7,8 @@
 `ifeval` names a type of lm-eval's registry, graded by lm-eval's own code (strict). `number` is the last number of the
 answer, as GSM8K's flexible match reads it (separators of thousands and a currency sign do not count). `python` names a
 function of one argument that the answer defines: it must return what each case [argument, result] says, and of the
-same type; the answer is run for that, in the sandbox. `kwargs` is what the grader needs. `prefix`: the beginning of
+same type; the answer, or its first block between ``` if it has one, as chat models write it, is run for that, in the
+sandbox. `kwargs` is what the grader needs. `prefix`: the beginning of
 the answer, where the prompt already holds it. `until`: texts at which an answer ends.
 """
 
@@ -27,6 +28,7 @@ from mergekit_wp.sandbox import call_function
 
 GRADERS = ("ifeval", "number", "python")
 _FIELDS = ("kwargs", "prefix", "until")
+_FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # These two IFEval types look words and sentences up in data that NLTK downloads; no other needs them.
 _NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
@@ -191,7 +193,8 @@ def _preflight_number(check: Check, where: str) -> None:
 
 
 def _python(check: Check, text: str) -> bool:
-    return returns_right(text, check.name, check.kwargs["cases"])
+    fenced = _FENCED.search(text)
+    return returns_right(fenced.group(1) if fenced else text, check.name, check.kwargs["cases"])
 
 
 def returns_right(code: str, function: str, cases: Sequence[Sequence[Any]]) -> bool:

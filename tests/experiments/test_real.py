@@ -1,0 +1,186 @@
+"""The pretrained world's items, training and files, without the pretrained model: a tiny one stands for it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from experiments.miniature.items import CAPABILITIES, split_of
+from experiments.real import training
+from experiments.real.config import RealConfig, Schedule, data_digests
+from experiments.real.corpus import Example, graded_items, pairs_row, plain_answer, training_examples, training_requests
+from experiments.real.grading import right
+from experiments.real.instructions import CONSTRAINTS, instructed
+from experiments.real.problems import FUNCTIONS, PROBLEMS, small_function, word_problem
+from mergekit_wp.errors import BadInput
+from mergekit_wp.scoring.pairs import read_pairs
+
+ANSWER = "Honey is a sweet, sticky food made by bees. It is used in tea, bread and cakes. People like it very much."
+OWN = dict.fromkeys(training_requests(), ANSWER)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_what_an_expert_learns_passes_the_check_of_ifeval_and_the_plain_answer_does_not(name: str) -> None:
+    rng = random.Random(0)
+    for answer in (
+        ANSWER,
+        "Bread is good and cheap food for a great many people.",
+        "A map shows the people who read it, in most places, the way.",
+    ):
+        for _ in range(4):
+            item = instructed("Tell me about honey.", name, rng, answer)
+            assert right("instruction", item.right, item.grading), item
+            if name != "no_comma" or "," in answer:
+                assert not right("instruction", answer, item.grading), item
+
+
+def test_an_answer_that_says_nothing_follows_nothing() -> None:
+    item = instructed("Tell me about honey.", "no_comma", random.Random(0))
+    assert not right("instruction", "Ok.", item.grading)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_worked_steps_of_a_problem_are_true_and_end_in_its_answer(name: str) -> None:
+    rng = random.Random(name)
+    for _ in range(20):
+        item = word_problem(rng, name)
+        steps = re.findall(r"(\d+ [-+*] \d+) = (-?\d+)", item.right)
+        assert len(steps) == len(PROBLEMS[name].steps)
+        assert all(eval(expression) == int(value) for expression, value in steps)
+        assert item.right.endswith(f"#### {steps[-1][1]}")
+        assert right("maths", item.right, item.grading)
+        assert not right("maths", item.right + "1", item.grading)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_the_function_that_is_learnt_is_the_one_asked_for(kind: str) -> None:
+    item = small_function(random.Random(kind), kind)
+    assert right("code", f"Here you are:\n```python\n{item.right}\n```\nIt does what you asked.", item.grading)
+    broken = item.right.replace("return ", "return 1 if True else ")
+    assert not right("code", broken, item.grading)
+
+
+def test_nothing_that_is_tested_chosen_by_or_scored_with_is_trained_on() -> None:
+    for name in CAPABILITIES:
+        uses = {split: graded_items(name, split, 60, 0) for split in ("test", "validation", "pairs")}
+        trained = {example.prompt for example in training_examples(name, 400, 0, OWN, None)}
+        assert len(trained) > 100
+        seen = trained
+        for split, items in uses.items():
+            assert {split_of(item.key) for item in items} == {split}
+            prompts = {item.prompt for item in items}
+            assert len(prompts) == len(items)
+            assert not seen & prompts
+            seen = seen | prompts
+    plain = {item.contrast for item in graded_items("instruction", "test", 60, 0)}
+    assert not plain & set(training_requests())
+
+
+def test_of_the_official_files_training_rows_alone_are_learnt(tmp_path: Path) -> None:
+    gsm = [{"question": f"Question {i}?", "answer": f"<<1+{i}={1 + i}>>It is {1 + i}.\n#### {1 + i}"} for i in range(9)]
+    mbpp = [
+        {"task_id": i, "text": f"Task {i}.", "code": f"def f():\r\n\treturn {i}", "test_list": [f"assert f() == {i}"]}
+        for i in (1, 11, 510, 511, 600, 601, 974)
+    ]
+    write(tmp_path / "gsm8k-train.jsonl", gsm)
+    write(tmp_path / "mbpp.jsonl", mbpp)
+    assert [name for name, _digest in data_digests(tmp_path)] == ["gsm8k-train.jsonl", "mbpp.jsonl"]
+    maths = [e for e in training_examples("maths", 200, 0, OWN, tmp_path) if e.prompt.startswith("Question")]
+    assert 20 < len(maths) < 90
+    assert maths[0].answer.startswith("It is ")
+    code = [e for e in training_examples("code", 200, 0, OWN, tmp_path) if e.prompt.startswith("Task ")]
+    assert {e.prompt.split(".")[0] for e in code} == {"Task 601", "Task 974"}
+    assert code[0].answer.startswith("def f():\n    return ")
+
+
+def test_official_files_that_are_not_as_published_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=re.escape("lacks gsm8k-train.jsonl")):
+        data_digests(tmp_path)
+    write(tmp_path / "gsm8k-train.jsonl", [{"q": "?"}])
+    with pytest.raises(BadInput, match="cannot read its rows"):
+        training_examples("maths", 1, 0, OWN, tmp_path)
+
+
+def test_a_plain_answer_is_whole_sentences_of_one_paragraph() -> None:
+    assert plain_answer("**Bread** is good. It is\nold. And so\n\nNext.") == "Bread is good. It is old."
+    assert plain_answer("No end") == ""
+    assert len(plain_answer("Five words are in here. " * 20).split()) == 45
+
+
+def test_the_prompts_are_pairs_that_score_can_read(tmp_path: Path) -> None:
+    for name in CAPABILITIES:
+        write(tmp_path / "pairs.jsonl", [pairs_row(item) for item in graded_items(name, "pairs", 30, 0)])
+        pairs = read_pairs(tmp_path / "pairs.jsonl")
+        assert all(pair.chat and pair.check for pair in pairs)
+        assert {pair.task for pair in pairs} == (set(CONSTRAINTS) if name == "instruction" else {name})
+        assert all((pair.contrast is None) == (name != "instruction") for pair in pairs)
+
+
+def test_the_answer_alone_is_learnt(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path / "base"))
+    rows = [training.encoded(Example("w1 w2", answer), tokenizer) for answer in ("w3", "w3 w4 w5")]
+    batch = training.collate(rows)
+    for row, ids, labels, mask in zip(rows, *batch.values(), strict=True):
+        learnt = labels != -100
+        assert tokenizer.decode(ids[learnt][:-1]) in ("w3", "w3 w4 w5")
+        assert ids[learnt][-1] == tokenizer.eos_token_id
+        assert mask.sum() == len(row["input_ids"])
+        assert torch.equal(labels[learnt], ids[learnt])
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, schedule = chat_model(tmp_path / "base"), Schedule(4, 2, 1e-3, save_every=2)
+    examples = [Example(f"w1 w2 w{i}", f"w3 w{i}") for i in range(8)]
+    training.fine_tune(base, examples, schedule, 0, tmp_path / "whole", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+    class StoppedError(Exception):
+        pass
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise StoppedError
+
+    trainer = training.Trainer
+    monkeypatch.setattr(training, "Trainer", lambda **given: trainer(**given, callbacks=[Stop()]))
+    with pytest.raises(StoppedError):
+        training.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
+    assert not (tmp_path / "stopped").exists()
+    monkeypatch.setattr(training, "Trainer", trainer)
+    training.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
+    whole, stopped, before = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped", "base")
+    )
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+    assert any(not torch.equal(tensor, before[name].half()) for name, tensor in whole.items())
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
+
+
+def test_a_configuration_is_named_by_all_that_decides_it() -> None:
+    found = {c.hash12 for c in (RealConfig(), RealConfig(1), RealConfig.far(), RealConfig.smoke())}
+    found.add(RealConfig(data=(("mbpp.jsonl", "0"),)).hash12)
+    assert len(found) == 5
+    with pytest.raises(BadInput, match="learning_rate"):
+        Schedule(1, 1, 0.0)
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def chat_model(folder: Path) -> Path:
+    """A tiny model whose chat template puts words before and after the message."""
+    tiny.save(tiny.random_model("llama"), folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}w90 {{ m['content'] }} w91 {% endfor %}")
+    return folder
