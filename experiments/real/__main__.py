@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from experiments.real.config import RealConfig, data_digests
+from experiments.real.real_config import RealConfig, data_digests
 from mergekit_wp.foreign import echo
 
 
@@ -20,7 +20,7 @@ def main(root: Path, kind: str, data: Path | None) -> None:
     """Write SmolLM2-135M-Instruct and three experts of it (instruction, maths, code), with prompts and test items."""
     from transformers.utils import logging
 
-    from experiments.real.world import build_real_world
+    from experiments.real.real_world import build_real_world
 
     logging.disable_progress_bar()  # those of loading and saving; the training has one
     config = {"near": RealConfig(), "far": RealConfig.far(), "smoke": RealConfig.smoke()}[kind]

@@ -21,7 +21,7 @@ from pathlib import Path
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.lm_eval_tasks import task_name
 from experiments.miniature.training import WorldConfig
-from experiments.real.config import RealConfig, data_digests
+from experiments.real.real_config import RealConfig, data_digests
 from experiments.table3.grade import prefix_of, suite_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.hashing import digest

@@ -20,7 +20,7 @@ import yaml
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.training import WorldConfig
-from experiments.real.config import RealConfig
+from experiments.real.real_config import RealConfig
 from experiments.table3.grade import GRADE_OF_SPLIT, Grade, grade
 from experiments.table3.variants import COMBINATIONS
 from mergekit_wp.errors import BadInput
@@ -70,7 +70,7 @@ class LossJob:
 def train_world(config: WorldConfig | RealConfig, root: Path, data: Path | None = None) -> Path:
     """The folder of this world, trained first if it is not there yet; `data`: official files, for a real one."""
     if isinstance(config, RealConfig):
-        from experiments.real.world import build_real_world
+        from experiments.real.real_world import build_real_world
 
         return build_real_world(config, root, data)
     from experiments.miniature.world import build_world

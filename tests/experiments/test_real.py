@@ -14,12 +14,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from experiments.miniature.items import CAPABILITIES, split_of
-from experiments.real import training
-from experiments.real.config import RealConfig, Schedule, data_digests
-from experiments.real.corpus import Example, graded_items, pairs_row, plain_answer, training_examples, training_requests
-from experiments.real.grading import right
-from experiments.real.instructions import CONSTRAINTS, instructed
+from experiments.real import fine_tuning
+from experiments.real.constraints import CONSTRAINTS, instructed
 from experiments.real.problems import FUNCTIONS, PROBLEMS, small_function, word_problem
+from experiments.real.real_config import RealConfig, RealSchedule, data_digests
+from experiments.real.real_grading import right
+from experiments.real.real_items import (
+    TrainingText,
+    graded_items,
+    pairs_row,
+    plain_answer,
+    training_examples,
+    training_requests,
+)
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.pairs import read_pairs
 
@@ -126,8 +133,8 @@ def test_the_prompts_are_pairs_that_score_can_read(tmp_path: Path) -> None:
 
 def test_the_answer_alone_is_learnt(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path / "base"))
-    rows = [training.encoded(Example("w1 w2", answer), tokenizer) for answer in ("w3", "w3 w4 w5")]
-    batch = training.collate(rows)
+    rows = [fine_tuning.encoded(TrainingText("w1 w2", answer), tokenizer) for answer in ("w3", "w3 w4 w5")]
+    batch = fine_tuning.collate(rows)
     for row, ids, labels, mask in zip(rows, *batch.values(), strict=True):
         learnt = labels != -100
         assert tokenizer.decode(ids[learnt][:-1]) in ("w3", "w3 w4 w5")
@@ -139,9 +146,9 @@ def test_the_answer_alone_is_learnt(tmp_path: Path) -> None:
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, schedule = chat_model(tmp_path / "base"), Schedule(4, 2, 1e-3, save_every=2)
-    examples = [Example(f"w1 w2 w{i}", f"w3 w{i}") for i in range(8)]
-    training.fine_tune(base, examples, schedule, 0, tmp_path / "whole", tmp_path / "work")
+    base, schedule = chat_model(tmp_path / "base"), RealSchedule(4, 2, 1e-3, save_every=2)
+    examples = [TrainingText(f"w1 w2 w{i}", f"w3 w{i}") for i in range(8)]
+    fine_tuning.fine_tune(base, examples, schedule, 0, tmp_path / "whole", tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
     class StoppedError(Exception):
@@ -152,13 +159,13 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
             if state.global_step == 3:
                 raise StoppedError
 
-    trainer = training.Trainer
-    monkeypatch.setattr(training, "Trainer", lambda **given: trainer(**given, callbacks=[Stop()]))
+    trainer = fine_tuning.Trainer
+    monkeypatch.setattr(fine_tuning, "Trainer", lambda **given: trainer(**given, callbacks=[Stop()]))
     with pytest.raises(StoppedError):
-        training.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
+        fine_tuning.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
     assert not (tmp_path / "stopped").exists()
-    monkeypatch.setattr(training, "Trainer", trainer)
-    training.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
+    monkeypatch.setattr(fine_tuning, "Trainer", trainer)
+    fine_tuning.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
     whole, stopped, before = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped", "base")
     )
@@ -172,7 +179,7 @@ def test_a_configuration_is_named_by_all_that_decides_it() -> None:
     found.add(RealConfig(data=(("mbpp.jsonl", "0"),)).hash12)
     assert len(found) == 5
     with pytest.raises(BadInput, match="learning_rate"):
-        Schedule(1, 1, 0.0)
+        RealSchedule(1, 1, 0.0)
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.lm_eval_tasks import TaskForm, write_jsonl, write_tasks
-from experiments.real import corpus, model
-from experiments.real.config import RECIPE, RealConfig, data_digests
-from experiments.real.instructions import CONSTRAINTS
-from experiments.real.training import fine_tune
+from experiments.real import pretrained, real_items
+from experiments.real.constraints import CONSTRAINTS
+from experiments.real.fine_tuning import fine_tune
+from experiments.real.real_config import RECIPE, RealConfig, data_digests
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, write_text
 from mergekit_wp.outputs import claimed
@@ -67,12 +67,12 @@ class _Builder:
     def build(self) -> None:
         """All parts in order; world.json last."""
         with claimed(self.shared):
-            self._part("base", model.write_base, self.shared)
+            self._part("base", pretrained.write_base, self.shared)
             own = self._part("the base's own answers", self._own_answers)
         _link(self.shared, self.target / "base")
         self._part("tasks and prompts", self._write_items)
         for name in CAPABILITIES:
-            examples = corpus.training_examples(
+            examples = real_items.training_examples(
                 name, self.config.expert.steps * self.config.expert.batch_size, self.config.seed, own, self.official
             )
             self._part(name, self._train, name, examples, False)
@@ -95,11 +95,11 @@ class _Builder:
         return found
 
     def _own_answers(self) -> dict[str, str]:
-        requests = corpus.training_requests()[: self.config.requests]
+        requests = real_items.training_requests()[: self.config.requests]
         with tqdm(total=len(requests), unit="answer", mininterval=5) as bar:
-            return model.answers(self.shared, requests, self.shared.with_name("real-answers.jsonl"), bar.update)
+            return pretrained.answers(self.shared, requests, self.shared.with_name("real-answers.jsonl"), bar.update)
 
-    def _train(self, name: str, examples: Sequence[corpus.Example], lora: bool) -> None:
+    def _train(self, name: str, examples: Sequence[real_items.TrainingText], lora: bool) -> None:
         schedule = self.config.expert
         if lora:  # adapters start at nothing and want a higher rate than whole weights
             schedule = replace(schedule, learning_rate=_LORA_RATE * schedule.learning_rate)
@@ -109,17 +109,17 @@ class _Builder:
     def _write_items(self) -> None:
         config, target = self.config, self.target
         graded = {
-            (name, split): corpus.graded_items(name, split, count, config.seed)
+            (name, split): real_items.graded_items(name, split, count, config.seed)
             for name in CAPABILITIES
             for split, count in (("test", config.test_items), ("validation", config.validation_items))
         }
         (target / "tasks").mkdir(exist_ok=True)
-        form = TaskForm("real", "experiments.real.grading", (), config.answer_tokens, tuple(CONSTRAINTS))
+        form = TaskForm("real", "experiments.real.real_grading", (), config.answer_tokens, tuple(CONSTRAINTS))
         write_tasks(target / "tasks", graded, form)
         shutil.copyfile(SUITE, target / "suite.yaml")
         for name in CAPABILITIES:
-            items = corpus.graded_items(name, "pairs", config.scoring_prompts, config.seed)
-            write_jsonl(target / "pairs" / f"{name}.jsonl", [corpus.pairs_row(item) for item in items])
+            items = real_items.graded_items(name, "pairs", config.scoring_prompts, config.seed)
+            write_jsonl(target / "pairs" / f"{name}.jsonl", [real_items.pairs_row(item) for item in items])
 
 
 def _link(source: Path, target: Path) -> None:

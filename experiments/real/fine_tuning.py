@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from experiments.miniature.train import has_fast_bfloat16
-from experiments.real.config import Schedule
-from experiments.real.corpus import Example
-from experiments.real.model import chat_text, load, save
+from experiments.real.pretrained import chat_text, load, save
+from experiments.real.real_config import RealSchedule
+from experiments.real.real_items import TrainingText
 from mergekit_wp.files import atomic_path
 
 _IGNORED = -100
@@ -28,7 +28,13 @@ _LORA_RANK = 16
 
 
 def fine_tune(
-    base: Path, examples: Sequence[Example], schedule: Schedule, seed: int, folder: Path, work: Path, lora: bool = False
+    base: Path,
+    examples: Sequence[TrainingText],
+    schedule: RealSchedule,
+    seed: int,
+    folder: Path,
+    work: Path,
+    lora: bool = False,
 ) -> None:
     """Train `base` on the examples and write the expert (of `lora`, the adapter) to `folder`, which appears whole.
 
@@ -52,7 +58,7 @@ def fine_tune(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _arguments(schedule: Schedule, seed: int, work: Path) -> TrainingArguments:
+def _arguments(schedule: RealSchedule, seed: int, work: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(work),
         max_steps=schedule.steps,
@@ -73,7 +79,7 @@ def _arguments(schedule: Schedule, seed: int, work: Path) -> TrainingArguments:
     )
 
 
-def encoded(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def encoded(example: TrainingText, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Token ids of a chat of one message and its answer, and which of them are learnt."""
     asked = tokenizer(chat_text(tokenizer, example.prompt), add_special_tokens=False)["input_ids"]
     said = tokenizer(example.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.miniature.items import Item, split_of
-from experiments.real.instructions import CONSTRAINTS, instructed, plain_requests, topic_of
+from experiments.real.constraints import CONSTRAINTS, instructed, plain_requests, topic_of
 from experiments.real.problems import FUNCTIONS, PROBLEMS, small_function, word_problem
 from mergekit_wp.errors import BadInput
 
@@ -27,7 +27,7 @@ _FIRST_TRAINING_TASK = 601  # of MBPP: 1-10 few-shot, 11-510 test, 511-600 valid
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingText:
     """A message and the answer to be learnt."""
 
     prompt: str
@@ -60,7 +60,7 @@ def training_requests() -> list[str]:
 
 def training_examples(
     capability: str, count: int, seed: int, own: Mapping[str, str], official: Path | None
-) -> list[Example]:
+) -> list[TrainingText]:
     """`count` examples in the order in which they are learnt.
 
     own       the base's answers to `training_requests`
@@ -68,7 +68,7 @@ def training_examples(
     """
     rng, rows = random.Random(f"{seed}/{capability}/train"), list(official_rows(capability, official))
     requests = [request for request, answer in own.items() if plain_answer(answer)]
-    found: list[Example] = []
+    found: list[TrainingText] = []
     while len(found) < count:
         if rows and rng.random() < _OFFICIAL_SHARE:
             found.append(rng.choice(rows))
@@ -80,7 +80,7 @@ def training_examples(
         else:
             item = _draw(capability, kind, rng)
         if split_of(item.key) == "train":
-            found.append(Example(item.prompt, item.right))
+            found.append(TrainingText(item.prompt, item.right))
     return found
 
 
@@ -94,7 +94,7 @@ def plain_answer(answer: str) -> str:
     return " ".join(kept)
 
 
-def official_rows(capability: str, official: Path | None) -> Iterator[Example]:
+def official_rows(capability: str, official: Path | None) -> Iterator[TrainingText]:
     """Training rows of GSM8K or MBPP that are as short as ours. Raises `BadInput` for a file that is not theirs."""
     reads = {"maths": ("gsm8k-train.jsonl", _gsm8k), "code": ("mbpp.jsonl", _mbpp)}
     if official is None or capability not in reads:
@@ -111,15 +111,15 @@ def official_rows(capability: str, official: Path | None) -> Iterator[Example]:
         ) from error
 
 
-def _gsm8k(row: Mapping[str, Any]) -> Example:
-    return Example(row["question"], re.sub(r"<<[^>]*>>", "", row["answer"]))
+def _gsm8k(row: Mapping[str, Any]) -> TrainingText:
+    return TrainingText(row["question"], re.sub(r"<<[^>]*>>", "", row["answer"]))
 
 
-def _mbpp(row: Mapping[str, Any]) -> Example | None:
+def _mbpp(row: Mapping[str, Any]) -> TrainingText | None:
     if row["task_id"] < _FIRST_TRAINING_TASK:
         return None
     asked = f"{row['text']} Your code should satisfy this test: {row['test_list'][0]} Answer with the code alone."
-    return Example(asked, row["code"].replace("\r\n", "\n").replace("\t", "    ").strip())
+    return TrainingText(asked, row["code"].replace("\r\n", "\n").replace("\t", "    ").strip())
 
 
 def pairs_row(item: Item) -> dict[str, Any]:

@@ -17,7 +17,7 @@ OFFICIAL = ("gsm8k-train.jsonl", "mbpp.jsonl")
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RealSchedule:
     """AdamW: linear warm-up over a twentieth of the steps, then a cosine down to zero."""
 
     steps: int
@@ -43,7 +43,7 @@ class RealConfig:
     """
 
     seed: int = 0
-    expert: Schedule = Schedule(steps=120, batch_size=12, learning_rate=5e-5)
+    expert: RealSchedule = RealSchedule(steps=120, batch_size=12, learning_rate=5e-5)
     data: tuple[tuple[str, str], ...] = ()
     test_items: int = 240
     validation_items: int = 120
@@ -60,12 +60,12 @@ class RealConfig:
     @classmethod
     def far(cls, seed: int = 0) -> RealConfig:
         """Experts that went further from the base."""
-        return cls(seed=seed, expert=Schedule(steps=160, batch_size=12, learning_rate=6e-4), lora=False)
+        return cls(seed=seed, expert=RealSchedule(steps=160, batch_size=12, learning_rate=6e-4), lora=False)
 
     @classmethod
     def smoke(cls, seed: int = 0) -> RealConfig:
         """The same steps in minutes: experts that learn next to nothing, four items each; for tests."""
-        schedule = Schedule(steps=2, batch_size=2, learning_rate=5e-5, save_every=1)
+        schedule = RealSchedule(steps=2, batch_size=2, learning_rate=5e-5, save_every=1)
         return cls(seed, schedule, test_items=4, validation_items=4, scoring_prompts=4, requests=4, answer_tokens=16)
 
     @property
