@@ -19,7 +19,7 @@ from official_world import GSM8K, GSM8K_TRAIN, HUMANEVAL, IFEVAL, MBPP, write_wo
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval.comparability import differences
-from mergekit_wp.eval.official_data import PUBLISHED, DataFolder
+from mergekit_wp.eval.official_data import PUBLISHED, DataFolder, odd_counts
 from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
 from mergekit_wp.eval.tables import read_results
 from mergekit_wp.eval.tasks import find_tasks, ready_tasks
@@ -243,6 +243,11 @@ def test_rows_of_other_data_are_told_apart(tmp_path: Path) -> None:
     assert said.startswith("data is files of content ")
     assert len({said.split("content ")[i][:12] for i in (1, 2)}) == 2
     assert said.endswith("as its task names it for hub.")
+
+
+def test_more_rows_than_were_published_are_said_too() -> None:
+    counts = {"rows": {"test": 3, "train": 9, "dev": 5, "own": 1}, "published": {"test": 4, "train": 8, "dev": 5}}
+    assert odd_counts(counts) == ["3 rows of test (4 are published)", "9 rows of train (8 are published)"]
 
 
 def test_a_suites_folder_is_relative_to_it(tmp_path: Path) -> None:
