@@ -6,6 +6,7 @@ OBJECTS = ("write", "activation")  # of the activation side
 UTILITIES = ("kl", "staged", "staged-projection", "anchor", "projection")
 SPLITS = ("half", "shared")
 GAPS = ("sample", "mean")
+COMPONENTS = ("all", "heads", "neurons")  # or a file that names some
 RANKS = ("mean", "task", "mean-abs", "task-abs")
 OFFLOADS = ("auto", "none", "stream")
 RUN_DTYPES = ("auto", "float32", "bfloat16", "float16")

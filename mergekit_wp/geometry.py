@@ -369,6 +369,15 @@ class Geometry:
             heads_H = heads_H.unflatten(-1, (self.kv_heads, self.group_size)).mean(-1)
         return heads_H.repeat_interleave(self.head_dim, dim=-1)
 
+    def owned(self, slot: TensorSlot, heads_H: torch.Tensor, neurons_F: torch.Tensor) -> torch.Tensor:
+        """Which rows (or columns) of the slot's tensor the marked components of its layer own, bool along its axis.
+
+        heads_H: bool [H]; neurons_F: bool [F]. Keys and values are nobody's, whoever is marked.
+        """
+        nobody = torch.zeros(self.kv_heads * self.head_dim, dtype=torch.bool, device=heads_H.device)
+        parts = [nobody if share == "kv" else self._expand(share, heads_H, neurons_F) for share in slot.shares]
+        return torch.cat(parts)
+
     def owned_slices(self, kind: Kind, layer: int, index: int) -> list[tuple[str, Any]]:
         """(tensor name, index expression) of every slice that one component owns, biases included.
 

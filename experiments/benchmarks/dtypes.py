@@ -30,7 +30,7 @@ from mergekit_wp.scoring.models.layerwise import ResidentStack
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.score import task_run
-from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.subset import Subset
 
 LAYERS, HIDDEN, HEADS, NEURONS, VOCABULARY = 3, 96, 8, 200, 500
 ANCHOR, TOP = 2, 50

@@ -31,8 +31,8 @@ from mergekit_wp.scoring.pairs import load_pairs, split_pairs
 from mergekit_wp.scoring.passes import BatchState, Passes, patch_layer
 from mergekit_wp.scoring.prompt_format import PromptFormat
 from mergekit_wp.scoring.score import MOST_TOKENS, anchor_layer, patch_plan
-from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import forward_sweep
+from mergekit_wp.subset import Subset
 
 
 def in_place(

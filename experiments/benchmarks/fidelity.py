@@ -34,7 +34,7 @@ from mergekit_wp.scoring.passes import BatchState, Passes, patch_layer
 from mergekit_wp.scoring.prompt_format import PromptFormat
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import anchor_layer, patch_plan, score, task_run
-from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.subset import Subset
 
 PAIRS = ("instruction", "maths", "code")
 METHODS = ("attr", "writeback", "atp", "ap")

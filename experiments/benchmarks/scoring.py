@@ -36,8 +36,8 @@ from mergekit_wp.scoring.metrics import CosineMetric, anchor_utility
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.score import anchor_layer
-from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import forward_sweep
+from mergekit_wp.subset import Subset
 
 METHODS = ("per-sample", "batched", "attr", "writeback")
 

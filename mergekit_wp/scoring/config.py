@@ -7,7 +7,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mergekit_wp.checkpoint.references import read_reference
-from mergekit_wp.choices import ACTIVATION_SIDE, GAPS, METHODS, OBJECTS, OFFLOADS, RANKS, RUN_DTYPES, SPLITS, UTILITIES
+from mergekit_wp.choices import (
+    ACTIVATION_SIDE,
+    COMPONENTS,
+    GAPS,
+    METHODS,
+    OBJECTS,
+    OFFLOADS,
+    RANKS,
+    RUN_DTYPES,
+    SPLITS,
+    UTILITIES,
+)
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.fields import (
     Form,
@@ -26,7 +37,6 @@ from mergekit_wp.fields import (
 from mergekit_wp.files import read_yaml_mapping
 
 PLAIN = "{prompt}"
-COMPONENTS = ("all", "heads", "neurons")  # or a file
 
 _MODELS, _METHOD, _COMPONENTS = "Models and Prompts", "Method", "Components"
 _PERFORMANCE, _DANGEROUS = "Performance", "Dangerous Options"

@@ -39,8 +39,8 @@ from mergekit_wp.scoring.patching import (
     patch_neuron_activations,
     patch_neurons,
 )
-from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, forward_sweep
+from mergekit_wp.subset import Subset
 
 PATCHING = ("exact", "ap")
 _PATCHES: dict[Kind, Callable[..., Patch | MixedPatch]] = {Kind.HEAD: patch_heads, Kind.NEURON: patch_neurons}

@@ -24,7 +24,7 @@ from mergekit_wp.checkpoint.vocabulary import load_tokenizer
 from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.documents import now, parse_yaml, versions
-from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.foreign import logger
 from mergekit_wp.memory import free_memory
 from mergekit_wp.recovery import RecoveryCurve
@@ -52,9 +52,9 @@ from mergekit_wp.scoring.pairs import Pair, TaskPairs, draw_pairs, load_pairs, s
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
-from mergekit_wp.scoring.subset import Ranking, Subset, parse_layers
 from mergekit_wp.scoring.sweep import batch_groups
 from mergekit_wp.scoring.whole_answers import answers_for, given_answers
+from mergekit_wp.subset import Amount, Ranking, Subset, parse_layers
 
 LOG = logger(__name__)
 DOUBTED = 16  # prompts of a task whose contrasts are looked at
@@ -259,9 +259,13 @@ def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
                 raise BadInput(
                     f"top: {path} ranks components of another {role} ({theirs.name}); score this pair first."
                 )
-        ranking = Ranking(count, scores, job.rank)
+        ranking = Ranking(Amount.parse(count), scores, job.rank)
     layers = None if job.layers is None else str(job.layers)
-    return Subset.choose(checked.base.geometry, job.components, layers, ranking)
+    of = "" if layers is None else f" of layers {layers}"
+    top = "" if ranking is None else " within the top of the ranking"
+    return Subset.choose(checked.base.geometry, job.components, layers, ranking).nonempty(
+        f"{shown(job.components)}{of}{top}"
+    )
 
 
 def task_run(

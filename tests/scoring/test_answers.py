@@ -22,8 +22,8 @@ from mergekit_wp.scoring.models.load import check_pair, load_pair
 from mergekit_wp.scoring.passes import PATCHING
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import _patch, _sweep, task_run
-from mergekit_wp.scoring.subset import Subset
 from mergekit_wp.scoring.sweep import forward_sweep
+from mergekit_wp.subset import Subset
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3], [3, 4]]
 ANSWERS = [[20, 21, 22], [23], [24, 25, 26, 27, 2], [28, 2]]

@@ -29,7 +29,7 @@ from mergekit_wp.scoring.models.precision import held_dtype, loss_scale, not_fin
 from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.patching import response_difference, weight_difference
 from mergekit_wp.scoring.score import task_run
-from mergekit_wp.scoring.subset import Subset
+from mergekit_wp.subset import Subset
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 OPEN = {"resident": resident, "streamed": streamed}

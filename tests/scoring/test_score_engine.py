@@ -24,7 +24,7 @@ from mergekit_wp.scores import METHODS, Scores, read_scores, write_scores
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.subset import Subset, parse_layers
+from mergekit_wp.subset import Subset, parse_layers
 
 
 def assert_same(got, wanted, tolerance=1e-6):
