@@ -1,4 +1,4 @@
-"""How the stock mergekit commands find `merge_method: wp` and `widen` with nothing imported by hand.
+"""How the stock mergekit commands find `merge_method: wp` and the others with nothing imported by hand.
 
 mergekit 0.1.5 has no plugin hook: a method must be registered after `mergekit.merge_methods.registry` has run
 and before a recipe is planned. `mergekit_wp.pth` (Python >= 3.15: `mergekit_wp.start`), installed at the root
@@ -25,10 +25,11 @@ METHODS = {
     "wp": "mergekit_wp.merge.methods.wp",
     "widen": "mergekit_wp.merge.methods.widen",
     "aim": "mergekit_wp.merge.methods.aim",
+    "wp_patch": "mergekit_wp.merge.methods.patch",
 }
 
 # What mergekit-evolve may search: numbers that each expert has of its own. `weight` must come first, where its search
-# starts at 1/K; it starts the others at 1. widen and aim have no such number.
+# starts at 1/K; it starts the others at 1. The others have no such number.
 EVOLVED = {"wp": ["weight", "scale"]}
 
 

@@ -44,6 +44,7 @@ MODULES = {
     "wp-fit": "mergekit_wp.fit.cli",
     "wp-aim": "mergekit_wp.calibrate",
     "wp-merge": "mergekit_wp.merge.cli",
+    "wp-patch": "mergekit_wp.merge.patch_cli",
     "wp-eval": "mergekit_wp.eval.cli",
     "wp-push": "mergekit_wp.push.cli",
     "wp-compare": "mergekit_wp.eval.compare",
@@ -146,9 +147,14 @@ _OTHER_FORMATS = (
 
 def names_safetensors(_context: click.Context, option: click.Parameter, path: str) -> str:
     """Callback of an option that names a file to write. Raises `BadInput` for a name that says it is something else."""
-    if os.path.splitext(path)[1].lower() in _OTHER_FORMATS and not os.path.isdir(path):
-        raise BadInput(f"{option.opts[0]} {path}: the file is safetensors; give it a name that ends in .safetensors.")
+    check_safetensors_name(option.opts[0], path)
     return path
+
+
+def check_safetensors_name(option: str, path: str) -> None:
+    """Raise `BadInput` for the name of a file to write that says it is something else."""
+    if os.path.splitext(path)[1].lower() in _OTHER_FORMATS and not os.path.isdir(path):
+        raise BadInput(f"{option} {path}: the file is safetensors; give it a name that ends in .safetensors.")
 
 
 class ProgressBars:

@@ -39,16 +39,18 @@ from mergekit_wp.geometry import Geometry
 from mergekit_wp.merge.activations import Calibration
 from mergekit_wp.merge.certificate import Certificate, read_certificate
 from mergekit_wp.merge.methods.aim import AimMerge
+from mergekit_wp.merge.methods.patch import SetPatchMerge
 from mergekit_wp.merge.methods.widen import WidenMerge
 from mergekit_wp.merge.methods.wp import WeightPatchingMerge
+from mergekit_wp.merge.patch_file import PatchMeta
 from mergekit_wp.merge.recipe import read_recipe
 from mergekit_wp.pipeline.spec import Evaluate, Expert, Merge, Push, read_pipeline
 from mergekit_wp.scores import ModelId, PromptStyle, RecoveryCurve, ScoredAt, ScoreMeta, TaskMeta
 from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.config import ScoringJob, load_job
 from mergekit_wp.scoring.pairs import Pair, read_pairs
-from mergekit_wp.scoring.subset import read_components
 from mergekit_wp.scoring.whole_answers import read_answers
+from mergekit_wp.subset import read_components
 
 ROOT = Path(__file__).resolve()
 while not (ROOT / "pyproject.toml").is_file():
@@ -159,6 +161,8 @@ FIELDS = {
     ("Recipe", "parameter of `wp`"): parameters(WeightPatchingMerge),
     ("Recipe", "parameter of `widen`"): parameters(WidenMerge),
     ("Recipe", "parameter of `aim`"): parameters(AimMerge),
+    ("Recipe", "parameter of `wp_patch`"): parameters(SetPatchMerge),
+    ("Patch file", "field of a patch file"): names(PatchMeta),
     ("Suite", "field"): names(Suite),
     ("Suite", "field of a task"): names(SuiteTask),
     ("Suite", "option of a backend"): set(OPTIONS),
@@ -255,6 +259,7 @@ READERS = {
     "answers": read_answers,
     "components.txt": lambda path: read_components(str(path), GEOMETRY),
     "score metadata": lambda path: ScoreMeta.from_json(path.read_text()),
+    "patch metadata": lambda path: PatchMeta.from_json(path.read_text()),
     "texts.jsonl": lambda path: list(read_texts(str(path))),
     "suite.yaml": read_suite,
     "results.json": read_results,

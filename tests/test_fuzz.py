@@ -9,8 +9,8 @@ from fuzz import Format, check, formats, mutant
 
 MUTANTS = 60
 NAMES = (
-    "score", "fit", "activations", "header", "index", "config", "job", "suite", "recipe", "pipeline", "mark", "results",
-    "pairs", "answers", "chats", "ifeval", "table", "texts", "cache", "digests", "resume",
+    "score", "fit", "activations", "patch", "header", "index", "config", "job", "suite", "recipe", "pipeline", "mark",
+    "results", "pairs", "answers", "chats", "ifeval", "table", "texts", "cache", "digests", "resume",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_every_format_is_here(made: dict[str, Format]) -> None:
 
 def test_the_judges_see_a_wrong_value(made: dict[str, Format]) -> None:
     """A reader that took everything would not pass."""
-    for name in ("score", "fit", "activations", "results", "job", "mark"):
+    for name in ("score", "fit", "activations", "patch", "results", "job", "mark"):
         form = made[name]
         form.path.write_bytes(form.valid)
         value, caught = form.read(form.path), 0

@@ -48,6 +48,7 @@ def test_no_command_says_a_word(world):
         ["eval.greedy_answers", "anchored.yaml", "--utility", "kl", "--answer-tokens", "2", "--out", "said.jsonl"],
         ["fit.cli", "fit.yaml", "--out", "fit.safetensors"],
         ["merge.cli", "recipe.yaml", "merged"],
+        ["merge.patch_cli", "base", "one", "out/scores/one.safetensors", "--top", "5%", "--out", "patched"],
         ["eval.cli", "suite.yaml", "wp=merged", "--out", "eval"],
         ["eval.compare", "eval", "--out", "compared"],
         ["push.cli", "merged", "alice/wp", "--results", "eval", "--dry-run", "--license", "mit"],

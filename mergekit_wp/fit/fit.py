@@ -51,8 +51,8 @@ from mergekit_wp.fit.objective import (
 from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, Kept, LossAt, Unrecovered
 from mergekit_wp.foreign import logger
 from mergekit_wp.hashing import digest
-from mergekit_wp.merge.checks import check_fingerprint
 from mergekit_wp.merge.kernel import component_weights
+from mergekit_wp.merge.made_for import check_fingerprint
 from mergekit_wp.merge.shares import check_complete
 from mergekit_wp.scores import ModelId, read_scores
 from mergekit_wp.scoring.batching import check_rows

@@ -1,4 +1,5 @@
-"""`merge_method: wp`, `widen` and `aim` for mergekit, the checks before a merge, `wp-merge`, and `merge` of Python.
+"""`merge_method: wp`, `wp_patch`, `widen` and `aim` for mergekit, the checks before a merge, `wp-merge`, `wp-patch`,
+and `merge` of Python.
 
 `from mergekit_wp import merge` gives this package, which can be called: that is `merging.merge`.
 """

@@ -5,7 +5,7 @@ Three independent looks at the written folder:
 1. A seeded sample of slices of every kind of tensor is recomputed from the inputs in float64, sharing no code with
    the kernel, and compared within the rounding of the dtype: for wp here, from the score files or the fit file and
    straight from theta_base + sum_k scale_k alpha_k (theta_k - theta_base) of METHOD.md 4 and 6; for widen and aim in
-   `audit_methods`.
+   `audit_methods`. A set patch is compared whole, bit for bit, in `audit_patch`.
 2. Every tensor is read once and holds no NaN and no infinity.
 3. transformers loads the folder with no weight missing or left over, and it generates one token.
 """
@@ -27,9 +27,10 @@ from mergekit_wp.checkpoint.vocabulary import head_against_config
 from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.geometry import auto_class, slot_of
 from mergekit_wp.merge.audit_methods import check_aim, check_widen
+from mergekit_wp.merge.audit_patch import check_patched
 from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
 from mergekit_wp.merge.fitted import load_fit
-from mergekit_wp.merge.plan import AIM, WIDEN, WP, MergePlan, PlannedTensor
+from mergekit_wp.merge.plan import AIM, PATCH, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
 
 _SLICES_A_KIND = 4
@@ -49,7 +50,9 @@ def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[st
     plan: the slices of a merge by another method than ours, or without a plan, cannot be recomputed here.
     """
     merged = Checkpoint.open(str(out))
-    if plan is not None and plan.ours:
+    if plan is not None and plan.method == PATCH:
+        say(f"audit: {check_patched(plan, merged)}.")
+    elif plan is not None and plan.ours:
         check = {WP: check_wp, WIDEN: check_widen, AIM: check_aim}[plan.method]
         differences = check(plan, merged, random.Random(seed))
         say(

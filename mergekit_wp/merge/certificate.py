@@ -18,7 +18,7 @@ from mergekit_wp.checkpoint.folder import content_digest
 from mergekit_wp.checkpoint.weights import read_header
 from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, now, read_record, strict
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import read_yaml_mapping, write_text
+from mergekit_wp.files import open_file, read_yaml_mapping, write_text
 from mergekit_wp.hashing import sha256_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ _VERSIONS = ("mergekit-wp", "mergekit", "torch", "transformers", "safetensors")
 @strict
 @dataclass(frozen=True)
 class CertifiedScores:
-    """A score, fit or activations file that the merge used: its name, its `content_digest` (of the tensors alone)."""
+    """A file that the merge used beside its models: its name, its `content_digest` (of tensors alone), and of a list of
+    components its SHA-256."""
 
     name: Text
     content: Sha256
@@ -85,7 +86,7 @@ class Certificate:
 def make_certificate(folder: Path, plan: MergePlan, checked: Iterable[str]) -> Certificate:
     """The certificate of a folder whose audit has passed: reads every file once. Raises `BadInput` where it cannot."""
     paths = certified_files(folder)
-    used = [str(path) for t in plan.tensors for path in (*t.scores, t.fit, t.parameters.get("activations")) if path]
+    used = [path for tensor in plan.tensors for path in tensor.files]
     return Certificate(
         method=plan.method,
         checked=tuple(line.removeprefix("audit: ") for line in checked),
@@ -144,8 +145,16 @@ def read_certificate(path: Path) -> Certificate | None:
 
 
 def certified_scores(path: str | Path) -> CertifiedScores:
-    """Name and content of a score file. Raises `BadInput` when it cannot be read."""
-    return CertifiedScores(Path(path).name, content_digest(read_header(Path(path))))
+    """Name and content of a score file, or of another that a recipe names. Raises `BadInput` for one of tensors that
+    cannot be read."""
+    path = Path(path)
+    return CertifiedScores(path.name, content_digest(read_header(path)) if is_tensors(path) else sha256_of([path])[0])
+
+
+def is_tensors(path: Path) -> bool:
+    """Whether it is a file of tensors: safetensors begin with the length of a JSON document, and then that."""
+    with open_file(path) as stream:
+        return stream.read(9)[8:] == b"{"
 
 
 def certified_files(folder: Path) -> list[Path]:

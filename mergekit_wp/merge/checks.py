@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_wp.checkpoint.adapters import adds_to_an_end
-from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint
+from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.quantised import MARKS
 from mergekit_wp.checkpoint.vocabulary import (
     differences,
@@ -36,8 +36,10 @@ from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import EMBEDDINGS, FAMILIES, SUPPORTED, is_vocabulary, layer_of, slot_of, text_name
 from mergekit_wp.merge.activations import check_activations
+from mergekit_wp.merge.chosen import check_one_set, check_patch
 from mergekit_wp.merge.fitted import load_fit
-from mergekit_wp.merge.plan import AIM, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
+from mergekit_wp.merge.made_for import OF_A_FIT, check_fingerprint
+from mergekit_wp.merge.plan import AIM, PATCH, TORCH_DTYPE, WIDEN, WP, MergePlan, PlannedTensor, meaning_of
 from mergekit_wp.merge.shares import BESIDE, load_scores
 from mergekit_wp.scores import ModelId
 
@@ -48,9 +50,6 @@ LOG = logger(__name__)
 
 # Buffers that old checkpoints store and that transformers recomputes.
 _RECOMPUTED = ("rotary_emb.inv_freq",)
-_OR_ALLOW = "or set `allow_mismatch: true` to merge all the same"
-OF_A_FIT = ("weights", f"fit these models with wp-fit, {_OR_ALLOW}")
-"""The last words of `check_fingerprint`."""
 # Room for config, tokenizer and shard headers beside the weights.
 _SLACK_BYTES = 64 * 2**20
 
@@ -79,8 +78,12 @@ def check_inputs(plan: MergePlan, *, awaited: bool = False) -> None:
     if not awaited:
         check_scores_given([tensor for tensor in plan.tensors if tensor.method == WP and not tensor.fit])
     groups = {(t.base, t.experts, t.scores, t.fit, t.allow_mismatch): t for t in plan.tensors}
+    if any(tensor.method == PATCH for tensor in plan.tensors):
+        check_one_set(plan)
     for tensor in groups.values():
         check_models(plan, tensor)
+        if tensor.method == PATCH:
+            check_patch(plan, tensor, awaited)
     for tensor in plan.tensors:
         check_tensor(plan, tensor)
 
@@ -260,44 +263,12 @@ def _check_fingerprint(
     check_fingerprint(plan.fingerprint(model), role, str(model), scored, path, allow)
 
 
-def check_fingerprint(
-    found: Fingerprint,
-    role: str,
-    model: str,
-    scored: ModelId,
-    where: str,
-    allow: bool,
-    what: str = "scores",
-    remedy: str = f"score this pair with wp-score, {_OR_ALLOW}",
-) -> None:
-    """Raise `BadInput` unless what is in a file (`where`) was made for this model; a warning if that is allowed.
-
-    what, remedy: the file's words. Of tensors alone a fingerprint has no config, which then is not compared.
-    """
-    halves = [
-        half
-        for half, same in (
-            ("config", not found.config or found.has_config(scored.config)),
-            ("weights", found.tensors == scored.tensors),
-        )
-        if not same
-    ]
-    if not halves:
-        return
-    text = (
-        f"{where}: these {what} were made for the {role} {scored.name}, whose {' and '.join(halves)} differ from those "
-        f"of {model}"
-    )
-    if not allow:
-        raise BadInput(f"{text}; {remedy}.")
-    LOG.warning("%s; merging all the same, as allow_mismatch says.", text)
-
-
 def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     """One output tensor: its inputs exist, are of one layer, of one shape, and of a dtype that can be merged."""
     if text_name(tensor.output) == EMBEDDINGS:
         _check_ends(plan, tensor)
-        for expert in () if tensor.realigned else tensor.experts:
+        # A set patch mixes no embeddings: all of them are the recipient's.
+        for expert in () if tensor.realigned or tensor.method == PATCH else tensor.experts:
             _check_token_ids(plan, tensor, expert)
     headers = {model: plan.header(model, tensor.sources[model]) for model in tensor.models}
     for model, header in headers.items():
@@ -322,7 +293,7 @@ def check_tensor(plan: MergePlan, tensor: PlannedTensor) -> None:
     shapes = {model: header.shape for model, header in headers.items() if header}
     for model, shape in shapes.items():
         _check_shape(tensor, model, shape, shapes[tensor.base])
-    if not tensor.written:
+    if not tensor.written and tensor.method != PATCH:
         _check_tied(plan, tensor)
     plan.out_dtype(tensor)
 

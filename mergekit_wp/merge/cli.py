@@ -69,9 +69,9 @@ def main(
 ) -> None:
     """Merge models as the RECIPE (a mergekit YAML) says, and write the result to OUT_PATH.
 
-    The same as mergekit-yaml, with `merge_method: wp`, `widen` and `aim` known, every check before the first weight is
-    read, and an audit of the result. Files that a recipe names are looked for in the working directory, then beside
-    it. Models are read from safetensors alone, whatever the method.
+    The same as mergekit-yaml, with `merge_method: wp`, `wp_patch`, `widen` and `aim` known, every check before the
+    first weight is read, and an audit of the result. Files that a recipe names are looked for in the working directory,
+    then beside it. Models are read from safetensors alone, whatever the method.
     """
     from mergekit_wp.merge.recipe import read_recipe
 
@@ -95,13 +95,29 @@ def main(
     say(f"wrote {out}")
 
 
-def carry_out(recipe: Recipe, out: Path, options: MergeOptions, audited: bool, say: Callable[[str], None]) -> None:
+def carry_out(
+    recipe: Recipe,
+    out: Path,
+    options: MergeOptions,
+    audited: bool,
+    say: Callable[[str], None],
+    show: Callable[[MergePlan], object] = lambda _plan: None,
+) -> None:
     """Merge, audit, and put the folder at `out` once all is well; what is there is replaced. The caller has claimed it.
 
-    say: told what the audit found, a line each. Raises `BadInput` and `AuditFailed`.
+    say: told what the audit found, a line each. show: given the plan once it is checked. Raises `BadInput` and
+    `AuditFailed`.
     """
+    with new_folder(out) as work:
+        _merge(recipe, out, work, options, audited, say, show)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Inside the block a folder beside `out`, in which `out.name` is made; at its end that is put at `out`, in place of
+    what was there. The caller has claimed it."""
     with explained(out), _workplace(out) as work:
-        _merge(recipe, out, work, options, audited, say)
+        yield work
         if os.path.exists(out):
             os.replace(out, work / ".replaced")
         os.replace(work / out.name, out)
@@ -123,7 +139,13 @@ def _dry_run(recipe: Recipe, out: Path, options: MergeOptions) -> None:
 
 
 def _merge(
-    recipe: Recipe, out: Path, work: Path, options: MergeOptions, audited: bool, tell: Callable[[str], None]
+    recipe: Recipe,
+    out: Path,
+    work: Path,
+    options: MergeOptions,
+    audited: bool,
+    tell: Callable[[str], None],
+    show: Callable[[MergePlan], object],
 ) -> None:
     """Merge into work/<name of out>, and audit it there."""
     from mergekit.merge import run_merge
@@ -138,6 +160,7 @@ def _merge(
     recipe.prepare(options, merge_loras=True)
     plan = recipe.plan(work / out.name, options)
     check_plan(plan)
+    show(plan)
     # Under the name that it will have: the model card quotes it.
     too_much = f"the merge does not fit into the memory of {options.device}; " + (
         "use a machine with more." if options.device == "cpu" else "leave --cuda and --device out."

@@ -18,6 +18,8 @@ Two options of ours go beyond the paper; each is one number an expert, and 1 for
 Weights of a fit (METHOD.md 6) stand in the place of the alphas; they need not sum to 1, so the base is read:
 theta_base + sum_k x_k w_k(c) (theta_k - theta_base).
 
+A set patch computes nothing: `transplant` copies.
+
 `fuse` walks the output in tiles: each expert's tile is converted to float32 in one reused scratch,
 weighted into a second one, and the sum is rounded once, straight into the output. Every input is read once.
 
@@ -167,6 +169,30 @@ def merge_fitted(
     if weight_Kn.shape[1] == 1:
         axis, weight_Kn = 0, weight_Kn.expand(-1, base.shape[0])
     return fuse(experts, torch.tensor(scales)[:, None] * weight_Kn, axis, out_dtype, base)
+
+
+def transplant(
+    recipient: torch.Tensor,
+    values: torch.Tensor | None,
+    places_n: torch.Tensor | None,
+    axis: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The recipient with `values` in the places [n] along an axis; both are copied, and rounded to `out_dtype` alone.
+
+    values: of the recipient's shape but n long along the axis; both None for no place. It may be the recipient itself
+    where nothing changes. Raises `ValueError` for values that do not fit, and `NotFiniteError` for a result that is not
+    finite.
+    """
+    out = recipient.to(out_dtype, copy=places_n is not None)
+    if places_n is not None and values is not None:
+        want = [*recipient.shape[:axis], len(places_n), *recipient.shape[axis + 1 :]]
+        if list(values.shape) != want:
+            raise ValueError(f"expected values of shape {want}, found {list(values.shape)}")
+        out.index_copy_(axis, places_n.to(out.device), values.to(out.device, out_dtype))
+    if out.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
+        raise NotFiniteError
+    return out
 
 
 def _fuse_stripe(

@@ -7,8 +7,8 @@ run.
 
 `ExecuteMergeMethodTask.execute` adapts one tensor: mergekit validates shapes before the method runs, tells
 a method the name of the output only, and promotes mixed dtypes. There expert embeddings get the
-base's rows, the source's name, the output dtype, the score files that were found in experts' folders and the experts'
-places in a fit file are handed on, and a tied LM head is not written.
+base's rows, the source's name, the output dtype, the score files that were found in experts' folders, the experts'
+places in a fit file and the slices of a set patch are handed on, and a tied LM head is not written.
 
 `_copy_tagalong_files` is the last thing that `run_merge` calls (mergekit-yaml, -multi, wp-merge), when config and
 tokenizer are written. There what the base's config says otherwise than the merged tensors is set right (`outcome`).
@@ -33,8 +33,9 @@ from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.errors import NotFinite, enough_memory
 from mergekit_wp.geometry import is_vocabulary
 from mergekit_wp.merge.checks import check_inputs, check_plan
+from mergekit_wp.merge.chosen import places_of
 from mergekit_wp.merge.outcome import settle, why_not_finite
-from mergekit_wp.merge.plan import OURS, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
+from mergekit_wp.merge.plan import OURS, PATCH, MergePlan, PlannedTensor, merge_tasks, read_plan, read_task
 from mergekit_wp.merge.recipe import check_stock_recipe
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class _Seat:
     scores: Mapping[Any, str]
     order: tuple[int, ...]
     """The experts' places in the merge's fit file, if there is one."""
+    places_n: torch.Tensor | None
+    """What of the tensor a set patch takes from its donor."""
     plan: MergePlan
     tensor: PlannedTensor
 
@@ -109,6 +112,8 @@ def _adapting(original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = {**dict(self.parameters.items()), "source_name": seat.source}
         if seat.order:
             parameters["order"] = seat.order
+        if seat.tensor.method == PATCH:
+            parameters["places_n"] = seat.places_n
         changed: dict[str, Any] = {"out_dtype": seat.out_dtype, "parameters": parameters}
         if seat.scores:
             own = self.input_parameters
@@ -144,6 +149,7 @@ def _seat(plan: MergePlan, tensor: PlannedTensor) -> _Seat:
         written=tensor.written,
         scores=dict(zip(tensor.experts, tensor.scores, strict=False)),
         order=plan.order(tensor) if tensor.fit else (),
+        places_n=places_of(plan, tensor) if tensor.method == PATCH else None,
         plan=plan,
         tensor=tensor,
     )

@@ -26,9 +26,9 @@ from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.fit_file import Fit, read_fit
 from mergekit_wp.foreign import file_parts, logger
 from mergekit_wp.geometry import EMBEDDINGS, HEAD, TensorSlot, is_vocabulary, slot_of, text_name
-from mergekit_wp.merge.checks import OF_A_FIT, check_fingerprint
 from mergekit_wp.merge.fitted import fitted_weights, order_of
 from mergekit_wp.merge.kernel import NotFiniteError, merge_fitted, merge_tensor
+from mergekit_wp.merge.made_for import OF_A_FIT, check_fingerprint
 from mergekit_wp.merge.shares import check_complete, held_shares
 from mergekit_wp.outputs import claimed, refuse_inputs
 from mergekit_wp.scores import Scores, read_scores

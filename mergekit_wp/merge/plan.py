@@ -20,6 +20,7 @@ from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, fingerprint_o
 from mergekit_wp.checkpoint.references import Reference, reference_of
 from mergekit_wp.checkpoint.vocabulary import head_is_tied, head_of
 from mergekit_wp.checkpoint.weights import TensorHeader, read_header
+from mergekit_wp.choices import COMPONENTS
 from mergekit_wp.errors import BadInput
 from mergekit_wp.merge.fitted import layer_weights, load_fit, order_of
 from mergekit_wp.merge.shares import layer_shares, scores_beside
@@ -30,9 +31,19 @@ if TYPE_CHECKING:
     from mergekit.io.tasks import FinalizeModel
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-WP, WIDEN, AIM = "wp", "widen", "aim"
+WP, WIDEN, AIM, PATCH = "wp", "widen", "aim", "wp_patch"
 OURS = tuple(METHODS)
 """The methods of this package, by the names that recipes give them."""
+
+FILES = ("scores", "activations", "fit", "components", "patch")
+"""Parameters that name a file."""
+
+
+def names_file(parameter: str, value: Any) -> bool:
+    """Whether a recipe's parameter names a file; components may be a word instead."""
+    named = parameter in FILES and isinstance(value, str) and bool(value)
+    return named and (parameter != "components" or value not in COMPONENTS)
+
 
 # safetensors' names of the dtypes that a merge can read, and torch's names of the same.
 TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -54,7 +65,8 @@ class WeightFile(Checkpoint):
 class PlannedTensor:
     """One output tensor. `sources` gives each input's tensor name in its own checkpoint, None if absent.
 
-    base: where another method has none, the first model, which gives the shapes to compare with.
+    base: where another method has none, the first model, which gives the shapes to compare with. Of a set patch the
+    recipient, and the only expert is the donor, if there is one.
     """
 
     method: str
@@ -91,6 +103,12 @@ class PlannedTensor:
     def fit(self) -> str:
         """The fit file whose weights stand in the place of shares; empty without."""
         return str(self.parameters.get("fit") or "")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the method reads for it, beside the models."""
+        shared = (str(value) for name, value in self.parameters.items() if names_file(name, value))
+        return tuple(path for path in (*self.scores, *shared) if path)
 
     @property
     def models(self) -> tuple[ModelReference, ...]:

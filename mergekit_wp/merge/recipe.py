@@ -21,10 +21,13 @@ from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text, read_yaml_mapping
 from mergekit_wp.merge.plan import (
     AIM,
+    FILES,
+    PATCH,
     WIDEN,
     WP,
     MergePlan,
     meaning_of,
+    names_file,
     read_plan,
 )
 
@@ -38,22 +41,21 @@ _PARAMETERS = {
     WP: ("scores", "weight", "scale", "fit", "allow_mismatch"),
     WIDEN: ("t", "s"),
     AIM: ("activations", "omega"),
+    PATCH: ("scores", "top", "rank", "task", "layers", "components", "remove", "patch", "allow_mismatch"),
 }
-_SHARED = ("t", "s", "activations", "omega", "fit", "allow_mismatch")
-"""Which of them mergekit looks for everywhere but under a model."""
-FILES = ("scores", "activations", "fit")
-"""Parameters that name a file."""
+_OF_EXPERTS = {WP: ("scores", "weight", "scale")}
+"""Which of them may stand under a model; mergekit looks for the others everywhere but there."""
 # mergekit-evolve writes these into every recipe; they mean nothing to these methods.
 _OF_EVOLVE = ("normalize", "int8_mask")
 
 
 def files_of(content: Any) -> list[str]:
-    """Every score, fit and activations file that a recipe's content names, once, in order."""
+    """Every file beside models that a recipe's content names (score, fit, activations files, ...), once, in order."""
     if isinstance(content, list):
         return list(dict.fromkeys(name for item in content for name in files_of(item)))
     if not isinstance(content, dict):
         return []
-    own = [value for key, value in content.items() if key in FILES and isinstance(value, str) and value]
+    own = [value for key, value in content.items() if names_file(key, value)]
     return list(
         dict.fromkeys([*own, *(n for v in content.values() if isinstance(v, list | dict) for n in files_of(v))])
     )
@@ -96,9 +98,8 @@ class Recipe:
     def reads(self) -> list[str]:
         """Every file and folder that the recipe names, LoRAs on their own, and Hub names as they are."""
         models = [meaning_of(model) for model in self.config().referenced_models()]
-        files = [parameters.get(name) for parameters in _parameters(self.content) for name in FILES]
         parts = [str(source) for model in models for source in model.sources]
-        return [*parts, *(file for file in files if isinstance(file, str))]
+        return [*parts, *(file for parameters in _parameters(self.content) for file in files_of(parameters))]
 
     def prepare(self, options: MergeOptions, *, merge_loras: bool) -> None:
         """Open every model the way mergekit will, so that a missing or pickled one is refused at once.
@@ -165,7 +166,7 @@ def read_recipe(path: str, text: str | None = None) -> Recipe:
     known = _parameters_of(path, method)
     if method in _PARAMETERS:
         for parameters in _parameters(content, of_models=True):
-            if shared := sorted(set(parameters) & set(_SHARED)):
+            if shared := sorted((set(parameters) & set(known)) - set(_OF_EXPERTS.get(method, ()))):
                 raise BadInput(
                     f"{path}: `{shared[0]}` stands under a model, where mergekit does not look for it; it is of the "
                     "whole merge, so write it into the recipe's own `parameters`."
@@ -179,7 +180,7 @@ def read_recipe(path: str, text: str | None = None) -> Recipe:
             for name in FILES:
                 file = parameters.get(name)
                 beside = Path(path).absolute().parent / str(file)
-                if isinstance(file, str) and not os.path.exists(file) and os.path.exists(beside):
+                if names_file(name, file) and not os.path.exists(str(file)) and os.path.exists(beside):
                     parameters[name] = str(beside)
     if text is None:
         text = read_text(path, MOST_YAML_BYTES)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.foreign import code, fenced, markdown, one_line
 from mergekit_wp.merge.certificate import CERTIFICATE, Certificate
+from mergekit_wp.merge.plan import PATCH
 from mergekit_wp.page import markdown_grid
 from mergekit_wp.push.evaluation import Figure
 from mergekit_wp.push.licences import NEEDS, NOTICES, Licence, Terms
@@ -27,6 +28,8 @@ _METHODS = {
     "own answers, without labels",
     "wp": "each attention head and each MLP neuron comes mostly from the expert that scores best there (Weight "
     "Patching, [arXiv 2604.13694](https://arxiv.org/abs/2604.13694))",
+    PATCH: "every row and column that the set's heads and neurons own is the other model's, bit for bit, and all "
+    "else is as it was (Weight Patching, [arXiv 2604.13694](https://arxiv.org/abs/2604.13694))",
     "aim": "where the base's inputs are large, the merge goes part of the way back to the base (Activation-Informed "
     "Merging, [arXiv 2502.02421](https://arxiv.org/abs/2502.02421))",
     "widen": "each column of a weight is shared by how far each expert moved it (WIDEN, "
@@ -128,6 +131,9 @@ class Card:
         experts = [_link(parent) for parent in self.parents if parent.role != "base"]
         bases = [_link(parent) for parent in self.parents if parent.role == "base"]
         what = f"A merge of {_listed(experts)}" + (f" on their common base {bases[0]}" if bases else "")
+        if self.certificate.method == PATCH:
+            what = f"{bases[0]} with a set of attention heads and MLP neurons"
+            what += f" of {_listed(experts)}" if experts else " of another model"
         method = _METHODS.get("fit" if self.fit else self.certificate.method)
         how = f" with {code(f'merge_method: {self.certificate.method}')}" + (f": {method}." if method else ".")
         return (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint.references import is_hub_name, read_reference
-from mergekit_wp.merge.recipe import FILES
+from mergekit_wp.merge.plan import names_file
 from mergekit_wp.push.parents import Parent
 
 # An absolute path of some machine, POSIX or Windows, as a whole text or within one; addresses are none.
@@ -62,7 +62,9 @@ class Names:
             known = isinstance(node, str) and (_PATH.fullmatch(node) or ("/" in node and node in self._published))
             return self.of(node) if known else node
         return {
-            key: self.of(value) if key in (*MODEL_KEYS, *FILES) and isinstance(value, str) else self.recipe(value)
+            key: self.of(value)
+            if (key in MODEL_KEYS and isinstance(value, str)) or names_file(key, value)
+            else self.recipe(value)
             for key, value in node.items()
         }
 

@@ -25,7 +25,8 @@ from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_t
 from mergekit_wp.fit_file import METADATA_KEY as FIT_KEY
 from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.hashing import FileDigests, sha256_of
-from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores
+from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores, is_tensors
+from mergekit_wp.merge.patch_file import METADATA_KEY as PATCH_KEY
 from mergekit_wp.merge.plan import OURS, WP
 from mergekit_wp.merge.recipe import files_of
 from mergekit_wp.push.bundle import Bundle
@@ -63,7 +64,7 @@ def open_stage(folder: Path) -> Path:
 
 
 def recipe_files(recipe: dict[str, Any], parents: Sequence[Parent], beside: Path) -> dict[str, Path]:
-    """Score, fit and activations files of a recipe, as it names them, and where they are: in the working directory, or
+    """Score, fit and other files of a recipe, as it names them, and where they are: in the working directory, or
     beside it, as wp-merge looks for them.
 
     An expert may bring its own (see `merge.shares.BESIDE`). Raises `BadInput` naming one that is missing.
@@ -100,10 +101,23 @@ def check_scores(files: dict[str, Path], certificate: Certificate) -> dict[str, 
 
 
 def place(files: dict[str, Path]) -> dict[str, str]:
-    """The path in the repository of every score, fit or activations file."""
-    stems = file_parts(path.name.removesuffix(".safetensors") for path in files.values())
-    folders = ["fit" if FIT_KEY in _metadata(path) else "scores" for path in files.values()]
-    return {name: f"wp/{at}/{stem}.safetensors" for name, at, stem in zip(files, folders, stems, strict=True)}
+    """The path in the repository of every file that a recipe names, by what it is."""
+    stems = file_parts(path.name.removesuffix(_ending(path)) for path in files.values())
+    return {
+        name: f"wp/{_folder(path)}/{stem}{_ending(path)}"
+        for (name, path), stem in zip(files.items(), stems, strict=True)
+    }
+
+
+def _ending(path: Path) -> str:
+    return ".safetensors" if is_tensors(path) else ".txt"
+
+
+def _folder(path: Path) -> str:
+    if not is_tensors(path):
+        return "components"
+    keys = _metadata(path)
+    return "fit" if FIT_KEY in keys else "patch" if PATCH_KEY in keys else "scores"
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -112,9 +126,9 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
-    """Copy score, fit and activations files; where their metadata names folders of this machine, with public names."""
+    """Copy the files that a recipe names; where their metadata names folders of this machine, with public names."""
     for name, path in files.items():
-        metadata = _metadata(path)
+        metadata = _metadata(path) if is_tensors(path) else {}
         public = {key: json.dumps(_public(json.loads(text), names), sort_keys=True) for key, text in metadata.items()}
         target = check_writable_parent(stage / placed[name])
         if {key: json.loads(text) for key, text in public.items()} == {k: json.loads(t) for k, t in metadata.items()}:
@@ -124,8 +138,9 @@ def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], nam
                 save_file(load_file(path), partial, metadata=public)
 
 
-_NAMING = {"base": "name", "expert": "name", "experts": "name", "prompts": "chat_owner", "style": "chat_owner"}
-"""Fields of a score, fit or activations file's document -> which field in them is a model's name."""
+_MODELS = ("base", "expert", "experts", "recipient", "donor")
+_NAMING = dict.fromkeys(_MODELS, "name") | dict.fromkeys(("prompts", "style"), "chat_owner")
+"""Fields of such a file's document -> which field in them is a model's name."""
 
 
 def _public(node: Any, names: Names, field: str = "") -> Any:

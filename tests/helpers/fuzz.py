@@ -387,6 +387,20 @@ def judge_fit(content: bytes, value: Any) -> str | None:
     return None
 
 
+def judge_patch(content: bytes, value: Any) -> str | None:
+    meta = json.loads(header_load(content)["header"]["__metadata__"]["wp_patch"])
+    chosen = all(is_text(key) and is_text(word) for key, word in meta["chosen"].items())
+    models = is_model(meta["recipient"]) and is_model(meta["donor"]) and is_text(meta["date"])
+    if not (chosen and models and is_versions(meta["versions"]) and meta["format"] == 1):
+        return f"takes {meta!a:.200}"
+    for name, tensor in safetensors.numpy.load(content).items():
+        kind = name if name in ("heads", "neurons") else ""
+        read = value.subset.masks[kind].nonzero() if kind else value.values[name.removeprefix("slices/")]
+        if not (np.isfinite(tensor).all() and np.array_equal(tensor, read.numpy())):
+            return f"takes the tensor {name!a}"
+    return None
+
+
 def judge_activations(content: bytes, value: Any) -> str | None:
     meta = json.loads(header_load(content)["header"]["__metadata__"]["wp_aim"])
     counts = all(is_count(meta[name], 1) for name in ("documents", "blocks", "tokens"))
@@ -535,6 +549,7 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.hashing import FileDigests
     from mergekit_wp.merge.activations import Activations, Calibration, read_activations, write_activations
     from mergekit_wp.merge.certificate import Certificate, CertifiedScores, read_certificate
+    from mergekit_wp.merge.patch_file import PatchFile, PatchMeta, read_patch, write_patch
     from mergekit_wp.merge.recipe import read_recipe
     from mergekit_wp.pipeline.spec import read_pipeline
     from mergekit_wp.records import csv_records
@@ -544,6 +559,7 @@ def formats(root: Path) -> list[Format]:
     from mergekit_wp.scoring.pairs import read_pairs
     from mergekit_wp.scoring.resume import Resume
     from mergekit_wp.scoring.whole_answers import read_answers
+    from mergekit_wp.subset import Subset
 
     root.mkdir(parents=True, exist_ok=True)
     small = {"hidden_size": 8, "intermediate_size": 3, "num_hidden_layers": 2, "head_dim": 4, "num_attention_heads": 2,
@@ -560,6 +576,12 @@ def formats(root: Path) -> list[Format]:
     means = {"model.norm.weight": torch.rand(8), "lm_head.weight": torch.rand(8)}
     calibration = Calibration(one.meta.base, "texts", 3, 2, 8, "float32", "cpu", {"torch": "2"}, "2026-11-21")
     write_activations(Activations(calibration, means), root / "activations.safetensors")
+    taken = Subset(torch.tensor([[False, True], [False, False]]), torch.tensor([[True, False, True], [False] * 3]))
+    layer = "model.layers.0."
+    slices = {f"{layer}self_attn.q_proj.weight": torch.rand(4, 8), f"{layer}self_attn.o_proj.weight": torch.rand(8, 4),
+              f"{layer}mlp.up_proj.bias": torch.rand(2)}  # fmt: skip
+    cut = PatchMeta(one.meta.base, one.meta.expert, one.meta.geometry, {"top": "2"}, None, {"torch": "2"}, "2026-11-26")
+    write_patch(PatchFile(cut, taken, slices), root / "patch.safetensors")
     write_results(root / "results", "f" * 64, root / "expert")
     shares = {"experts": ["x", "y"], "heads": [[0.5, 0.4], [0.5, 0.6]], "neurons": [[0.1, 0.4], [0.9, 0.6]]}
     mark = Certificate("wp", ("all is well",), {"config.json": "a" * 64}, (CertifiedScores("s", "b" * 64),), shares,
@@ -638,7 +660,7 @@ def formats(root: Path) -> list[Format]:
     files = {
         name: (root / name).read_bytes()
         for name in (
-            *("scores.safetensors", "fit.safetensors", "activations.safetensors"),
+            *("scores.safetensors", "fit.safetensors", "activations.safetensors", "patch.safetensors"),
             *("expert/config.json", "results/results.json"),
         )
     }
@@ -647,6 +669,7 @@ def formats(root: Path) -> list[Format]:
         Format("fit", root / "f.safetensors", files["fit.safetensors"], read_fit, judge_fit, *tensors),
         Format("activations", root / "a.safetensors", files["activations.safetensors"], read_activations,
                judge_activations, *tensors),
+        Format("patch", root / "p.safetensors", files["patch.safetensors"], read_patch, judge_patch, *tensors),
         Format("header", root / "h.safetensors", shard.read_bytes(), read_header, judge_header, *tensors),
         Format("index", index, index.read_bytes(), indexed, judge_index, *header),
         Format("config", root / "expert/config.json", files["expert/config.json"], config, judge_config, *header),

@@ -169,6 +169,18 @@ def merge(folder: Path):
     return lambda: command([str(recipe), str(folder / "m"), "--quiet", "--overwrite"]), folder / "m"
 
 
+def patch(folder: Path):
+    """The small file; a folder is made as wp-merge makes it."""
+    import mergekit.merge  # noqa: F401
+    from merge_world import World
+
+    from mergekit_wp.merge.patch_cli import main as command
+
+    world = World(folder, "llama", experts=1).build(num_hidden_layers=2)
+    models, out = [world.base, world.expert(0), world.score(0)], folder / "p.safetensors"
+    return lambda: command([*map(str, models), "--top", "30%", "--sparse", "--quiet", "--out", str(out)]), out
+
+
 def push(folder: Path):
     """What is staged beside the merge; the upload has tests of its own."""
     import push_world
@@ -240,6 +252,7 @@ STAGES = {
     "fit": fit,
     "aim": aim,
     "merge": merge,
+    "patch": patch,
     "push": push,
     "evaluate": evaluate,
     "run": steps,

@@ -442,6 +442,37 @@ def test_an_aim_merge_goes_with_its_activations(world):
         prepare(Request(world.root / "aim", REPO), None, lambda line: None)
 
 
+def test_a_set_patch_goes_with_its_scores_its_list_or_its_slices(world):
+    from click.testing import CliRunner
+
+    from mergekit_wp.merge.patch_cli import main as wp_patch
+
+    base, expert = str(world.base), str(world.expert(0))
+    (world.root / "list.txt").write_text("L0H1 L1N3")
+    cut = world.root / "cut.safetensors"
+    named = ["--components", str(world.root / "list.txt")]
+    for words, kept, said in (
+        ([base, expert, *named, "--sparse", "--out", str(cut)], "", ""),
+        ([base, expert, str(world.score(0)), "--top", "3"], "scores: wp/scores/e0.scores.safetensors", " of `e0`"),
+        ([base, expert, *named], "components: wp/components/list.txt", " of `e0`"),
+        ([base, "--apply", str(cut)], "patch: wp/patch/cut.safetensors", " of another model, made"),
+    ):
+        folder = ["--out", str(world.root / "patched"), "--overwrite"] if kept else []
+        done = CliRunner().invoke(wp_patch, [*words, *folder, "--quiet"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        if not kept:
+            continue
+        publication = prepare(Request(world.root / "patched", REPO), None, lambda line: None)
+        card = publication.card.read_text()
+        assert kept in card
+        assert f"with a set of attention heads and MLP neurons{said}" in card
+        (item,) = (item for item in publication.items if item.path == kept.partition(" ")[2])
+        assert str(world.root).encode() not in item.source.read_bytes()
+    cut.write_bytes(cut.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(BadInput, match="was made with other numbers"):
+        prepare(Request(world.root / "patched", REPO), None, lambda line: None)
+
+
 def test_a_merge_by_a_fit_goes_with_it(world):
     """The card has the weights and the losses as numbers; the recipe and the file name no folder of this machine."""
     from mergekit_wp.fit_file import FittedPrompts, Kept, LossAt, read_fit, write_fit

@@ -25,6 +25,9 @@ class CheckedMethod(GroupMergeMethod):
     in the inputs (under `slices:` the output's name has another layer), and `out_dtype` beside its parameters.
     """
 
+    alone = False
+    """Whether the base may be the only model."""
+
     def validate_inputs(
         self,
         input_ids: Sequence[Hashable],
@@ -44,7 +47,7 @@ class CheckedMethod(GroupMergeMethod):
             raise BadInput(
                 f"merge_method {name} needs base_model{where}: name the model that the experts were tuned from."
             )
-        if len(input_ids) < 2:
+        if len(input_ids) < 2 and not self.alone:
             raise BadInput(f"merge_method {name} found no expert beside {base_id}{where}; list one or more models.")
         try:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
