@@ -48,6 +48,7 @@ MODULES = {
     "wp-eval": "mergekit_wp.eval.cli",
     "wp-push": "mergekit_wp.push.cli",
     "wp-compare": "mergekit_wp.eval.compare",
+    "wp-study": "mergekit_wp.study.cli",
     "wp-run": "mergekit_wp.pipeline.cli",
 }
 

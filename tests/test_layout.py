@@ -16,7 +16,7 @@ import mergekit_wp
 ROOT = Path(mergekit_wp.__file__).parents[1]
 # What a part may import: itself, and the parts before it. Top-level modules (but those that are named) and `checkpoint`
 # are the first part; what `__init__` offers lazily does not count.
-PARTS = ("", "sandbox", "merge", "scoring", "calibrate", "fit", "eval", "push", "pipeline", "api")
+PARTS = ("", "sandbox", "merge", "scoring", "calibrate", "fit", "eval", "study", "push", "pipeline", "api")
 # Every package has these; they are no topics.
 SHARED_NAMES = {"__init__", "__main__", "cli"}
 

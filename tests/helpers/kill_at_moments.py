@@ -246,6 +246,17 @@ def convert(folder: Path):
     return lambda: command([str(source), "--prompt", "q", "--limit", "20", "--out", str(out), "--quiet"]), out
 
 
+def study(folder: Path):
+    """The folder of a part of wp-study, written in the place of the one that is there."""
+    from markupsafe import Markup
+
+    from mergekit_wp.study.parts import Part, PartResult, write_part
+
+    part = Part("p", "P", lambda *_: PartResult({}, {}, {}, Markup("")), (), False, ())
+    result = PartResult({"x": 1}, {"t": [["a"], [1.5]]}, {"s": Markup("<svg></svg>")}, Markup("<p></p>"))
+    return lambda: write_part(part, folder, {"x": "y"}, result), folder / "p"
+
+
 STAGES = {
     "pairs": convert,
     "score": score,
@@ -255,5 +266,6 @@ STAGES = {
     "patch": patch,
     "push": push,
     "evaluate": evaluate,
+    "study": study,
     "run": steps,
 }

@@ -1,0 +1,14 @@
+"""wp-study: what a fine-tune changed, and where, for one pair of models that was scored.
+
+    study_spec   what a STUDY.yaml says            cli       wp-study: the plan, then the parts that are due
+    inputs       score files and models, checked   parts     which parts there are; what is done and still right
+    sets         top sets, overlaps, correlations  drawings  pictures of several parts
+
+Each part is a module of its own, with its algorithm and the paper's figures at its top:
+
+    maps         score maps, top sets compared     drift     what changed, and whether that predicts scores
+
+**A part is added** by a module with a `PART` (`parts.Part`) and a line in `parts.PARTS`. Its `work` is a function of
+(study, inputs, progress) and gives a `parts.PartResult`: data, tables, pictures and a section of the page. Writing,
+resuming and the page are done for it.
+"""

@@ -1,0 +1,152 @@
+"""Pictures that several parts of a study draw, as SVG in the style of `pictures`; numbers come from the parts.
+
+Legend: L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+
+from mergekit_wp.geometry import Kind
+from mergekit_wp.pictures import (
+    FIGURE_STYLE,
+    INK,
+    QUIET,
+    CellMap,
+    CellRects,
+    draw_cells,
+    expert_colour,
+    integer_ticks,
+    label_of,
+    to_svg,
+)
+
+_ACROSS = 3  # panels side by side
+_LINES = ("-", "--", ":")
+
+
+def layer_bars(panels: Mapping[str, Mapping[str, Sequence[int]]], what: str, description: str) -> Markup:
+    """A panel a name; in it, stacked by layer [L], counts of each label."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        down = -(-len(panels) // _ACROSS)
+        figure = Figure(figsize=(9.6, 0.5 + 2.2 * down), layout="constrained", dpi=72)
+        axes = figure.subplots(down, min(len(panels), _ACROSS), squeeze=False, sharey=True).flatten()
+        for each, (name, stacks) in zip(axes, panels.items(), strict=False):
+            layers = len(next(iter(stacks.values())))
+            bottom = np.zeros(layers)
+            for place, (label, count_L) in enumerate(stacks.items()):
+                each.bar(np.arange(layers), count_L, 0.82, bottom, color=expert_colour(place), label=label_of(label))
+                bottom += np.asarray(count_L)
+            each.set_title(label_of(name), fontsize=10)
+            each.set_xlabel("layer")
+            integer_ticks(each, "x", layers)
+        for each in axes[len(panels) :]:
+            each.set_visible(False)
+        axes[0].set_ylabel(what)
+        handles, labels = axes[0].get_legend_handles_labels()
+        if len(labels) > 1:
+            figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return to_svg(figure, description)
+
+
+def cells_svg(value_LC: np.ndarray, across: str, what: str, description: str) -> Markup:
+    """A map of values of at least 0, layers upwards; every cell says its own where the pointer rests on it."""
+    layers, width = value_LC.shape
+    labels = [
+        [f"layer {layer}, {across} {c}: {value_LC[layer, c]:.4g}" for c in range(width)] for layer in range(layers)
+    ]
+    cells = CellMap(Kind.HEAD, np.where(np.isfinite(value_LC), value_LC, np.nan), np.arange(width + 1) - 0.5, labels)
+    most = float(np.nanmax(cells.values)) if np.isfinite(cells.values).any() else 0.0
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(5.6, min(max(2.5, 0.2 * layers + 1.1), 7.5)), layout="constrained", dpi=72)
+        axes = figure.subplots()
+        colours = LinearSegmentedColormap.from_list("d", ["white", expert_colour(0)]).with_extremes(bad="#f0e9da")
+        mapping = ScalarMappable(Normalize(0, most or 1.0), colours)
+        draw_cells(axes, cells, mapping, mesh=False)
+        integer_ticks(axes, "x", width)
+        integer_ticks(axes, "y", layers)
+        axes.set(xlabel=across, ylabel="layer")
+        bar = figure.colorbar(mapping, ax=axes, fraction=0.06, aspect=18)
+        bar.outline.set_visible(False)
+        bar.set_label(what)
+    return to_svg(figure, description, CellRects(axes, cells, mapping))
+
+
+def matrix_svg(panels: Mapping[str, np.ndarray], names: Sequence[str], description: str) -> Markup:
+    """A panel a name: a square of whole numbers, each written into its cell, shaded by its share of the largest."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        size = min(max(2.2, 0.55 * len(names) + 1.2), 7.0)
+        figure = Figure(figsize=(size * len(panels) + 0.4, size), layout="constrained", dpi=72)
+        for axes, (title, count_TT) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            share_TT = count_TT / max(1, count_TT.max())
+            shades = LinearSegmentedColormap.from_list("m", ["white", expert_colour(0)])
+            axes.pcolormesh(share_TT, cmap=shades, vmin=0, vmax=1, edgecolors="#eef1f4", lw=0.6)
+            for (row, column), count in np.ndenumerate(count_TT):
+                ink = "white" if share_TT[row, column] > 0.6 else INK
+                axes.text(column + 0.5, row + 0.5, f"{int(count)}", ha="center", va="center", color=ink, fontsize=9)
+            ticks, labels = np.arange(len(names)) + 0.5, [label_of(name) for name in names]
+            axes.set_xticks(ticks, labels, rotation=60, ha="right")
+            axes.set_yticks(ticks, labels)
+            axes.invert_yaxis()
+            axes.tick_params(length=0)
+            axes.set_title(label_of(title), fontsize=10)
+    return to_svg(figure, description)
+
+
+def against_chance(panels: Mapping[str, tuple[Sequence[int], Sequence[float]]], description: str) -> Markup:
+    """A panel a name: bars of how many components are in exactly 1, 2, ... sets, and a mark each for chance."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(4.4 * len(panels), 2.6), layout="constrained", dpi=72)
+        for axes, (title, (found, chance)) in zip(
+            np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+        ):
+            sets = np.arange(1, len(found) + 1)
+            axes.bar(sets, found, 0.7, color=expert_colour(0), label="found")
+            axes.plot(sets, chance, "_", ms=18, mew=2, color=expert_colour(1), label="by chance")
+            axes.set(xlabel="in exactly so many tasks' top sets", title=label_of(title))
+            axes.title.set_fontsize(10)
+            axes.set_yscale("symlog", linthresh=1)
+            axes.set_xticks(sets)
+            axes.legend(frameon=False)
+    return to_svg(figure, description)
+
+
+def module_lines(measures: Mapping[str, Mapping[str, Sequence[float | None]]], words: Mapping[str, str]) -> Markup:
+    """A panel a measure; a line a module over the layers."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained", dpi=72)
+        panels = np.atleast_1d(figure.subplots(1, len(measures)))
+        for axes, (measure, modules) in zip(panels, measures.items(), strict=True):
+            for place, (module, value_L) in enumerate(modules.items()):
+                line = np.array([np.nan if value is None else value for value in value_L])
+                style: dict[str, Any] = {"color": expert_colour(place), "ls": _LINES[place // 6]}
+                axes.plot(np.arange(len(line)), line, marker=".", label=module, **style)
+            axes.set(xlabel="layer", ylabel=words[measure])
+            axes.set_ylim(bottom=0)
+            integer_ticks(axes, "x", len(line))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return to_svg(figure, "Change by layer and module: " + " and ".join(words[measure] for measure in measures))
+
+
+def intervals(rows: Sequence[tuple[str, float, float, float]], description: str) -> Markup:
+    """A line a row: a dot at its value, and the interval of its control as a bar."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(6.6, 0.9 + 0.3 * max(1, len(rows))), layout="constrained", dpi=72)
+        axes = figure.subplots()
+        axes.axvline(0, color=QUIET, linewidth=0.8)
+        for place, (_label, value, low, high) in enumerate(rows):
+            axes.plot([low, high], [place, place], color=QUIET, lw=6, alpha=0.5, solid_capstyle="butt")
+            axes.plot(value, place, "o", color=expert_colour(0))
+        axes.set_yticks(range(len(rows)), [label_of(row[0]) for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("Spearman's rank correlation; grey: drift permuted within layers")
+    return to_svg(figure, description)

@@ -1,0 +1,139 @@
+"""What a study is of: a pair of models and its score files, from a YAML file.
+
+base: ./base
+expert: ./maths
+scores: {kl: scores/kl.safetensors, anchor: scores/anchor.safetensors, ap: scores/ap.safetensors}
+others: {code: scores/code.safetensors}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.checkpoint.references import read_reference
+from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.fields import Form, ValueKind, described, first_wrong, json_schema, rows, text, whole
+from mergekit_wp.files import read_yaml_mapping
+
+KINDS = ("heads", "neurons")
+_PATH = {"type": "string", "pattern": r"\S"}
+
+
+def _are_files(value: Any, least: int) -> bool:
+    paths = list(value.values()) if isinstance(value, dict) else value
+    return (
+        isinstance(paths, list)
+        and len(paths) >= least
+        and all(isinstance(path, str) and path.strip() for path in paths)
+        and (not isinstance(value, dict) or all(name.strip() for name in value))
+    )
+
+
+def _files(least: int) -> ValueKind:
+    several = [
+        {"type": "object", "additionalProperties": _PATH, "minProperties": least},
+        {"type": "array", "items": _PATH, "minItems": least},
+    ]
+    what = "a mapping from names to score files, such as {kl: FILE}, or a list of files"
+    return ValueKind(what, lambda value: _are_files(value, least), {"anyOf": several}, None)
+
+
+_TOP = ValueKind(
+    "a mapping such as {heads: 20, neurons: 200}, each a whole number of at least 1",
+    lambda value: (
+        isinstance(value, dict) and all(kind in KINDS and type(k) is int and k >= 1 for kind, k in value.items())
+    ),
+    {
+        "type": "object",
+        "properties": {kind: {"type": "integer", "minimum": 1} for kind in KINDS},
+        "additionalProperties": False,
+    },
+    None,
+)
+_TOP_DEFAULT = {"heads": 20, "neurons": 200}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that was checked: `scores` and `others` are by name, `top` has both kinds."""
+
+    base: str = described(text(), "Base model: a folder or a Hub name.")
+    expert: str = described(text(), "Expert fine-tuned from it; may be `MODEL+LORA`.")
+    scores: Mapping[str, str] = described(
+        _files(1), "Score files of this pair, by name or as a list: of any methods, utilities, prompts."
+    )
+    others: Mapping[str, str] = described(
+        _files(0),
+        "Score files of other experts of the same base, to compare tasks across experts.",
+        {},
+    )
+    top: Mapping[str, int] = described(
+        _TOP, "How many heads and neurons make up a top set.", _TOP_DEFAULT, unset="20 heads and 200 neurons"
+    )
+    seed: int = described(whole(0), "Seed of all draws.", 0)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Study:
+        """Raises `BadInput` naming the field."""
+        known = [item.name for item in fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise BadInput(f"unknown field {shown(unknown[0])}; a study has {', '.join(known)}.")
+        if missing := [name for name in ("base", "expert", "scores") if values.get(name) is None]:
+            raise BadInput(f"{missing[0]}: a study needs this field.")
+        if wrong := first_wrong(cls, values):
+            name, kind = wrong
+            raise BadInput(f"{name}: found {shown(values[name])}, expected {kind.expected}.")
+        study = cls(**{
+            **values,
+            "scores": _named("scores", values["scores"]),
+            "others": _named("others", values.get("others", {})),
+            "top": {**_TOP_DEFAULT, **values.get("top", {})},
+        })  # fmt: skip
+        if both := [name for name in study.others if name in study.scores]:
+            raise BadInput(f"others: the name {shown(both[0])} is one of `scores` too; give it another.")
+        return study
+
+    def reads(self) -> list[str]:
+        """Everything that the study reads, models too, as it names them."""
+        models = [self.base, self.expert, *map(str, read_reference(self.expert).sources)]
+        return [*models, *self.scores.values(), *self.others.values()]
+
+    def how_to_score(self, name: str, path: str) -> str:
+        """The command that would make a score file of this pair; a name that is a method or a utility says which."""
+        from mergekit_wp.choices import METHODS, UTILITIES
+
+        flags = f" --method {name}" if name in METHODS else f" --utility {name}" if name in UTILITIES else ""
+        return f"wp-score --base {self.base} --expert {self.expert} --pairs FILE.jsonl{flags} --out {path}"
+
+
+def _named(field: str, files: Mapping[str, str] | list[str]) -> dict[str, str]:
+    """Files of a list are named as they are, without folder and ending. Raises `BadInput` for two of one name."""
+    if isinstance(files, Mapping):
+        return dict(files)
+    found: dict[str, str] = {}
+    for path in files:
+        name = Path(path).stem
+        if name in found:
+            raise BadInput(f"{field}: {found[name]} and {path} have one name; write a mapping, with a name for each.")
+        found[name] = path
+    return found
+
+
+def read_study(path: str) -> Study:
+    """The study in a YAML file. Raises `BadInput`, naming file and field."""
+    content = read_yaml_mapping(path, "study")
+    try:
+        return Study.from_mapping(content)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error.message}") from error
+
+
+FORM = Form(
+    "study",
+    "One pair of models and its score files. Paths are those of the working directory.",
+    lambda: json_schema(Study),
+    {"Study": rows(Study)},
+)

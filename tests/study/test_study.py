@@ -1,0 +1,181 @@
+"""wp-study as a command: what it writes, what it does again, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from click.testing import CliRunner
+from study_world import scores, write_study
+
+from mergekit_wp.checkpoint.folder import fingerprint_of
+from mergekit_wp.scores import write_scores
+from mergekit_wp.study import drift
+from mergekit_wp.study.cli import main
+
+ONE = {"tasks": ("a",)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Few pictures, since each takes a third of a second."""
+    folder = tmp_path_factory.mktemp("study")
+    tiny.save_pair(folder, "llama")
+    files = {"anchor": {"utility": "anchor", **ONE}, "ap": {"method": "ap", **ONE}}
+    return write_study(folder, files, {"code": {"method": "ap", "tasks": ("code",)}})
+
+
+@pytest.fixture(scope="module")
+def small(world) -> dict:
+    """A study of one task."""
+    content = yaml.safe_load(world.read_text())
+    return {**content, "scores": {"ap": content["scores"]["ap"]}, "others": {}}
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def out(world) -> Path:
+    folder = world.parent / "out"
+    said = run(world, "--out", folder).splitlines()
+    assert said[:2] == ["maps: to do (not done yet)", "drift: to do (not done yet)"]
+    assert said[-1] == f"Written: {folder / 'study.html'}"
+    return folder
+
+
+def test_what_is_written(out) -> None:
+    assert sorted(path.name for path in out.iterdir()) == ["drift", "maps", "study.html"]
+    for part in ("maps", "drift"):
+        assert json.loads((out / part / f"{part}.json").read_text())
+        for table in (out / part).glob("*.csv"):
+            lines = list(csv.reader(table.open()))
+            assert len(lines) > 1, table
+            assert len({len(line) for line in lines}) == 1, table
+        for picture in (out / part).glob("*.svg"):
+            assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
+    maps = json.loads((out / "maps/maps.json").read_text())
+    assert {row["compared"] for row in maps["agreement"]} == {"AP and WP"}
+    assert {(row["file"], *row["tasks"]) for row in maps["tasks"]} == {("ap", "a", "code")}
+    found = json.loads((out / "drift/drift.json").read_text())
+    assert {(row["scores"], row["side"]) for row in found["correlations"]} == {
+        (name, side) for name in ("anchor", "ap") for side in ("all", "up", "down")
+    } - {("anchor", "down")}  # nobody scored these
+
+
+def test_the_page_needs_nothing_else(out) -> None:
+    page = (out / "study.html").read_text()
+    assert page.count("<section>") == 2
+    refers = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)""", page)
+    assert all(target.startswith(("#", "data:image/png;base64,")) for pair in refers for target in pair if target)
+    assert "<script" not in page
+    assert "@import" not in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
+    before = {part: (out / part).stat().st_ino for part in ("maps", "drift")}
+    page = (out / "study.html").read_bytes()
+    assert run(world, "--out", out).splitlines()[:2] == ["maps: done", "drift: done"]
+    assert {part: (out / part).stat().st_ino for part in before} == before
+    assert (out / "study.html").read_bytes() == page
+    content = yaml.safe_load(world.read_text())
+    other = tmp_path / "other.yaml"
+
+    def plan(**changes: object) -> list[str]:
+        other.write_text(yaml.safe_dump({**content, **changes}))
+        return run(other, "--out", out, "--plan").splitlines()
+
+    assert plan(seed=1) == ["maps: done", "drift: to do (`seed` is another one)"]
+    assert plan(top={"heads": 4}) == [f"{part}: to do (`top` is another one)" for part in before]
+    fewer = {name: path for name, path in content["scores"].items() if name != "anchor"}
+    assert plan(scores=fewer)[0] == "maps: to do (the score file anchor is gone)"
+    assert {part: (out / part).stat().st_ino for part in before} == before, "a plan does nothing"
+    table = out / "maps/top.csv"
+    whole = table.read_text()
+    table.write_text(whole + "x")
+    assert run(world, "--out", out, "--plan").startswith(f"maps: to do ({table} is not what was written)")
+    table.write_text(whole)
+
+
+def test_a_run_that_ended_goes_on(small, tmp_path, monkeypatch) -> None:
+    folder, file = tmp_path / "out", tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(small))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drift, "drift_sums", killed)
+        run(file, "--out", folder, code=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["maps", "study.html"]
+    assert (folder / "study.html").read_text().count("<section>") == 1
+    assert run(file, "--out", folder).splitlines()[:2] == ["maps: done", "drift: to do (not done yet)"]
+    assert (folder / "study.html").read_text().count("<section>") == 2
+
+
+def test_maps_need_no_model(small, tmp_path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**small, "base": "./gone", "expert": "./gone-too"}))
+    run(tmp_path / "s.yaml", "--out", tmp_path / "out", "--only", "maps", "--quiet")
+    assert (tmp_path / "out/study.html").read_text().count("<section>") == 1
+    said = run(tmp_path / "s.yaml", "--out", tmp_path / "out", code=2)
+    assert "./gone: no such model folder" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "sentence"),
+    [
+        ({"tasks": 1}, [], "unknown field 'tasks'; a study has base, expert, scores, others, top, seed."),
+        ({"scores": None}, [], "scores: a study needs this field."),
+        ({"scores": {}}, [], "scores: found {}, expected a mapping from names to score files"),
+        ({"scores": {"kl": 3}}, [], "scores: found {'kl': 3}, expected a mapping"),
+        ({"top": {"heads": 0}}, [], "top: found {'heads': 0}, expected a mapping such as"),
+        ({"scores": ["a/x.safetensors", "b/x.safetensors"]}, [], "have one name; write a mapping"),
+        ({"others": {"kl": "x.safetensors"}}, [], "others: the name 'kl' is one of `scores` too"),
+        (
+            {"scores": {"ap": "no/ap.safetensors"}}, [],
+            "`scores.ap`: no such score file: no/ap.safetensors; make it with `wp-score --base BASE --expert EXPERT "
+            "--pairs FILE.jsonl --method ap --out no/ap.safetensors`.",
+        ),
+        ({"scores": {"kl": "OTHER"}}, [], "`expert`: the score files are of expert, whose weights are not those of"),
+        ({"scores": {"kl": "KL", "x": "OTHER"}}, [], "put files of other experts under `others`"),
+        ({"scores": {"kl": "KL", "x": "FAR"}}, [], "which is another model; a study is of one base"),
+        ({"others": {"x": "ATTR"}}, [], "`others.x`: scores by attr, utility kl, and none of `scores` was made so"),
+        ({"expert": "BASE"}, [], "whose weights are not those of"),
+        ({}, ["--only", "maps,charts"], "--only: there is no part 'charts'; there are maps, drift."),
+        ({}, ["--out", "BASE/out"], "lies inside what is read"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(world, tmp_path, changes, flags, sentence) -> None:
+    folder = world.parent
+    base, expert = str(folder / "base"), str(folder / "expert")
+    of_base = {"base": fingerprint_of(base).tensors}
+    kl = str(tmp_path / "kl.safetensors")
+    write_scores(scores(**of_base, expert=fingerprint_of(expert).tensors, **ONE), kl)
+    made = {"OTHER": {**of_base, "expert": "e" * 64}, "FAR": {"base": "f" * 64}, "ATTR": {**of_base, "method": "attr"}}
+    places = {"KL": kl, "BASE": base, "EXPERT": expert}
+    for name, how in made.items():
+        if name in str(changes):
+            places[name] = str(tmp_path / f"{name}.safetensors")
+            write_scores(scores(**how), places[name])
+
+    def placed(text: str) -> str:
+        return re.sub("|".join(places), lambda found: places[found[0]], text)
+
+    content = {"base": base, "expert": expert, "scores": {"kl": kl}} | yaml.safe_load(placed(yaml.safe_dump(changes)))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    said = run(tmp_path / "s.yaml", "--out", tmp_path / "out", *map(placed, flags), code=2)
+    assert placed(sentence) in said
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
