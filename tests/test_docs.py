@@ -50,6 +50,7 @@ from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.config import ScoringJob, load_job
 from mergekit_wp.scoring.pairs import Pair, read_pairs
 from mergekit_wp.scoring.whole_answers import read_answers
+from mergekit_wp.study.study_spec import Study, read_study
 from mergekit_wp.subset import read_components
 
 ROOT = Path(__file__).resolve()
@@ -167,6 +168,7 @@ FIELDS = {
     ("Suite", "field of a task"): names(SuiteTask),
     ("Suite", "option of a backend"): set(OPTIONS),
     ("results.json", "field of a row"): names(StoredRow),
+    ("Study", "field"): names(Study),
     ("Pipeline", "field of an expert"): names(Expert),
     ("Pipeline", "field of a merge"): names(Merge),
     ("Pipeline", "field of `evaluate`"): names(Evaluate) | {"flags"},
@@ -263,6 +265,7 @@ READERS = {
     "texts.jsonl": lambda path: list(read_texts(str(path))),
     "suite.yaml": read_suite,
     "results.json": read_results,
+    "study.yaml": lambda path: read_study(str(path)),
     "pipeline.yaml": read_pipeline,
     "13b.yaml": read_pipeline,
     "wp_audit.yml": read_certificate,

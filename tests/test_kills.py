@@ -12,7 +12,9 @@ from warm import warm
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills forks")
 
 
-@pytest.mark.parametrize("stage", ["pairs", "score", "fit", "aim", "merge", "patch", "push", "evaluate", "study", "run"])
+@pytest.mark.parametrize(
+    "stage", ["pairs", "score", "fit", "aim", "merge", "patch", "push", "evaluate", "study", "run"]
+)
 def test_twenty_kills(stage: str, tmp_path: Path) -> None:
     done = warm().run("import kill_at_moments; kill_at_moments.main()", stage, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -39,12 +39,15 @@ def test_no_command_says_a_word(world):
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     experts = [{"expert": name, "pairs": f"{name}.jsonl"} for name in ("one", "two")]
     (world / "fit.yaml").write_text(yaml.safe_dump({"base": "base", "experts": experts, "steps": 1}))
+    study = {"base": "base", "expert": "one", "scores": ["out/scores/one.safetensors"]}
+    (world / "study.yaml").write_text(yaml.safe_dump(study))
     (world / "rows.csv").write_text('q\nw1 w2\n""\n')
     commands = [
         ["scoring.convert", "rows.csv", "--prompt", "q", "--out", "converted.jsonl"],
         ["pipeline.cli", "out.yaml", "--until", "score"],
         ["scoring.cli", "anchored.yaml", "--out", "anchored.safetensors"],
         ["scores_cli", "out/scores/one.safetensors"],
+        ["study.cli", "study.yaml", "--out", "study"],
         ["eval.greedy_answers", "anchored.yaml", "--utility", "kl", "--answer-tokens", "2", "--out", "said.jsonl"],
         ["fit.cli", "fit.yaml", "--out", "fit.safetensors"],
         ["merge.cli", "recipe.yaml", "merged"],

@@ -150,7 +150,7 @@ def _strongest(kind: Kind, tables: Mapping[str, torch.Tensor], count: int) -> di
         ranked = table_Ln.nan_to_num(-1.0, posinf=-1.0).flatten().sort(descending=True, stable=True)
         width = table_Ln.shape[1]
         places = zip(ranked.indices[:count].tolist(), ranked.values[:count].tolist(), strict=True)
-        found[name] = [[Component(kind, at // width, at % width).name, value] for at, value in places]
+        found[name] = [[Component(kind, at // width, at % width).name, value] for at, value in places if value >= 0]
     return found
 
 

@@ -39,7 +39,8 @@ from mergekit_wp.scoring.models.streaming import skeleton
 NORMS, FINAL_NORM, EMBEDDED, OUT = "norms", "final norm", "embeddings", "head"
 LAYER_MODULES = (*PROJECTIONS, NORMS)
 END_MODULES = (EMBEDDED, FINAL_NORM, OUT)
-_TILE = 1 << 22  # numbers
+_TILE = 1 << 22  # numbers that are read at a time
+_BLOCK = 1 << 16  # and computed with, so that they stay in the cache: a seventh of the time
 _TABLES = ("inv_freq", "rope.freqs")  # rotary, which old checkpoints store
 _PATHS = {path: (key,) for key, path in PROJECTIONS.items()} | FUSED
 
@@ -166,19 +167,25 @@ def line_sums(
     rows = min(base.shape(name)[0], expert.shape(name)[0])
     width = math.prod(base.shape(name)[1:])
     sums_4n = torch.zeros(4, width if axis else rows, dtype=torch.float64)
-    step = max(1, _TILE // width)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        base_RD, expert_RD = (model.rows(name, first, last).reshape(last - first, -1) for model in (base, expert))
-        wide = torch.promote_types(torch.promote_types(base_RD.dtype, expert_RD.dtype), torch.float32)
-        weight_RD = base_RD.to(wide)
-        delta_RD = (expert_RD.to(wide) - weight_RD).double()
-        found = [x.sum(1 - axis) for x in (delta_RD.abs(), delta_RD.square(), weight_RD.double().square())]
-        where = slice(None) if axis else slice(first, last)
-        sums_4n[:3, where] += torch.stack(found)
-        sums_4n[3, where] += (last - first) if axis else width
+    tile, block = max(1, _TILE // width), max(1, _BLOCK // width)
+    for first in range(0, rows, tile):
+        last = min(first + tile, rows)
+        read = [model.rows(name, first, last).reshape(last - first, width) for model in (base, expert)]
+        for place, (base_RD, expert_RD) in enumerate(zip(*(torch.split(each, block) for each in read), strict=True)):
+            start = first + place * block
+            where = slice(None) if axis else slice(start, start + len(base_RD))
+            sums_4n[:3, where] += _block_sums(base_RD, expert_RD, 1 - axis)
+            sums_4n[3, where] += len(base_RD) if axis else width
         tick((last - first) * width)
     return sums_4n
+
+
+def _block_sums(base_RD: torch.Tensor, expert_RD: torch.Tensor, dim: int) -> torch.Tensor:
+    """[3, ...]: of |delta|, delta^2 and W^2 along `dim`."""
+    wide = torch.promote_types(torch.promote_types(base_RD.dtype, expert_RD.dtype), torch.float32)
+    weight_RD = base_RD.to(wide)
+    delta_RD = (expert_RD.to(wide) - weight_RD).double()
+    return torch.stack([x.sum(dim) for x in (delta_RD.abs(), delta_RD.square(), weight_RD.double().square())])
 
 
 def _modules(name: str) -> tuple[str, ...]:

@@ -248,6 +248,7 @@ def convert(folder: Path):
 
 def study(folder: Path):
     """The folder of a part of wp-study, written in the place of the one that is there."""
+    import safetensors.torch  # noqa: F401  (not once a fork)
     from markupsafe import Markup
 
     from mergekit_wp.study.parts import Part, PartResult, write_part

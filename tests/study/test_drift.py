@@ -82,6 +82,7 @@ def reference(base: dict, expert: dict, rows: int) -> tuple[dict, np.ndarray, np
 def test_against_numpy(kind, dtype, rows, tmp_path, monkeypatch) -> None:
     base, expert = tiny.save_pair(tmp_path, kind, dtype=dtype, extra_rows=rows)
     monkeypatch.setattr(module, "_TILE", 100)  # several tiles a tensor, the last one shorter
+    monkeypatch.setattr(module, "_BLOCK", 50)
     found = measured(expert, base)
     modules, heads, neurons = reference(read(base), read(expert), 97)
     assert set(found.modules) == set(modules)
