@@ -322,11 +322,12 @@ def _sides_words(sides: Mapping[str, list[int]]) -> str:
 
 
 def _agreement_grid(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Means over tasks; a line for every two files, kind, side and key."""
-    lines = [["files", "compared", "kind", "side", "key", "overlap (tasks' range)", "by chance", "Spearman"]]
-    keys = ("one", "other", "compared", "kind", "side", "key")
-    for place in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        own = [row for row in rows if tuple(row[key] for key in keys) == place]
+    """Means over tasks of signed rankings; a line for every two files, kind and side that both scored."""
+    lines = [["files", "compared", "kind", "side", "overlap (tasks' range)", "by chance", "Spearman"]]
+    keys = ("one", "other", "compared", "kind", "side")
+    shown = [row for row in rows if row["key"] == SIGNED and row["components"]]
+    for place in dict.fromkeys(tuple(row[key] for key in keys) for row in shown):
+        own = [row for row in shown if tuple(row[key] for key in keys) == place]
         shares = [row["overlap"] for row in own if row["overlap"] is not None]
         ranks = [row["spearman"] for row in own if row["spearman"] is not None]
         overlap = f"{fmean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})" if shares else "-"
