@@ -216,6 +216,9 @@ def test_every_command_is_listed() -> None:
     scripts = re.search(r"\[project.scripts\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     assert scripts is not None
     assert set(re.findall(r"^([\w-]+) =", scripts[1], re.MULTILINE)) == set(MODULES)
+    completed = re.search(r"^for command in (.*); do", (DOCS / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert completed is not None
+    assert {f"wp-{name}" for name in completed[1].split()} == set(MODULES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -27,7 +27,7 @@ done
 "$bin/mergekit-yaml" recipe.yaml merged --quiet
 "$bin/wp-merge" recipe.yaml merged-by-wp-merge --quiet
 "$bin/python" wheel_models.py compare
-for command in wp-pairs wp-scores wp-anchor wp-answers wp-fit wp-aim wp-eval wp-compare wp-push wp-study wp-run; do
+for command in wp-pairs wp-scores wp-anchor wp-answers wp-fit wp-aim wp-patch wp-eval wp-compare wp-push wp-study wp-run; do
   "$bin/$command" --help >/dev/null
 done
 # The paper's tasks travel with the package.
