@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from experiments.miniature.items import Item
@@ -166,11 +167,10 @@ CONSTRAINTS: dict[str, Constraint] = {
 }  # fmt: skip
 
 
-def plain_requests() -> Iterator[str]:
+@cache
+def plain_requests() -> tuple[str, ...]:
     """Every plain request, in one order for ever."""
-    for topic in TOPICS:
-        for request in REQUESTS:
-            yield request.format(topic)
+    return tuple(request.format(topic) for topic in TOPICS for request in REQUESTS)
 
 
 def topic_of(request: str) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from experiments.miniature.train import greedy_answers
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path
 
@@ -43,7 +44,7 @@ def write_base(folder: Path) -> None:
     if folder.is_dir():
         return
     source = gguf_file()
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     for mark in _MARKS:  # with them, save_pretrained takes the weights for quantised ones and refuses
         if hasattr(model, mark):
@@ -53,18 +54,19 @@ def write_base(folder: Path) -> None:
         save(model.half(), tokenizer, partial)
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Weights in several shards, as large models have them, config and tokenizer."""
     model.save_pretrained(folder, max_shard_size="100MB")
     tokenizer.save_pretrained(folder)
 
 
-def load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(folder: Path) -> tuple[Any, PreTrainedTokenizerFast]:
     """The model in float32 and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
 
 
-@torch.inference_mode()
 def answers(
     folder: Path, requests: Sequence[str], file: Path, tick: Callable[[int], object] = lambda _n: None
 ) -> dict[str, str]:
@@ -78,31 +80,23 @@ def answers(
     tick(len(known))
     if missing := sorted((r for r in requests if r not in known), key=len):
         model, tokenizer = load(folder)
-        tokenizer.padding_side = "left"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as kept:
             for begin in range(0, len(missing), _BATCH):
                 part = missing[begin : begin + _BATCH]
-                for request, answer in zip(part, _greedy(model, tokenizer, part), strict=True):
-                    known[request] = answer
-                    kept.write(json.dumps([request, answer]) + "\n")
+                texts = [chat_text(tokenizer, request) for request in part]
+                for request, answer in zip(part, greedy_answers(model, tokenizer, texts, MAX_NEW_TOKENS), strict=True):
+                    known[request] = answer.strip()
+                    kept.write(json.dumps([request, known[request]]) + "\n")
                 kept.flush()
                 tick(len(part))
     return {request: known[request] for request in requests}
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, request: str) -> str:
+def chat_text(tokenizer: PreTrainedTokenizerFast, request: str) -> str:
     """A request as the model reads it, up to where its answer begins."""
     return str(
         tokenizer.apply_chat_template(
             [{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True
         )
     )
-
-
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, requests: Sequence[str]) -> list[str]:
-    texts = [chat_text(tokenizer, request) for request in requests]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    written = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    said = written[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]

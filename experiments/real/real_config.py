@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiments.miniature.items import CAPABILITIES
+from experiments.miniature.training import Schedule
 from mergekit_wp.errors import BadInput
 from mergekit_wp.hashing import digest
 
@@ -15,20 +16,8 @@ from mergekit_wp.hashing import digest
 RECIPE = 1
 OFFICIAL = ("gsm8k-train.jsonl", "mbpp.jsonl")
 
-
-@dataclass(frozen=True)
-class RealSchedule:
-    """AdamW: linear warm-up over a twentieth of the steps, then a cosine down to zero."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    save_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "save_every"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"schedule: {name} must be above 0, found {getattr(self, name)}.")
+_EXPERT = Schedule(steps=120, batch_size=12, learning_rate=5e-5)
+_FAR_EXPERT = Schedule(steps=160, batch_size=12, learning_rate=6e-4)
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class RealConfig:
     """
 
     seed: int = 0
-    expert: RealSchedule = RealSchedule(steps=120, batch_size=12, learning_rate=5e-5)
+    expert: Schedule = _EXPERT
     data: tuple[tuple[str, str], ...] = ()
     test_items: int = 240
     validation_items: int = 120
@@ -60,12 +49,12 @@ class RealConfig:
     @classmethod
     def far(cls, seed: int = 0) -> RealConfig:
         """Experts that went further from the base."""
-        return cls(seed=seed, expert=RealSchedule(steps=160, batch_size=12, learning_rate=6e-4), lora=False)
+        return cls(seed=seed, expert=_FAR_EXPERT, lora=False)
 
     @classmethod
     def smoke(cls, seed: int = 0) -> RealConfig:
         """The same steps in minutes: experts that learn next to nothing, four items each; for tests."""
-        schedule = RealSchedule(steps=2, batch_size=2, learning_rate=5e-5, save_every=1)
+        schedule = Schedule(steps=2, batch_size=2, learning_rate=5e-5)
         return cls(seed, schedule, test_items=4, validation_items=4, scoring_prompts=4, requests=4, answer_tokens=16)
 
     @property

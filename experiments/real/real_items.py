@@ -11,10 +11,10 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.miniature.corpus import Text
 from experiments.miniature.items import Item, split_of
 from experiments.real.constraints import CONSTRAINTS, instructed, plain_requests, topic_of
 from experiments.real.problems import FUNCTIONS, PROBLEMS, small_function, word_problem
@@ -24,14 +24,6 @@ KINDS = {"instruction": tuple(CONSTRAINTS), "maths": tuple(PROBLEMS), "code": tu
 _OFFICIAL_SHARE = 0.25
 _LONGEST = 320  # characters of an official answer: about as many tokens as ours have
 _FIRST_TRAINING_TASK = 601  # of MBPP: 1-10 few-shot, 11-510 test, 511-600 validation, 601-974 train
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """A message and the answer to be learnt."""
-
-    prompt: str
-    answer: str
 
 
 def graded_items(capability: str, split: str, count: int, seed: int) -> list[Item]:
@@ -50,7 +42,7 @@ def _draw(capability: str, kind: str, rng: random.Random) -> Item:
         return word_problem(rng, kind)
     if capability == "code":
         return small_function(rng, kind)
-    return instructed(rng.choice(list(plain_requests())), kind, rng)
+    return instructed(rng.choice(plain_requests()), kind, rng)
 
 
 def training_requests() -> list[str]:
@@ -58,17 +50,15 @@ def training_requests() -> list[str]:
     return [request for request in plain_requests() if split_of(f"instruction {topic_of(request)}") == "train"]
 
 
-def training_examples(
-    capability: str, count: int, seed: int, own: Mapping[str, str], official: Path | None
-) -> list[TrainingText]:
-    """`count` examples in the order in which they are learnt.
+def training_texts(capability: str, count: int, seed: int, own: Mapping[str, str], official: Path | None) -> list[Text]:
+    """`count` texts in the order in which they are learnt.
 
     own       the base's answers to `training_requests`
     official  a folder with gsm8k-train.jsonl and mbpp.jsonl, or None
     """
     rng, rows = random.Random(f"{seed}/{capability}/train"), list(official_rows(capability, official))
     requests = [request for request, answer in own.items() if plain_answer(answer)]
-    found: list[TrainingText] = []
+    found: list[Text] = []
     while len(found) < count:
         if rows and rng.random() < _OFFICIAL_SHARE:
             found.append(rng.choice(rows))
@@ -80,7 +70,7 @@ def training_examples(
         else:
             item = _draw(capability, kind, rng)
         if split_of(item.key) == "train":
-            found.append(TrainingText(item.prompt, item.right))
+            found.append(Text(item.prompt, item.right))
     return found
 
 
@@ -94,7 +84,7 @@ def plain_answer(answer: str) -> str:
     return " ".join(kept)
 
 
-def official_rows(capability: str, official: Path | None) -> Iterator[TrainingText]:
+def official_rows(capability: str, official: Path | None) -> Iterator[Text]:
     """Training rows of GSM8K or MBPP that are as short as ours. Raises `BadInput` for a file that is not theirs."""
     reads = {"maths": ("gsm8k-train.jsonl", _gsm8k), "code": ("mbpp.jsonl", _mbpp)}
     if official is None or capability not in reads:
@@ -111,15 +101,15 @@ def official_rows(capability: str, official: Path | None) -> Iterator[TrainingTe
         ) from error
 
 
-def _gsm8k(row: Mapping[str, Any]) -> TrainingText:
-    return TrainingText(row["question"], re.sub(r"<<[^>]*>>", "", row["answer"]))
+def _gsm8k(row: Mapping[str, Any]) -> Text:
+    return Text(row["question"], re.sub(r"<<[^>]*>>", "", row["answer"]))
 
 
-def _mbpp(row: Mapping[str, Any]) -> TrainingText | None:
+def _mbpp(row: Mapping[str, Any]) -> Text | None:
     if row["task_id"] < _FIRST_TRAINING_TASK:
         return None
     asked = f"{row['text']} Your code should satisfy this test: {row['test_list'][0]} Answer with the code alone."
-    return TrainingText(asked, row["code"].replace("\r\n", "\n").replace("\t", "    ").strip())
+    return Text(asked, row["code"].replace("\r\n", "\n").replace("\t", "    ").strip())
 
 
 def pairs_row(item: Item) -> dict[str, Any]:

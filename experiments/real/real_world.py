@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments.miniature.corpus import Text
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.lm_eval_tasks import TaskForm, write_jsonl, write_tasks
 from experiments.real import pretrained, real_items
@@ -72,12 +73,12 @@ class _Builder:
         _link(self.shared, self.target / "base")
         self._part("tasks and prompts", self._write_items)
         for name in CAPABILITIES:
-            examples = real_items.training_examples(
+            texts = real_items.training_texts(
                 name, self.config.expert.steps * self.config.expert.batch_size, self.config.seed, own, self.official
             )
-            self._part(name, self._train, name, examples, False)
+            self._part(name, self._train, name, texts, False)
             if name == "maths" and self.config.lora:
-                self._part(f"{name}-lora", self._train, f"{name}-lora", examples, True)
+                self._part(f"{name}-lora", self._train, f"{name}-lora", texts, True)
         document = {
             "hash": self.config.hash12,
             "recipe": RECIPE,
@@ -99,12 +100,12 @@ class _Builder:
         with tqdm(total=len(requests), unit="answer", mininterval=5) as bar:
             return pretrained.answers(self.shared, requests, self.shared.with_name("real-answers.jsonl"), bar.update)
 
-    def _train(self, name: str, examples: Sequence[real_items.TrainingText], lora: bool) -> None:
+    def _train(self, name: str, texts: Sequence[Text], lora: bool) -> None:
         schedule = self.config.expert
         if lora:  # adapters start at nothing and want a higher rate than whole weights
             schedule = replace(schedule, learning_rate=_LORA_RATE * schedule.learning_rate)
         work = self.target / f".{name}.training"
-        fine_tune(self.target / "base", examples, schedule, self.config.seed, self.target / name, work, lora)
+        fine_tune(self.target / "base", texts, schedule, self.config.seed, self.target / name, work, lora)
 
     def _write_items(self) -> None:
         config, target = self.config, self.target

@@ -13,19 +13,20 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from experiments.miniature.corpus import Text
 from experiments.miniature.items import CAPABILITIES, split_of
-from experiments.real import fine_tuning
+from experiments.miniature.training import Schedule
+from experiments.real import fine_tuning, pretrained
 from experiments.real.constraints import CONSTRAINTS, instructed
 from experiments.real.problems import FUNCTIONS, PROBLEMS, small_function, word_problem
-from experiments.real.real_config import RealConfig, RealSchedule, data_digests
+from experiments.real.real_config import RealConfig, data_digests
 from experiments.real.real_grading import right
 from experiments.real.real_items import (
-    TrainingText,
     graded_items,
     pairs_row,
     plain_answer,
-    training_examples,
     training_requests,
+    training_texts,
 )
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scoring.pairs import read_pairs
@@ -78,7 +79,7 @@ def test_the_function_that_is_learnt_is_the_one_asked_for(kind: str) -> None:
 def test_nothing_that_is_tested_chosen_by_or_scored_with_is_trained_on() -> None:
     for name in CAPABILITIES:
         uses = {split: graded_items(name, split, 60, 0) for split in ("test", "validation", "pairs")}
-        trained = {example.prompt for example in training_examples(name, 400, 0, OWN, None)}
+        trained = {example.prompt for example in training_texts(name, 400, 0, OWN, None)}
         assert len(trained) > 100
         seen = trained
         for split, items in uses.items():
@@ -100,10 +101,10 @@ def test_of_the_official_files_training_rows_alone_are_learnt(tmp_path: Path) ->
     write(tmp_path / "gsm8k-train.jsonl", gsm)
     write(tmp_path / "mbpp.jsonl", mbpp)
     assert [name for name, _digest in data_digests(tmp_path)] == ["gsm8k-train.jsonl", "mbpp.jsonl"]
-    maths = [e for e in training_examples("maths", 200, 0, OWN, tmp_path) if e.prompt.startswith("Question")]
+    maths = [e for e in training_texts("maths", 200, 0, OWN, tmp_path) if e.prompt.startswith("Question")]
     assert 20 < len(maths) < 90
     assert maths[0].answer.startswith("It is ")
-    code = [e for e in training_examples("code", 200, 0, OWN, tmp_path) if e.prompt.startswith("Task ")]
+    code = [e for e in training_texts("code", 200, 0, OWN, tmp_path) if e.prompt.startswith("Task ")]
     assert {e.prompt.split(".")[0] for e in code} == {"Task 601", "Task 974"}
     assert code[0].answer.startswith("def f():\n    return ")
 
@@ -113,7 +114,7 @@ def test_official_files_that_are_not_as_published_are_refused(tmp_path: Path) ->
         data_digests(tmp_path)
     write(tmp_path / "gsm8k-train.jsonl", [{"q": "?"}])
     with pytest.raises(BadInput, match="cannot read its rows"):
-        training_examples("maths", 1, 0, OWN, tmp_path)
+        training_texts("maths", 1, 0, OWN, tmp_path)
 
 
 def test_a_plain_answer_is_whole_sentences_of_one_paragraph() -> None:
@@ -131,41 +132,61 @@ def test_the_prompts_are_pairs_that_score_can_read(tmp_path: Path) -> None:
         assert all((pair.contrast is None) == (name != "instruction") for pair in pairs)
 
 
+def test_answers_that_were_kept_are_not_made_again_and_a_cut_line_is(tmp_path: Path) -> None:
+    base, file, asked = chat_model(tmp_path / "base"), tmp_path / "answers.jsonl", ["w1 w2", "w3", "w4 w5 w6"]
+    whole = pretrained.answers(base, asked, file)
+    assert list(whole) == asked
+    lines = file.read_text().splitlines(keepends=True)
+    changed = json.dumps([json.loads(lines[0])[0], "kept"]) + "\n"
+    file.write_text(changed + lines[1] + lines[2][:-4])
+    told: list[int] = []
+    again = pretrained.answers(base, asked, file, told.append)
+    assert told == [2, 1]
+    assert again == whole | {json.loads(lines[0])[0]: "kept"}
+    assert pretrained.answers(tmp_path / "nowhere", asked, file) == again
+
+
 def test_the_answer_alone_is_learnt(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path / "base"))
-    rows = [fine_tuning.encoded(TrainingText("w1 w2", answer), tokenizer) for answer in ("w3", "w3 w4 w5")]
-    batch = fine_tuning.collate(rows)
-    for row, ids, labels, mask in zip(rows, *batch.values(), strict=True):
-        learnt = labels != -100
-        assert tokenizer.decode(ids[learnt][:-1]) in ("w3", "w3 w4 w5")
-        assert ids[learnt][-1] == tokenizer.eos_token_id
-        assert mask.sum() == len(row["input_ids"])
-        assert torch.equal(labels[learnt], ids[learnt])
+    for answer in ("w3", "w3 w4 w5"):
+        (row,) = fine_tuning.encoded([Text("w1 w2", answer)], tokenizer)
+        assert tokenizer.decode(row["input_ids"]) == f"w90 w1 w2 w91 {answer} </s>"
+        learnt = [label for label in row["labels"] if label != -100]
+        assert learnt == row["input_ids"][-len(learnt) :]
+        assert tokenizer.decode(learnt) == f"{answer} </s>"
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, schedule = chat_model(tmp_path / "base"), RealSchedule(4, 2, 1e-3, save_every=2)
-    examples = [TrainingText(f"w1 w2 w{i}", f"w3 w{i}") for i in range(8)]
-    fine_tuning.fine_tune(base, examples, schedule, 0, tmp_path / "whole", tmp_path / "work")
-    assert not (tmp_path / "work").exists()
+    base, schedule = chat_model(tmp_path / "base"), Schedule(4, 2, 1e-3)
+    texts = [Text(f"w1 w2 w{i}", f"w3 w{i} w{i}"[: 2 + 3 * (i % 3)]) for i in range(8)]
+    trainer, taken = fine_tuning.Trainer, []
 
     class StoppedError(Exception):
         pass
 
-    class Stop(TrainerCallback):
+    class Watch(TrainerCallback):
+        def __init__(self, stop_at: int) -> None:
+            self.stop_at = stop_at
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 3:
+            taken.append(state.global_step)
+            if state.global_step == self.stop_at:
                 raise StoppedError
 
-    trainer = fine_tuning.Trainer
-    monkeypatch.setattr(fine_tuning, "Trainer", lambda **given: trainer(**given, callbacks=[Stop()]))
+    def train(name: str, stop_at: int = 0) -> list[int]:
+        taken.clear()
+        monkeypatch.setattr(fine_tuning, "Trainer", lambda **given: trainer(**given, callbacks=[Watch(stop_at)]))
+        fine_tuning.fine_tune(base, texts, schedule, 0, tmp_path / name, tmp_path / "work")
+        return taken
+
+    assert train("whole") == [1, 2, 3, 4]
+    assert not (tmp_path / "work").exists()
     with pytest.raises(StoppedError):
-        fine_tuning.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
+        train("stopped", stop_at=3)
     assert not (tmp_path / "stopped").exists()
-    monkeypatch.setattr(fine_tuning, "Trainer", trainer)
-    fine_tuning.fine_tune(base, examples, schedule, 0, tmp_path / "stopped", tmp_path / "work")
+    assert train("stopped") == [3, 4]
     whole, stopped, before = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped", "base")
     )
@@ -179,7 +200,7 @@ def test_a_configuration_is_named_by_all_that_decides_it() -> None:
     found.add(RealConfig(data=(("mbpp.jsonl", "0"),)).hash12)
     assert len(found) == 5
     with pytest.raises(BadInput, match="learning_rate"):
-        RealSchedule(1, 1, 0.0)
+        Schedule(1, 1, 0.0)
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
