@@ -65,10 +65,12 @@ class Published:
     def load(self, folder: Path, config: str) -> dict[str, list[Row]]:
         """The rows of every split that is there. Raises `BadInput`, naming file and place."""
         found: dict[str, list[Row]] = {}
+        of_file: dict[Path, list[Row]] = {}  # one may hold several splits
         for split in self.rows[config]:
             if path := self.found(folder, config, split):
-                rows = [self._row(raw, config, where) for where, raw in self.read(path)]
-                found[split] = [row for row in rows if self.split_of is None or self.split_of(row) == split]
+                if path not in of_file:
+                    of_file[path] = [self._row(raw, config, where) for where, raw in self.read(path)]
+                found[split] = [row for row in of_file[path] if self.split_of is None or self.split_of(row) == split]
                 if not found[split] and (self.split_of is None or split == "test"):
                     raise BadInput(f"{path}: there are no rows of the split {split}; get the published file.")
         return found
