@@ -55,7 +55,7 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
     from mergekit_wp.study.inputs import read_inputs
     from mergekit_wp.study.parts import PAGE, chosen_parts, made_of, why_due, write_page, write_part
 
-    parts, folder = chosen_parts(only), Path(out)
+    parts, folder = chosen_parts(only, study), Path(out)
     refuse_inputs(out, [study_file, *study.reads()])
     writable_folder(folder)
     refuse_busy(out)

@@ -22,6 +22,8 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.ranking import check_comparable
 from mergekit_wp.scores import ScoreMeta, Scores, read_scores
+from mergekit_wp.scoring.config import ScoringJob
+from mergekit_wp.scoring.score import Prepared, prepare
 from mergekit_wp.study.study_spec import Study
 
 ALL, UP, DOWN = "all", "up", "down"
@@ -68,6 +70,18 @@ class Inputs:
         reference = read_reference(self.study.expert)
         reference.check()
         return Checkpoint.of(reference.model)
+
+    @cached_property
+    def ready(self) -> tuple[ScoringJob, Prepared]:
+        """The job of the study's prompts, and what is made ready for it: prompts as tokens, models that fit each other.
+
+        All pairs are there for extraction and for scoring. Raises `BadInput`.
+        """
+        job = self.study.job()
+        try:
+            return job, prepare(job)
+        except BadInput as error:
+            raise BadInput(f"prompts: {error.message}") from error
 
     @cached_property
     def fingerprints(self) -> dict[str, Fingerprint]:

@@ -68,7 +68,7 @@ class Part:
     """One part. `work` is given what the study says, score files and models, and a progress bar.
 
     settings: the fields of the study that its result depends on, beside score files. models: it reads both models.
-    code: the source files of this package that its result depends on.
+    code: the source files of this package that its result depends on. prompts: it cannot do without the study's.
     """
 
     name: str
@@ -77,14 +77,22 @@ class Part:
     settings: tuple[str, ...]
     models: bool
     code: tuple[str, ...]
+    prompts: bool = False
 
 
-def chosen_parts(only: str | None) -> list[Part]:
-    """Parts by their names, parted by commas, in the order of the page; None: all. Raises `BadInput` for others."""
+def chosen_parts(only: str | None, study: Study) -> list[Part]:
+    """Parts by their names, parted by commas, in the order of the page; None: those that the study allows.
+
+    Raises `BadInput` for others.
+    """
     names = [name.strip() for name in only.split(",")] if only is not None else list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
         raise BadInput(f"--only: there is no part {shown(unknown[0])}; there are {', '.join(PARTS)}.")
-    return [import_module(module).PART for name, module in PARTS.items() if name in names]
+    found: list[Part] = [import_module(module).PART for name, module in PARTS.items() if name in names]
+    lacking = [part for part in found if part.prompts and not study.prompts]
+    if only is not None and lacking:
+        raise BadInput(f"`prompts`: the part {lacking[0].name} needs them; give the study `prompts: {{pairs: FILE}}`.")
+    return [part for part in found if part not in lacking]
 
 
 def made_of(part: Part, study: Study, inputs: Inputs) -> dict[str, str]:
@@ -92,6 +100,8 @@ def made_of(part: Part, study: Study, inputs: Inputs) -> dict[str, str]:
     found = {f"the score file {name}": digest(path) for name, path in inputs.files.items()}
     if part.models:
         found |= {f"the {role}": str(print_) for role, print_ in inputs.fingerprints.items()}
+    if "prompts" in part.settings and (pairs := study.prompts.get("pairs")) and Path(pairs).is_file():
+        found["the file of prompts"] = digest(Path(pairs))
     found |= {f"`{name}`": digest_of([json.dumps(getattr(study, name), sort_keys=True)]) for name in part.settings}
     return found | {"the code behind it": digest_of(digest(_PACKAGE / file) for file in part.code)}
 
@@ -138,7 +148,7 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
 def write_page(out: Path, study: Study, inputs: Inputs) -> None:
     """OUT/study.html of the parts that are there and still right, whichever run did them."""
     sections = []
-    for part in chosen_parts(None):
+    for part in chosen_parts(None, study):
         if (out / part.name / _STAMP).exists() and _is_right(part, out, study, inputs):
             body = (out / part.name / _SECTION).read_text(encoding="utf-8")
             sections.append(section(part.title, Markup(body)))  # ours, by the part's stamp

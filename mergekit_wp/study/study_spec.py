@@ -4,6 +4,7 @@ base: ./base
 expert: ./maths
 scores: {kl: scores/kl.safetensors, anchor: scores/anchor.safetensors, ap: scores/ap.safetensors}
 others: {code: scores/code.safetensors}
+prompts: {pairs: maths.jsonl, samples: 64}
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.fields import Form, ValueKind, described, first_wrong, json_schema, rows, text, whole
+from mergekit_wp.fields import Form, ValueKind, about, described, first_wrong, json_schema, rows, text, whole
 from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.scoring.config import ScoringJob
 
 KINDS = ("heads", "neurons")
 _PATH = {"type": "string", "pattern": r"\S"}
@@ -54,6 +56,20 @@ _TOP = ValueKind(
     None,
 )
 _TOP_DEFAULT = {"heads": 20, "neurons": 200}
+_JOB_FIELDS = (
+    "pairs", "samples", "template", "chat_template", "system", "batch_size", "device", "dtype", "offload",
+    "trust_remote_code",
+)  # fmt: skip
+_PROMPTS = ValueKind(
+    "a mapping with `pairs`, such as {pairs: FILE.jsonl}",
+    lambda value: isinstance(value, dict) and (not value or "pairs" in value),
+    {
+        "type": "object",
+        "properties": {item.name: about(item).kind.schema for item in fields(ScoringJob) if item.name in _JOB_FIELDS},
+        "additionalProperties": False,
+    },
+    None,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,13 @@ class Study:
     )
     top: Mapping[str, int] = described(
         _TOP, "How many heads and neurons make up a top set.", _TOP_DEFAULT, unset="20 heads and 200 neurons"
+    )
+    prompts: Mapping[str, Any] = described(
+        _PROMPTS,
+        "Prompts of the parts that run the models, and how these run: `pairs`, `samples` and other fields of a scoring "
+        "job.",
+        {},
+        unset="those parts are left out",
     )
     seed: int = described(whole(0), "Seed of all draws.", 0)
 
@@ -92,14 +115,27 @@ class Study:
             "others": _named("others", values.get("others", {})),
             "top": {**_TOP_DEFAULT, **values.get("top", {})},
         })  # fmt: skip
+        if study.prompts:
+            study.job()
         if both := [name for name in study.others if name in study.scores]:
             raise BadInput(f"others: the name {shown(both[0])} is one of `scores` too; give it another.")
         return study
 
+    def job(self) -> ScoringJob:
+        """The scoring job with the study's prompts, all of which serve for directions and for the rest.
+
+        Raises `BadInput` where a field is wrong, or there are no prompts.
+        """
+        if unknown := [name for name in self.prompts if name not in _JOB_FIELDS]:
+            raise BadInput(f"prompts: unknown field {shown(unknown[0])}; expected {', '.join(_JOB_FIELDS)}.")
+        fixed = {"base": self.base, "expert": self.expert, "seed": self.seed, "utility": "anchor", "split": "shared"}
+        return ScoringJob.from_mapping({**self.prompts, **fixed}, "prompts")
+
     def reads(self) -> list[str]:
         """Everything that the study reads, models too, as it names them."""
         models = [self.base, self.expert, *map(str, read_reference(self.expert).sources)]
-        return [*models, *self.scores.values(), *self.others.values()]
+        pairs = [self.prompts["pairs"]] if self.prompts else []
+        return [*models, *self.scores.values(), *self.others.values(), *pairs]
 
     def how_to_score(self, name: str, path: str) -> str:
         """The command that would make a score file of this pair; a name that is a method or a utility says which."""

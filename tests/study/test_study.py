@@ -135,12 +135,15 @@ def test_maps_need_no_model(small, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
-        ({"tasks": 1}, [], "unknown field 'tasks'; a study has base, expert, scores, others, top, seed."),
+        ({"tasks": 1}, [], "unknown field 'tasks'; a study has base, expert, scores, others, top, prompts, seed."),
         ({"scores": None}, [], "scores: a study needs this field."),
         ({"scores": {}}, [], "scores: found {}, expected a mapping from names to score files"),
         ({"scores": {"kl": 3}}, [], "scores: found {'kl': 3}, expected a mapping"),
         ({"top": {"heads": 0}}, [], "top: found {'heads': 0}, expected a mapping such as"),
         ({"scores": ["a/x.safetensors", "b/x.safetensors"]}, [], "have one name; write a mapping"),
+        ({"prompts": {"samples": 3}}, [], "prompts: found {'samples': 3}, expected a mapping with `pairs`"),
+        ({"prompts": {"pairs": "x", "layer": 3}}, [], "prompts: unknown field 'layer'; expected pairs, samples"),
+        ({"prompts": {"pairs": "x", "samples": 0}}, [], "prompts: samples: found 0, expected a whole number"),
         ({"others": {"kl": "x.safetensors"}}, [], "others: the name 'kl' is one of `scores` too"),
         (
             {"scores": {"ap": "no/ap.safetensors"}}, [],
