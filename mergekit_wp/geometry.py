@@ -234,12 +234,17 @@ def _architecture(config: Mapping[str, Any], where: str) -> str:
 class TensorSlot:
     """How one tensor is cut into components: axis 0 cuts rows, axis 1 columns.
 
-    shares  whose they are, for each of the projections that lie along the axis one after the other (one, unless fused)
+    parts  keys of `PROJECTIONS`: those that lie along the axis one after the other (one, unless fused)
     """
 
     layer: int
-    shares: tuple[Share, ...]
+    parts: tuple[str, ...]
     axis: int
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """Whose the rows or columns of each part are."""
+        return tuple(_SHARE_AND_AXIS[part][0] for part in self.parts)
 
 
 def slot_of(name: str) -> TensorSlot | None:
@@ -251,10 +256,10 @@ def slot_of(name: str) -> TensorSlot | None:
     parts = _PARTS.get(match["module"]) if match else None
     if match is None or parts is None:
         return None
-    shares, (axis, *_) = zip(*(_SHARE_AND_AXIS[part] for part in parts), strict=True)
+    axis = _SHARE_AND_AXIS[parts[0]][1]
     if match["what"] == "bias" and axis == 1:
         return None
-    return TensorSlot(int(match["layer"]), shares, axis)
+    return TensorSlot(int(match["layer"]), parts, axis)
 
 
 @strict

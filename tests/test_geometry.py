@@ -64,7 +64,7 @@ def test_expand_has_the_length_of_the_axis(kind):
 def test_kv_weight_is_the_mean_over_the_group():
     geometry = geometry_of(tiny.random_model("llama"))
     heads_H = torch.tensor([1.0, 3.0, 10.0, 20.0])
-    got = geometry.expand(TensorSlot(0, ("kv",), 0), heads_H, torch.zeros(geometry.neurons))
+    got = geometry.expand(TensorSlot(0, ("k",), 0), heads_H, torch.zeros(geometry.neurons))
     assert got.tolist() == [2.0] * geometry.head_dim + [15.0] * geometry.head_dim
 
 
@@ -101,7 +101,7 @@ def test_outside_of_components():
     outside += [f"model.layers.3.{m}" for m in ("input_layernorm.weight", "self_attn.q_norm.weight")]
     outside += ["model.layers.3.self_attn.o_proj.bias", "model.layers.3.mlp.down_proj.bias"]
     assert [slot_of(name) for name in outside] == [None] * len(outside)
-    assert slot_of("model.layers.12.self_attn.q_proj.bias") == TensorSlot(12, ("head",), 0)
+    assert slot_of("model.layers.12.self_attn.q_proj.bias") == TensorSlot(12, ("q",), 0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_class_that_loads_a_model():
 def test_one_name_in_every_layout(layers):
     name = f"{layers}.3.self_attn.q_proj.weight"
     assert text_name(name) == "model.layers.3.self_attn.q_proj.weight"
-    assert slot_of(name) == TensorSlot(3, ("head",), 0)
+    assert slot_of(name) == TensorSlot(3, ("q",), 0)
     assert layer_of(name) == 3
 
 

@@ -152,24 +152,15 @@ def branch_losses(
     """As `losses`, of the merges by each of C weights: float64 [C, N]. Every layer is read once (but for memory)."""
     count, before = len(candidates), merged.weights
     found_CN = torch.zeros(count, sum(len(each.numbers) for each in batches), dtype=torch.float64)
-    if not merged.streamed:  # nothing is read, and each merge is made once for all batches
-        for branch, weights in enumerate(candidates):
-            merged.set(weights)
-            told = lambda done: tick(done / count)  # noqa: E731
-            found_CN[branch] = losses(merged, teachers_of(merged), batches, vocabulary, processes, told)
-        merged.set(before)
-        return found_CN
-    for group in batch_groups(merged, processes.share(batches), lambda each: count * each.batch.ids_BT.numel()):
-        starts = [merged.starts(each.batch, candidates) for each in group]
-        streams = [[start[branch].stream_BTD for start in starts] for branch in range(count)]
-        for index, branch, layer in merged.branches(range(merged.depth), candidates):
-            for i, stream_BTD in enumerate(streams[branch]):
-                streams[branch][i] = merged.call(layer, stream_BTD, starts[i][branch].calls[index])
-            processes.ticking(tick)(sum(len(each.numbers) for each in group) / merged.depth)
-        for branch, weights in enumerate(candidates):
-            merged.set(weights)
-            for each, final_BTD in zip(group, streams[branch], strict=True):
-                found_CN[branch, each.numbers] = _loss_of(merged, teachers_of(merged), each, final_BTD, vocabulary)
+    mine, told = processes.share(batches), processes.ticking(tick)
+    # Of resident models nothing is read, and each merge is made once for all batches.
+    groups = batch_groups(merged, mine, lambda each: count * each.batch.ids_BT.numel()) if merged.streamed else [mine]
+    for group in groups:
+        for index, branch, i, stream_BTD in merged.branch_sweep(candidates, [each.batch for each in group]):
+            told(len(group[i].numbers) / (count * merged.depth))
+            if index == merged.depth - 1:
+                kl_B = _loss_of(merged, teachers_of(merged), group[i], stream_BTD, vocabulary)
+                found_CN[branch, group[i].numbers] = kl_B
     merged.set(before)
     return add_up(found_CN, processes, merged)
 

@@ -19,17 +19,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
-from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import Geometry, TensorSlot, slot_of
 from mergekit_wp.merge.kernel import merge_fitted
 from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.hooks import at_reads
 from mergekit_wp.scoring.models.layerwise import Stack, Start
+from mergekit_wp.scoring.sweep import forward_sweep
+
+
+class Weights(Protocol):
+    """What a merge takes of each expert, such as `fit_file.FusionWeights`."""
+
+    @property
+    def rest_K(self) -> torch.Tensor:
+        """Of all that belongs to no component [K]."""
+
+    def along(self, slot: TensorSlot | None, geometry: Geometry) -> torch.Tensor:
+        """Along the slot's axis of its tensor [K, n]; [K, 1] where there is no component."""
 
 
 class MergedStack(Stack):
@@ -41,7 +53,7 @@ class MergedStack(Stack):
     """
 
     def __init__(
-        self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: FusionWeights,
+        self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: Weights,
         held: torch.dtype | None = None, frozen: bool = False,
     ):  # fmt: skip
         # Modules of its own around the base's parameters, which give way to merged ones.
@@ -53,7 +65,7 @@ class MergedStack(Stack):
         self._empty = [dict(layer.named_parameters()) for layer in self.tower.layers]
         self.set(weights)
 
-    def set(self, weights: FusionWeights) -> None:
+    def set(self, weights: Weights) -> None:
         """Take other weights from here on."""
         self.weights = weights
         self._merged: set[int] = set()
@@ -73,7 +85,7 @@ class MergedStack(Stack):
             yield self.tower.layers[index]
 
     def branches(
-        self, order: Sequence[int], candidates: Sequence[FusionWeights]
+        self, order: Sequence[int], candidates: Sequence[Weights]
     ) -> Generator[tuple[int, int, nn.Module], None, None]:
         """(index, number of the candidate, the layer merged by its weights): every candidate's before the next index.
 
@@ -91,6 +103,33 @@ class MergedStack(Stack):
                     for name, parameter in self._empty[index].items():
                         _put(self.tower.layers[index], name, parameter)
 
+    @torch.no_grad()
+    def branch_sweep(
+        self, candidates: Sequence[Weights], batches: Sequence[Batch]
+    ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        """The merge by every candidate on every batch: (layer, candidate, batch, the stream [B, T, D] above the layer).
+
+        While a candidate is told of, its weights are set: norm and head are its own. Where layers are streamed, all go
+        through the layers together; else one after the other. The last layer is right where prompts are read.
+        """
+        if not self.streamed:
+            for branch, weights in enumerate(candidates):
+                self.set(weights)
+                for i, batch in enumerate(batches):
+                    sweep = forward_sweep(self, [self.start(batch)], self.depth, at=[batch.reads_BA])
+                    for index, (stream_BTD,) in sweep:
+                        yield index, branch, i, stream_BTD
+            return
+        starts = [self.starts(batch, candidates) for batch in batches]
+        streams = [[start[branch].stream_BTD for start in starts] for branch in range(len(candidates))]
+        with closing(self.branches(range(self.depth), candidates)) as sweep_of_all:
+            for index, branch, layer in sweep_of_all:
+                self.set(candidates[branch])
+                for i, batch in enumerate(batches):
+                    with at_reads(layer, batch.reads_BA if index == self.depth - 1 else None):
+                        streams[branch][i] = self.call(layer, streams[branch][i], starts[i][branch].calls[index])
+                    yield index, branch, i, streams[branch][i]
+
     def sources(self, index: int) -> tuple[Any, list[Any]]:
         """Layer `index` of the base, and of every expert; of streamed models only while `layers` is at it."""
         return self.base.tower.layers[index], [expert.tower.layers[index] for expert in self.experts]
@@ -100,7 +139,7 @@ class MergedStack(Stack):
         return self.starts(batch, [self.weights])[0]
 
     @torch.no_grad()
-    def starts(self, batch: Batch, candidates: Sequence[FusionWeights]) -> list[Start]:
+    def starts(self, batch: Batch, candidates: Sequence[Weights]) -> list[Start]:
         """The starts of the merges by several weights."""
         first = self.base.start(batch)
         streams = [first.stream_BTD.clone() for _weights in candidates]
@@ -132,7 +171,7 @@ class MergedStack(Stack):
                 _put(own, name, self._merge(self.weights, None, parameter, [x.get_parameter(name) for x in experts]))
         self._head_is_merged = True
 
-    def _merge_layer(self, index: int, weights: FusionWeights) -> None:
+    def _merge_layer(self, index: int, weights: Weights) -> None:
         base, experts = self.sources(index)
         for name, parameter in base.named_parameters():
             slot = slot_of(f"model.layers.{index}.{name}")
@@ -142,7 +181,7 @@ class MergedStack(Stack):
     @torch.no_grad()
     def _merge(
         self,
-        weights: FusionWeights,
+        weights: Weights,
         slot: TensorSlot | None,
         base: torch.Tensor,
         experts: Sequence[torch.Tensor],
