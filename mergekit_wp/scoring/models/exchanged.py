@@ -1,5 +1,5 @@
-"""A set patch as a model that is never written (Eq. 8, 45-47): the base with a set of the expert's heads and neurons, or
-the expert with the base's.
+"""A set patch as a model that is never written (Eq. 8, 45-47): the base with a set of the expert's heads and neurons,
+or the expert with the base's.
 
 It is the merge (`merged`) whose weight of the expert is 1 or 0 for every component, and of all that belongs to none. No
 number is computed: each is that of the expert or of the base, as `merge_method: wp_patch` would write it. What a set
@@ -19,7 +19,7 @@ from torch import nn
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.geometry import Geometry, TensorSlot
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.models.merged import MergedStack, Weights
+from mergekit_wp.scoring.models.merged import MergedStack, TakenWeights
 from mergekit_wp.subset import Subset
 
 
@@ -39,11 +39,11 @@ class Exchange:
 
     @property
     def rest_K(self) -> torch.Tensor:
-        """As in `merged.Weights`, of the one expert: 1 or 0."""
+        """As in `merged.TakenWeights`, of the one expert: 1 or 0."""
         return torch.tensor([float(self.in_expert)])
 
     def along(self, slot: TensorSlot | None, geometry: Geometry) -> torch.Tensor:
-        """As in `merged.Weights`: bool [1, n], whether the expert's number stands there."""
+        """As in `merged.TakenWeights`: bool [1, n], whether the expert's number stands there."""
         if slot is None:
             return self.rest_K[:, None].bool()
         own_n = self.subset.owned(slot, geometry)
@@ -65,7 +65,7 @@ class ExchangedStack(MergedStack):
 
     @torch.no_grad()
     def _merge(
-        self, weights: Weights, slot: TensorSlot | None, base: torch.Tensor, experts: Sequence[torch.Tensor]
+        self, weights: TakenWeights, slot: TensorSlot | None, base: torch.Tensor, experts: Sequence[torch.Tensor]
     ) -> nn.Parameter:
         taken_n = weights.along(slot, self.geometry)[0]
         (expert,) = experts

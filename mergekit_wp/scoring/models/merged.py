@@ -33,7 +33,7 @@ from mergekit_wp.scoring.models.layerwise import Stack, Start
 from mergekit_wp.scoring.sweep import forward_sweep
 
 
-class Weights(Protocol):
+class TakenWeights(Protocol):
     """What a merge takes of each expert, such as `fit_file.FusionWeights`."""
 
     @property
@@ -53,7 +53,7 @@ class MergedStack(Stack):
     """
 
     def __init__(
-        self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: Weights,
+        self, base: Stack, experts: Sequence[Stack], geometry: Geometry, weights: TakenWeights,
         held: torch.dtype | None = None, frozen: bool = False,
     ):  # fmt: skip
         # Modules of its own around the base's parameters, which give way to merged ones.
@@ -65,7 +65,7 @@ class MergedStack(Stack):
         self._empty = [dict(layer.named_parameters()) for layer in self.tower.layers]
         self.set(weights)
 
-    def set(self, weights: Weights) -> None:
+    def set(self, weights: TakenWeights) -> None:
         """Take other weights from here on."""
         self.weights = weights
         self._merged: set[int] = set()
@@ -85,7 +85,7 @@ class MergedStack(Stack):
             yield self.tower.layers[index]
 
     def branches(
-        self, order: Sequence[int], candidates: Sequence[Weights]
+        self, order: Sequence[int], candidates: Sequence[TakenWeights]
     ) -> Generator[tuple[int, int, nn.Module], None, None]:
         """(index, number of the candidate, the layer merged by its weights): every candidate's before the next index.
 
@@ -105,7 +105,7 @@ class MergedStack(Stack):
 
     @torch.no_grad()
     def branch_sweep(
-        self, candidates: Sequence[Weights], batches: Sequence[Batch]
+        self, candidates: Sequence[TakenWeights], batches: Sequence[Batch]
     ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
         """The merge by every candidate on every batch: (layer, candidate, batch, the stream [B, T, D] above the layer).
 
@@ -139,7 +139,7 @@ class MergedStack(Stack):
         return self.starts(batch, [self.weights])[0]
 
     @torch.no_grad()
-    def starts(self, batch: Batch, candidates: Sequence[Weights]) -> list[Start]:
+    def starts(self, batch: Batch, candidates: Sequence[TakenWeights]) -> list[Start]:
         """The starts of the merges by several weights."""
         first = self.base.start(batch)
         streams = [first.stream_BTD.clone() for _weights in candidates]
@@ -171,7 +171,7 @@ class MergedStack(Stack):
                 _put(own, name, self._merge(self.weights, None, parameter, [x.get_parameter(name) for x in experts]))
         self._head_is_merged = True
 
-    def _merge_layer(self, index: int, weights: Weights) -> None:
+    def _merge_layer(self, index: int, weights: TakenWeights) -> None:
         base, experts = self.sources(index)
         for name, parameter in base.named_parameters():
             slot = slot_of(f"model.layers.{index}.{name}")
@@ -181,7 +181,7 @@ class MergedStack(Stack):
     @torch.no_grad()
     def _merge(
         self,
-        weights: Weights,
+        weights: TakenWeights,
         slot: TensorSlot | None,
         base: torch.Tensor,
         experts: Sequence[torch.Tensor],
