@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from streamed_world import resident, streamed
+from where import DEVICE
 
 from mergekit_wp.calibrate import cut, main, mean_inputs, read_texts
 from mergekit_wp.checkpoint.folder import Checkpoint
@@ -126,7 +127,7 @@ def test_the_command_writes_what_the_loop_finds(saved, texts, offload, tmp_path)
     model, folder = saved
     out = tmp_path / "new" / "activations.safetensors"
     run(folder, "--texts", texts, "--out", out, "--tokens", 48, "--documents", 12, "--offload", offload,
-        "--device", "cpu")  # fmt: skip
+        "--device", DEVICE)  # fmt: skip
     got = read_activations(out)
     base = Checkpoint.open(str(folder))
     assert (got.meta.base.config, got.meta.base.tensors) == (base.fingerprint.config, base.fingerprint.tensors)
@@ -173,7 +174,7 @@ def test_the_file_says_how_documents_were_put(tmp_path, texts):
     (tmp_path / "base/chat_template.jinja").write_text(template)
     out, said = tmp_path / "a.safetensors", {}
     for asked in ("off", "on"):
-        run(tmp_path / "base", "--texts", texts, "--out", out, "--tokens", 16, "--device", "cpu",
+        run(tmp_path / "base", "--texts", texts, "--out", out, "--tokens", 16, "--device", DEVICE,
             "--chat-template", asked)  # fmt: skip
         with safe_open(out, framework="pt") as file:
             said[asked] = json.loads(file.metadata()["wp_aim"])
@@ -190,7 +191,7 @@ def test_the_file_is_checked(tmp_path, texts):
 
     tiny.save(tiny.random_model("llama", seed=3), tmp_path / "base", torch.float32)
     out = tmp_path / "a.safetensors"
-    run(tmp_path / "base", "--texts", texts, "--out", out, "--tokens", 16, "--device", "cpu")
+    run(tmp_path / "base", "--texts", texts, "--out", out, "--tokens", 16, "--device", DEVICE)
     good = read_activations(out)
     write_activations(good, tmp_path / "b.safetensors")
     assert torch.equal(

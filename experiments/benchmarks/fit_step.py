@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import matmul_rate
+from common import matmul_rate, synchronize
 from stream_13b import ROWS, SHAPE, Pools, run, write_model, write_pairs
 
 from mergekit_wp.fit.fit import check, load
@@ -48,10 +48,12 @@ def make_models(folder: Path, layers: int) -> None:
     made.write_text(json.dumps(layers))
 
 
-def step(folder: Path, prompts: int, tokens: int, answer: int, dtype: str) -> None:
-    """Load, take one step, and print seconds of the step alone as JSON."""
+def step(folder: Path, prompts: int, tokens: int, answer: int, dtype: str, device: str, offload: str) -> None:
+    """Load, take one step, and leave in step.json its seconds, its tokens and the device's peak of memory."""
     experts = [{"expert": str(folder / f"expert{k}"), "pairs": str(folder / f"pairs{k}.jsonl")} for k in range(EXPERTS)]
-    job = FitJob(base=str(folder / "base"), experts=experts, offload="stream", dtype=dtype, batch_size=prompts)
+    job = FitJob(
+        base=str(folder / "base"), experts=experts, offload=offload, dtype=dtype, device=device, batch_size=prompts
+    )
     ready = check(job)
     merged = load(job, ready, ProcessGroup())
     merged.set(FusionWeights.uniform(merged.geometry, [0.5] * EXPERTS))
@@ -67,9 +69,13 @@ def step(folder: Path, prompts: int, tokens: int, answer: int, dtype: str) -> No
     merged.read_head()
     begun = time.perf_counter()
     loss_and_gradient(merged, batches, weights_N, ROWS["base"], ProcessGroup(), lambda _done: None)
+    synchronize(merged.device)
     seconds = time.perf_counter() - begun
     count = sum(each.batch.ids_BT.numel() for each in batches)
-    (folder / "step.json").write_text(json.dumps({"seconds": seconds, "tokens": count}))
+    peak = torch.cuda.max_memory_allocated(merged.device) if merged.device.type == "cuda" else 0
+    rate = matmul_rate(merged.dtype, merged.device, count, SHAPE["hidden_size"], SHAPE["intermediate_size"])
+    found = {"seconds": seconds, "tokens": count, "rate": rate, "device": str(merged.device), "on_device": peak}
+    (folder / "step.json").write_text(json.dumps(found))
 
 
 @click.command()
@@ -79,24 +85,30 @@ def step(folder: Path, prompts: int, tokens: int, answer: int, dtype: str) -> No
 @click.option("--tokens", default=48, show_default=True, help="Of a prompt.")
 @click.option("--answer", default=16, show_default=True, help="Tokens of an answer.")
 @click.option("--dtype", default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--offload", default="stream", show_default=True)
 @click.option("--keep", is_flag=True, help="Leave the models there.")
 @click.option("--inside", is_flag=True, hidden=True)
 def main(
-    folder: Path, layers: int, prompts: int, tokens: int, answer: int, dtype: str, keep: bool, inside: bool
-) -> None:
+    folder: Path, layers: int, prompts: int, tokens: int, answer: int, dtype: str, device: str, offload: str,
+    keep: bool, inside: bool,
+) -> None:  # fmt: skip
     """Write the models, take one step, print what that took."""
     if inside:
-        step(folder, prompts, tokens, answer, dtype)
+        step(folder, prompts, tokens, answer, dtype, device, offload)
         return
     make_models(folder, layers)
     for k in range(EXPERTS):
         write_pairs(folder / f"pairs{k}.jsonl", prompts, tokens, k)
-    options = {"folder": folder, "prompts": prompts, "tokens": tokens, "answer": answer, "dtype": dtype}
+    options = {
+        "folder": folder, "prompts": prompts, "tokens": tokens, "answer": answer, "dtype": dtype, "device": device,
+        "offload": offload,
+    }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in options.items()]
     usage = run([sys.executable, __file__, "--inside", *flags])
     found = json.loads((folder / "step.json").read_text())
     hidden, mlp = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    rate = matmul_rate(getattr(torch, dtype), torch.device("cpu"), found["tokens"], hidden, mlp)
+    rate = found["rate"]
     weights = layers * (4 * hidden * hidden + 3 * hidden * mlp)
     floor = 6 * weights * found["tokens"] / rate
     read = 2 * 2 * (1 + EXPERTS) * weights
@@ -104,6 +116,7 @@ def main(
         f"{layers} layers, {EXPERTS} experts, {found['tokens']} tokens, {dtype}: a step takes {found['seconds']:.1f} s "
         f"({found['seconds'] / layers:.1f} a layer) and reads {read / 1e9:.1f} GB; floor {floor:.1f} s at "
         f"{rate / 1e9:.0f} GF/s ({floor / found['seconds']:.0%}); peak resident {usage.peak / 1e9:.2f} GB"
+        + (f", {found['on_device'] / 1e9:.2f} GB on {found['device']}" if found["on_device"] else "")
     )
     if not keep:
         shutil.rmtree(folder)

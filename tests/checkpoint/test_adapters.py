@@ -12,6 +12,7 @@ from merge_checks import edit_config, rewrite, run
 from merge_world import World, merge, tensors_of, write_random_scores
 from mergekit.common import ModelReference
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from where import DEVICE
 
 from mergekit_wp.checkpoint.adapters import adds_to_an_end, merged_folder, vocabulary_rows
 from mergekit_wp.checkpoint.folder import Checkpoint
@@ -102,7 +103,7 @@ def test_added_tokens(world):
     prompts = [f"w{i} w{i + 1} w5" for i in range(4)]
     pairs = world.root / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"task": "t", "prompt": prompt}) + "\n" for prompt in prompts))
-    job = ScoringJob(base=str(world.base), expert=name, pairs=str(pairs), device="cpu", dtype="float32")
+    job = ScoringJob(base=str(world.base), expert=name, pairs=str(pairs), device=DEVICE, dtype="float32")
     gap = score(job).meta.tasks["t"].utilities["kl"].mean_gap
     base, tokenizer, gaps = (
         AutoModelForCausalLM.from_pretrained(world.base),

@@ -16,6 +16,7 @@ from merge_world import write_random_scores
 from safetensors import safe_open
 from score_jobs import write_pairs
 from streamed_world import resident
+from where import DEVICE
 
 import mergekit_wp.fit.fit as module
 from mergekit_wp.errors import BadInput
@@ -49,7 +50,7 @@ def job_of(world, **changes):
         {"expert": str(world / f"expert{k}"), "pairs": str(world / f"pairs{k}.jsonl"),
          "scores": str(world / f"scores{k}.safetensors")} for k in range(2)
     ]  # fmt: skip
-    defaults = {"base": str(world / "base"), "experts": experts, "device": "cpu", "answer_tokens": 3, "steps": 4,
+    defaults = {"base": str(world / "base"), "experts": experts, "device": DEVICE, "answer_tokens": 3, "steps": 4,
                 "look_every": 2, "batch_size": 4}  # fmt: skip
     return FitJob(**{**defaults, **changes})
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from click.testing import CliRunner
+from where import DEVICE
 
 from mergekit_wp.scoring.cli import main
 
 
 def run(world, *arguments, out="out.safetensors", **changes):
     """Run wp-score in-process; returns (result, output path). A flag set to None is left out."""
-    flags = {"base": world / "base", "expert": world / "expert", "pairs": world / "pairs.jsonl", "device": "cpu"}
+    flags = {"base": world / "base", "expert": world / "expert", "pairs": world / "pairs.jsonl", "device": DEVICE}
     options = [f"--{k.replace('_', '-')}={v}" for k, v in {**flags, **changes}.items() if v is not None]
     path = world / out
     return CliRunner().invoke(main, [*map(str, arguments), *options, "--out", str(path)]), path

@@ -8,6 +8,7 @@ import json
 import tiny
 import torch
 from torch.nn import functional
+from where import DEVICE
 
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.pairs import load_pairs, split_pairs
@@ -33,7 +34,7 @@ def job_for(tmp_path, kind, **options):
     shape = {"extra_rows": options.pop("extra_rows", 0), **options.pop("shape", {})}
     base, expert = options.pop("pair", None) or tiny.save_pair(tmp_path, kind, **shape)
     contrast = options.pop("contrast", True)
-    defaults = {"layer": LAYER, "batch_size": 2, "device": "cpu", "dtype": "float32", "gap_floor": 0.03}
+    defaults = {"layer": LAYER, "batch_size": 2, "device": DEVICE, "dtype": "float32", "gap_floor": 0.03}
     pairs = write_pairs(
         tmp_path / "pairs.jsonl", contrast, options.pop("tasks", ("first", "second")), options.pop("rows", 3)
     )

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 from score_jobs import job_for
+from where import DEVICE
 
 from mergekit_wp.scores import Scores, write_scores
 from mergekit_wp.scoring.anchor.cli import main
@@ -28,7 +29,7 @@ def scored(tmp_path_factory):
     scores = score(job)
     write_scores(scores, folder / "scores.safetensors")
     chosen = {name: getattr(job, name) for name in ("base", "expert", "pairs", "layer", "dtype", "batch_size")}
-    (folder / "job.yaml").write_text(yaml.safe_dump({**chosen, "device": "cpu"}))
+    (folder / "job.yaml").write_text(yaml.safe_dump({**chosen, "device": DEVICE}))
     return folder, scores
 
 

@@ -16,6 +16,7 @@ from merge_world import World
 from score_jobs import Reference, assert_close, write_pairs
 from tokenizers import models
 from transformers import AutoModelForCausalLM
+from where import DEVICE
 
 from mergekit_wp.api import score as in_memory
 from mergekit_wp.checkpoint.adapters import merge_lora
@@ -77,7 +78,7 @@ def world(tmp_path_factory):
 def job_of(world, **fields):
     pairs = write_pairs(world.root / "pairs.jsonl", contrast=False)
     given = {"base": str(world.base), "expert": str(world.expert(2)), "pairs": pairs, "method": "attr", "batch_size": 2}
-    return ScoringJob(**{**given, "device": "cpu", "gap_floor": 0, **fields})
+    return ScoringJob(**{**given, "device": DEVICE, "gap_floor": 0, **fields})
 
 
 def both_ways(world, config, **fields):
@@ -165,7 +166,7 @@ def test_models_in_memory(world):
     """By the API, on modules, is what the command writes of their folders."""
     at = job_of(world, at=str(world.recipe(RECIPES["task"](world))))
     live = [AutoModelForCausalLM.from_pretrained(name) for name in (at.base, at.expert)]
-    fields = {"at": at.at, "method": "attr", "batch_size": 2, "gap_floor": 0, "device": "cpu"}
+    fields = {"at": at.at, "method": "attr", "batch_size": 2, "gap_floor": 0, "device": DEVICE}
     got, wanted = in_memory(*live, at.pairs, progress=False, **fields), score(at)
     assert_same(got, wanted)
     assert got.meta.at == wanted.meta.at
@@ -178,7 +179,7 @@ def test_a_lora_is_merged_as_it_is_scored(tmp_path):
     merged = merge_lora(read_reference(f"{base}+{lora}"), tmp_path / "merged", remote_code=False)
     other = tiny.save(tiny.fine_tuned(tiny.random_model("llama", seed=1), seed=4), tmp_path / "other")
     pairs = write_pairs(tmp_path / "pairs.jsonl", contrast=False)
-    job = ScoringJob(str(base), f"{base}+{lora}", pairs, method="attr", device="cpu", gap_floor=0)
+    job = ScoringJob(str(base), f"{base}+{lora}", pairs, method="attr", device=DEVICE, gap_floor=0)
     found = []
     for name in (f"{base}+{lora}", str(merged)):
         models = [{"model": name, "parameters": {"weight": 0.6}}, {"model": str(other), "parameters": {"weight": 0.3}}]

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from score_commands import refused, run
+from where import DEVICE
 
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.cli import main
@@ -39,7 +40,7 @@ def test_flags_write_a_valid_file(world):
 
 def test_yaml_and_flags_over_it(world):
     job = {"base": str(world / "base"), "expert": str(world / "expert"), "pairs": str(world / "pairs.jsonl"),
-           "layer": 2, "samples": 6, "device": "cpu"}  # fmt: skip
+           "layer": 2, "samples": 6, "device": DEVICE}  # fmt: skip
     (world / "job.yaml").write_text(yaml.safe_dump(job))
     path = world / "yaml.safetensors"
     flags = ["--layer", "1", "--utility", "staged", "--out", str(path), "--quiet"]

@@ -1,0 +1,8 @@
+"""Where tests of the engine compute: `WP_TEST_DEVICE=cuda` runs them on a GPU, references stay on the CPU."""
+
+import os
+
+import torch
+
+DEVICE = os.environ.get("WP_TEST_DEVICE", "cpu")
+TORCH_DEVICE = torch.device(DEVICE)
