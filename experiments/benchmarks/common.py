@@ -18,6 +18,7 @@ import transformers
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import ModelPair, check_pair, load_pair
+from mergekit_wp.scoring.models.precision import pick_device
 
 # (hidden, MLP, layers, heads, KV heads)
 SIZES = {
@@ -29,15 +30,17 @@ SIZES = {
 }
 
 
-def write_pair(size: str, folder: Path) -> None:
-    """folder/base and folder/expert; the expert's weights are the base's, moved by 2 % of their size."""
+def write_pair(size: str, folder: Path, device: torch.device) -> None:
+    """folder/base and folder/expert, drawn on the device; the expert's weights are the base's, moved by 2 % of their
+    size."""
     hidden, mlp, layers, heads, kv_heads = SIZES[size]
     config = transformers.LlamaConfig(
         vocab_size=32000, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="500MB")
     for parameter in model.parameters():
         parameter.data += 0.02 * parameter.data.float().std().to(parameter.dtype) * torch.randn_like(parameter)
@@ -51,7 +54,7 @@ def random_pair(size: str, dtype: str, device: str) -> Iterator[ModelPair]:
     wp-score loads them."""
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="wp-bench-") as name:
-        write_pair(size, Path(name))
+        write_pair(size, Path(name), pick_device(device))
         job = ScoringJob(f"{name}/base", f"{name}/expert", "-", dtype=dtype, device=device, offload="none")
         pair = load_pair(job, check_pair(job))
     yield pair

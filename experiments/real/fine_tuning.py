@@ -1,8 +1,8 @@
 """An expert of the base: full fine-tuning or a LoRA by transformers' Trainer, which goes on where a kill stopped it.
 
 The loss is that of the answer's tokens alone, as the model's chat template frames them. Weights are trained in float32
-(with bfloat16 products where the CPU has them) and written in float16: an update of 0.2 % of the weights, which is what
-a hundred steps make, is near what bfloat16 can tell apart.
+(with bfloat16 products where the device has them) and written in float16: an update of 0.2 % of the weights, which is
+what a hundred steps make, is near what bfloat16 can tell apart.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _arguments(schedule: Schedule, seed: int, work: Path) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(schedule.warmup_share * schedule.steps)),
         weight_decay=0.0,
-        bf16=has_fast_bfloat16(),
+        bf16=torch.cuda.is_available() or has_fast_bfloat16(),
         seed=seed,
         data_seed=seed,
         logging_steps=10,

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
     show_default=True,
     help="How far the experts are from the base; smoke: in seconds, for tests; real: of a pretrained model.",
 )
+@click.option("--device", help="Where models run, such as cuda; default: cpu, and auto for a pretrained model.")
 @click.option("--data", type=Path, help="Official files whose training rows a real world learns, see `make real`.")
 def main(
     seeds: str,
@@ -72,6 +74,7 @@ def main(
     keep: bool,
     allow_code: bool,
     kind: str,
+    device: str | None,
     data: Path | None,
 ) -> None:
     """The paper's table of merges on the miniature world: four combinations, each by many methods, several seeds.
@@ -99,7 +102,8 @@ def main(
     check_writable_parent(out / "results.json")
     started, disjoint = time.monotonic(), Disjoint()
     plans = [seed_plan(seed, setup, disjoint) for seed in numbers]
-    with pool(workers, prepare) as runner:
+    device = device or ("auto" if kind.startswith("real") else "cpu")
+    with pool(workers, partial(prepare, device)) as runner:
         try:
             results = run(plans, runner, TableProgress(SECONDS, dict(left), workers))
         except BaseException:

@@ -94,20 +94,24 @@ def grade_settings(world: Path) -> list[Any]:
     return [suite.dtype, suite.batch_size, tasks]
 
 
-def grade(model: Path, world: Path, split: str, capabilities: Sequence[str], cache: Path, allow_code: bool) -> Grade:
+def grade(
+    model: Path, world: Path, split: str, capabilities: Sequence[str], cache: Path, allow_code: bool,
+    device: str = "cpu",
+) -> Grade:  # fmt: skip
     """Grade a model folder. Call it in a process of one thread whose lm-eval may be quietened and patched.
 
     Raises `BadInput` as wp-eval does, also for `code` without `allow_code`.
     """
     from mergekit_wp.eval.models import open_model
     from mergekit_wp.eval.rows import Settings, evaluate_model
+    from mergekit_wp.scoring.models.precision import pick_device
 
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     suite, tasks = suite_of(split, world), [_ready(world, split, name, allow_code) for name in capabilities]
     settings = Settings(
-        device="cpu", dtype=suite.dtype, batch_size=suite.batch_size, limit=None, allow_code=allow_code,
-        trust_remote_code=False, progress_bars=False,
+        device=str(pick_device(device)), dtype=suite.dtype, batch_size=suite.batch_size, limit=None,
+        allow_code=allow_code, trust_remote_code=False, progress_bars=False,
     )  # fmt: skip
     with _right_programs_remembered():
         row = evaluate_model(open_model(model.name, str(model), False), tasks, settings, cache, _silent)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from mergekit_wp.fit.job import FitJob
 
 
+_device = "cpu"
+"""Where this worker's models run, as `prepare` was told."""
+
+
 @dataclass(frozen=True)
 class MergeJob:
     """A merge to be made: its recipe, where the recipe is to be written, where the model goes for a while."""
@@ -98,7 +102,7 @@ def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Pat
         write_text(average, yaml.safe_dump(content))
         settings = {**settings, "at": str(average)}
     job = ScoringJob(
-        str(world / "base"), str(world / expert), str(world / "pairs" / f"{expert}.jsonl"), device="cpu",
+        str(world / "base"), str(world / expert), str(world / "pairs" / f"{expert}.jsonl"), device=_device,
         offload="none", allow_code_execution=allow_code, **settings,
     )  # fmt: skip
     write_scores(score(job), file)
@@ -162,7 +166,7 @@ def fit_job(
         | {kind: str(of[name]) for kind, of in files.items() if name in of}
         for name in experts
     ]
-    return FitJob(base=str(world / "base"), experts=listed, device="cpu", offload="none", **settings)
+    return FitJob(base=str(world / "base"), experts=listed, device=_device, offload="none", **settings)
 
 
 @lru_cache(maxsize=1)
@@ -208,7 +212,7 @@ def grade_model(task: Grading) -> Grade:
     started = time.monotonic()
     folder = merge(task.model) if isinstance(task.model, MergeJob) else task.model
     merged = time.monotonic()
-    found = grade(folder, task.world, task.split, task.capabilities, task.cache, task.allow_code)
+    found = grade(folder, task.world, task.split, task.capabilities, task.cache, task.allow_code, _device)
     content = {
         **task.about,
         "split": task.split,
@@ -257,11 +261,13 @@ def _mergekit_yaml() -> Any:
     return main
 
 
-def prepare() -> None:
-    """The beginning of a worker: one thread, no bars and no advice from the libraries.
+def prepare(device: str = "cpu") -> None:
+    """The beginning of a worker: one thread, no bars and no advice from the libraries; its models run on `device`.
 
     Must run before torch and tqdm are first imported, so nothing that a worker loads by itself may import them.
     """
+    global _device
+    _device = device
     os.environ.update({"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"})
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from where import TORCH_DEVICE
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.geometry import layer_of, text_name
@@ -13,15 +12,16 @@ from mergekit_wp.scoring.models.load import _load_model
 from mergekit_wp.scoring.models.streaming import StreamedStack, open_streamed
 from mergekit_wp.scoring.sweep import forward_sweep
 
+CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3, 4]]
 
 
 def streamed(folder, dtype=torch.float32, adapter=None) -> StreamedStack:
-    return open_streamed(str(folder), Checkpoint.open(str(folder)), dtype, TORCH_DEVICE, adapter=adapter)
+    return open_streamed(str(folder), Checkpoint.open(str(folder)), dtype, CPU, adapter=adapter)
 
 
 def resident(folder, dtype=torch.float32) -> ResidentStack:
-    return ResidentStack(_load_model(str(folder), str(folder), dtype, TORCH_DEVICE, False), TORCH_DEVICE, dtype)
+    return ResidentStack(_load_model(str(folder), str(folder), dtype, CPU, False), CPU, dtype)
 
 
 def swept(stack) -> list[torch.Tensor]:

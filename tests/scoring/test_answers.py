@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamed_world import resident
 from test_rotary import ROPES, rope_model, rope_model_config
-from where import DEVICE
 
 from mergekit_wp.console import no_progress
 from mergekit_wp.scoring import metrics
@@ -40,7 +39,7 @@ def pair_of(tmp_path_factory):
     @cache
     def load(kind, offload="none"):
         base, expert = map(str, folders[kind])
-        job = ScoringJob(base, expert, "-", offload=offload, device=DEVICE, dtype="float32")
+        job = ScoringJob(base, expert, "-", offload=offload, device="cpu", dtype="float32")
         return load_pair(job, check_pair(job))
 
     return load
@@ -121,7 +120,7 @@ def test_an_answers_logits_are_those_of_prompt_and_answer_alone(tmp_path, name):
 
 
 class Blind:
-    device = torch.device(DEVICE)
+    device = torch.device("cpu")
 
     def __init__(self, name):
         self.lengths = Lengths(rope_model_config(name))

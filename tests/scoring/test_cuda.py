@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from score_jobs import job_for
+from fit_world import save_experts
+from score_jobs import job_for, write_pairs
 
 from mergekit_wp.choices import METHODS, UTILITIES
 from mergekit_wp.errors import BadInput
+from mergekit_wp.fit.fit import fit
+from mergekit_wp.fit.job import FitJob
 from mergekit_wp.scoring.score import score
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -37,12 +39,26 @@ def test_a_gpu_scores_as_the_cpu_does(tmp_path, method, offload):
 
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_every_utility(tmp_path, utility):
-    job = job_for(tmp_path, "qwen3", utility=utility, contrast=True, device="cpu", gap="mean")
+    layer = None if utility == "projection" else 2
+    job = job_for(tmp_path, "qwen3", utility=utility, contrast=True, device="cpu", gap="mean", gap_floor=0, layer=layer)
     assert largest_difference(score(replace(job, device="cuda")), score(job)) < 1e-4
 
 
+@pytest.mark.parametrize("offload", ["none", "stream"])
+@pytest.mark.parametrize("options", [{"answer_tokens": 4}, {"utility": "staged", "layer": "auto", "contrast": True}])
+def test_generated_answers_and_the_anchor_layer(tmp_path, options, offload):
+    if offload == "stream" and options.get("layer") == "auto":
+        pytest.skip("steers whole models")
+    options = {"contrast": False, **options}
+    job = job_for(tmp_path, "llama", method="attr", device="cpu", gap="mean", offload=offload, rows=6, **options)
+    wanted = score(job)
+    got = score(replace(job, device="cuda"))
+    assert got.meta.anchor_layer == wanted.meta.anchor_layer
+    assert largest_difference(got, wanted) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("method", ["writeback", "attr", "exact"])
+@pytest.mark.parametrize("method", ["writeback", "attr"])
 def test_products_of_16_bits(tmp_path, method, dtype):
     job = job_for(tmp_path, "llama", method=method, contrast=False, device="cuda", gap="mean")
     short = replace(job, dtype=dtype)
@@ -88,20 +104,17 @@ def test_prompts_that_do_not_fit_are_named(tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_a_fit_on_a_gpu_is_that_of_the_cpu(tmp_path):
-    fit_world = pytest.importorskip("fit_world")
-    from mergekit_wp.fit.fit import fit
-    from mergekit_wp.fit.job import FitJob
-
-    folders = fit_world.save_experts(tmp_path, "llama")
-    words = tiny.WORDS
-    for k in range(2):
-        lines = [f'{{"task": "t", "prompt": "{words[i + k]} {words[2 * i + 5]}"}}\n' for i in range(8)]
-        (tmp_path / f"pairs{k}.jsonl").write_text("".join(lines))
-    experts = [{"expert": str(folders[k + 1]), "pairs": str(tmp_path / f"pairs{k}.jsonl")} for k in range(2)]
-    job = FitJob(str(folders[0]), experts, device="cpu", dtype="float32", answer_tokens=3, steps=6, batch_size=4)
-    wanted = fit(job)
-    for offload in ("none", "stream"):
-        got = fit(replace(job, device="cuda", offload=offload))
-        for one, other in ((got.heads, wanted.heads), (got.neurons, wanted.neurons)):
-            assert (one - other).abs().max() < 1e-3
+@pytest.mark.parametrize("offload", ["none", "stream"])
+def test_a_fit_on_a_gpu_is_that_of_the_cpu(tmp_path, offload):
+    folders = save_experts(tmp_path, "llama")
+    pairs = [
+        write_pairs(tmp_path / f"pairs{k}.jsonl", contrast=False, tasks=(name,), rows=8)
+        for k, name in ((0, "x"), (1, "y"))
+    ]
+    experts = [{"expert": str(folder), "pairs": file} for folder, file in zip(folders[1:], pairs, strict=True)]
+    job = FitJob(str(folders[0]), experts, device="cpu", dtype="float32", answer_tokens=3, steps=12,
+                 look_every=4, hold_out=0.0, batch_size=4)  # fmt: skip
+    wanted, got = fit(job), fit(replace(job, device="cuda", offload=offload))
+    for one, other in ((got.heads, wanted.heads), (got.neurons, wanted.neurons), (got.rest, wanted.rest)):
+        assert (one - other).abs().max() < 1e-3
+    assert (wanted.heads - wanted.heads.mean()).abs().max() > 0.01

@@ -11,7 +11,6 @@ import tiny
 import torch
 from score_jobs import job_for
 from torch.nn import functional
-from where import DEVICE
 
 from mergekit_wp.documents import read_record
 from mergekit_wp.errors import BadInput
@@ -30,7 +29,7 @@ PROMPTS = [[5, 17, 40], [9, 4, 33, 21, 8, 60], [7, 7, 90, 12]]
 
 
 def stack(model):
-    return ResidentStack(model.requires_grad_(False).to(DEVICE), torch.device(DEVICE), torch.float32)
+    return ResidentStack(model.requires_grad_(False), torch.device("cpu"), torch.float32)
 
 
 def some_direction(seed=0):
@@ -96,7 +95,7 @@ def test_the_pt_file_makes_lm_eval_steer_as_we_do_at_all_positions(tmp_path, kin
     model, v_D, alpha = tiny.random_model(kind, seed=1), some_direction(1), 25.0
     folder = tiny.save(model, tmp_path / "model")
     write_pt(Anchor("task", LAYER, alpha, v_D, "base", "expert"), tmp_path / "anchor.pt")
-    theirs = SteeredModel(str(folder), str(tmp_path / "anchor.pt"), device=DEVICE, dtype="float32", batch_size=1)
+    theirs = SteeredModel(str(folder), str(tmp_path / "anchor.pt"), device="cpu", dtype="float32", batch_size=1)
     # The tiny Qwen2's own tokenizer has no name for most ids.
     rules = greedy(model, tokenizer=tiny.tokenizer(), vocabulary=tiny.SHAPE["vocab_size"])
     steering = Steering(LAYER, v_D, alpha, "all")

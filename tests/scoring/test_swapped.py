@@ -9,7 +9,6 @@ import tiny
 import torch
 from merge_checks import rewrite
 from score_jobs import job_for
-from where import DEVICE
 
 from mergekit_wp.scoring.metrics import instruction_effect
 from mergekit_wp.scoring.models.layerwise import ResidentStack
@@ -22,7 +21,7 @@ CONTRASTS = [[5, 6], [9, 8, 7], [3, 5], [11, 12, 13]]
 @torch.no_grad()
 def test_the_effect_is_the_divergence_of_two_runs():
     model = tiny.random_model("llama", seed=3)
-    got_N = instruction_effect(ResidentStack(model, torch.device(DEVICE), torch.float32), PROMPTS, CONTRASTS, 90, 3)
+    got_N = instruction_effect(ResidentStack(model, torch.device("cpu"), torch.float32), PROMPTS, CONTRASTS, 90, 3)
     for got, *both in zip(got_N, PROMPTS, CONTRASTS, strict=True):
         asked, plain = (model(torch.tensor([ids])).logits[0, -1, :90].double().log_softmax(-1) for ids in both)
         assert got == pytest.approx(float((asked.exp() * (asked - plain)).sum()), rel=1e-5)

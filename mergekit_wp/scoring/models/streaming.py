@@ -44,9 +44,9 @@ class Shards:
         self.name, self.device = name, device
         self._tensors = tensors
         self._finite: set[str] = set()
-        self._lock = threading.Lock()  # the block and the stream serve one reader at a time
+        self._lock = threading.Lock()  # the blocks and the stream serve one reader at a time
         on_gpu = device.type == "cuda"
-        self._block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=on_gpu)
+        self._blocks = [torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(1 + on_gpu)]
         self._stream = torch.cuda.Stream(device) if on_gpu else None
 
     def __contains__(self, key: str) -> bool:
@@ -134,33 +134,40 @@ class Shards:
 
     def _fill(self, flat: torch.Tensor, header: TensorHeader, file: BinaryIO, known_finite: bool) -> bool:
         """Read a tensor's bytes into `flat`; whether every element is finite (True unchecked if known)."""
-        finite, filled = True, 0
-        for block in self._blocks(header, file):
+        extremes, filled = [], 0
+        for block in self._read_blocks(header, file):
             values = block.view(STORED[header.dtype])
             part = flat[filled : filled + len(values)]
+            if values.dtype != part.dtype:
+                # On the device: a copy that also converts does so on the CPU first, into memory that is not pinned.
+                values = values.to(part.device, non_blocking=True)
             part.copy_(values, non_blocking=True)
             if not known_finite:
-                # After the conversion, which may overflow (float64).
-                finite = finite and bool(torch.isfinite(torch.stack(torch.aminmax(part))).all())
-            if self._stream is not None:
-                self._stream.synchronize()  # the block is about to be overwritten, and `flat` used elsewhere
+                extremes.append(torch.stack(torch.aminmax(part)))  # after the conversion, which may overflow (float64)
             filled += len(values)
-        return finite
+        return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
 
-    def _blocks(self, header: TensorHeader, file: BinaryIO) -> Iterator[torch.Tensor]:
-        """The tensor's bytes, uint8, in order; every block overwrites the one before."""
-        view: memoryview = self._block.numpy().data
+    def _read_blocks(self, header: TensorHeader, file: BinaryIO) -> Iterator[torch.Tensor]:
+        """The tensor's bytes, uint8, in order. On a GPU two blocks take turns: one is read while the other is copied;
+        elsewhere each overwrites the one before."""
         file.seek(header.start)
-        left = header.end - header.start
+        left, turn = header.end - header.start, 0
+        copied: list[torch.cuda.Event | None] = [None] * len(self._blocks)
         while left:
+            if (copying := copied[turn]) is not None:
+                copying.synchronize()
+            block = self._blocks[turn]
+            view: memoryview = block.numpy().data
             wanted, got = min(left, _BLOCK), 0
             while got < wanted:
                 count = file.readinto(view[got:wanted])  # type: ignore[attr-defined]
                 if not count:
                     raise BadInput(f"{header.file}: cut short; download or save it again.")
                 got += count
-            yield self._block[:wanted]
-            left -= wanted
+            yield block[:wanted]
+            if self._stream is not None:
+                copied[turn] = self._stream.record_event()
+            left, turn = left - wanted, (turn + 1) % len(self._blocks)
 
 
 def _bytes(header: TensorHeader) -> int:
