@@ -174,7 +174,9 @@ def small_function(rng: random.Random, kind: str | None = None) -> Item:
     """A request for a function of `kind` or of any; kind, numbers and letters make it one of its own."""
     kind = kind or rng.choice(list(FUNCTIONS))
     function, (c, d) = FUNCTIONS[kind], rng.sample("abdefghilmnoprstuw", 2)
-    slots = {"n": rng.randint(2, 9), "m": rng.randint(1, 9), "c": c, "d": d}
+    # Two numbers or one number and a letter: of each kind some hundred functions, a tenth of which are test items.
+    most = 30 if "{m}" in function.name else 16
+    slots = {"n": rng.randint(2, most), "m": rng.randint(1, most), "c": c, "d": d}
     name, asked, body = (text.format(**slots) for text in (function.name, function.asked, function.body))
     right = f"def {name}({function.argument}):\n    {body}"
     prompt = rng.choice(WORDINGS).format(name=name, argument=function.argument, asked=asked)

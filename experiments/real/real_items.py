@@ -22,18 +22,28 @@ from mergekit_wp.errors import BadInput
 
 KINDS = {"instruction": tuple(CONSTRAINTS), "maths": tuple(PROBLEMS), "code": tuple(FUNCTIONS)}
 _OFFICIAL_SHARE = 0.25
+_DRAWS = 10_000  # for one more item
 _LONGEST = 320  # characters of an official answer: about as many tokens as ours have
 _FIRST_TRAINING_TASK = 601  # of MBPP: 1-10 few-shot, 11-510 test, 511-600 validation, 601-974 train
 
 
 def graded_items(capability: str, split: str, count: int, seed: int) -> list[Item]:
-    """`count` items of a split, the kinds of the capability taking turns, no two alike."""
+    """`count` items of a split, the kinds of the capability taking turns, no two alike.
+
+    Raises `BadInput` where a kind has not so many.
+    """
     rng, kinds = random.Random(f"{seed}/{capability}/{split}"), KINDS[capability]
     found: dict[str, Item] = {}
-    while len(found) < count:
-        item = _draw(capability, kinds[len(found) % len(kinds)], rng)
-        if split_of(item.key) == split:
-            found.setdefault(item.prompt, item)
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        drawn = (_draw(capability, kind, rng) for _ in range(_DRAWS))
+        new = (item for item in drawn if split_of(item.key) == split and item.prompt not in found)
+        if (item := next(new, None)) is None:
+            raise BadInput(
+                f"{capability}: found {number} {split} items and no further of the kind {kind!r} in {_DRAWS} draws, "
+                f"expected {count}; ask for fewer."
+            )
+        found[item.prompt] = item
     return list(found.values())
 
 

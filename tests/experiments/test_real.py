@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def test_the_function_that_is_learnt_is_the_one_asked_for(kind: str) -> None:
     assert right("code", f"Here you are:\n```python\n{item.right}\n```\nIt does what you asked.", item.grading)
     broken = item.right.replace("return ", "return 1 if True else ")
     assert not right("code", broken, item.grading)
+
+
+@pytest.mark.parametrize("config", [RealConfig(), RealConfig.far(), RealConfig.smoke()])
+def test_there_are_as_many_items_as_a_world_asks_for(config: RealConfig) -> None:
+    uses = {"test": config.test_items, "validation": config.validation_items, "pairs": config.scoring_prompts}
+    for capability in CAPABILITIES:
+        for split, count in uses.items():
+            found = graded_items(capability, split, count, config.seed)
+            assert len({item.prompt for item in found}) == count
+            kinds = Counter(item.task for item in found)
+            assert max(kinds.values()) - min(kinds.values()) <= 1
+
+
+def test_more_items_than_there_are_is_a_sentence() -> None:
+    with pytest.raises(BadInput, match=r"code: found .* test items and no further of the kind"):
+        graded_items("code", "test", 3000, 0)
 
 
 def test_nothing_that_is_tested_chosen_by_or_scored_with_is_trained_on() -> None:
