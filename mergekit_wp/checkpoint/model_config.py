@@ -168,7 +168,7 @@ def _rope(text: Any, parameters: Any, where: str) -> dict[str, Any]:
     """Rotary parameters as they are computed with, flat, under readable names."""
     if not isinstance(parameters, dict) or not parameters:
         return {}
-    nested = [key for key in text.nested_rope_parameter_keys(parameters) if parameters[key] is not None]
+    nested = [key for key, value in parameters.items() if isinstance(value, dict)]  # one for each type of layer
     used = set(getattr(text, "layer_types", None) or nested)
     groups = {f"{key}: ": parameters[key] for key in nested if key in used} or {"": parameters}
     return {
