@@ -9,7 +9,8 @@ from itertools import combinations, zip_longest
 from typing import Any
 
 from mergekit_wp.foreign import one_line
-from mergekit_wp.geometry import Kind
+from mergekit_wp.geometry import Component, Kind
+from mergekit_wp.intervals import Bootstrap, Interval
 from mergekit_wp.page import aligned
 from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, totals
 from mergekit_wp.scores import Scores
@@ -59,14 +60,28 @@ def of_layers(scores: Scores) -> Grid:
 
 
 def of_components(scores: Scores, top: int) -> Grid:
-    """A line a rank; of every task, its heads and neurons."""
+    """A line a rank; of every task, its heads and neurons, with intervals where single prompts were kept."""
     columns = {
-        f"{ALL_TASKS if task is None else task}: {kind}": strongest(scores, kind, top, task)
+        f"{ALL_TASKS if task is None else task}: {kind}": [_sure(x) for x in _leaders(scores, kind, top, task)]
         for task in _tasks(scores)
         for kind in Kind
     }
-    rows = enumerate(zip_longest(*columns.values()), start=1)
-    return [["rank", *columns], *([str(n), *(f"{c.name} {c.score:.4f}" if c else "" for c in row)] for n, row in rows)]
+    rows = enumerate(zip_longest(*columns.values(), fillvalue=""), start=1)
+    return [["rank", *columns], *([str(n), *row] for n, row in rows)]
+
+
+def _leaders(scores: Scores, kind: Kind, top: int, task: str | None) -> list[Component | Interval]:
+    """The strongest components, each in its interval where single prompts were kept."""
+    found = strongest(scores, kind, top, task)
+    if scores.meta.prompt_ids is None or not found:
+        return list(found)
+    return list(Bootstrap(scores, task).intervals(found))
+
+
+def _sure(found: Component | Interval) -> str:
+    if isinstance(found, Component):
+        return f"{found.name} {found.score:.4f}"
+    return f"{found.component.name} {found.score:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
 def comparison(found: Mapping[str, Scores]) -> Grid:
@@ -105,12 +120,18 @@ def _data(scores: Scores, top: int) -> dict[str, Any]:
 
 
 def _task_data(scores: Scores, top: int, task: str | None) -> dict[str, Any]:
-    best = {kind: strongest(scores, kind, top, task) for kind in Kind}
     return {
-        "top": {kind: [{"name": c.name, "score": c.score} for c in found] for kind, found in best.items()},
+        "top": {kind: [_leader_data(x) for x in _leaders(scores, kind, top, task)] for kind in Kind},
         "sums": {kind: asdict(totals(scores, kind, task)) for kind in Kind},
         "layers": {kind: share_L.tolist() for kind, share_L in layer_shares_of(scores, task).items()},
     }
+
+
+def _leader_data(found: Component | Interval) -> dict[str, Any]:
+    if isinstance(found, Component):
+        return {"name": found.name, "score": found.score}
+    ranks = [found.best_rank, found.worst_rank]
+    return {"name": found.component.name, "score": found.score, "interval": [found.low, found.high], "ranks": ranks}
 
 
 def _tasks(scores: Scores) -> list[str | None]:

@@ -9,6 +9,9 @@ A safetensors file, all tensors float32:
     parts/<part> [L, H] or [L, F] with --parts: what each of q, o (heads), gate, up, down (neurons) adds to the
                                   score, mean over tasks; likewise tasks/<task>/parts/<part>
     scored/heads, scored/neurons  if a subset was scored: 1 where it was, 0 where the score 0 means "not asked"
+    tasks/<task>/prompts/heads [P, L, H], .../neurons [P, L, F]   with --per-prompt: what each scoring prompt gives; a
+                                  score is their sum over the prompts, divided by how many were used
+    tasks/<task>/prompts/gaps/<metric> [P], .../used/<metric> [P]   the gap of each prompt, and 1 where it was used
 
 with a JSON document under the metadata key `wp` (`ScoreMeta`). A score is the share of the gap between base
 and expert that the component alone restores (1 = all of it); it has no unit.
@@ -44,11 +47,13 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
-_LEFT_OUT = ("prompts", "object", "answer_tokens", "at")  # where they are None, for the same reason
+PER_PROMPT = 4  # has tensors of single prompts
+_LEFT_OUT = ("prompts", "object", "answer_tokens", "at", "prompt_ids")  # where they are None, for the same reason
 METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metrics`)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 METADATA_KEY = "wp"
 _MEAN_TOLERANCE = 1e-5  # of the mean size: float32 sums, in another order on another machine
+_PROMPTS_TOLERANCE = 1e-4  # a prompt's products are summed apart
 PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
 
@@ -155,6 +160,7 @@ class ScoreMeta:
     answer_tokens: where `kl` and `projection` are means over the expert's answers, the most tokens that these have;
         None: of the next token alone.
     at: the merge that stood in the base's place, whose gap to the expert the scores are shares of; None: the base did.
+    prompt_ids: where single prompts are kept, what tells them apart: the beginning of the SHA-256 of their tokens.
     """
 
     base: ModelId
@@ -178,6 +184,15 @@ class ScoreMeta:
     object: Annotated[str, one_of(OBJECTS)] | None = None
     answer_tokens: Positive | None = None
     at: ScoredAt | None = None
+    prompt_ids: dict[Text, tuple[Text, ...]] | None = None
+
+    def metric_of(self, task: str, layer: int) -> str:
+        """By which metric a task's scores of a layer were read."""
+        names = list(self.tasks[task].utilities)
+        if len(names) == 1 or self.anchor_layer is None:
+            return names[0]
+        below = layer <= self.anchor_layer
+        return next(name for name in names if (name == "anchor") == below)
 
     @property
     def read_at(self) -> int | None:
@@ -187,7 +202,7 @@ class ScoreMeta:
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises ValueError (`read_scores` makes it a BadInput)."""
-        return read_document(cls, text, range(1, FORMAT + 1))
+        return read_document(cls, text, range(1, PER_PROMPT + 1))
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -197,13 +212,31 @@ class ScoreMeta:
 
 
 @dataclass(frozen=True)
+class PromptScores:
+    """What each prompt gives: heads [P, L, H], neurons [P, L, F]; its gap and whether it was used (0 or 1), by metric:
+    [P]; float32."""
+
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    gaps: dict[str, torch.Tensor]
+    used: dict[str, torch.Tensor]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors under the names that they have in the file, below the task's."""
+        named = {"prompts/heads": self.heads, "prompts/neurons": self.neurons}
+        named |= {f"prompts/gaps/{metric}": x for metric, x in self.gaps.items()}
+        return named | {f"prompts/used/{metric}": x for metric, x in self.used.items()}
+
+
+@dataclass(frozen=True)
 class TaskScores:
-    """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32."""
+    """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32; single prompts or None."""
 
     heads: torch.Tensor
     neurons: torch.Tensor
     anchor: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    prompts: PromptScores | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -320,6 +353,7 @@ class Scores:
         for name, tensor in self.tensors().items():
             check_table(name, tensor, self._shape(name))
         self._check_means()
+        self._check_prompts()
         for kind, mask in self.scored.items():
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(f"scored/{kind} holds other values than 0 and 1")
@@ -337,6 +371,28 @@ class Scores:
             if ((mean - stacked.mean(0)).abs() > _MEAN_TOLERANCE * stacked.abs().mean(0)).any():
                 raise ValueError(f"{name} is not the mean over the tasks")
 
+    def _check_prompts(self) -> None:
+        """What is kept of single prompts adds up to the scores; within the rounding of float32."""
+        ids = self.meta.prompt_ids or {}
+        for name, task in self.tasks.items():
+            if (task.prompts is None) != (name not in ids):
+                raise ValueError(f"{name} has {'no ' if task.prompts is None else ''}tensors of single prompts")
+            if task.prompts is None:
+                continue
+            about = self.meta.tasks[name]
+            if len(ids[name]) != about.scoring or set(task.prompts.used) != set(about.utilities):
+                raise ValueError(f"{name} does not say of every prompt and metric what single prompts give")
+            used = {metric: float(x.sum()) for metric, x in task.prompts.used.items()}
+            if any(count != about.utilities[metric].used for metric, count in used.items()):
+                raise ValueError(f"{name} marks other prompts as used than it counts")
+            for kind in ("heads", "neurons"):
+                values_PLn, table_Ln = getattr(task.prompts, kind), getattr(task, kind)
+                counts = [used[self.meta.metric_of(name, layer)] for layer in range(len(table_Ln))]
+                each_L1 = torch.tensor(counts)[:, None]
+                rounding_Ln = _PROMPTS_TOLERANCE * values_PLn.abs().sum(0) / each_L1
+                if ((values_PLn.sum(0) / each_L1 - table_Ln).abs() > rounding_Ln + 1e-12).any():
+                    raise ValueError(f"{name}: {kind} is not the mean over its prompts")
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors under the names that they have in the file."""
         named = {"heads": self.heads, "neurons": self.neurons}
@@ -347,10 +403,15 @@ class Scores:
             if scores.anchor is not None:
                 named[f"tasks/{task}/anchor"] = scores.anchor
             named |= {f"tasks/{task}/parts/{part}": table for part, table in scores.parts.items()}
+            if scores.prompts is not None:
+                named |= {f"tasks/{task}/{name}": table for name, table in scores.prompts.tensors().items()}
         return named
 
     def _shape(self, name: str) -> tuple[int, ...]:
         geometry, last = self.meta.geometry, name.rsplit("/", 1)[-1]
+        if "/prompts/" in name:
+            count = self.meta.tasks[name.split("/")[1]].scoring
+            return (count, *self._shape(last)) if last in ("heads", "neurons") else (count,)
         return {
             "heads": (geometry.layers, geometry.heads),
             "neurons": (geometry.layers, geometry.neurons),
@@ -392,7 +453,21 @@ def read_scores(path: str | Path) -> Scores:
 def _take_task(tensors: dict[str, torch.Tensor], prefix: str, anchored: bool) -> TaskScores:
     heads, neurons = tensors.pop(f"{prefix}heads"), tensors.pop(f"{prefix}neurons")
     anchor = tensors.pop(f"{prefix}anchor") if anchored else None
-    return TaskScores(heads, neurons, anchor, _take_parts(tensors, prefix))
+    return TaskScores(heads, neurons, anchor, _take_parts(tensors, prefix), _take_prompts(tensors, f"{prefix}prompts/"))
+
+
+def _take_prompts(tensors: dict[str, torch.Tensor], prefix: str) -> PromptScores | None:
+    own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+    if not own:
+        return None
+    heads, neurons = own.pop("heads"), own.pop("neurons")
+    gaps, used = (
+        {name.removeprefix(f"{part}/"): own.pop(name) for name in list(own) if name.startswith(f"{part}/")}
+        for part in ("gaps", "used")
+    )
+    if own or set(gaps) != set(used):
+        raise ValueError(f"unexpected tensors of single prompts {sorted([*own, *gaps, *used])}")
+    return PromptScores(heads, neurons, gaps, used)
 
 
 def _take_parts(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def _set(key, index, value):
         (lambda t, m: t.pop("heads"), "has no heads"),
         (lambda t, m: t.pop("tasks/b/neurons"), "has no tasks/b/neurons"),
         (lambda t, m: t.update(more=torch.zeros(1)), "unexpected tensors ['more']"),
-        (lambda t, m: m.update(format=4), "format version 4"),
+        (lambda t, m: m.update(format=5), "format version 5"),
         (lambda t, m: t.update({"parts/q": torch.zeros(3, 10)}), "parts/q has shape [3, 10], expected [3, 4]"),
         (lambda t, m: t.update({"parts/k": torch.zeros(3, 4)}), "unexpected tensors ['parts/k']"),
         (lambda t, m: t.update({"scored/heads": torch.full((3, 4), 0.5)}), "scored/heads holds other values than 0"),
@@ -197,7 +197,7 @@ def test_metadata_is_plain_json(tmp_path):
         meta = json.loads(file.metadata()["wp"])
     wanted = json.loads(json.dumps(asdict(example().meta)))
     # Left out, so that programs before those fields read the file.
-    assert [wanted.pop(name) for name in ("prompts", "object", "answer_tokens", "at")] == [None] * 4
+    assert [wanted.pop(name) for name in ("prompts", "object", "answer_tokens", "at", "prompt_ids")] == [None] * 5
     assert meta == wanted
     assert meta["tasks"]["a"]["utilities"]["anchor"] == {"used": 7, "dropped": 1, "mean_gap": 0.25}
 

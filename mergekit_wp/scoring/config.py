@@ -214,6 +214,12 @@ class ScoringJob:
         False,
         group=_COMPONENTS,
     )
+    per_prompt: bool = described(
+        switch(),
+        "Keep what each prompt gives, for intervals (4 bytes a prompt and component: 0.2 GB a task of 100 for a 13B).",
+        False,
+        group=_COMPONENTS,
+    )
 
     device: str = described(
         text("auto, cpu or cuda:N"),

@@ -8,7 +8,8 @@ With delta the gradient at a projection's output, x its input and dW = W(expert)
 
 `writeback` and `atp` differ in what is put in the place of the component (`patches`); both are exact in the write
 and linear in what happens downstream of it, while `attr` is linear in the weights themselves. All sum over the
-prompts of the batch, whose weights already stand in the differentiated scalar. Sums run in float32.
+prompts of the batch, whose weights already stand in the differentiated scalar, or keep them apart where the record is
+kept by prompt ([B, H] for [H] below). Sums run in float32.
 
 Scores come in parts that add up: q and o of a head, gate, up and down of a neuron; atp has the whole alone.
 

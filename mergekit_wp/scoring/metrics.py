@@ -59,20 +59,25 @@ class GapLedger:
     A score is sum_x w(x) s(x) / `normalizer()`: with `sample`, w = 1/G(x) and the normalizer counts prompts;
     with `mean`, w = 1 and the normalizer is the sum of gaps. Both make it independent of the batching.
     `negative` counts prompts, of those used, that the base does better on than the expert. `dtype` is
-    what products run in.
+    what products run in. Of so many `prompts`, `gaps_P` and `used_P` (0 or 1) are kept by number, float64.
     """
 
     utility: str
     gap: str
     floor: float
     dtype: torch.dtype = torch.float32
+    prompts: int = 0
     used: int = 0
     dropped: int = 0
     negative: int = 0
     total: float = 0.0
 
-    def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor) -> torch.Tensor:
-        """w(x) [B], float64, from F(base, x) and F(expert, x), counted here. Raises `BadInput` if not finite."""
+    def __post_init__(self) -> None:
+        self.gaps_P, self.used_P = torch.zeros(2, self.prompts, dtype=torch.float64)
+
+    def weights(self, base_B: torch.Tensor, expert_B: torch.Tensor, numbers: Sequence[int] = ()) -> torch.Tensor:
+        """w(x) [B], float64, from F(base, x) and F(expert, x), counted here; `numbers`: of the prompts, where they are
+        kept. Raises `BadInput` if not finite."""
         gap_B = (expert_B - base_B).detach().double()
         if not torch.isfinite(gap_B).all():
             raise not_finite(f"utility {self.utility}: its value for a prompt", self.dtype)
@@ -81,6 +86,8 @@ class GapLedger:
         self.dropped += int((~keep_B).sum())
         self.negative += int((gap_B[keep_B] < 0).sum())
         self.total += float(gap_B[keep_B].sum())
+        if self.prompts:
+            self.gaps_P[list(numbers)], self.used_P[list(numbers)] = gap_B.cpu(), keep_B.double().cpu()
         inverse_B = torch.where(keep_B, 1 / torch.where(keep_B, gap_B, 1.0), 0.0)
         return inverse_B if self.gap == "sample" else torch.ones_like(gap_B)
 
@@ -89,6 +96,9 @@ class GapLedger:
         counts = [self.used, self.dropped, self.negative, self.total]
         *whole, self.total = processes.add_up(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
         self.used, self.dropped, self.negative = map(int, whole)
+        if self.prompts:
+            both = processes.add_up(torch.stack([self.gaps_P, self.used_P]).to(device))
+            self.gaps_P, self.used_P = both.cpu()
 
     def normalizer(self, task: str) -> float:
         """What the weighted sum is divided by. Raises `BadInput` when nothing is left to divide."""

@@ -53,11 +53,13 @@ _ATTR: dict[Kind, Callable[..., Parts]] = {Kind.HEAD: attr_heads, Kind.NEURON: a
 
 @dataclass
 class BatchState:
-    """One batch of a task, with what the forward passes leave: by metric name, F of the base [B], what the metric
-    compares with, the prompts' weights [B], and the weighted gradient of F where it is read [B, A, D]."""
+    """One batch of a task, the numbers of its prompts (where these are kept), and what the forward passes leave: by
+    metric name, F of the base [B], what the metric compares with, the prompts' weights [B], and the weighted gradient
+    of F where it is read [B, A, D]."""
 
     run: TaskAccumulator
     batch: Batch
+    numbers: Sequence[int] = ()
     expert: dict[str, torch.Tensor] = field(default_factory=dict)
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
     base: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -121,7 +123,9 @@ class Passes:
                             item.base[name] = metric.read(*read)
                     else:
                         item.base[name], gradient_BAD = metric.read_with_gradient(*read)
-                    item.weights[name] = item.run.ledgers[name].weights(item.base[name], item.expert[name])
+                    item.weights[name] = item.run.ledgers[name].weights(
+                        item.base[name], item.expert[name], item.numbers
+                    )
                     if gradient_BAD is not None:
                         item.metric_gradients[name] = (item.weights[name][:, None, None] * gradient_BAD).float()
             self.tick(self.prompts / (4 * self.depth))
@@ -154,7 +158,8 @@ def first_order(passes: Passes, subset: Subset) -> None:
         return gradient_BTD
 
     def consume(index: int, i: int, base: Any, expert: Any, record: LayerRecord) -> None:
-        expert_record = None
+        expert_record, item = None, passes.items[i]
+        record.by_prompt = item.run.prompts > 0
         if passes.method == "atp" and any(len(subset.of(kind, index)) for kind in Kind):
             expert_record = passes.expert_record(expert, index, i)
         for kind in Kind:
@@ -162,8 +167,9 @@ def first_order(passes: Passes, subset: Subset) -> None:
                 parts = _parts(passes, kind, base, expert, record, expert_record)
                 # All of a layer are scored together; what nobody asked for is left out of the sums.
                 rest = ~subset.masks[kind][index].to(pair.device)
-                passes.items[i].run.add(kind, index, {part: x.masked_fill(rest, 0.0) for part, x in parts.items()})
-        passes.tick(len(passes.items[i].batch.last_B) / (2 * (passes.depth - subset.lowest)))
+                asked = {part: x.masked_fill(rest, 0.0) for part, x in parts.items()}
+                item.run.add(kind, index, asked, item.numbers)
+        passes.tick(len(item.batch.last_B) / (2 * (passes.depth - subset.lowest)))
 
     backward_sweep(pair.base, pair.expert, passes.base_cache, inject, consume, lowest=subset.lowest)
 
@@ -236,6 +242,6 @@ def patch_layer(passes: Passes, plan: PatchPlan, index: int, base: Any, expert: 
                 patch = _patch(passes, kind, base, expert, record, other)
             for components_C in components:
                 gained_CB = restart.utilities(kind, patch, components_C, plan.fraction) - item.base[metric.name]
-                values_C = (gained_CB * item.weights[metric.name]).sum(1)
-                item.run.add_some(kind, index, components_C, values_C)
+                values_CB = gained_CB * item.weights[metric.name]
+                item.run.add_some(kind, index, components_C, values_CB, item.numbers)
                 plan.tick(len(components_C) * len(item.batch.last_B))

@@ -73,14 +73,15 @@ class Patch:
         return changes_CBTD
 
     def scores(self, key: str, record: LayerRecord, width: int) -> dict[str, torch.Tensor]:
-        """delta . (change of the write) of every component, in parts, `key` (o or down) that of W: {part: [C]} float32.
+        """delta . (change of the write) of every component, in parts, `key` (o or down) that of W: {part: [C]} float32,
+        [B, C] of a record that is kept by prompt.
 
         record: of the base, with gradients; width: columns of a component.
         """
         parts = {name: record.dot(change, record.grad_in[key]) for name, change in self.changes.items()}
         if self.moved_DW is not None:
             parts[key] = record.dot(self.patched_BTW, torch.matmul(record.grad_out[key], self.moved_DW))
-        return {name: values_W.unflatten(0, (-1, width)).sum(1) for name, values_W in parts.items()}
+        return {name: values_W.unflatten(-1, (-1, width)).sum(-1) for name, values_W in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class MixedPatch:
         columns_Hd = torch.arange(Q, device=self.q_BTQ.device).unflatten(0, (-1, width))
         for columns_Cd in columns_Hd.split(max(1, self.most_tokens // tokens)):
             for columns_d, patched_BTQ in zip(columns_Cd, self.activations(columns_Cd), strict=True):
-                parts["q"].append(record.dot(patched_BTQ - self.base_BTQ, delta_BTQ).sum())
-                parts[key].append(record.dot(patched_BTQ[..., columns_d], moved_BTQ[..., columns_d]).sum())
-        return {name: torch.stack(values) for name, values in parts.items()}
+                parts["q"].append(record.dot(patched_BTQ - self.base_BTQ, delta_BTQ).sum(-1))
+                parts[key].append(record.dot(patched_BTQ[..., columns_d], moved_BTQ[..., columns_d]).sum(-1))
+        return {name: torch.stack(values, -1) for name, values in parts.items()}
 
 
 def patch_heads(stack: Stack, base: Any, expert: Any, record: LayerRecord, geometry: Geometry) -> Patch | MixedPatch:

@@ -11,6 +11,8 @@ Legend: B prompts, T tokens, D residual width, L layers, H heads, F neurons.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,12 +28,15 @@ from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.documents import now, parse_yaml, versions
 from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.foreign import logger
+from mergekit_wp.geometry import Kind
 from mergekit_wp.memory import free_memory
 from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.scores import (
     ANCHORED,
     FORMAT,
+    PER_PROMPT,
     ModelId,
+    PromptScores,
     PromptStyle,
     ScoredAt,
     ScoreMeta,
@@ -43,7 +48,7 @@ from mergekit_wp.scores import (
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.anchor.directions import Directions
 from mergekit_wp.scoring.anchor.search import Search, check_graders, locate, usual_layer
-from mergekit_wp.scoring.batching import TaskTokens, batches, check_rows, tokenize_tasks
+from mergekit_wp.scoring.batching import TaskTokens, check_rows, numbered_batches, tokenize_tasks
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import instruction_effect, make_metrics, metric_of
@@ -113,6 +118,8 @@ def score(
     names = [task.task for task in tasks]
     metas = dict(zip(names, [m for m, _s in finished], strict=True))
     meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=ready.style)
+    if job.per_prompt:
+        meta = replace(meta, format=PER_PROMPT, prompt_ids={task.task: _prompt_ids(task) for task in tasks})
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     return Scores.from_tasks(
         meta, tables, None if subset.whole else {str(kind): mask for kind, mask in subset.masks.items()}
@@ -274,7 +281,8 @@ def task_run(
     """Empty sums of a task whose metrics read the anchor at `layer`; of a utility with a direction, that is."""
     shape = pair.geometry
     metrics = make_metrics(job.utility, shape.layers, pair.vocabulary, layer, found.v_LD if found else None)
-    return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device, pair.dtype)
+    kept = len(task.scoring) if job.per_prompt else 0
+    return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device, pair.dtype, kept)
 
 
 def _sweep(
@@ -283,9 +291,9 @@ def _sweep(
 ) -> None:  # fmt: skip
     """First order: each process takes its share of the batches."""
     items = [
-        BatchState(r, b)
+        BatchState(r, b, numbers)
         for t, r in zip(tasks, runs, strict=True)
-        for b in batches(t.scoring, job.batch_size, pair.base, pair.expert, answers=t.answers)
+        for numbers, b in numbered_batches(t.scoring, job.batch_size, pair.base, pair.expert, answers=t.answers)
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     logits = pair.vocabulary / (pair.base.width * pair.base.depth)  # kept of the expert's, in tokens' activations
@@ -315,22 +323,22 @@ def _patch(
     plan = patch_plan(pair, subset, processes, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
         items = [
-            BatchState(run, batch)
-            for batch in batches(task.scoring, job.batch_size, pair.base, pair.expert, answers=task.answers)
+            BatchState(run, batch, numbers)
+            for numbers, batch in numbered_batches(
+                task.scoring, job.batch_size, pair.base, pair.expert, answers=task.answers
+            )
         ]
         passes = Passes(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
         done = processes.tell([resume.load(number, layer, run.of(layer)) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]
         for layer in order:
             if done[layer]:
-                for kind, table in run.sums.items():
-                    table["whole"][layer] = done[layer][kind].to(pair.device)
+                run.put(layer, done[layer])
                 tick(sum(len(subset.of(kind, layer)) for kind in subset.masks) * len(task.scoring))
         left = [layer for layer in order if not done[layer]]
         for layer, base, expert in zip(left, pair.base.layers(left), pair.expert.layers(left), strict=True):
             patch_layer(passes, plan, layer, base, expert)
-            for table in run.sums.values():
-                table["whole"][layer] = processes.add_up(table["whole"][layer])
+            run.put(layer, {name: processes.add_up(table) for name, table in run.of(layer).items()})
             resume.save(number, layer, run.of(layer))
 
 
@@ -351,7 +359,18 @@ def _finish(
     stats = {name: ledger.stats() for name, ledger in run.ledgers.items()}
     alpha, v_D = (None, None) if found is None else (float(found.alpha_L[layer]), found.v_LD[layer].cpu())
     meta = TaskMeta(len(task.extraction), len(task.scoring), stats, alpha)
-    return meta, TaskScores(heads, neurons, v_D, parts)
+    return meta, TaskScores(heads, neurons, v_D, parts, _by_prompt(run) if job.per_prompt else None)
+
+
+def _prompt_ids(task: TaskTokens) -> tuple[str, ...]:
+    """What tells the scoring prompts apart: of each the beginning of the SHA-256 of its tokens."""
+    return tuple(hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16] for ids in task.scoring)
+
+
+def _by_prompt(run: TaskAccumulator) -> PromptScores:
+    tables = run.finish_by_prompt()
+    gaps, used = ({n: getattr(x, part).float() for n, x in run.ledgers.items()} for part in ("gaps_P", "used_P"))
+    return PromptScores(tables[Kind.HEAD], tables[Kind.NEURON], gaps, used)
 
 
 def _inputs(

@@ -1,0 +1,159 @@
+"""How sure a score is: bootstrap intervals over the prompts, of scores, of their ranks, and of differences.
+
+A score is a mean over prompts, as far as they can be told from one another; other prompts of the same kind would have
+given another. The paired bootstrap draws as many prompts as were used, with replacement, the same ones for every
+component, and scores again from what each prompt gives (`wp-score --per-prompt`); the interval holds the middle
+95 % of the draws (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). Two experts, or two methods,
+that were scored on the same prompts are drawn together, so what is hard about a prompt cancels.
+
+What the interval does not hold is what the prompts share: how they were written, and what was held fixed, such as the
+direction of an anchor.
+
+Legend: D draws, P prompts, L layers, n heads or neurons of a layer, C components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.geometry import Component, Kind
+from mergekit_wp.scores import Scores, TaskScores
+
+DRAWS, LEVEL = 1000, 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A component, its score, the ends of its interval, and those of its rank (1 the highest) among its kind."""
+
+    component: Component
+    score: float
+    low: float
+    high: float
+    best_rank: int
+    worst_rank: int
+
+
+class Bootstrap:
+    """Draws of the prompts of a score file, of one task or (None) of the mean over all.
+
+    draws, seed   how many, and which
+    beside        a file of the same prompts, drawn together with this one
+    Raises `BadInput` for a file without single prompts, or with fewer than two of a task.
+    """
+
+    def __init__(
+        self, scores: Scores, task: str | None = None, draws: int = DRAWS, seed: int = 0, beside: Scores | None = None
+    ) -> None:
+        self.scores, self.tasks = scores, list(scores.tasks) if task is None else [task]
+        self.draws, self._seed, self._files = draws, seed, [scores, *([] if beside is None else [beside])]
+        for name in self.tasks:
+            if scores[name].tasks[name].prompts is None:
+                raise BadInput(
+                    f"task {name}: the score file keeps no single prompts; make it again with wp-score --per-prompt."
+                )
+            if min(stats.used for stats in scores.meta.tasks[name].utilities.values()) < 2:
+                raise BadInput(f"task {name}: one prompt was used, and an interval needs two; score with more.")
+
+    @cached_property
+    def _counts(self) -> dict[str, torch.Tensor]:
+        """How often each draw takes each prompt, float32 [D, P], by task: the same for the same prompts.
+
+        A draw in which some metric has no prompt that was used says nothing, and is drawn again.
+        """
+        found = {}
+        for name in self.tasks:
+            generator = torch.Generator().manual_seed(self._seed)
+            every = [scores.tasks[name].prompts for scores in self._files]
+            used_UP = torch.stack([used_P for prompts in every if prompts for used_P in prompts.used.values()])
+            kept_DP = torch.empty(0, used_UP.shape[1])
+            while len(kept_DP) < self.draws:
+                drawn_DP = torch.randint(used_UP.shape[1], (self.draws, used_UP.shape[1]), generator=generator)
+                counts_DP = torch.zeros(drawn_DP.shape).scatter_add_(1, drawn_DP, torch.ones(drawn_DP.shape))
+                kept_DP = torch.cat([kept_DP, counts_DP[(counts_DP @ used_UP.T > 0).all(1)]])
+            found[name] = kept_DP[: self.draws]
+        return found
+
+    def layers(self, kind: Kind) -> Iterator[torch.Tensor]:
+        """The scores of every draw, a layer at a time: float32 [D, n]."""
+        for layer in range(self.scores.meta.geometry.layers):
+            every = [self._of_task(name, kind, layer) for name in self.tasks]
+            yield torch.stack(every).mean(0)
+
+    def _of_task(self, name: str, kind: Kind, layer: int) -> torch.Tensor:
+        prompts = self.scores.tasks[name].prompts
+        assert prompts is not None
+        metric = self.scores.meta.metric_of(name, layer)
+        used_P, gaps_P, counts_DP = prompts.used[metric], prompts.gaps[metric], self._counts[name]
+        values_Pn: torch.Tensor = getattr(prompts, kind)[:, layer]
+        total_Dn = counts_DP @ values_Pn
+        if self.scores.meta.gap == "sample":
+            return total_Dn / (counts_DP @ used_P)[:, None]
+        # The quotient of two sums: as a share of the mean gap of the prompts drawn.
+        return total_Dn * (gaps_P.sum() / used_P.sum()) / (counts_DP @ gaps_P)[:, None]
+
+    def intervals(self, components: Sequence[Component], level: float = LEVEL) -> list[Interval]:
+        """Of these components, in their order."""
+        found: dict[tuple[Kind, int, int], Interval] = {}
+        for kind in Kind:
+            mine = [c for c in components if c.kind == kind]
+            if mine:
+                found |= {(kind, x.component.layer, x.component.index): x for x in self._of_kind(kind, mine, level)}
+        return [found[Kind(c.kind), c.layer, c.index] for c in components]
+
+    def _of_kind(self, kind: Kind, mine: Sequence[Component], level: float) -> list[Interval]:
+        at = [(c.layer, c.index) for c in mine]
+        drawn_DC, above_DC = torch.empty(self.draws, len(mine)), torch.zeros(self.draws, len(mine), dtype=torch.long)
+        for layer, scores_Dn in enumerate(self.layers(kind)):
+            for place, (own, index) in enumerate(at):
+                if own == layer:
+                    drawn_DC[:, place] = scores_Dn[:, index]
+        seen_Ln = self.scores.seen(kind)
+        for layer, scores_Dn in enumerate(self.layers(kind)):
+            ordered_Dn = scores_Dn[:, seen_Ln[layer]].sort(1).values.contiguous()
+            above_DC += ordered_Dn.shape[1] - torch.searchsorted(ordered_Dn, drawn_DC, right=True)
+        low_C, high_C = ends(drawn_DC, level)
+        best_C, worst_C = ends(above_DC.float() + 1, level)
+        table_Ln = self._table(kind)
+        return [
+            Interval(c, float(table_Ln[at[i]]), float(low_C[i]), float(high_C[i]), int(best_C[i]), int(worst_C[i]))
+            for i, c in enumerate(mine)
+        ]
+
+    def _table(self, kind: Kind) -> torch.Tensor:
+        every: list[TaskScores] = [self.scores.tasks[name] for name in self.tasks]
+        return torch.stack([getattr(task, kind) for task in every]).mean(0)
+
+
+def differences(
+    one: Scores, other: Scores, kind: str, task: str | None = None, *, level: float = LEVEL, draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The ends of the interval of `one` - `other`, of every head or neuron: float32 [L, n] each.
+
+    Drawn together where both were scored on the same prompts, which is what they are for: two experts, or two methods.
+    Raises `BadInput` for files of other tasks, shapes or prompts, or without single prompts.
+    """
+    pair = [Bootstrap(a, task, draws, seed, beside=b) for a, b in ((one, other), (other, one))]
+    if pair[0].tasks != pair[1].tasks:
+        raise BadInput(f"the files have the tasks {', '.join(one)} and {', '.join(other)}; compare files of the same.")
+    ids = [{name: (scores.meta.prompt_ids or {})[name] for name in pair[0].tasks} for scores in (one, other)]
+    if ids[0] != ids[1]:
+        raise BadInput("the files were scored on different prompts; score both with the same pairs, samples and seed.")
+    if getattr(one, kind).shape != getattr(other, kind).shape:
+        raise BadInput("the files are of models of different shapes, whose components cannot be compared.")
+    both = [ends(a - b, level) for a, b in zip(*(each.layers(Kind(kind)) for each in pair), strict=True)]
+    low_Ln, high_Ln = (torch.stack(side) for side in zip(*both, strict=True))
+    return low_Ln, high_Ln
+
+
+def ends(drawn_DC: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The middle `level` of the draws of each column: float32 [C] each."""
+    ordered_DC = drawn_DC.sort(0).values
+    outside = round((1 - level) / 2 * (len(ordered_DC) - 1))
+    return ordered_DC[outside], ordered_DC[len(ordered_DC) - 1 - outside]

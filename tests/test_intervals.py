@@ -1,0 +1,139 @@
+"""Bootstrap intervals against loops over the same draws, and against what statistics says of means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from score_example import example
+
+from mergekit_wp.errors import BadInput
+from mergekit_wp.geometry import Component, Kind
+from mergekit_wp.intervals import Bootstrap, differences, ends
+from mergekit_wp.score_tables import as_data, of_components
+from mergekit_wp.scores import PER_PROMPT, PromptScores, Scores, TaskMeta, TaskScores, UtilityStats
+
+
+def made(seed=0, prompts=30, gap="sample", dropped=0, tasks=("a", "b"), shift=0.0) -> Scores:
+    """Scores that follow from random ones of single prompts, of `kl` alone."""
+    plain, generator = example(), torch.Generator().manual_seed(seed)
+    shape, found, metas = plain.meta.geometry, {}, {}
+    for task in tasks:
+        used_P = torch.ones(prompts)
+        used_P[:dropped] = 0
+        gaps_P = 0.5 + torch.rand(prompts, generator=generator)
+        values = {
+            kind: shift + torch.randn(prompts, shape.layers, shape.count(kind), generator=generator) for kind in Kind
+        }
+        values = {kind: x * used_P[:, None, None] for kind, x in values.items()}
+        tables = [x.sum(0) / used_P.sum() for x in values.values()]
+        kept = PromptScores(values[Kind.HEAD], values[Kind.NEURON], {"kl": gaps_P}, {"kl": used_P})
+        found[task] = TaskScores(*tables, prompts=kept)
+        stats = UtilityStats(int(used_P.sum()), dropped, float((gaps_P * used_P).sum() / used_P.sum()))
+        metas[task] = TaskMeta(0, prompts, {"kl": stats})
+    ids = {task: tuple(f"{task}{i}" for i in range(prompts)) for task in tasks}
+    about = replace(plain.meta, tasks=metas, utility="kl", split=None, anchor_layer=None, gap=gap, format=PER_PROMPT,
+                    prompt_ids=ids)  # fmt: skip
+    return Scores.from_tasks(about, found)
+
+
+@pytest.mark.parametrize(("gap", "dropped"), [("sample", 0), ("sample", 4), ("mean", 0)])
+def test_intervals_and_ranks_are_those_of_a_loop_over_the_draws(gap, dropped):
+    scores = made(gap=gap, dropped=dropped)
+    sure = Bootstrap(scores, draws=200)
+    drawn = []
+    for draw in range(200):
+        tables = []
+        for task in scores:
+            prompts, again = scores.tasks[task].prompts, sure._counts[task][draw].int()
+            rows = [p for p in range(30) for _ in range(int(again[p]))]
+            assert len(rows) == 30
+            if gap == "sample":
+                rows = [p for p in rows if prompts.used["kl"][p]]
+                tables.append(torch.stack([prompts.heads[p] for p in rows]).mean(0))
+            else:  # e_p / mean gap is kept, of all prompts; sum e / sum g of those drawn
+                mean_gap = prompts.gaps["kl"].mean()
+                effects = sum(prompts.heads[p] * mean_gap for p in rows)
+                tables.append(effects / sum(prompts.gaps["kl"][p] for p in rows))
+        drawn.append(torch.stack(tables).mean(0))
+    drawn_DLH = torch.stack(drawn)
+    for layer, index in ((0, 0), (2, 3), (1, 2)):
+        (found,) = sure.intervals([Component(Kind.HEAD, layer, index)])
+        low, high = ends(drawn_DLH[:, layer, index, None], 0.95)
+        assert (found.low, found.high) == pytest.approx((float(low), float(high)), abs=1e-5)
+        ranks_D = 1 + (drawn_DLH > drawn_DLH[:, layer, index, None, None]).sum((1, 2))
+        assert (found.best_rank, found.worst_rank) == tuple(int(x) for x in ends(ranks_D[:, None].float(), 0.95))
+        assert found.score == pytest.approx(float(scores.heads[layer, index]))
+
+
+def test_of_a_mean_the_interval_is_two_standard_errors_to_either_side():
+    scores = made(prompts=200, tasks=("a",))
+    components = [Component(Kind.NEURON, layer, index) for layer in range(3) for index in range(10)]
+    for found in Bootstrap(scores, draws=4000).intervals(components):
+        values_P = scores.tasks["a"].prompts.neurons[:, found.component.layer, found.component.index]
+        error = float(values_P.std()) / math.sqrt(200)
+        assert (found.high - found.low) == pytest.approx(2 * 1.96 * error, rel=0.1)
+        assert found.low < found.score < found.high
+
+
+def test_it_covers_the_truth_as_often_as_it_says():
+    """120 components of worlds whose true scores are all 0.3: about 5 % lie outside, and surely not 12 or none."""
+    outside = 0
+    for seed in range(4):
+        scores = made(seed=seed, prompts=60, tasks=("a",), shift=0.3)
+        every = [Component(Kind.NEURON, layer, index) for layer in range(3) for index in range(10)]
+        outside += sum(not x.low <= 0.3 <= x.high for x in Bootstrap(scores).intervals(every))
+    assert 1 <= outside <= 16
+
+
+def test_a_difference_on_the_same_prompts_is_drawn_together():
+    one = made()
+    noise = made(seed=5)
+    tasks = {
+        name: replace(
+            task, heads=task.heads + 0.1 * noise.tasks[name].heads,
+            prompts=replace(task.prompts, heads=task.prompts.heads + 0.1 * noise.tasks[name].prompts.heads),
+        )
+        for name, task in one.tasks.items()
+    }  # fmt: skip
+    other = Scores.from_tasks(one.meta, tasks)
+    low_Ln, high_Ln = differences(other, one, Kind.HEAD)
+    (alone,) = Bootstrap(one).intervals([Component(Kind.HEAD, 0, 0)])
+    assert float((high_Ln - low_Ln).max()) < 0.3 * (alone.high - alone.low)
+    assert ((low_Ln <= other.heads - one.heads) & (other.heads - one.heads <= high_Ln)).all()
+    same_low, same_high = differences(one, one, Kind.NEURON)
+    assert not same_low.any()
+    assert not same_high.any()
+
+
+def test_a_draw_without_a_prompt_that_was_used_is_drawn_again():
+    scores = made(prompts=6, dropped=4, tasks=("a",))
+    for scores_Dn in Bootstrap(scores, draws=500).layers(Kind.HEAD):
+        assert scores_Dn.isfinite().all()
+
+
+def test_what_cannot_be_said_is_refused():
+    plain = example()
+    with pytest.raises(BadInput, match=r"task a: the score file keeps no single prompts; make it again with wp-score"):
+        Bootstrap(plain)
+    with pytest.raises(BadInput, match="one prompt was used"):
+        Bootstrap(made(prompts=5, dropped=4))
+    with pytest.raises(BadInput, match="no scores of a task"):
+        Bootstrap(made(), "c")
+    with pytest.raises(BadInput, match="scored on different prompts"):
+        differences(made(), made(prompts=20), Kind.HEAD)
+    with pytest.raises(BadInput, match="have the tasks a, b and a"):
+        differences(made(), made(tasks=("a",)), Kind.HEAD)
+
+
+def test_tables_and_data_say_how_sure_the_leaders_are():
+    scores = made()
+    cell = of_components(scores, 2)[1][1]
+    assert cell.count("[") == cell.count(", ") == 1
+    first = as_data({"x": scores}, 2)["files"]["x"]["all_tasks"]["top"]["heads"][0]
+    (found,) = Bootstrap(scores).intervals([Component.parse(first["name"])])
+    assert first["interval"] == [found.low, found.high]
+    assert first["ranks"] == [found.best_rank, found.worst_rank]
+    assert "interval" not in as_data({"x": example()}, 2)["files"]["x"]["all_tasks"]["top"]["heads"][0]
