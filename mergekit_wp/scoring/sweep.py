@@ -71,6 +71,19 @@ def forward_sweep(
         yield index, streams
 
 
+@torch.no_grad()
+def recorded_sweep(
+    stack: Stack, starts: Sequence[Start], depth: int
+) -> Iterator[tuple[int, int, nn.Module, LayerRecord]]:
+    """Sweep up through layers 0 to depth-1 without gradients; (layer, batch, module, record) of each on each batch."""
+    streams = [start.stream_BTD for start in starts]
+    order = range(depth)
+    for index, layer in zip(order, stack.layers(order), strict=True):
+        for i, start in enumerate(starts):
+            streams[i], record = run_layer(stack, layer, streams[i], start.calls[index], gradient=False)
+            yield index, i, layer, record
+
+
 @dataclass
 class ActivationCache:
     """What a forward sweep leaves for the backward one: the input of every layer for every batch, or its graph.

@@ -28,11 +28,13 @@ study.yaml:
   base: ./base
   expert: ./maths
   scores: {kl: scores/kl.safetensors, ap: scores/ap.safetensors}
+  prompts: {pairs: maths.jsonl}
 
 \b
 Parts:
   maps    where scores lie; top sets of two files, of several tasks; from score files alone
   drift   what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
+  words   directions, neurons and heads as tokens; reads final norms, heads, o_proj and down_proj; with prompts, more
 
 A part is skipped while its score files, models, settings and code are those of its last run.
 """

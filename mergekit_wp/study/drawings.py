@@ -5,6 +5,7 @@ Legend: L layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,3 +151,52 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], description: str)
         axes.invert_yaxis()
         axes.set_xlabel("Spearman's rank correlation; grey: drift permuted within layers")
     return to_svg(figure, description)
+
+
+def layer_lines(
+    lines: Mapping[str, Sequence[float | None]],
+    control: Mapping[str, Sequence[float | None]],
+    band: tuple[float, float],
+    what: str,
+    description: str,
+) -> Markup:
+    """A line a name over the layers, its control of the same name dotted, and the interval of another as a band."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained", dpi=72)
+        axes = figure.subplots()
+        axes.axhspan(*band, color=QUIET, alpha=0.3, lw=0)
+        for place, name in enumerate(lines):
+            for values, style, label in ((lines, "-", label_of(name)), (control, ":", None)):
+                value_L = np.array([np.nan if value is None else value for value in values[name]])
+                axes.plot(
+                    np.arange(len(value_L)), value_L, ls=style, marker=".", color=expert_colour(place), label=label
+                )
+        integer_ticks(axes, "x", len(next(iter(lines.values()))))
+        axes.set(xlabel="layer", ylabel=what)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return to_svg(figure, description)
+
+
+def word_bars(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], description: str) -> Markup:
+    """A panel a name: a bar a word, the largest on top; marks for its size in the base and among others."""
+    with matplotlib.rc_context(FIGURE_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph"
+        )  # the page's fonts draw the text; matplotlib's need not have them all
+        down = -(-len(panels) // _ACROSS)
+        words = max(len(rows) for rows in panels.values())
+        figure = Figure(figsize=(9.6, 0.6 + (0.5 + 0.22 * words) * down), layout="constrained", dpi=72)
+        axes = figure.subplots(down, min(len(panels), _ACROSS), squeeze=False).flatten()
+        for each, (name, rows) in zip(axes, panels.items(), strict=False):
+            places = np.arange(len(rows))
+            each.barh(places, [row[1] for row in rows], 0.7, color=expert_colour(0), label="expert")
+            for place, label in ((2, "base"), (3, "other neurons")):
+                style: dict[str, Any] = {"ms": 9, "mew": 2, "color": expert_colour(place - 1), "label": label}
+                each.plot([row[place] for row in rows], places, "|", **style)
+            each.set_yticks(places, [label_of(row[0]) for row in rows])
+            each.invert_yaxis()
+            each.set_title(label_of(name), fontsize=10)
+        for each in axes[len(panels) :]:
+            each.set_visible(False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        return to_svg(figure, description)

@@ -40,7 +40,7 @@ from mergekit_wp.scores import ScoreMeta, Scores
 from mergekit_wp.study import drawings
 from mergekit_wp.study.inputs import ALL, DOWN, HOW, UP, Inputs, alike_scored
 from mergekit_wp.study.parts import Part, PartResult
-from mergekit_wp.study.sets import KEYS, SIGNED, Shared, in_exactly, in_exactly_by_chance, keyed, top_set
+from mergekit_wp.study.sets import KEYS, SIGNED, Shared, in_exactly, in_exactly_by_chance, keyed, top_among, top_set
 from mergekit_wp.study.study_spec import Study
 
 _LISTED = 10
@@ -91,19 +91,12 @@ def _ranking_data(study: Study, inputs: Inputs, scores: Scores, kind: Kind, task
     for side, layers_L in inputs.sides.items():
         among_Ln = scores.seen(kind) & layers_L[:, None]
         for key in KEYS:
-            set_Ln = _set(keyed(table_Ln, key), among_Ln, study.top[kind])
+            set_Ln = top_among(keyed(table_Ln, key), among_Ln, study.top[kind])
             places = sorted(set_Ln.nonzero().tolist(), key=lambda at: -float(keyed(table_Ln, key)[tuple(at)]))
             named = [[Component(kind, *at).name, float(table_Ln[tuple(at)])] for at in places]
             found["top"].setdefault(side, {})[key] = named
             found["layers"].setdefault(side, {})[key] = set_Ln.sum(1).tolist()
     return found
-
-
-def _set(value_Ln: torch.Tensor, among_Ln: torch.Tensor, k: int) -> torch.Tensor:
-    """The top set among some components, bool [L, n]."""
-    set_Ln = torch.zeros_like(among_Ln)
-    set_Ln[among_Ln] = top_set(value_Ln[among_Ln], k)
-    return set_Ln
 
 
 # Two files of the pair
@@ -141,7 +134,7 @@ def agreements(study: Study, inputs: Inputs) -> Iterator[dict[str, Any]]:
 
 
 def _agreement(a_Ln: torch.Tensor, b_Ln: torch.Tensor, among_Ln: torch.Tensor, k: int) -> dict[str, Any]:
-    one_Ln, other_Ln = _set(a_Ln, among_Ln, k), _set(b_Ln, among_Ln, k)
+    one_Ln, other_Ln = top_among(a_Ln, among_Ln, k), top_among(b_Ln, among_Ln, k)
     shared = Shared.of(one_Ln[among_Ln], other_Ln[among_Ln])
     return {
         "components": shared.components,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PARTS = {
     "maps": "mergekit_wp.study.maps",
     "drift": "mergekit_wp.study.drift",
+    "words": "mergekit_wp.study.words",
 }
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""
 

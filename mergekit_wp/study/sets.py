@@ -41,6 +41,13 @@ def top_set(value_n: torch.Tensor, k: int) -> torch.Tensor:
     return value_n > value_n.topk(k + 1).values[-1]
 
 
+def top_among(value_Ln: torch.Tensor, among_Ln: torch.Tensor, k: int) -> torch.Tensor:
+    """The top set among some components, bool [L, n]."""
+    set_Ln = torch.zeros_like(among_Ln)
+    set_Ln[among_Ln] = top_set(value_Ln[among_Ln], k)
+    return set_Ln
+
+
 @dataclass(frozen=True)
 class Shared:
     """Two top sets among `components`. share: of the larger set that is in both; None where both are empty."""

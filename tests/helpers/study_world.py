@@ -36,7 +36,7 @@ def scores(
         task: TaskScores(
             torch.randn(geometry.layers, geometry.heads, generator=random),
             torch.randn(geometry.layers, geometry.neurons, generator=random),
-            torch.zeros(geometry.d_model) if anchored else None,
+            torch.randn(geometry.d_model, generator=random) if anchored else None,
         )
         for task in tasks
     }

@@ -20,6 +20,7 @@ from mergekit_wp.study import drift
 from mergekit_wp.study.cli import main
 
 ONE = {"tasks": ("a",)}
+PARTS = ("maps", "drift", "words")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +49,14 @@ def run(*arguments: object, code: int = 0) -> str:
 def out(world) -> Path:
     folder = world.parent / "out"
     said = run(world, "--out", folder).splitlines()
-    assert said[:2] == ["maps: to do (not done yet)", "drift: to do (not done yet)"]
+    assert said[: len(PARTS)] == [f"{part}: to do (not done yet)" for part in PARTS]
     assert said[-1] == f"Written: {folder / 'study.html'}"
     return folder
 
 
 def test_what_is_written(out) -> None:
-    assert sorted(path.name for path in out.iterdir()) == ["drift", "maps", "study.html"]
-    for part in ("maps", "drift"):
+    assert sorted(path.name for path in out.iterdir()) == sorted([*PARTS, "study.html"])
+    for part in PARTS:
         assert json.loads((out / part / f"{part}.json").read_text())
         for table in (out / part).glob("*.csv"):
             lines = list(csv.reader(table.open()))
@@ -74,7 +75,7 @@ def test_what_is_written(out) -> None:
 
 def test_the_page_needs_nothing_else(out) -> None:
     page = (out / "study.html").read_text()
-    assert page.count("<section>") == 2
+    assert page.count("<section>") == len(PARTS)
     refers = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)""", page)
     assert all(target.startswith(("#", "data:image/png;base64,")) for pair in refers for target in pair if target)
     assert "<script" not in page
@@ -84,9 +85,9 @@ def test_the_page_needs_nothing_else(out) -> None:
 
 
 def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
-    before = {part: (out / part).stat().st_ino for part in ("maps", "drift")}
+    before = {part: (out / part).stat().st_ino for part in PARTS}
     page = (out / "study.html").read_bytes()
-    assert run(world, "--out", out).splitlines()[:2] == ["maps: done", "drift: done"]
+    assert run(world, "--out", out).splitlines()[: len(PARTS)] == [f"{part}: done" for part in PARTS]
     assert {part: (out / part).stat().st_ino for part in before} == before
     assert (out / "study.html").read_bytes() == page
     content = yaml.safe_load(world.read_text())
@@ -96,7 +97,7 @@ def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
         other.write_text(yaml.safe_dump({**content, **changes}))
         return run(other, "--out", out, "--plan").splitlines()
 
-    assert plan(seed=1) == ["maps: done", "drift: to do (`seed` is another one)"]
+    assert plan(seed=1) == ["maps: done"] + [f"{part}: to do (`seed` is another one)" for part in PARTS[1:]]
     assert plan(top={"heads": 4}) == [f"{part}: to do (`top` is another one)" for part in before]
     fewer = {name: path for name, path in content["scores"].items() if name != "anchor"}
     assert plan(scores=fewer)[0] == "maps: to do (the score file anchor is gone)"
@@ -109,7 +110,7 @@ def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
 
 
 def test_a_run_that_ended_goes_on(small, tmp_path, monkeypatch) -> None:
-    folder, file = tmp_path / "out", tmp_path / "s.yaml"
+    folder, file, both = tmp_path / "out", tmp_path / "s.yaml", ["--only", "maps,drift"]
     file.write_text(yaml.safe_dump(small))
 
     def killed(*_: object) -> None:
@@ -117,10 +118,10 @@ def test_a_run_that_ended_goes_on(small, tmp_path, monkeypatch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(drift, "drift_sums", killed)
-        run(file, "--out", folder, code=1)
+        run(file, "--out", folder, *both, code=1)
     assert sorted(path.name for path in folder.iterdir()) == ["maps", "study.html"]
     assert (folder / "study.html").read_text().count("<section>") == 1
-    assert run(file, "--out", folder).splitlines()[:2] == ["maps: done", "drift: to do (not done yet)"]
+    assert run(file, "--out", folder, *both).splitlines()[:2] == ["maps: done", "drift: to do (not done yet)"]
     assert (folder / "study.html").read_text().count("<section>") == 2
 
 
@@ -155,7 +156,7 @@ def test_maps_need_no_model(small, tmp_path) -> None:
         ({"scores": {"kl": "KL", "x": "FAR"}}, [], "which is another model; a study is of one base"),
         ({"others": {"x": "ATTR"}}, [], "`others.x`: scores by attr, utility kl, and none of `scores` was made so"),
         ({"expert": "BASE"}, [], "whose weights are not those of"),
-        ({}, ["--only", "maps,charts"], "--only: there is no part 'charts'; there are maps, drift."),
+        ({}, ["--only", "maps,charts"], "--only: there is no part 'charts'; there are maps, drift, words."),
         ({}, ["--out", "BASE/out"], "lies inside what is read"),
     ],
 )  # fmt: skip
