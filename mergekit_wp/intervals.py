@@ -82,20 +82,8 @@ class Bootstrap:
     def layers(self, kind: Kind) -> Iterator[torch.Tensor]:
         """The scores of every draw, a layer at a time: float32 [D, n]."""
         for layer in range(self.scores.meta.geometry.layers):
-            every = [self._of_task(name, kind, layer) for name in self.tasks]
+            every = [rescored(self.scores, name, kind, layer, self._counts[name]) for name in self.tasks]
             yield torch.stack(every).mean(0)
-
-    def _of_task(self, name: str, kind: Kind, layer: int) -> torch.Tensor:
-        prompts = self.scores.tasks[name].prompts
-        assert prompts is not None
-        metric = self.scores.meta.metric_of(name, layer)
-        used_P, gaps_P, counts_DP = prompts.used[metric], prompts.gaps[metric], self._counts[name]
-        values_Pn: torch.Tensor = getattr(prompts, kind)[:, layer]
-        total_Dn = counts_DP @ values_Pn
-        if self.scores.meta.gap == "sample":
-            return total_Dn / (counts_DP @ used_P)[:, None]
-        # The quotient of two sums: as a share of the mean gap of the prompts drawn.
-        return total_Dn * (gaps_P.sum() / used_P.sum()) / (counts_DP @ gaps_P)[:, None]
 
     def intervals(self, components: Sequence[Component], level: float = LEVEL) -> list[Interval]:
         """Of these components, in their order."""
@@ -128,6 +116,20 @@ class Bootstrap:
     def _table(self, kind: Kind) -> torch.Tensor:
         every: list[TaskScores] = [self.scores.tasks[name] for name in self.tasks]
         return torch.stack([getattr(task, kind) for task in every]).mean(0)
+
+
+def rescored(scores: Scores, task: str, kind: Kind, layer: int, counts_DP: torch.Tensor) -> torch.Tensor:
+    """The scores of a layer, float32 [D, n], had each prompt been there so often."""
+    prompts = scores.tasks[task].prompts
+    assert prompts is not None
+    metric = scores.meta.metric_of(task, layer)
+    used_P, gaps_P = prompts.used[metric], prompts.gaps[metric]
+    values_Pn: torch.Tensor = getattr(prompts, kind)[:, layer]
+    total_Dn = counts_DP @ values_Pn
+    if scores.meta.gap == "sample":
+        return total_Dn / (counts_DP @ used_P)[:, None]
+    # The quotient of two sums: as a share of the mean gap of the prompts drawn.
+    return total_Dn * (gaps_P.sum() / used_P.sum()) / (counts_DP @ gaps_P)[:, None]
 
 
 def differences(

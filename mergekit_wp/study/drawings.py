@@ -138,8 +138,8 @@ def module_lines(measures: Mapping[str, Mapping[str, Sequence[float | None]]], w
     return to_svg(figure, "Change by layer and module: " + " and ".join(words[measure] for measure in measures))
 
 
-def intervals(rows: Sequence[tuple[str, float, float, float]], description: str) -> Markup:
-    """A line a row: a dot at its value, and the interval of its control as a bar."""
+def intervals(rows: Sequence[tuple[str, float, float, float]], what: str, description: str) -> Markup:
+    """A line a row: a dot at its value, and an interval, its own or that of its control, as a bar."""
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(6.6, 0.9 + 0.3 * max(1, len(rows))), layout="constrained", dpi=72)
         axes = figure.subplots()
@@ -149,7 +149,7 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], description: str)
             axes.plot(value, place, "o", color=expert_colour(0))
         axes.set_yticks(range(len(rows)), [label_of(row[0]) for row in rows])
         axes.invert_yaxis()
-        axes.set_xlabel("Spearman's rank correlation; grey: drift permuted within layers")
+        axes.set_xlabel(what)
     return to_svg(figure, description)
 
 

@@ -69,7 +69,10 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         heads.numpy(), "head", "change relative to the weights", "Change of each head relative to its weights"
     )
     for kind in Kind:
-        pictures[f"correlations-{kind}"] = drawings.intervals(_shown(rows, kind), f"Drift and scores of {kind}")
+        pictures[f"correlations-{kind}"] = drawings.intervals(
+            _shown(rows, kind), "Spearman's rank correlation; grey: drift permuted within layers",
+            f"Drift and scores of {kind}",
+        )  # fmt: skip
     tables = {
         "modules": _module_lines(modules, ends),
         "correlations": [list(rows[0]), *(list(row.values()) for row in rows)],

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PARTS = {
     "maps": "mergekit_wp.study.maps",
+    "certainty": "mergekit_wp.study.certainty",
     "drift": "mergekit_wp.study.drift",
     "words": "mergekit_wp.study.words",
 }

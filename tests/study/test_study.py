@@ -20,7 +20,7 @@ from mergekit_wp.study import drift
 from mergekit_wp.study.cli import main
 
 ONE = {"tasks": ("a",)}
-PARTS = ("maps", "drift", "words")
+PARTS = ("maps", "certainty", "drift", "words")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_maps_need_no_model(small, tmp_path) -> None:
         ({"scores": {"kl": "KL", "x": "FAR"}}, [], "which is another model; a study is of one base"),
         ({"others": {"x": "ATTR"}}, [], "`others.x`: scores by attr, utility kl, and none of `scores` was made so"),
         ({"expert": "BASE"}, [], "whose weights are not those of"),
-        ({}, ["--only", "maps,charts"], "--only: there is no part 'charts'; there are maps, drift, words."),
+        ({}, ["--only", "maps,charts"], "--only: there is no part 'charts'; there are maps, certainty, drift, words."),
         ({}, ["--out", "BASE/out"], "lies inside what is read"),
     ],
 )  # fmt: skip

@@ -1,0 +1,243 @@
+"""Certainty: how far the scores, and who leads, hang on which prompts were asked. Reads score files alone, and of them
+those that keep single prompts (`wp-score --per-prompt`); no figure of arXiv 2604.13694 has it.
+
+For every such file, task and kind (heads, neurons):
+
+    leaders    the strongest components, each with the 95 % interval of its score and of its rank (`intervals`)
+    above      how many components have an interval above zero, and below. If no score differed from zero, an interval
+               would lie above in 2.5 % of them: the control
+    halves     the prompts in two random halves, 50 times: rank correlation of the two rankings and overlap of their top
+               sets, beside chance. A top set that two halves do not share is noise. The whole file is surer than its
+               halves; what r they have, the whole is estimated to have 2 r / (1 + r) with another as large
+               (Spearman-Brown)
+
+and for every two files on the same prompts of a task (two methods, or another expert of `others`): how many components
+surely differ, drawn together. If none did, 5 % would: the control.
+
+Legend: P prompts, D draws, L layers, n components of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from mergekit_wp.console import StartProgress
+from mergekit_wp.geometry import Kind
+from mergekit_wp.intervals import LEVEL, Bootstrap, Interval, differences, ends, rescored
+from mergekit_wp.page import grid, render
+from mergekit_wp.ranking import spearman, strongest
+from mergekit_wp.scores import Scores
+from mergekit_wp.study import drawings
+from mergekit_wp.study.inputs import Inputs
+from mergekit_wp.study.parts import Part, PartResult
+from mergekit_wp.study.sets import Shared, top_set
+from mergekit_wp.study.study_spec import Study
+
+HALVES = 50
+_SHOWN = 12  # of the leaders, in a picture
+_LEAST = 4  # prompts that can be halved
+
+
+def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
+    """The part."""
+    kept = {name: scores for name, scores in inputs.scores.items() if scores.meta.prompt_ids}
+    places = [(name, scores, task) for name, scores in kept.items() for task in scores]
+    others = {name: scores for name, scores in inputs.others.items() if scores.meta.prompt_ids}
+    pairs = list(_comparable({**kept, **others}, set(kept)))
+    tick = progress(len(places) + len(pairs), "drawing prompts again", "rankings")
+    rows = []
+    for name, scores, task in places:
+        rows += [{"scores": name, "task": task, "kind": str(kind), **_of(study, scores, task, kind)} for kind in Kind]
+        tick(1)
+    compared = []
+    for one, a, other, b, task in pairs:
+        for kind in Kind:
+            low_Ln, high_Ln = differences(a, b, kind, task, seed=study.seed)
+            both_Ln = a.seen(kind) & b.seen(kind)
+            surely = int(((low_Ln > 0) | (high_Ln < 0))[both_Ln].sum())
+            where = {"one": one, "other": other, "task": task, "kind": str(kind)}
+            compared.append(where | {"components": int(both_Ln.sum()), "differ": surely, "by_chance": 1 - LEVEL})
+        tick(1)
+    data = {
+        "level": LEVEL,
+        "rankings": rows,
+        "differences": compared,
+        "without": [name for name in inputs.scores if name not in kept],
+    }
+    pictures = {
+        f"leaders-{number}": drawings.intervals(
+            [(x["name"], x["score"], *x["interval"]) for x in row["leaders"][:_SHOWN]],
+            "score, and the interval of 95 %", f"Leading {row['kind']} of {row['scores']}, {row['task']}",
+        )
+        for number, row in enumerate(rows) if row["leaders"]
+    }  # fmt: skip
+    tables = {
+        "leaders": _leader_lines(rows),
+        "halves": _ranking_lines(rows),
+        "differences": _difference_lines(compared),
+    }
+    filled = {name: lines for name, lines in tables.items() if len(lines) > 1}
+    return PartResult(data, filled, pictures, _section(data, pictures, study))
+
+
+def _comparable(files: Mapping[str, Scores], own: set[str]) -> Iterator[tuple[str, Scores, str, Scores, str]]:
+    """Every two files, one of the study's pair, and every task of both with the same prompts."""
+    for (one, a), (other, b) in combinations(files.items(), 2):
+        if one in own or other in own:
+            ids = [scores.meta.prompt_ids or {} for scores in (a, b)]
+            same = [task for task in a if task in b and ids[0][task] == ids[1][task]]
+            yield from ((one, a, other, b, task) for task in same if min(_used(a, task), _used(b, task)) > 1)
+
+
+def _of(study: Study, scores: Scores, task: str, kind: Kind) -> dict[str, Any]:
+    """What there is to say of one ranking; empty where its prompts are too few."""
+    used, seen_Ln, k = _used(scores, task), scores.seen(kind), study.top[kind]
+    found: dict[str, Any] = {"components": int(seen_Ln.sum()), "prompts": used, "k": k, "leaders": [], "above": None,
+                             "below": None, "halves": None}  # fmt: skip
+    if used < 2 or not seen_Ln.any():
+        return found
+    drawn = Bootstrap(scores, task, seed=study.seed)
+    found["leaders"] = [_leader(x) for x in drawn.intervals(strongest(scores, kind, k, task))]
+    bounds = [ends(scores_Dn, LEVEL) for scores_Dn in drawn.layers(kind)]
+    found["above"] = sum(int((low_n > 0)[seen_Ln[layer]].sum()) for layer, (low_n, _high) in enumerate(bounds))
+    found["below"] = sum(int((high_n < 0)[seen_Ln[layer]].sum()) for layer, (_low, high_n) in enumerate(bounds))
+    if used >= _LEAST:
+        found["halves"] = halved(scores, task, kind, k, study.seed)
+    return found
+
+
+def _used(scores: Scores, task: str) -> int:
+    """Prompts, by the metric that used fewest."""
+    return min(stats.used for stats in scores.meta.tasks[task].utilities.values())
+
+
+def halved(scores: Scores, task: str, kind: Kind, k: int, seed: int) -> dict[str, Any]:
+    """Two random halves of the prompts, again and again: means over the draws, and the middle 95 % of overlaps."""
+    P, generator = len((scores.meta.prompt_ids or {})[task]), torch.Generator().manual_seed(seed)
+    order_DP = torch.rand(HALVES, P, generator=generator).argsort(1)
+    one_DP = torch.zeros(HALVES, P).scatter_(1, order_DP[:, : P // 2], 1.0)
+    seen_Ln = scores.seen(kind)
+    halves = [
+        torch.cat([rescored(scores, task, kind, x, half_DP)[:, seen_Ln[x]] for x in range(len(seen_Ln))], 1)
+        for half_DP in (one_DP, 1 - one_DP)
+    ]
+    shared, correlations = [], []
+    for one_N, other_N in zip(*halves, strict=True):
+        if not bool((one_N.isfinite() & other_N.isfinite()).all()):
+            continue  # a half of which some metric used no prompt
+        shared.append(Shared.of(top_set(one_N, k), top_set(other_N, k)))
+        correlations.append(spearman(one_N, other_N))
+    overlaps = [each.share for each in shared if each.share is not None]
+    ranks = [each for each in correlations if each is not None]
+    if not overlaps or not ranks:
+        return {"draws": len(shared), "overlap": None, "overlap_interval": None, "by_chance": None, "spearman": None}
+    low, high = ends(torch.tensor(overlaps)[:, None], LEVEL)
+    return {
+        "draws": len(shared), "overlap": fmean(overlaps), "overlap_interval": [float(low), float(high)],
+        "by_chance": fmean(each.by_chance for each in shared), "spearman": fmean(ranks),
+    }  # fmt: skip
+
+
+def of_whole(halves: float) -> float:
+    """Spearman-Brown: what correlation two files of the whole size are estimated to have, from that of halves."""
+    return 2 * halves / (1 + halves)
+
+
+def _leader(found: Interval) -> dict[str, Any]:
+    return {
+        "name": found.component.name, "score": found.score, "interval": [found.low, found.high],
+        "ranks": [found.best_rank, found.worst_rank],
+    }  # fmt: skip
+
+
+def findings(data: Mapping[str, Any]) -> list[str]:
+    """What stands out, in sentences made from the numbers."""
+    found = []
+    for kind in Kind:
+        rows = [row for row in data["rankings"] if row["kind"] == kind and row["leaders"]]
+        halves = [row["halves"] for row in rows if row["halves"] and row["halves"]["overlap"] is not None]
+        if rows:
+            above = sum(row["above"] for row in rows) / sum(row["components"] for row in rows)
+            found.append(
+                f"Of all scores of {kind}, {above:.0%} are surely above zero (2.5 % would be if none was); the "
+                f"strongest is within rank {min(r['leaders'][0]['ranks'][0] for r in rows)} to "
+                f"{max(r['leaders'][0]['ranks'][1] for r in rows)} in every ranking."
+            )
+        if halves:
+            overlap, chance = fmean(h["overlap"] for h in halves), fmean(h["by_chance"] for h in halves)
+            r = fmean(h["spearman"] for h in halves)
+            found.append(
+                f"Half of the prompts find {overlap:.0%} of the top {kind} that the other half finds ({chance:.0%} by "
+                f"chance); their rankings correlate by {r:.2f}"
+                + (f", which estimates {of_whole(r):.2f} for all prompts against as many others." if r > 0 else ".")
+            )
+    return found
+
+
+def _leader_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
+    lines: list[list[object]] = [
+        ["scores", "task", "kind", "component", "score", "low", "high", "best_rank", "worst_rank"]
+    ]
+    for row in rows:
+        about = [row["scores"], row["task"], row["kind"]]
+        lines += [[*about, x["name"], x["score"], *x["interval"], *x["ranks"]] for x in row["leaders"]]
+    return lines
+
+
+def _ranking_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
+    about = ["scores", "task", "kind", "components", "prompts", "above", "below", "k"]
+    of_halves = ["overlap", "by_chance", "spearman"]
+    lines: list[list[object]] = [[*about, *of_halves]]
+    for row in rows:
+        lines.append([*(row[name] for name in about), *((row["halves"] or {}).get(name) for name in of_halves)])
+    return lines
+
+
+def _difference_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
+    names = ["one", "other", "task", "kind", "components", "differ", "by_chance"]
+    return [names, *([row[name] for name in names] for row in rows)]
+
+
+def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study) -> Any:
+    head = ["scores", "task", "kind", "prompts", "above zero", "below", "overlap of halves", "by chance", "Spearman"]
+    rankings = [head]
+    for row in data["rankings"]:
+        halves = row["halves"] or {"overlap": None, "by_chance": None, "spearman": None}
+        shares = [_share(row[side], row["components"]) for side in ("above", "below")]
+        rankings.append([row["scores"], row["task"], row["kind"], str(row["prompts"]), *shares,
+                         _two(halves["overlap"]), _two(halves["by_chance"]), _two(halves["spearman"])])  # fmt: skip
+    differ = [["files", "task", "kind", "surely differ", "by chance"]] + [
+        [f"{r['one']}, {r['other']}", r["task"], r["kind"], _share(r["differ"], r["components"]), f"{1 - LEVEL:.0%}"]
+        for r in data["differences"]
+    ]
+    shown = [
+        (f"{row['scores']}, {row['task']}: {row['kind']}", pictures[f"leaders-{number}"])
+        for number, row in enumerate(data["rankings"]) if f"leaders-{number}" in pictures
+    ]  # fmt: skip
+    return render(
+        "study_certainty.html", findings=findings(data), rankings=grid(rankings), shown=shown, without=data["without"],
+        differences=grid(differ) if data["differences"] else "", any=bool(data["rankings"]), top=study.top,
+    )  # fmt: skip
+
+
+def _share(count: int | None, of: int) -> str:
+    return "-" if count is None or not of else f"{count / of:.0%} ({count})"
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+PART = Part(
+    name="certainty",
+    title="How sure the scores are",
+    work=work,
+    settings=("top", "seed"),
+    models=False,
+    code=("study/certainty.py", "study/sets.py", "study/drawings.py", "intervals.py", "ranking.py", "scores.py"),
+)
