@@ -294,8 +294,13 @@ class _Catch(nn.Module):
         return x_BTQ
 
 
-def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor) -> torch.Tensor:
+def rerun_attention(
+    stack: Stack, attention: Any, record: LayerRecord, q_BTQ: torch.Tensor, v_BTK: torch.Tensor | None = None
+) -> torch.Tensor:
     """The input of o_proj [B, T, Q], float32, if q_proj had put out `q_BTQ` while keys and values stay the record's.
+
+    `v_BTK`: and v_proj these values. It is linear in them, so what heads attend to can be read off what it makes of
+    indicators.
 
     Runs the architecture's own code (q/k norms, rotary, soft-capping, masks), so it is exact for each; only the
     four projections are replaced by constants, so it costs the attention kernel alone. Where the record has
@@ -303,7 +308,8 @@ def rerun_attention(stack: Stack, attention: Any, record: LayerRecord, q_BTQ: to
     In float32 whatever products run in: two such runs differ by little.
     """
     catch, times = _Catch(), len(q_BTQ) // len(record.stream_BTD)
-    k_BTK, v_BTK = (record.outputs[key].float().repeat(times, 1, 1) for key in ("k", "v"))
+    v_BTK = record.outputs["v"] if v_BTK is None else v_BTK
+    k_BTK, v_BTK = (x_BTK.float().repeat(times, 1, 1) for x_BTK in (record.outputs["k"], v_BTK))
     args, kwargs = record.attention_call
     if times > 1:  # the attention reads off its input how many prompts there are, and nothing else
         shape_only = record.stream_BTD.new_empty(1).expand(len(q_BTQ), *record.stream_BTD.shape[1:])

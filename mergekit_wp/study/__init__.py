@@ -9,6 +9,7 @@ Each part is a module of its own, with its algorithm and the paper's figures at 
     maps         score maps, top sets compared     drift     what changed, and whether that predicts scores
     certainty    how far scores hang on the prompts
     words        vectors as tokens: `readout` reads them, `at_anchor` has what prompts leave, `readings` compares
+    attention    whether heads look at the instruction: `regions` reads it without matrices of attention
 
 **A part is added** by a module with a `PART` (`parts.Part`) and a line in `parts.PARTS`. Its `work` is a function of
 (study, inputs, progress) and gives a `parts.PartResult`: data, tables, pictures and a section of the page. Writing,

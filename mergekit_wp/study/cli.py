@@ -32,9 +32,11 @@ study.yaml:
 
 \b
 Parts:
-  maps    where scores lie; top sets of two files, of several tasks; from score files alone
-  drift   what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
-  words   directions, neurons and heads as tokens; reads final norms, heads, o_proj and down_proj; with prompts, more
+  maps       where scores lie; top sets of two files, of several tasks; from score files alone
+  certainty  how far scores hang on the prompts; from score files made with --per-prompt
+  drift      what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
+  words      directions, neurons and heads as tokens; reads final norms, heads, o_proj, down_proj; with prompts, more
+  attention  whether the top heads look at the instruction; needs prompts with contrasts; one forward pass a model
 
 A part is skipped while its score files, models, settings and code are those of its last run.
 """
@@ -55,7 +57,7 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
     """
     study = read_study(study_file)
     from mergekit_wp.study.inputs import read_inputs
-    from mergekit_wp.study.parts import PAGE, chosen_parts, made_of, why_due, write_page, write_part
+    from mergekit_wp.study.parts import PAGE, PARTS, chosen_parts, made_of, why_due, write_page, write_part
 
     parts, folder = chosen_parts(only, study), Path(out)
     refuse_inputs(out, [study_file, *study.reads()])
@@ -66,9 +68,13 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
     inputs = read_inputs(study)
     keys = {part.name: made_of(part, study, inputs) for part in parts}
     why = {part.name: why_due(part, folder, keys[part.name]) for part in parts}
+    if study.prompts and any(why[part.name] is not None and "prompts" in part.settings for part in parts):
+        assert inputs.ready  # prompts that cannot be used are found before the first part, not after it
     if not quiet or plan_only:
         for part in parts:
             echo(f"{part.name}: {'done' if why[part.name] is None else f'to do ({why[part.name]})'}")
+        for name in [name for name in PARTS if only is None and name not in keys]:
+            echo(f"{name}: left out (the study has no `prompts`)")
     if plan_only:
         return
     claim(out)

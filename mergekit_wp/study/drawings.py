@@ -153,6 +153,33 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], what: str, descri
     return to_svg(figure, description)
 
 
+def dots(
+    panels: Mapping[str, Sequence[tuple[str, Mapping[str, float], float, float]]], what: str, description: str
+) -> Markup:
+    """A panel a name; in it a line a row, ratios on a logarithmic scale: a dot each value, its control as a bar."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        most = max(1, *(len(rows) for rows in panels.values()))
+        figure = Figure(figsize=(9.6, 1.3 + 0.3 * most), layout="constrained", dpi=72)
+        for axes, (title, rows) in zip(
+            np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels.items(), strict=True
+        ):
+            axes.set_xscale("log")
+            axes.axvline(1, color=QUIET, linewidth=0.8)
+            for place, (_label, values, low, high) in enumerate(rows):
+                axes.plot([low, high], [place, place], color=QUIET, lw=6, alpha=0.5, solid_capstyle="butt")
+                for colour, (name, value) in enumerate(values.items()):
+                    axes.plot(value, place, "o", color=expert_colour(colour), label=name if place == 0 else None)
+            axes.set_yticks(range(len(rows)), [label_of(row[0]) for row in rows])
+            axes.set_ylim(most - 0.5, -0.5)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda _value, _: "")
+            axes.set_xlabel(what)
+            axes.set_title(title, fontsize=10)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False)
+    return to_svg(figure, description)
+
+
 def layer_lines(
     lines: Mapping[str, Sequence[float | None]],
     control: Mapping[str, Sequence[float | None]],

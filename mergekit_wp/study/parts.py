@@ -40,6 +40,7 @@ PARTS = {
     "certainty": "mergekit_wp.study.certainty",
     "drift": "mergekit_wp.study.drift",
     "words": "mergekit_wp.study.words",
+    "attention": "mergekit_wp.study.attention",
 }
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""
 

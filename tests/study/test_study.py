@@ -20,7 +20,7 @@ from mergekit_wp.study import drift
 from mergekit_wp.study.cli import main
 
 ONE = {"tasks": ("a",)}
-PARTS = ("maps", "certainty", "drift", "words")
+PARTS = ("maps", "certainty", "drift", "words", "attention")
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,20 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     tiny.save_pair(folder, "llama")
     files = {"anchor": {"utility": "anchor", **ONE}, "ap": {"method": "ap", **ONE}}
-    return write_study(folder, files, {"code": {"method": "ap", "tasks": ("code",)}})
+    pairs = [
+        {"task": "a", "prompt": f"w1 {asked} w5 w6 w2", "contrast": f"w1 {asked} w2"}
+        for asked in ("w10 w11", "w12", "w13 w14 w15")
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prompts = {"pairs": str(folder / "pairs.jsonl"), "device": "cpu"}
+    return write_study(folder, files, {"code": {"method": "ap", "tasks": ("code",)}}, prompts=prompts)
 
 
 @pytest.fixture(scope="module")
 def small(world) -> dict:
-    """A study of one task."""
+    """A study of one task, without prompts."""
     content = yaml.safe_load(world.read_text())
+    del content["prompts"]
     return {**content, "scores": {"ap": content["scores"]["ap"]}, "others": {}}
 
 
@@ -67,6 +74,15 @@ def test_what_is_written(out) -> None:
     maps = json.loads((out / "maps/maps.json").read_text())
     assert {row["compared"] for row in maps["agreement"]} == {"AP and WP"}
     assert {(row["file"], *row["tasks"]) for row in maps["tasks"]} == {("ap", "a", "code")}
+    attention = json.loads((out / "attention/attention.json").read_text())
+    assert attention["tasks"]["a"]["tokens"] == {"first": 1, "frame": 1, "instruction": 2, "content": 2}
+    assert {(row["scores"], row["heads"]) for row in attention["sets"]} == {("anchor", 3), ("ap", 3)}
+    words = json.loads((out / "words/words.json").read_text())
+    assert {(row["source"], row["layer"]) for row in words["directions"]} == {
+        ("anchor", 1),
+        *(("prompts", layer) for layer in range(4)),
+    }
+    assert {row["kind"] for row in words["rankings"]} == {"heads", "neurons"}
     found = json.loads((out / "drift/drift.json").read_text())
     assert {(row["scores"], row["side"]) for row in found["correlations"]} == {
         (name, side) for name in ("anchor", "ap") for side in ("all", "up", "down")
@@ -99,6 +115,13 @@ def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
 
     assert plan(seed=1) == ["maps: done"] + [f"{part}: to do (`seed` is another one)" for part in PARTS[1:]]
     assert plan(top={"heads": 4}) == [f"{part}: to do (`top` is another one)" for part in before]
+    pairs = world.parent / "pairs.jsonl"
+    text = pairs.read_text()
+    pairs.write_text(text + "\n")
+    assert plan()[-2:] == [f"{part}: to do (the file of prompts is another one)" for part in PARTS[-2:]]
+    pairs.write_text(text)
+    without = [f"{part}: done" for part in PARTS[:-2]] + ["words: to do (the file of prompts is gone)"]
+    assert plan(prompts={}) == [*without, "attention: left out (the study has no `prompts`)"]
     fewer = {name: path for name, path in content["scores"].items() if name != "anchor"}
     assert plan(scores=fewer)[0] == "maps: to do (the score file anchor is gone)"
     assert {part: (out / part).stat().st_ino for part in before} == before, "a plan does nothing"
@@ -123,6 +146,15 @@ def test_a_run_that_ended_goes_on(small, tmp_path, monkeypatch) -> None:
     assert (folder / "study.html").read_text().count("<section>") == 1
     assert run(file, "--out", folder, *both).splitlines()[:2] == ["maps: done", "drift: to do (not done yet)"]
     assert (folder / "study.html").read_text().count("<section>") == 2
+
+
+def test_without_an_instruction_there_is_nothing_to_look_at(small, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"task": "a", "prompt": "w1 w2"}')
+    small = {**small, "prompts": {"pairs": str(tmp_path / "p.jsonl"), "device": "cpu"}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(small))
+    run(tmp_path / "s.yaml", "--out", tmp_path / "out", "--only", "attention", "--quiet")
+    assert "has contrasts" in (tmp_path / "out/study.html").read_text()
+    assert json.loads((tmp_path / "out/attention/attention.json").read_text()) == {"tasks": {}, "sets": []}
 
 
 def test_maps_need_no_model(small, tmp_path) -> None:
@@ -156,7 +188,9 @@ def test_maps_need_no_model(small, tmp_path) -> None:
         ({"scores": {"kl": "KL", "x": "FAR"}}, [], "which is another model; a study is of one base"),
         ({"others": {"x": "ATTR"}}, [], "`others.x`: scores by attr, utility kl, and none of `scores` was made so"),
         ({"expert": "BASE"}, [], "whose weights are not those of"),
-        ({}, ["--only", "maps,charts"], "--only: there is no part 'charts'; there are maps, certainty, drift, words."),
+        ({}, ["--only", "maps,charts"], "there is no part 'charts'; there are maps, certainty, drift, words, a"),
+        ({}, ["--only", "attention"], "`prompts`: the part attention needs them; give the study `prompts: {pairs: FIL"),
+        ({"prompts": {"pairs": "no.jsonl"}}, [], "prompts: no.jsonl: cannot read the pairs"),
         ({}, ["--out", "BASE/out"], "lies inside what is read"),
     ],
 )  # fmt: skip
