@@ -50,8 +50,12 @@ def frame(title: str, lead: str, body: Markup, foot: str = "") -> str:
     return str(render("page.html", title=title, lead=lead, body=body, foot=foot))
 
 
-def section(title: str, body: Markup) -> Markup:
-    return render_text("<section><h2>{{ title }}</h2>\n{{ body }}</section>\n", title=title, body=body)
+def section(title: str, body: Markup, name: str = "") -> Markup:
+    """A part of a page; `name`: what links to it say."""
+    return render_text(
+        '<section{% if name %} id="{{ name }}"{% endif %}><h2>{{ title }}</h2>\n{{ body }}</section>\n',
+        title=title, body=body, name=name,
+    )  # fmt: skip
 
 
 def grid(lines: Sequence[Sequence[str]]) -> Markup:

@@ -82,7 +82,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "differences": _difference_lines(compared),
     }
     filled = {name: lines for name, lines in tables.items() if len(lines) > 1}
-    return PartResult(data, filled, pictures, _section(data, pictures, study))
+    return PartResult(data, filled, pictures, _section(data, pictures, study), headline=_headline(data))
 
 
 def _comparable(files: Mapping[str, Scores], own: set[str]) -> Iterator[tuple[str, Scores, str, Scores, str]]:
@@ -177,6 +177,11 @@ def findings(data: Mapping[str, Any]) -> list[str]:
                 + (f", which estimates {of_whole(r):.2f} for all prompts against as many others." if r > 0 else ".")
             )
     return found
+
+
+def _headline(data: Mapping[str, Any]) -> str:
+    """Of the halves, if there are any."""
+    return next((text for text in findings(data) if text.startswith("Half")), "")
 
 
 def _leader_lines(rows: list[dict[str, Any]]) -> list[list[object]]:

@@ -79,7 +79,8 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "heads": _component_lines(Kind.HEAD, of_components[Kind.HEAD]),
     }
     tensors = {"drift": {f"{kind}/{name}": t.float() for kind in Kind for name, t in of_components[kind].items()}}
-    return PartResult(data, tables, pictures, _section(data, pictures, inputs.geometry.layers), tensors)
+    section = _section(data, pictures, inputs.geometry.layers)
+    return PartResult(data, tables, pictures, section, tensors, findings(data)[0])
 
 
 def by_module(sums: DriftSums, layers: int) -> dict[str, dict[str, list[float | None]]]:

@@ -65,7 +65,7 @@ def work(study: Study, inputs: Inputs, _progress: StartProgress) -> PartResult:
         "tasks": list(_task_lines(data["tasks"])),
     }
     drawn = {file: picture for shown in pictures.values() for file, _, picture in shown}
-    return PartResult(data, tables, drawn, _section(data, pictures))
+    return PartResult(data, tables, drawn, _section(data, pictures), headline=_headline(data))
 
 
 # What there is to say of one file
@@ -97,6 +97,30 @@ def _ranking_data(study: Study, inputs: Inputs, scores: Scores, kind: Kind, task
             found["top"].setdefault(side, {})[key] = named
             found["layers"].setdefault(side, {})[key] = set_Ln.sum(1).tolist()
     return found
+
+
+def _headline(data: Mapping[str, Any]) -> str:
+    """In which layers the first file's top sets lie."""
+    name, file = next(iter(data["files"].items()))
+    found = []
+    for kind in Kind:
+        count_L = np.sum([of[kind]["layers"][ALL][SIGNED] for of in file["tasks"].values()], axis=0)
+        if count_L.sum():
+            first, last = half_in(count_L)
+            share, chance = count_L[first : last + 1].sum() / count_L.sum(), (last + 1 - first) / len(count_L)
+            where = f"layer {first}" if first == last else f"layers {first} to {last}"
+            found.append(f"{share:.0%} of the top {kind} lie in {where} ({chance:.0%} of all layers)")
+    return f"By {name}, {' and '.join(found)}." if found else ""
+
+
+def half_in(count_L: np.ndarray) -> tuple[int, int]:
+    """The first and the last of the fewest adjacent layers in which half of all lie; of equal ones, where most lie."""
+    below = np.concatenate([[0], np.cumsum(count_L)])
+    for width in range(1, len(count_L) + 1):
+        inside = below[width:] - below[:-width]
+        if 2 * inside.max() >= count_L.sum():
+            return int(inside.argmax()), int(inside.argmax()) + width - 1
+    raise AssertionError("all layers together have all")
 
 
 # Two files of the pair

@@ -27,7 +27,7 @@ from mergekit_wp.files import atomic_path, beside, read_text, write_text
 from mergekit_wp.foreign import csv_cell
 from mergekit_wp.hashing import digest, digest_of
 from mergekit_wp.outputs import clear_partials
-from mergekit_wp.page import frame, section
+from mergekit_wp.page import frame, render_text, section
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,11 @@ PARTS = {
 
 PAGE = "study.html"
 _STAMP, _SECTION = "stamp.json", "section.html"
+_HEADLINES = """<ul>
+{% for name, text in headlines.items() if text %}<li>{{ text }} <a href="#{{ name }}">{{ name }}</a></li>
+{% endfor %}
+</ul>
+"""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -57,6 +62,7 @@ class PartResult:
     tables    lists of lines, the first one the head; None is an empty cell
     pictures  each an `<svg>`
     section   its body on the page, without heading
+    headline  the one sentence of it that stands at the top of the page
     """
 
     data: Mapping[str, Any]
@@ -64,6 +70,7 @@ class PartResult:
     pictures: Mapping[str, Markup]
     section: Markup
     tensors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    headline: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
                 save_file({each: tensor.contiguous() for each, tensor in tensors.items()}, file)
         write_text(partial / _SECTION, str(result.section))
         files = {path.name: digest(path) for path in sorted(partial.iterdir())}
-        write_text(partial / _STAMP, json.dumps({"made_of": dict(key), "files": files}, indent=1) + "\n")
+        stamp = {"made_of": dict(key), "files": files, "headline": result.headline}
+        write_text(partial / _STAMP, json.dumps(stamp, indent=1) + "\n")
         if target.exists():  # a folder cannot be written over
             os.replace(target, beside(target, ".partial-old"))
     clear_partials(target)
@@ -150,11 +158,14 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
 
 def write_page(out: Path, study: Study, inputs: Inputs) -> None:
     """OUT/study.html of the parts that are there and still right, whichever run did them."""
-    sections = []
+    sections, headlines = [], {}
     for part in chosen_parts(None, study):
         if (out / part.name / _STAMP).exists() and _is_right(part, out, study, inputs):
             body = (out / part.name / _SECTION).read_text(encoding="utf-8")
-            sections.append(section(part.title, Markup(body)))  # ours, by the part's stamp
+            sections.append(section(part.title, Markup(body), part.name))  # ours, by the part's stamp
+            headlines[part.name] = parse_json(read_text(out / part.name / _STAMP, MOST_JSON_BYTES)).get("headline", "")
+    if any(headlines.values()):
+        sections.insert(0, section("In short", render_text(_HEADLINES, headlines=headlines)))
     meta = next(iter(inputs.scores.values())).meta
     foot = ", ".join(f"{name} {version}" for name, version in meta.versions.items())
     title = f"What the fine-tune {meta.expert.called} changed"

@@ -91,7 +91,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "components": list(_component_lines(ranking_rows)),
         "sizes": list(_size_lines(ranking_rows)),
     }
-    return PartResult(data, tables, pictures, _section(data, pictures))
+    return PartResult(data, tables, pictures, _section(data, pictures), headline=next(iter(findings(data)), ""))
 
 
 def _tokenizer(study: Study, inputs: Inputs) -> Any:

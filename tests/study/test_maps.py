@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from study_world import SHAPE, inputs_of, scores
 
 from mergekit_wp.geometry import Kind
 from mergekit_wp.scores import Scores, TaskScores
-from mergekit_wp.study.maps import across_tasks, agreements, compared, task_groups, work
+from mergekit_wp.study.maps import across_tasks, agreements, compared, half_in, task_groups, work
 
 
 def tasks_of(found: Scores, **tables: TaskScores) -> Scores:
@@ -111,3 +114,13 @@ def test_what_was_not_scored_is_in_no_set() -> None:
     result = work(inputs.study, inputs, lambda *_: lambda _done: None)
     top = result.data["files"]["part"]["tasks"]["a"][Kind.HEAD]["top"]["all"]["signed"]
     assert {name for name, _ in top} == {"L2H0", "L2H1"}
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any))
+def test_half_of_a_top_set_is_in_no_fewer_adjacent_layers(counts):
+    first, last = half_in(np.array(counts))
+    inside = sum(counts[first : last + 1])
+    assert 2 * inside >= sum(counts)
+    width = last + 1 - first
+    assert all(sum(counts[i : i + width]) <= inside for i in range(len(counts) - width + 1))
+    assert all(2 * sum(counts[i : i + width - 1]) < sum(counts) for i in range(len(counts) - width + 2))

@@ -91,7 +91,10 @@ def test_what_is_written(out) -> None:
 
 def test_the_page_needs_nothing_else(out) -> None:
     page = (out / "study.html").read_text()
-    assert page.count("<section>") == len(PARTS)
+    assert re.findall(r'<section id="([a-z]+)">', page) == list(PARTS)
+    short = page[page.index("In short") : page.index('<section id="maps">')]
+    # Nothing is sure of files without single prompts.
+    assert re.findall(r"<li>[^<]+[.] <a href=\"#([a-z]+)\">", short) == [name for name in PARTS if name != "certainty"]
     refers = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)""", page)
     assert all(target.startswith(("#", "data:image/png;base64,")) for pair in refers for target in pair if target)
     assert "<script" not in page
@@ -143,9 +146,9 @@ def test_a_run_that_ended_goes_on(small, tmp_path, monkeypatch) -> None:
         patched.setattr(drift, "drift_sums", killed)
         run(file, "--out", folder, *both, code=1)
     assert sorted(path.name for path in folder.iterdir()) == ["maps", "study.html"]
-    assert (folder / "study.html").read_text().count("<section>") == 1
+    assert (folder / "study.html").read_text().count("<section id=") == 1
     assert run(file, "--out", folder, *both).splitlines()[:2] == ["maps: done", "drift: to do (not done yet)"]
-    assert (folder / "study.html").read_text().count("<section>") == 2
+    assert (folder / "study.html").read_text().count("<section id=") == 2
 
 
 def test_without_an_instruction_there_is_nothing_to_look_at(small, tmp_path) -> None:
@@ -160,7 +163,7 @@ def test_without_an_instruction_there_is_nothing_to_look_at(small, tmp_path) -> 
 def test_maps_need_no_model(small, tmp_path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**small, "base": "./gone", "expert": "./gone-too"}))
     run(tmp_path / "s.yaml", "--out", tmp_path / "out", "--only", "maps", "--quiet")
-    assert (tmp_path / "out/study.html").read_text().count("<section>") == 1
+    assert (tmp_path / "out/study.html").read_text().count("<section id=") == 1
     said = run(tmp_path / "s.yaml", "--out", tmp_path / "out", code=2)
     assert "./gone: no such model folder" in said
 
