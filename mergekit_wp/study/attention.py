@@ -68,7 +68,8 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     tables = {"sets": _lines(rows), "heads": list(_head_lines(found))} if rows else {}
     tensors = {"attention": _tables(found)} if rows else {}
     pictures = _pictures(inputs, rows, found)
-    return PartResult(data, tables, pictures, _section(data, pictures), tensors)
+    headline = next(iter(findings(rows)), "")
+    return PartResult(data, tables, pictures, _section(data, pictures), tensors, headline)
 
 
 def _run(inputs: Inputs, progress: StartProgress) -> dict[str, TaskAttention]:

@@ -94,7 +94,8 @@ def test_the_page_needs_nothing_else(out) -> None:
     assert re.findall(r'<section id="([a-z]+)">', page) == list(PARTS)
     short = page[page.index("In short") : page.index('<section id="maps">')]
     # Nothing is sure of files without single prompts.
-    assert re.findall(r"<li>[^<]+[.] <a href=\"#([a-z]+)\">", short) == [name for name in PARTS if name != "certainty"]
+    expected = [name for name in PARTS if name != "certainty"]
+    assert re.findall(r"<li>[^<]+[.] <a href=\"#([a-z]+)\">", short) == expected
     refers = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)""", page)
     assert all(target.startswith(("#", "data:image/png;base64,")) for pair in refers for target in pair if target)
     assert "<script" not in page
