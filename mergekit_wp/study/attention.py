@@ -13,7 +13,7 @@ models where these are compared. What a fine-tune did is R of the expert over R 
 
 Needs prompts with contrasts: what a prompt has beyond its contrast is its instruction. One forward pass of each model.
 
-Legend: N prompts, L layers, H heads, h heads of a set.
+Legend: N prompts, S draws of them, L layers, H heads, h heads of a set.
 """
 
 from __future__ import annotations
@@ -142,8 +142,12 @@ class HeadSets:
 
     def _over_prompts(self, log_Nh: np.ndarray) -> tuple[float | None, float | None]:
         random = np.random.default_rng(self.seed)
-        drawn = random.integers(len(log_Nh), size=(RESAMPLES, len(log_Nh)))
-        return _interval(np.array([_mean(log_Nh[places]) for places in drawn]))
+        count = len(log_Nh)
+        drawn_SN = random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        known_Nh = np.isfinite(log_Nh)
+        weight_Sh = drawn_SN @ known_Nh
+        mean_Sh = drawn_SN @ np.where(known_Nh, log_Nh, 0.0) / np.where(weight_Sh > 0, weight_Sh, np.nan)
+        return _interval(_mean_over_prompts(mean_Sh.T))  # of the heads, of each draw
 
     @property
     def _draws(self) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
