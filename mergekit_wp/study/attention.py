@@ -69,7 +69,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     tensors = {"attention": _tables(found)} if rows else {}
     pictures = _pictures(inputs, rows, found)
     headline = next(iter(findings(rows)), "")
-    return PartResult(data, tables, pictures, _section(data, pictures), tensors, headline)
+    return PartResult(data, tables, pictures, _section(data, pictures, list(inputs.scores)), tensors, headline)
 
 
 def _run(inputs: Inputs, progress: StartProgress) -> dict[str, TaskAttention]:
@@ -209,7 +209,7 @@ def _task_data(found: TaskAttention) -> dict[str, Any]:
 
 
 def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What stands out, in sentences made from the numbers: one a file and reading, against the content."""
+    """What stands out, in sentences made from the numbers: two a file and reading, against the content."""
     found = []
     for file, reading in dict.fromkeys((row["scores"], row["reading"]) for row in rows):
         own = [row for row in rows if (row["scores"], row["reading"], row["against"]) == (file, reading, "content")]
@@ -227,12 +227,13 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             )
         )
         where = "At the last token" if reading == "anchor" else "Behind the instruction"
-        found.append(
+        found += [
             f"{where}, the top heads of {file} attend to a token of the instruction {mean['expert']:.2f} times as much "
-            f"as to one of the content (base: {mean['base']:.2f}; mean of {len(own)} tasks). That is more than random "
-            f"heads of the same layers in {beyond} tasks, less in {below}. The fine-tune changed it by a factor of "
-            f"{mean['change']:.2f}: surely upwards in {raised} tasks, by more than in random heads in {more}."
-        )
+            f"as to one of the content (base: {mean['base']:.2f}), more than random heads of the same layers "
+            f"in {beyond} of {len(own)} tasks, less in {below}.",
+            f"The fine-tune changed that by a factor of {mean['change']:.2f}: surely upwards in {raised} tasks, by "
+            f"more than in random heads of the same layers in {more}.",
+        ]
     return found
 
 
@@ -298,7 +299,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup]) -> Markup:
+def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup], names: Sequence[str]) -> Markup:
     if not data["sets"]:
         return render_text(
             "<p>None of the prompts' tasks that were scored has contrasts, which say what the instruction is.</p>\n"
@@ -314,8 +315,12 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup]) -> Markup:
     tokens = [["task", "prompts", *REGIONS]]
     for task, each in data["tasks"].items():
         tokens.append([task, str(each["prompts"]), *(f"{each['tokens'][region]:.1f}" for region in REGIONS)])
+    heads = {name: picture for name, picture in pictures.items() if name.startswith("heads-")}
+    maps = zip(data["tasks"], [pictures[name] for name in pictures if name not in heads], strict=True)
+    files = [name for name in names if any(row["scores"] == name for row in data["sets"])]
     return render(
-        "study_attention.html", findings=findings(data["sets"]), pictures=pictures, sets=grid(lines),
+        "study_attention.html", findings=findings(data["sets"]), heads=zip(files, heads.values(), strict=True),
+        maps=list(maps), sets=grid(lines),
         tokens=grid(tokens),
     )  # fmt: skip
 

@@ -116,7 +116,10 @@ def test_planted_words(kind, tmp_path) -> None:
         (Component(Kind.HEAD, 2, 1), torch.tensor([0.0, 0, 0.5, 0, 0, 0, 0, 0])),
         (Component(Kind.NEURON, 2, 3), -torch.ones(1)),
     ]
-    found = reader.read(reader.written(geometry, wanted))
+    written_ND = reader.written(geometry, wanted)
+    planted = head[[7, 9]] / torch.tensor(gain).float()
+    torch.testing.assert_close(written_ND[:2] / planted, (written_ND[:2, :1] / planted[:, :1]).expand(2, width))
+    found = reader.read(written_ND)
     assert found.high_NK[:2, 0].tolist() == [7, 9]
     assert found.low_NK[2, 0] == 7
 
