@@ -1,7 +1,7 @@
-"""Finished layers of a long run, kept beside its output until that is written.
+"""Finished steps of a long run, such as layers, kept beside its output until that is written.
 
 The folder `.NAME.resume` holds a folder a run, named by the digest of everything the numbers depend on. In it is one
-safetensors file for each task and layer that is done, and a JSON with the whole digest. A later run with the same
+safetensors file for each task and step that is done, and a JSON with the whole digest. A later run with the same
 digest goes on from there, and its output is the one that an undisturbed run would have written, to the byte; one with
 another digest starts afresh beside it, and leaves the newest of the others alone.
 """
@@ -29,15 +29,19 @@ _DIGEST = "sha256"
 
 
 class Resume:
-    """Reads and writes finished layers of the run that writes `out`; without one it remembers nothing."""
+    """Reads and writes finished steps of the run that writes `out`; without one it remembers nothing.
 
-    def __init__(self, out: Path | None = None):
+    step: what one is, in a word.
+    """
+
+    def __init__(self, out: Path | None = None, step: str = "layer"):
+        self.step = step
         self.root = None if out is None else out.with_name(f".{out.name}.resume")
         self.folder: Path | None = None
         self.found = 0
 
     def begin(self, inputs: Mapping[str, Any], date: str) -> str:
-        """Look for finished layers of a run with these `inputs`, everything the numbers depend on.
+        """Look for finished steps of a run with these `inputs`, everything the numbers depend on.
 
         Returns when that run began: `date`, if there are none.
         """
@@ -54,7 +58,7 @@ class Resume:
         return date
 
     def spare_others(self) -> None:
-        """Say that finished layers of runs with other settings are kept, of the newest such runs; drop older ones."""
+        """Say that finished steps of runs with other settings are kept, of the newest such runs; drop older ones."""
         if self.root is None or not self.root.is_dir():
             return
         others = [path for path in self.root.iterdir() if path != self.folder]
@@ -66,42 +70,45 @@ class Resume:
                 path.unlink(missing_ok=True)
         if kept := sum(len(list(path.glob("*.safetensors"))) for path in runs[:KEPT]):
             LOG.info(
-                "Kept, %d finished layers of runs with other settings: %s; remove it if not wanted.", kept, self.root
+                "Kept, %d finished %ss of runs with other settings: %s; remove it if not wanted.",
+                kept,
+                self.step,
+                self.root,
             )
 
     def forget(self) -> None:
-        """Remove the finished layers of this run: the output is written."""
+        """Remove the finished steps of this run: the output is written."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         if self.root is not None and self.root.is_dir() and not any(self.root.iterdir()):
             self.root.rmdir()
 
-    def load(self, task: int, layer: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """The tensors saved for a task (by its place in the job) and a layer; None if it is not done.
+    def load(self, task: int, step: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """The tensors saved for a task (by its place in the job) and a step; None if it is not done.
 
         like: tensors of the names, dtypes and shapes that they must have. What is not like them, not finite, or not
         what was saved, counts as not done, and is told.
         """
-        if self.folder is None or not (file := self._file(task, layer)).exists():
+        if self.folder is None or not (file := self._file(task, step)).exists():
             return None
         try:
-            said, tensors = read_tensors(file, _DIGEST, "finished layer", "wp-score")
+            said, tensors = read_tensors(file, _DIGEST, f"finished {self.step}", "wp-score")
             finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
             sound = finite and said == _digest(tensors) and _layout(tensors) == _layout(like)
         except BadInput:
             sound = False
         if not sound:
-            LOG.warning("%s: damaged; this layer is computed again.", file)
+            LOG.warning("%s: damaged; this %s is computed again.", file, self.step)
             return None
         return tensors
 
-    def save(self, task: int, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save(self, task: int, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         if self.folder is not None:
-            write_tensors(self._file(task, layer), tensors, _DIGEST, _digest(tensors))
+            write_tensors(self._file(task, step), tensors, _DIGEST, _digest(tensors))
 
-    def _file(self, task: int, layer: int) -> Path:
+    def _file(self, task: int, step: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"task-{task}-layer-{layer}.safetensors"
+        return self.folder / f"task-{task}-{self.step}-{step}.safetensors"
 
 
 def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:

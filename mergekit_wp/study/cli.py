@@ -37,6 +37,10 @@ Parts:
   drift      what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
   words      directions, neurons and heads as tokens; reads final norms, heads, o_proj, down_proj; with prompts, more
   attention  whether the top heads look at the instruction; needs prompts with contrasts; one forward pass a model
+  maps    where scores lie; top sets of two files, of several tasks; from score files alone
+  drift   what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
+  words   directions, neurons and heads as tokens; reads final norms, heads, o_proj and down_proj; with prompts, more
+  sets    how much the top of a ranking restores in the base, and takes out of the expert, beside random sets
 
 A part is skipped while its score files, models, settings and code are those of its last run.
 """
@@ -65,7 +69,7 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
     refuse_busy(out)
     if any(part.models for part in parts):
         take_terminal(not quiet)
-    inputs = read_inputs(study)
+    inputs = read_inputs(study, folder)
     keys = {part.name: made_of(part, study, inputs) for part in parts}
     why = {part.name: why_due(part, folder, keys[part.name]) for part in parts}
     if study.prompts and any(why[part.name] is not None and "prompts" in part.settings for part in parts):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -227,3 +228,45 @@ def word_bars(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], d
             each.set_visible(False)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         return to_svg(figure, description)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Effects over sizes in percent of what is ranked. band: between which bounds each may lie, where that is known."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    style: str = "-"
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def set_curves(panels: Mapping[tuple[str, str], Sequence[Curve]], description: str) -> Markup:
+    """A panel for every (row, column): curves of effects over the size of a set, on a logarithmic scale."""
+    rows, columns = (list(dict.fromkeys(place[axis] for place in panels)) for axis in (0, 1))
+    with matplotlib.rc_context(FIGURE_STYLE):
+        size = (max(4.4, 0.8 + 2.9 * len(columns)), 0.7 + 2.4 * len(rows))
+        figure = Figure(figsize=size, layout="constrained", dpi=72)
+        grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey=True)
+        for (row, column), curves in panels.items():
+            axes = grid[rows.index(row)][columns.index(column)]
+            axes.axhline(0, color=QUIET, lw=0.8)
+            axes.axhline(1, color=QUIET, lw=0.8, ls=":")
+            for curve in curves:
+                axes.plot(curve.x, curve.y, curve.style, color=curve.colour, marker=".", label=curve.label)
+                if curve.band is not None:
+                    axes.fill_between(curve.x, *curve.band, color=curve.colour, alpha=0.2, lw=0)
+            axes.set_xscale("log")
+            ticks = [tick for tick in (0.5, 1, 2, 5, 10, 30, 100) if tick >= 0.9 * min(min(c.x) for c in curves)]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            if row == rows[0]:
+                axes.set_title(label_of(column), fontsize=10)
+            if row == rows[-1]:
+                axes.set_xlabel("components in the set, %")
+            if column == columns[0]:
+                axes.set_ylabel(label_of(row))
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return to_svg(figure, description)

@@ -34,12 +34,16 @@ HOW = ("method", "object", "utility", "answer_tokens")
 
 @dataclass(frozen=True)
 class Inputs:
-    """`scores` of the pair and of `others`, by the study's names; `files`: where all of them lie."""
+    """`scores` of the pair and of `others`, by the study's names; `files`: where all of them lie.
+
+    kept: the output folder, beside whose parts unfinished work is kept; None: nowhere
+    """
 
     study: Study
     scores: Mapping[str, Scores]
     others: Mapping[str, Scores]
     files: Mapping[str, Path]
+    kept: Path | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -102,8 +106,8 @@ class Inputs:
         return found
 
 
-def read_inputs(study: Study) -> Inputs:
-    """The score files, read and compared. Raises `BadInput`, naming the study's field."""
+def read_inputs(study: Study, kept: Path | None = None) -> Inputs:
+    """The score files, read and compared; `kept` as in `Inputs`. Raises `BadInput`, naming the study's field."""
     scores = {name: _read(study, f"scores.{name}", path) for name, path in study.scores.items()}
     others = {name: _read(study, f"others.{name}", path) for name, path in study.others.items()}
     named = {f"`scores.{name}`": found for name, found in scores.items()}
@@ -129,7 +133,7 @@ def read_inputs(study: Study) -> Inputs:
                 "was made so; score it as one of them was, or leave it out."
             )
     files = {name: score_file(path) for name, path in {**study.scores, **study.others}.items()}
-    return Inputs(study, scores, others, files)
+    return Inputs(study, scores, others, files, kept)
 
 
 def alike_scored(one: ScoreMeta, other: ScoreMeta) -> bool:

@@ -41,6 +41,7 @@ PARTS = {
     "drift": "mergekit_wp.study.drift",
     "words": "mergekit_wp.study.words",
     "attention": "mergekit_wp.study.attention",
+    "sets": "mergekit_wp.study.set_curves",
 }
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""
 
@@ -63,6 +64,7 @@ class PartResult:
     pictures  each an `<svg>`
     section   its body on the page, without heading
     headline  the one sentence of it that stands at the top of the page
+    finished  called once all is written: what was kept of the work may go
     """
 
     data: Mapping[str, Any]
@@ -71,6 +73,7 @@ class PartResult:
     section: Markup
     tensors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     headline: str = ""
+    finished: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
         if target.exists():  # a folder cannot be written over
             os.replace(target, beside(target, ".partial-old"))
     clear_partials(target)
+    result.finished()
 
 
 def write_page(out: Path, study: Study, inputs: Inputs) -> None:

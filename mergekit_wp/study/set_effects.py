@@ -1,0 +1,178 @@
+"""What an exchange of sets does, by forward passes: the share of the way from the recipient to the donor (Eq. 53).
+
+    effect(S) = E_x[w(x) (F(recipient with S, x) - F(recipient, x))] / E_x[w(x) (F(donor, x) - F(recipient, x))]
+
+Restored in the base it is what the set brings of the expert; taken out of the expert (its components are then the
+base's), what of the expert goes with it. So both are shares of one gap. w is 1, or with `gap: sample` one over the
+prompt's own gap, as in the score file.
+
+F is the anchor or the projection along the score file's direction, and the kl to the *donor's* next token: towards the
+expert where the base is restored, towards the base where something is taken out. (The gradient of the kl to the expert
+vanishes at the expert, so that knock-outs would hardly show.)
+
+Nothing is written and nothing undone (`exchanged`). Of streamed models each layer is read once for `STEP` sets.
+
+Legend: C sets, N prompts, B those of a batch, T tokens, A positions read of each, D residual width, R resamples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mergekit_wp.console import Tick
+from mergekit_wp.scoring.batching import Batch, TaskTokens, numbered_batches
+from mergekit_wp.scoring.metrics import CosineMetric, GapLedger, KLMetric, Metric
+from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
+from mergekit_wp.scoring.models.layerwise import Stack
+from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
+from mergekit_wp.study.sets import INTERVAL
+
+STEP = 64
+RESAMPLES = 1000
+KL = "kl"
+
+
+@dataclass
+class Asked:
+    """One batch: the numbers of its prompts, and by metric what it compares with."""
+
+    numbers: list[int]
+    batch: Batch
+    targets: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Direction:
+    """One task's prompts, read by `metrics` on the way from a recipient to a donor.
+
+    of_recipient, of_donor: F of the two models, by metric, float64 [N]
+    """
+
+    metrics: Mapping[str, Metric]
+    asked: list[Asked]
+    of_recipient: dict[str, torch.Tensor] = field(default_factory=dict)
+    of_donor: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> int:
+        return sum(len(each.numbers) for each in self.asked)
+
+    def empty(self, count: int) -> dict[str, torch.Tensor]:
+        """By metric, [C, N] float64, to be filled."""
+        return {name: torch.zeros(count, self.prompts, dtype=torch.float64) for name in self.metrics}
+
+
+Along = tuple[str, int, torch.Tensor]
+"""A metric along a direction: anchor or projection, the layer that it reads, v [D]."""
+
+
+def metrics_of(pair: ModelPair, along: Mapping[str, Along]) -> dict[str, Metric]:
+    """The kl, and a metric along each direction, by name."""
+    found: dict[str, Metric] = {KL: KLMetric(KL, pair.geometry.layers - 1, pair.vocabulary)}
+    for name, (metric, layer, v_D) in along.items():
+        found[name] = CosineMetric(metric, layer, v_D.to(pair.device))
+    return found
+
+
+@torch.no_grad()
+def direction_of(
+    recipient: Stack, donor: Stack, task: TaskTokens, metrics: Mapping[str, Metric], batch_size: int
+) -> Direction:
+    """The task's prompts with what either model makes of them."""
+    batches = numbered_batches(task.scoring, batch_size, recipient, donor, answers=task.answers)
+    found = Direction(metrics, [Asked(numbers, batch) for numbers, batch in batches])
+    found.of_donor, found.of_recipient = ({k: x[0] for k, x in found.empty(1).items()} for _ in range(2))
+
+    def of_donor(name: str, metric: Metric, each: Asked, z_BAD: torch.Tensor) -> None:
+        value_B, each.targets[name] = metric.expert(donor, z_BAD, each.batch.weights_BA)
+        found.of_donor[name][each.numbers] = value_B.cpu()
+
+    def of_recipient(name: str, metric: Metric, each: Asked, z_BAD: torch.Tensor) -> None:
+        value_B = metric.read(recipient, z_BAD, each.targets[name], each.batch.weights_BA)
+        found.of_recipient[name][each.numbers] = value_B.cpu()
+
+    _swept(donor, found, of_donor)
+    _swept(recipient, found, of_recipient)
+    return found
+
+
+def _swept(stack: Stack, direction: Direction, take: Callable[[str, Metric, Asked, torch.Tensor], None]) -> None:
+    for group in batch_groups(stack, direction.asked, lambda each: each.batch.ids_BT.numel()):
+        starts, reads = [stack.start(each.batch) for each in group], [each.batch.reads_BA for each in group]
+        for layer, streams in forward_sweep(stack, starts, stack.depth, at=reads):
+            for name, metric in direction.metrics.items():
+                if metric.layer == layer:
+                    for each, stream_BTD in zip(group, streams, strict=True):
+                        take(name, metric, each, each.batch.at_reads(stream_BTD))
+
+
+@torch.no_grad()
+def values_of(
+    stack: ExchangedStack, exchanges: Sequence[Exchange], direction: Direction, tick: Tick
+) -> dict[str, torch.Tensor]:
+    """F of every exchange on every prompt, by metric, float64 [C, N]. `tick` hears of sets."""
+    found, asked, count = direction.empty(len(exchanges)), direction.asked, len(exchanges)
+    groups = batch_groups(stack, asked, lambda e: count * e.batch.ids_BT.numel()) if stack.streamed else [asked]
+    for group in groups:
+        for layer, branch, i, stream_BTD in stack.branch_sweep(exchanges, [each.batch for each in group]):
+            each = group[i]
+            for name, metric in direction.metrics.items():
+                if metric.layer == layer:
+                    z_BAD = each.batch.at_reads(stream_BTD)
+                    value_B = metric.read(stack, z_BAD, each.targets[name], each.batch.weights_BA)
+                    found[name][branch, each.numbers] = value_B.cpu()
+            tick(len(each.numbers) / (direction.prompts * stack.depth))
+    return found
+
+
+def key_of(exchange: Exchange) -> str:
+    """What tells one exchange from another; equal ones are tried once."""
+    subset = exchange.subset
+    content = subset.heads.numpy().tobytes() + subset.neurons.numpy().tobytes()
+    return hashlib.sha256(f"{exchange.in_expert}/{exchange.parts}/".encode() + content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of some sets on the same prompts: value_C, and of resampled prompts drawn_RC."""
+
+    value_C: np.ndarray
+    drawn_RC: np.ndarray
+
+    @classmethod
+    def of(
+        cls, values_CN: torch.Tensor, recipient_N: torch.Tensor, donor_N: torch.Tensor, ledger: GapLedger, task: str,
+        seed: Sequence[int],
+    ) -> Effects:  # fmt: skip
+        """Raises `BadInput` where there is no gap to have a share of."""
+        weight_N = ledger.weights(recipient_N, donor_N).numpy()
+        ledger.normalizer(task)
+        gained_CN = weight_N * (values_CN - recipient_N).numpy()
+        gap_N = weight_N * (donor_N - recipient_N).numpy()
+        count = len(gap_N)
+        # Of one prompt there is nothing to resample.
+        drawn_RN = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn_RC = drawn_RN @ gained_CN.T / (drawn_RN @ gap_N)[:, None]
+        known = np.isfinite(drawn_RC) & (count > 1)
+        return cls(gained_CN.sum(1) / gap_N.sum(), np.where(known, drawn_RC, np.nan))
+
+    def beyond(self, c: int, others: Sequence[int]) -> np.ndarray:
+        """What one set has over the mean of others on the same prompts, [R]."""
+        beyond_R: np.ndarray = self.drawn_RC[:, c] - self.drawn_RC[:, list(others)].mean(1)
+        return beyond_R
+
+
+def interval_of(drawn_R: np.ndarray) -> tuple[float | None, float | None]:
+    """95 % of resamples; of those without a gap nothing is known."""
+    known_R = drawn_R[np.isfinite(drawn_R)]
+    if not len(known_R):
+        return None, None
+    low, high = np.percentile(known_R, INTERVAL)
+    return float(low), float(high)

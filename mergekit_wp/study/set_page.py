@@ -1,0 +1,257 @@
+"""What the part `sets` says and draws: tables, curves, sentences made from the numbers, and its section of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
+
+from mergekit_wp.foreign import file_parts
+from mergekit_wp.page import grid, render
+from mergekit_wp.pictures import QUIET, expert_colour
+from mergekit_wp.study import drawings
+from mergekit_wp.study.inputs import ALL
+from mergekit_wp.study.parts import PartResult
+from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
+from mergekit_wp.study.set_rows import REMOVED, RESTORED, SET_COLUMNS, Found, Row
+
+SHOWN = 0.05
+"""The share of a ranking that sentences and tables of the page speak of."""
+_DIRECTIONS = {RESTORED: "restored in the base", REMOVED: "taken out of the expert"}
+_CEILINGS = {
+    "heads": "all heads", "neurons": "all neurons", "components": "all heads and neurons",
+    "rest": "all but heads and neurons", "everything": "everything",
+}  # fmt: skip
+
+
+def result_of(found: Found, questions: Sequence[Mapping[str, Any]]) -> PartResult:
+    """All that is written of the part."""
+    means = found.means()
+    data = {
+        "questions": list(questions), "means": means, "curves": found.curves, "ceilings": found.ceilings,
+        "branches": found.branches, "without_gap": found.without_gap,
+    }  # fmt: skip
+    pictures = dict(_pictures(means, found.curves))
+    tables: dict[str, list[list[object]]] = {
+        "sets": [list(SET_COLUMNS), *found.sets],
+        "curves": _curve_lines(found.curves),
+        "means": _curve_lines(means),
+        "ceilings": _lines(found.ceilings),
+        "branches": _lines(found.branches),
+    }
+    drawn = {file: picture for file, _caption, picture in (*pictures["means"], *pictures["tasks"])}
+    return PartResult(data, {name: lines for name, lines in tables.items() if lines}, drawn, _section(data, pictures))
+
+
+def _lines(rows: Sequence[Row]) -> list[list[object]]:
+    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+
+
+def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
+    """Draws as their mean and range."""
+    flat = []
+    for row in rows:
+        cells: Row = {}
+        for name, value in row.items():
+            if name in (RANDOM, MATCHED):
+                bounds = (None, None, None) if value is None else (fmean(value), min(value), max(value))
+                cells |= dict(zip((f"{name}_mean", f"{name}_low", f"{name}_high"), bounds, strict=True))
+            elif name == "beyond_matched":
+                cells |= dict(zip((f"{name}_low", f"{name}_high"), value or (None, None), strict=True))
+            else:
+                cells[name] = value
+        flat.append(cells)
+    return _lines(flat)
+
+
+# Pictures
+
+_Shown = list[tuple[str, str, Markup]]  # file name, caption, picture
+
+
+def _pictures(means: Sequence[Row], curves: Sequence[Row]) -> Iterator[tuple[str, _Shown]]:
+    files = list(dict.fromkeys(row["scores"] for row in means))
+    shown = []
+    for part, name in zip(file_parts(files), files, strict=True):
+        own = [row for row in means if row["scores"] == name]
+        tasks = max(row["tasks"] for row in own)
+        caption = f"{name}: mean of {tasks} tasks" if tasks > 1 else name
+        shown.append((f"curves-{part}", caption, _curves(own, f"Effects of sets by {name}")))
+    yield "means", shown
+    places = list(dict.fromkeys((row["scores"], row["task"]) for row in curves if row["own"]))
+    several = [place for place in places if sum(one == place[0] for one, _task in places) > 1]
+    shown = []
+    for part, place in zip(file_parts(f"curves-{one}-{task}" for one, task in several), several, strict=True):
+        own = [row for row in curves if row["own"] and (row["scores"], row["task"]) == place]
+        shown.append((part, ": ".join(place), _curves(own, f"Effects of sets by {place[0]} on {place[1]}")))
+    yield "tasks", shown
+
+
+def _curves(rows: Sequence[Row], description: str) -> Markup:
+    panels = {}
+    for direction, words in _DIRECTIONS.items():
+        for kind, side in dict.fromkeys((row["kind"], row["side"]) for row in rows):
+            own = [r for r in rows if (r["direction"], r["kind"], r["side"]) == (direction, kind, side)]
+            if own:
+                column = kind if side == ALL else f"{kind}, {side}"
+                panels[words, f"{column}: {own[0]['metric']}"] = list(_lines_of(own))
+    return drawings.set_curves(panels, description)
+
+
+def _lines_of(rows: Sequence[Row]) -> Iterator[drawings.Curve]:
+    def x(some: Sequence[Row]) -> list[float]:
+        return [100 * row["k"] / row["components"] for row in some]
+
+    for what, label, style in ((RANDOM, "random", "-"), (MATCHED, "random, as many a layer", "--")):
+        if own := [row for row in rows if row[what]]:
+            spread = [min(row[what]) for row in own], [max(row[what]) for row in own]
+            yield drawings.Curve(label, x(own), [fmean(row[what]) for row in own], QUIET, style, spread)
+    if own := [row for row in rows if row[WORST] is not None]:
+        yield drawings.Curve("worst of the ranking", x(own), [row[WORST] for row in own], expert_colour(1), ":")
+    known = all(row["low"] is not None for row in rows)
+    band = ([row["low"] for row in rows], [row["high"] for row in rows]) if known else None
+    yield drawings.Curve("top of the ranking", x(rows), [row["effect"] for row in rows], expert_colour(0), "-", band)
+
+
+# The page
+
+
+def _section(data: Mapping[str, Any], pictures: Mapping[str, _Shown]) -> Markup:
+    return render(
+        "study_sets.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
+        without_gap=data["without_gap"], shown=f"{SHOWN:.0%}",
+        top=grid(_top_grid(data["means"])), ceilings=grid(_ceiling_grid(data["ceilings"])),
+        branches=grid(_branch_grid(data["branches"])), tasks=grid(_task_grid(data["curves"])),
+    )  # fmt: skip
+
+
+def _prompts(questions: Sequence[Mapping[str, Any]]) -> str:
+    """On which prompts; and whether scores may have been read off them."""
+    counts = sorted({each["prompts"] for each in questions})
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    seen = sorted({each["task"] for each in questions if not each["held_out"]})
+    if not seen:
+        return f"On {many} prompts a task that no score was read off."
+    which = "They" if len(seen) == len({each["task"] for each in questions}) else f"Those of {', '.join(seen)}"
+    return (
+        f"On {many} prompts a task. {which} may be the ones that scores were read off, so that the top of a ranking "
+        "looks better than on new ones; give the study more prompts than were scored, or others."
+    )
+
+
+def nearest(rows: Sequence[Row]) -> list[Row]:
+    """Of every curve, the point of the smallest set that has at least the shown share."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        place = tuple(row.get(key) for key in ("scores", "task", "direction", "metric", "kind", "side"))
+        if row["k"] >= SHOWN * row["components"] and (place not in found or row["k"] < found[place]["k"]):
+            found[place] = row
+    return list(found.values())
+
+
+def findings(data: Mapping[str, Any]) -> list[str]:
+    """What stands out, in sentences made from the numbers."""
+    found = []
+    for row in nearest(data["means"]):
+        if row[RANDOM] is None or row[MATCHED] is None:
+            continue
+        where = {"up": " up to the anchor layer", "down": " above the anchor layer"}.get(row["side"], "")
+        share = f"{100 * row['k'] / row['components']:.0f} %"
+        verb = "restored in the base, bring" if row["direction"] == RESTORED else "taken out of the expert, cost"
+        sure = (row["beyond_matched"] or [None])[0]
+        beyond = "more than" if sure is not None and sure > 0 else "not clearly more than"
+        found.append(
+            f"{row['scores']}: the top {row['k']} {row['kind']}{where} ({share}), {verb} {_percent(row['effect'])} of "
+            f"the gap ({row['metric']}), {beyond} as many drawn at random in the same layers "
+            f"({_percent(fmean(row[MATCHED]))}); drawn anywhere, {_percent(fmean(row[RANDOM]))}."
+        )
+    for direction, words in _DIRECTIONS.items():
+        own = [r for r in data["ceilings"] if (r["direction"], r["metric"]) == (direction, "kl")]
+        whole = [r["effect"] for r in own if r["set"] == "components"]
+        if whole:
+            found.append(
+                f"All heads and neurons together, {words}, make {_percent(fmean(whole))} of the gap (kl). The rest "
+                "takes keys, values, norms, embeddings and head."
+            )
+    return found
+
+
+def _top_grid(means: Sequence[Row]) -> list[list[str]]:
+    drawn = ["as many a layer", "random", "worst"]
+    lines = [["ranking", "set", "", "read by", "top (95 %)", *drawn, "all of them", "additive"]]
+    ends = {_place(row): row["effect"] for row in means if row["k"] == row["components"]}
+    for row in nearest(means):
+        sided = row["kind"] if row["side"] == ALL else f"{row['kind']}, {row['side']}"
+        lines.append([
+            row["scores"], f"{row['k']} of {row['components']} {sided}", _DIRECTIONS[row["direction"]], row["metric"],
+            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), _signed(row[WORST]),
+            _signed(ends.get(_place(row))), _signed(row["additive"]),
+        ])  # fmt: skip
+    return lines
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("scores", "task", "direction", "metric", "kind", "side"))
+
+
+def _ceiling_grid(rows: Sequence[Row]) -> list[list[str]]:
+    """Means over tasks."""
+    places = dict.fromkeys((row["scores"], row["direction"], row["metric"]) for row in rows)
+    lines = [["scores", "", "read by", *(_CEILINGS[what] for what in CEILINGS)]]
+    for place in places:
+        own = [row for row in rows if (row["scores"], row["direction"], row["metric"]) == place]
+        cells = [_signed(fmean(row["effect"] for row in own if row["set"] == what)) for what in CEILINGS]
+        lines.append([place[0], _DIRECTIONS[place[1]], place[2], *cells])
+    return lines
+
+
+def _branch_grid(rows: Sequence[Row]) -> list[list[str]]:
+    """Means over tasks of what the rankings' own metrics read."""
+    head = ["scores", "set", "read by", "whole neurons", "branch", "it alone", "ranked by it", "overlap", "by chance"]
+    keys = ("scores", "side", "metric", "k", "branch")
+    lines, own = [head], [row for row in rows if row["own"]]
+    for place in dict.fromkeys(tuple(row[key] for key in keys) for row in own):
+        some = [row for row in own if tuple(row[key] for key in keys) == place]
+        name, side, metric, k, branch = place
+        cells = [_signed(_mean(some, what)) for what in ("alone", "ranked_by", "overlap", "by_chance")]
+        top = f"top {k}" if side == ALL else f"top {k} {side}"
+        lines.append([name, top, metric, _signed(_mean(some, "whole")), branch, *cells])
+    return lines
+
+
+def _mean(rows: Sequence[Row], what: str) -> float | None:
+    known = [row[what] for row in rows if row[what] is not None]
+    return fmean(known) if known else None
+
+
+def _task_grid(curves: Sequence[Row]) -> list[list[str]]:
+    head = ["ranking", "task", "", "read by", "k", "top (95 %)", "as many a layer", "random", "worst", "additive"]
+    lines = [head]
+    for row in curves:
+        sided = row["kind"] if row["side"] == ALL else f"{row['kind']}, {row['side']}"
+        lines.append([
+            f"{row['scores']}: {sided}", row["task"], _DIRECTIONS[row["direction"]], row["metric"], str(row["k"]),
+            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), _signed(row[WORST]),
+            _signed(row["additive"]),
+        ])  # fmt: skip
+    return lines
+
+
+def _with_interval(row: Row) -> str:
+    if row["low"] is None:
+        return _signed(row["effect"])
+    return f"{row['effect']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def _draws(values: Sequence[float] | None) -> str:
+    return "-" if values is None else f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
