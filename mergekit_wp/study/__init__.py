@@ -10,6 +10,8 @@ Each part is a module of its own, with its algorithm and the paper's figures at 
     certainty    how far scores hang on the prompts
     words        vectors as tokens: `readout` reads them, `at_anchor` has what prompts leave, `readings` compares
     attention    whether heads look at the instruction: `regions` reads it without matrices of attention
+    set_curves   part `sets`, exchanged while models run: `set_plan` which, `held_out` on which prompts,
+                 `set_effects` what they do, `set_rows` the numbers with controls, `set_page` what is said and drawn
 
 **A part is added** by a module with a `PART` (`parts.Part`) and a line in `parts.PARTS`. Its `work` is a function of
 (study, inputs, progress) and gives a `parts.PartResult`: data, tables, pictures and a section of the page. Writing,

@@ -37,10 +37,7 @@ Parts:
   drift      what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
   words      directions, neurons and heads as tokens; reads final norms, heads, o_proj, down_proj; with prompts, more
   attention  whether the top heads look at the instruction; needs prompts with contrasts; one forward pass a model
-  maps    where scores lie; top sets of two files, of several tasks; from score files alone
-  drift   what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
-  words   directions, neurons and heads as tokens; reads final norms, heads, o_proj and down_proj; with prompts, more
-  sets    how much the top of a ranking restores in the base, and takes out of the expert, beside random sets
+  sets       how much the top of a ranking restores and takes out, beside random sets; needs prompts; a pass a set
 
 A part is skipped while its score files, models, settings and code are those of its last run.
 """

@@ -37,7 +37,7 @@ from mergekit_wp.study.set_effects import (
     KL,
     STEP,
     Along,
-    Direction,
+    Passage,
     direction_of,
     key_of,
     metrics_of,
@@ -45,7 +45,7 @@ from mergekit_wp.study.set_effects import (
 )
 from mergekit_wp.study.set_page import result_of
 from mergekit_wp.study.set_plan import Trial, ceilings, ranked
-from mergekit_wp.study.set_rows import Found, Measured
+from mergekit_wp.study.set_rows import Measured, SetRows
 from mergekit_wp.study.study_spec import Study
 
 LOG = logger(__name__)
@@ -129,9 +129,9 @@ Plan = dict[str, Exchange]
 def _measured(
     study: Study, inputs: Inputs, pair: ModelPair, questions: Sequence[Question], resume: Resume,
     progress: StartProgress,
-) -> Found:  # fmt: skip
+) -> SetRows:  # fmt: skip
     job, _ready = inputs.ready
-    stack, found = ExchangedStack(pair.base, pair.expert, pair.geometry), Found(study.seed, job.gap_floor)
+    stack, found = ExchangedStack(pair.base, pair.expert, pair.geometry), SetRows(study.seed, job.gap_floor)
     trials = [
         {n: [*ceilings(inputs.geometry), *ranked(inputs.scores[n], each.tokens.task, study.seed)] for n in each.files}
         for each in questions
@@ -164,7 +164,7 @@ def _plan(own: Mapping[str, list[Trial]], removed: bool) -> Plan:
 
 
 def _in_steps(
-    stack: ExchangedStack, exchanges: list[Exchange], direction: Direction, resume: Resume, number: int, tick: Tick
+    stack: ExchangedStack, exchanges: list[Exchange], direction: Passage, resume: Resume, number: int, tick: Tick
 ) -> dict[str, torch.Tensor]:
     """As `values_of`, some sets at a time; those that are kept are not tried again."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in direction.metrics}

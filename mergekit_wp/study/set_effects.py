@@ -48,7 +48,7 @@ class Asked:
 
 
 @dataclass
-class Direction:
+class Passage:
     """One task's prompts, read by `metrics` on the way from a recipient to a donor.
 
     of_recipient, of_donor: F of the two models, by metric, float64 [N]
@@ -83,10 +83,10 @@ def metrics_of(pair: ModelPair, along: Mapping[str, Along]) -> dict[str, Metric]
 @torch.no_grad()
 def direction_of(
     recipient: Stack, donor: Stack, task: TaskTokens, metrics: Mapping[str, Metric], batch_size: int
-) -> Direction:
+) -> Passage:
     """The task's prompts with what either model makes of them."""
     batches = numbered_batches(task.scoring, batch_size, recipient, donor, answers=task.answers)
-    found = Direction(metrics, [Asked(numbers, batch) for numbers, batch in batches])
+    found = Passage(metrics, [Asked(numbers, batch) for numbers, batch in batches])
     found.of_donor, found.of_recipient = ({k: x[0] for k, x in found.empty(1).items()} for _ in range(2))
 
     def of_donor(name: str, metric: Metric, each: Asked, z_BAD: torch.Tensor) -> None:
@@ -102,7 +102,7 @@ def direction_of(
     return found
 
 
-def _swept(stack: Stack, direction: Direction, take: Callable[[str, Metric, Asked, torch.Tensor], None]) -> None:
+def _swept(stack: Stack, direction: Passage, take: Callable[[str, Metric, Asked, torch.Tensor], None]) -> None:
     for group in batch_groups(stack, direction.asked, lambda each: each.batch.ids_BT.numel()):
         starts, reads = [stack.start(each.batch) for each in group], [each.batch.reads_BA for each in group]
         for layer, streams in forward_sweep(stack, starts, stack.depth, at=reads):
@@ -114,7 +114,7 @@ def _swept(stack: Stack, direction: Direction, take: Callable[[str, Metric, Aske
 
 @torch.no_grad()
 def values_of(
-    stack: ExchangedStack, exchanges: Sequence[Exchange], direction: Direction, tick: Tick
+    stack: ExchangedStack, exchanges: Sequence[Exchange], direction: Passage, tick: Tick
 ) -> dict[str, torch.Tensor]:
     """F of every exchange on every prompt, by metric, float64 [C, N]. `tick` hears of sets."""
     found, asked, count = direction.empty(len(exchanges)), direction.asked, len(exchanges)

@@ -15,7 +15,7 @@ from mergekit_wp.study import drawings
 from mergekit_wp.study.inputs import ALL
 from mergekit_wp.study.parts import PartResult
 from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
-from mergekit_wp.study.set_rows import REMOVED, RESTORED, SET_COLUMNS, Found, Row
+from mergekit_wp.study.set_rows import REMOVED, RESTORED, SET_COLUMNS, Row, SetRows
 
 SHOWN = 0.05
 """The share of a ranking that sentences and tables of the page speak of."""
@@ -26,7 +26,7 @@ _CEILINGS = {
 }  # fmt: skip
 
 
-def result_of(found: Found, questions: Sequence[Mapping[str, Any]]) -> PartResult:
+def result_of(found: SetRows, questions: Sequence[Mapping[str, Any]]) -> PartResult:
     """All that is written of the part."""
     means = found.means()
     data = {
@@ -42,7 +42,10 @@ def result_of(found: Found, questions: Sequence[Mapping[str, Any]]) -> PartResul
         "branches": _lines(found.branches),
     }
     drawn = {file: picture for file, _caption, picture in (*pictures["means"], *pictures["tasks"])}
-    return PartResult(data, {name: lines for name, lines in tables.items() if lines}, drawn, _section(data, pictures))
+    return PartResult(
+        data, {name: lines for name, lines in tables.items() if lines}, drawn, _section(data, pictures),
+        headline=next(iter(findings(data)), ""),
+    )  # fmt: skip
 
 
 def _lines(rows: Sequence[Row]) -> list[list[object]]:

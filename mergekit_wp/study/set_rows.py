@@ -82,7 +82,7 @@ class Measured:
 
 
 @dataclass
-class Found:
+class SetRows:
     """All rows. without_gap: what could not be measured, since the models do not differ there."""
 
     seed: int
