@@ -16,11 +16,19 @@ from study_world import scores, write_study
 
 from mergekit_wp.checkpoint.folder import fingerprint_of
 from mergekit_wp.scores import write_scores
-from mergekit_wp.study import drift
+from mergekit_wp.study import drift, parts
 from mergekit_wp.study.cli import main
 
 ONE = {"tasks": ("a",)}
 PARTS = ("maps", "certainty", "drift", "words", "attention")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_sets():
+    """A part of hundreds of forward passes, which has tests of its own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delitem(parts.PARTS, "sets")
+        yield
 
 
 @pytest.fixture(scope="module")
