@@ -18,6 +18,7 @@ Legend: B prompts, T tokens, D residual width, Q = H*d_h, H heads, F neurons, W 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,16 +30,28 @@ from mergekit_wp.scoring.patching import response_difference, weight_difference
 Parts = dict[str, torch.Tensor]
 
 
-def attr_heads(base: Any, expert: Any, record: LayerRecord, geometry: Geometry) -> Parts:
-    """{q, o: [H]} float32."""
-    rows_Q, columns_Q = attr_rows("q", base, expert, record), _columns("o", base, expert, record, record.inputs["o"])
+class Moves:
+    """What the expert changes in one layer, for the record of one call, each formed once for all its gradients."""
+
+    def __init__(self, base: Any, expert: Any, record: LayerRecord):
+        self.weight = cache(lambda key: weight_difference(key, base, expert))
+        self.response = cache(lambda key: response_difference(key, base, expert, record))
+        self.activation = cache(lambda: record.mlp_activation(base.mlp))
+
+
+def attr_heads(base: Any, expert: Any, record: LayerRecord, geometry: Geometry, moves: Moves | None = None) -> Parts:
+    """{q, o: [H]} float32; `moves`: of this call, where it has several gradients."""
+    moves = moves or Moves(base, expert, record)
+    rows_Q = record.dot(record.grad_out["q"], moves.response("q"))
+    columns_Q = _columns("o", moves, record, record.inputs["o"])
     return {"q": geometry.sum_per_head(rows_Q), "o": geometry.sum_per_head(columns_Q)}
 
 
-def attr_neurons(base: Any, expert: Any, record: LayerRecord, _geometry: Geometry) -> Parts:
-    """{gate, up, down: [F]} float32."""
-    rows = {key: attr_rows(key, base, expert, record) for key in ("gate", "up")}
-    return rows | {"down": _columns("down", base, expert, record, record.mlp_activation(base.mlp))}
+def attr_neurons(base: Any, expert: Any, record: LayerRecord, _geometry: Geometry, moves: Moves | None = None) -> Parts:
+    """{gate, up, down: [F]} float32; `moves` as above."""
+    moves = moves or Moves(base, expert, record)
+    rows = {key: record.dot(record.grad_out[key], moves.response(key)) for key in ("gate", "up")}
+    return rows | {"down": _columns("down", moves, record, moves.activation())}
 
 
 def attr_rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Tensor:
@@ -46,6 +59,6 @@ def attr_rows(key: str, base: Any, expert: Any, record: LayerRecord) -> torch.Te
     return record.dot(record.grad_out[key], response_difference(key, base, expert, record))
 
 
-def _columns(key: str, base: Any, expert: Any, record: LayerRecord, read_BTW: torch.Tensor) -> torch.Tensor:
-    moved_BTW = torch.matmul(record.grad_out[key], weight_difference(key, base, expert))
+def _columns(key: str, moves: Moves, record: LayerRecord, read_BTW: torch.Tensor) -> torch.Tensor:
+    moved_BTW = torch.matmul(record.grad_out[key], moves.weight(key))
     return record.dot(read_BTW, moved_BTW)

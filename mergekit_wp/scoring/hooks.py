@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -200,11 +200,12 @@ class LayerRecord:
         *,
         below: bool = True,
         parameters: Mapping[str, torch.Tensor] | None = None,
+        keep: bool = False,
     ) -> torch.Tensor:
         """Fill the gradients from dS/d(layer's output) and return dS/d(layer's input), unless not `below`.
 
         `above_BTD` is the output of the recorded call; `parameters`, those of the layer that gradients are wanted of.
-        The graph is freed.
+        The graph is freed, unless it is to `keep` for other gradients (see `another`).
         """
         parameters = parameters or {}
         leaves: list[Any] = [self.stream_BTD] if below else []
@@ -212,13 +213,37 @@ class LayerRecord:
         leaves += [self.edges["inputs", p] for p in _INPUT_GRADIENTS]
         leaves += parameters.values()
         self.scale = loss_scale(gradient_BTD)
-        found = iter(torch.autograd.grad(above_BTD, leaves, self.scale * gradient_BTD))
+        found = iter(torch.autograd.grad(above_BTD, leaves, self.scale * gradient_BTD, retain_graph=keep))
         gradient_below = next(found) / self.scale if below else torch.zeros(0)
         self.grad_out = {p: next(found) for p in self.projections}
         self.grad_in = {p: next(found) for p in _INPUT_GRADIENTS}
         self.grad_parameters = {name: next(found) for name in parameters}
-        self.edges.clear()
+        if not keep:
+            self.edges.clear()
         return gradient_below
+
+    def another(self, above_BTD: torch.Tensor, gradient_BTD: torch.Tensor) -> tuple[torch.Tensor, LayerRecord]:
+        """(dS/d(layer's input), a record of the same call with the gradients) of one more S; the graph stays."""
+        record = replace(self)
+        return record.backward(above_BTD, gradient_BTD, keep=True), record
+
+    def branch(self, key: str, columns_W: torch.Tensor) -> tuple[torch.Tensor, LayerRecord]:
+        """As `another`, of what passes some columns of the input of `key` (o or down), bool [W], alone.
+
+        Of this record's own gradient there, the other columns are left out, and the rest goes on through what lies
+        below: the attention (o), or the MLP and all below it in the layer (down). The new record has the gradients of
+        the projections on that way: q; of down, q and o.
+        """
+        masked = self.grad_in[key] * columns_W
+        more = loss_scale(masked)
+        reached = ("q",) if key == "o" else ("q", "o")
+        leaves: list[Any] = [self.stream_BTD, *(self.edges["outputs", p] for p in reached)]
+        edge = self.edges["inputs", key]
+        below_BTD, *found = torch.autograd.grad((edge,), leaves, (more.to(masked.dtype) * masked,), retain_graph=True)
+        scale = self.scale * more
+        return below_BTD / scale, replace(
+            self, grad_out=dict(zip(reached, found, strict=True)), grad_in={}, scale=scale
+        )
 
 
 def run_layer(

@@ -130,6 +130,21 @@ class Passes:
                         item.metric_gradients[name] = (item.weights[name][:, None, None] * gradient_BAD).float()
             self.tick(self.prompts / (4 * self.depth))
 
+    def inject(self, layer: int, i: int, from_above_BTD: torch.Tensor | None) -> torch.Tensor:
+        """The gradient at the base's stream above `layer` of one item: what its metric there starts with, else what
+        comes from above."""
+        item = self.items[i]
+        metrics = item.run.metrics_at(layer)
+        if not metrics:
+            assert from_above_BTD is not None  # the topmost layer run has a metric
+            return from_above_BTD
+        # A metric scores the layers up to its own, so the gradient of a metric above ends here.
+        gradient_BAD = item.metric_gradients[metrics[0].name]
+        gradient_BTD = gradient_BAD.new_zeros(*item.batch.ids_BT.shape, self.pair.geometry.d_model)
+        rows_B1 = torch.arange(len(gradient_BAD), device=gradient_BAD.device)[:, None]
+        gradient_BTD[rows_B1, item.batch.reads_BA] = gradient_BAD
+        return gradient_BTD
+
     @property
     def prompts(self) -> int:
         return sum(len(item.batch.last_B) for item in self.items)
@@ -142,20 +157,7 @@ class Passes:
 
 def first_order(passes: Passes, subset: Subset) -> None:
     """Sweep down and add the scores of every layer to the items' runs."""
-    pair, shape = passes.pair, passes.pair.geometry
-
-    def inject(layer: int, i: int, from_above_BTD: torch.Tensor | None) -> torch.Tensor:
-        item = passes.items[i]
-        metrics = item.run.metrics_at(layer)
-        if not metrics:
-            assert from_above_BTD is not None  # the topmost layer run has a metric
-            return from_above_BTD
-        # A metric scores the layers up to its own, so the gradient of a metric above ends here.
-        gradient_BAD = item.metric_gradients[metrics[0].name]
-        gradient_BTD = gradient_BAD.new_zeros(*item.batch.ids_BT.shape, shape.d_model)
-        rows_B1 = torch.arange(len(gradient_BAD), device=gradient_BAD.device)[:, None]
-        gradient_BTD[rows_B1, item.batch.reads_BA] = gradient_BAD
-        return gradient_BTD
+    pair = passes.pair
 
     def consume(index: int, i: int, base: Any, expert: Any, record: LayerRecord) -> None:
         expert_record, item = None, passes.items[i]
@@ -171,7 +173,7 @@ def first_order(passes: Passes, subset: Subset) -> None:
                 item.run.add(kind, index, asked, item.numbers)
         passes.tick(len(item.batch.last_B) / (2 * (passes.depth - subset.lowest)))
 
-    backward_sweep(pair.base, pair.expert, passes.base_cache, inject, consume, lowest=subset.lowest)
+    backward_sweep(pair.base, pair.expert, passes.base_cache, passes.inject, consume, lowest=subset.lowest)
 
 
 def _parts(passes: Passes, kind: Kind, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None) -> Parts:

@@ -107,7 +107,7 @@ def score(
         if job.method in PATCHING:
             _patch(job, pair, tasks, runs, subset, processes, resume, start)
         else:
-            _sweep(job, pair, tasks, runs, subset, processes, start)
+            sweep_down(job, pair, tasks, runs, subset, processes, start)
         # At a merge the expert may well be the one that is moved less.
         if not job.directed and job.at is None and pair.offload == "none":
             for task in tasks:
@@ -285,11 +285,11 @@ def task_run(
     return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device, pair.dtype, kept)
 
 
-def _sweep(
+def sweep_down(
     job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskAccumulator], subset: Subset,
     processes: ProcessGroup, start: StartProgress,
 ) -> None:  # fmt: skip
-    """First order: each process takes its share of the batches."""
+    """First order, into the tasks' `runs`: each process takes its share of the batches."""
     items = [
         BatchState(r, b, numbers)
         for t, r in zip(tasks, runs, strict=True)

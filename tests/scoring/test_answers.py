@@ -21,7 +21,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.load import check_pair, load_pair
 from mergekit_wp.scoring.passes import PATCHING
 from mergekit_wp.scoring.resume import Resume
-from mergekit_wp.scoring.score import _patch, _sweep, task_run
+from mergekit_wp.scoring.score import _patch, sweep_down, task_run
 from mergekit_wp.scoring.sweep import forward_sweep
 from mergekit_wp.subset import Subset
 
@@ -53,7 +53,8 @@ def sums(pair, method, utility, prompts, answers, batch_size=3):
     task = TaskTokens("t", [], None, prompts, answers=answers)
     run = task_run(job, pair, task, ANCHOR, Directions(v_LD, v_LD))
     rest = [Resume(), no_progress] if method in PATCHING else [no_progress]
-    (_patch if method in PATCHING else _sweep)(job, pair, [task], [run], Subset.choose(shape), ProcessGroup(), *rest)
+    sweep = _patch if method in PATCHING else sweep_down
+    sweep(job, pair, [task], [run], Subset.choose(shape), ProcessGroup(), *rest)
     tables = {f"{kind}/{part}": table for kind, parts in run.sums.items() for part, table in parts.items()}
     return tables | {name: torch.tensor(ledger.total) for name, ledger in run.ledgers.items()}
 

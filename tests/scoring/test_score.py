@@ -139,10 +139,10 @@ def test_out_of_memory_is_a_sentence(tmp_path, monkeypatch, error):
     def full(*_args):
         raise error
 
-    monkeypatch.setattr(engine, "_sweep", full)
+    monkeypatch.setattr(engine, "sweep_down", full)
     with pytest.raises(BadInput, match="batch_size: 2 prompts do not fit on cpu; lower it"):
         score(job_for(tmp_path, "llama"))
-    monkeypatch.setattr(engine, "_sweep", lambda *_args: 1 / 0)
+    monkeypatch.setattr(engine, "sweep_down", lambda *_args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score(job_for(tmp_path, "llama"))
 
