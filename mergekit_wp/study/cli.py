@@ -37,6 +37,7 @@ Parts:
   drift      what moved, by layer, module, head and neuron; whether that predicts scores; reads both models
   words      directions, neurons and heads as tokens; reads final norms, heads, o_proj, down_proj; with prompts, more
   attention  whether the top heads look at the instruction; needs prompts with contrasts; one forward pass a model
+  links      what runs through which heads; a circuit, beside chance, other heads and noise; needs prompts
   sets       how much the top of a ranking restores and takes out, beside random sets; needs prompts; a pass a set
 
 A part is skipped while its score files, models, settings and code are those of its last run.

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.console import StartProgress
 from mergekit_wp.errors import enough_memory
 from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.ranking import table_of
+from mergekit_wp.scores import Scores
 from mergekit_wp.scoring.anchor.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.anchor.search import usual_layer
 from mergekit_wp.scoring.batching import TaskTokens, numbered_batches
@@ -38,7 +38,8 @@ from mergekit_wp.subset import Subset
 
 MOST_SHARE = 1 / 3
 """Of the components of a kind, at most so many are targets: where most are chosen, nothing is."""
-_ACTIVATIONS, _WEIGHTS = ("ap", "atp"), ("exact", "writeback", "attr")  # the most exact first
+ACTIVATION_FIRST, WEIGHT_SIDE = ("ap", "atp"), ("exact", "writeback", "attr")
+"""Methods, the most exact first."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def run(study: Study, inputs: Inputs, progress: StartProgress) -> dict[str, Task
         check_present(tasks, directions, [anchor])
         made = _made_rankings(job, pair, inputs, tasks, anchor, directions, progress)
         aps = [
-            {kind: ranking_of(inputs, task.task, kind, _ACTIVATIONS, anchor) or found[kind] for kind in Kind}
+            {kind: ranking_of(inputs, task.task, kind, ACTIVATION_FIRST, anchor) or found[kind] for kind in Kind}
             for task, found in zip(tasks, made, strict=True)
         ]
         chosen = [choose(study, task.task, ap) for task, ap in zip(tasks, aps, strict=True)]
@@ -111,22 +112,24 @@ def run(study: Study, inputs: Inputs, progress: StartProgress) -> dict[str, Task
         for kind in Kind:
             attr_Ln = links.attr(kind)
             own = Ranked("attr", attr_Ln, torch.ones_like(attr_Ln, dtype=torch.bool))
-            wp[kind] = ranking_of(inputs, task.task, kind, _WEIGHTS, anchor) or own
+            wp[kind] = ranking_of(inputs, task.task, kind, WEIGHT_SIDE, anchor) or own
         found[task.task] = TaskLinks(targets, links, ap, wp)
     return found
 
 
 def ranking_of(inputs: Inputs, task: str, kind: Kind, methods: Sequence[str], anchor: int) -> Ranked | None:
     """Of the score file by the first of these methods that read the task at this anchor and scored the kind."""
-    files = sorted(
-        ((name, found) for name, found in inputs.scores.items() if found.meta.method in methods),
-        key=lambda each: methods.index(each[1].meta.method),
-    )
-    for name, found in files:
+    for name, found in by_method(inputs, methods):
         among_Ln = found.seen(kind)[: anchor + 1]
-        if task in found.tasks and found.meta.read_at == anchor and among_Ln.any():
+        if task in found and found.meta.read_at == anchor and among_Ln.any():
             return Ranked(name, table_of(found, kind, task)[: anchor + 1], among_Ln)
     return None
+
+
+def by_method(inputs: Inputs, methods: Sequence[str]) -> list[tuple[str, Scores]]:
+    """The study's score files by one of these methods, in their order."""
+    files = [(name, found) for name, found in inputs.scores.items() if found.meta.method in methods]
+    return sorted(files, key=lambda each: methods.index(each[1].meta.method))
 
 
 def _made_rankings(
@@ -135,9 +138,9 @@ def _made_rankings(
 ) -> list[dict[Kind, Ranked]]:  # fmt: skip
     """`atp` of every task; of those that the score files rank already, nothing."""
     lacking = [
-        any(ranking_of(inputs, task.task, kind, _ACTIVATIONS, anchor) is None for kind in Kind) for task in tasks
+        any(ranking_of(inputs, task.task, kind, ACTIVATION_FIRST, anchor) is None for kind in Kind) for task in tasks
     ]
-    job = replace(job, method=ACTIVATION_SIDE[1])
+    job = replace(job, method="atp")
     wanted = [i for i, lacks in enumerate(lacking) if lacks]
     runs = {i: task_run(job, pair, tasks[i], anchor, directions[i]) for i in wanted}
     if runs:

@@ -41,6 +41,7 @@ PARTS = {
     "drift": "mergekit_wp.study.drift",
     "words": "mergekit_wp.study.words",
     "attention": "mergekit_wp.study.attention",
+    "links": "mergekit_wp.study.links",
     "sets": "mergekit_wp.study.set_curves",
 }
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""
@@ -65,6 +66,7 @@ class PartResult:
     section   its body on the page, without heading
     headline  the one sentence of it that stands at the top of the page
     finished  called once all is written: what was kept of the work may go
+    documents more JSON, each a file of its own
     """
 
     data: Mapping[str, Any]
@@ -74,6 +76,7 @@ class PartResult:
     tensors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     headline: str = ""
     finished: Callable[[], object] = lambda: None
+    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
     clear_partials(target)
     with atomic_path(target) as partial:
         partial.mkdir()
-        write_text(partial / f"{part.name}.json", json.dumps(result.data, indent=1, allow_nan=False) + "\n")
+        for name, content in {part.name: result.data, **result.documents}.items():
+            write_text(partial / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
         for name, lines in result.tables.items():
             write_text(partial / f"{name}.csv", _csv(lines))
         for name, picture in result.pictures.items():

@@ -20,7 +20,7 @@ from mergekit_wp.study import drift, parts
 from mergekit_wp.study.cli import main
 
 ONE = {"tasks": ("a",)}
-PARTS = ("maps", "certainty", "drift", "words", "attention")
+PARTS = ("maps", "certainty", "drift", "words", "attention", "links")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,10 +130,13 @@ def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
     pairs = world.parent / "pairs.jsonl"
     text = pairs.read_text()
     pairs.write_text(text + "\n")
-    assert plan()[-2:] == [f"{part}: to do (the file of prompts is another one)" for part in PARTS[-2:]]
+    assert plan()[-3:] == [f"{part}: to do (the file of prompts is another one)" for part in PARTS[-3:]]
     pairs.write_text(text)
-    without = [f"{part}: done" for part in PARTS[:-2]] + ["words: to do (the file of prompts is gone)"]
-    assert plan(prompts={}) == [*without, "attention: left out (the study has no `prompts`)"]
+    without = [f"{part}: done" for part in PARTS[:-3]] + ["words: to do (the file of prompts is gone)"]
+    assert plan(prompts={}) == [
+        *without,
+        *(f"{part}: left out (the study has no `prompts`)" for part in PARTS[-2:]),
+    ]
     fewer = {name: path for name, path in content["scores"].items() if name != "anchor"}
     assert plan(scores=fewer)[0] == "maps: to do (the score file anchor is gone)"
     assert {part: (out / part).stat().st_ino for part in before} == before, "a plan does nothing"
