@@ -113,7 +113,7 @@ KINDS = (*tiny.ARCHITECTURES, "llama-biased", "olmo2", "phi3", "granite")
 def test_links_are_autograd_by_weights(tmp_path, kind) -> None:
     """Of heads under the anchor layer and in it, where it is read alone, and of neurons; all heads of a layer, and what
     passes them by, make up attr. Ragged prompts in batches of two."""
-    job = example(tmp_path, kind, shape={"num_hidden_layers": 4}, rows=3)
+    job = example(tmp_path, kind, shape={"num_hidden_layers": 4}, rows=3, split="shared")
     some = [
         Target(Kind.HEAD, 1, (2,)), Target(Kind.HEAD, LAYER, (3,)), Target(Kind.NEURON, LAYER, (1, 4)),
         Target(Kind.NEURON, 1, (2,)), Target(Kind.NEURON, 0, (0,)),
@@ -140,7 +140,7 @@ def test_links_are_autograd_by_weights(tmp_path, kind) -> None:
 
 
 def test_attr_comes_along_and_streaming_changes_nothing(tmp_path) -> None:
-    job = example(tmp_path, "gemma2", tasks=("first", "second"), rows=3, offload="none")
+    job = example(tmp_path, "gemma2", tasks=("first", "second"), rows=3, split="shared", offload="none")
     targets = [*HEADS[3:6], Target(Kind.NEURON, 2, (0, 5)), Target(Kind.HEAD, 2, (1,), "seed")]
     resident, streamed = links(job, targets), links(replace(job, offload="stream"), targets)
     scored = score(job)
@@ -154,7 +154,7 @@ def test_attr_comes_along_and_streaming_changes_nothing(tmp_path) -> None:
 
 
 def test_noise_is_as_long_as_the_need_and_comes_again(tmp_path, monkeypatch) -> None:
-    job, seen = example(tmp_path, "llama", rows=3), []
+    job, seen = example(tmp_path, "llama", rows=3, split="shared"), []
     real = link_descent._Step._noise
 
     def kept(self, seed, like_BTD):
@@ -168,6 +168,8 @@ def test_noise_is_as_long_as_the_need_and_comes_again(tmp_path, monkeypatch) -> 
         torch.testing.assert_close(drawn_BTD.norm(dim=-1), need_BTD.norm(dim=-1), rtol=1e-5, atol=1e-9)
         at = need_BTD.norm(dim=-1) > 1e-6
         assert torch.cosine_similarity(drawn_BTD, need_BTD, dim=-1)[at].abs().mean() < 0.5
+    (_, one_BTD), _, (_, next_BTD), _ = seen[:4]  # of two batches, by one seed
+    assert torch.cosine_similarity(one_BTD[0, 0], next_BTD[0, 0], dim=0).abs() < 0.9
     for kind in Kind:
         close(one.link(kind, noise[0]), other.link(kind, noise[0]), 1e-6)
         assert not torch.allclose(one.link(kind, noise[0]), one.link(kind, noise[1]))
