@@ -409,8 +409,9 @@ class Scores:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         geometry, last = self.meta.geometry, name.rsplit("/", 1)[-1]
-        if "/prompts/" in name:
-            count = self.meta.tasks[name.split("/")[1]].scoring
+        _tasks, task, what, *_rest = (*name.split("/"), "", "")
+        if what == "prompts":  # which may also be the name of a task
+            count = self.meta.tasks[task].scoring
             return (count, *self._shape(last)) if last in ("heads", "neurons") else (count,)
         return {
             "heads": (geometry.layers, geometry.heads),

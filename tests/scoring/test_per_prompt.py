@@ -71,6 +71,14 @@ def test_the_scores_are_those_without_and_the_file_is_read_back(tmp_path):
         assert again["first"].tasks["first"].prompts is not None
 
 
+def test_a_task_may_be_called_prompts(tmp_path):
+    job = job_for(tmp_path, "llama", method="attr", contrast=False, tasks=("prompts",), per_prompt=True)
+    for kept in (True, False):
+        write_scores(score(replace(job, per_prompt=kept)), tmp_path / "s.safetensors")
+        found = read_scores(tmp_path / "s.safetensors")
+        assert (found.tasks["prompts"].prompts is not None) == kept
+
+
 def test_a_part_is_kept_of_a_part_alone(tmp_path):
     job = job_for(tmp_path, "llama", method="writeback", contrast=False, components="neurons", per_prompt=True)
     found = score(job).tasks["first"].prompts
