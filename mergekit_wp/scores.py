@@ -38,6 +38,7 @@ from mergekit_wp.documents import Count, Date, Number, Positive, Sha256, Text, V
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_tensors, write_tensors
 from mergekit_wp.geometry import Component, Geometry
+from mergekit_wp.prompt_scores import PromptScores
 from mergekit_wp.recovery import RecoveryCurve
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metri
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 METADATA_KEY = "wp"
 _MEAN_TOLERANCE = 1e-5  # of the mean size: float32 sums, in another order on another machine
-_PROMPTS_TOLERANCE = 1e-4  # a prompt's products are summed apart
 PART_KIND = {"q": "heads", "o": "heads", "gate": "neurons", "up": "neurons", "down": "neurons"}
 
 
@@ -212,23 +212,6 @@ class ScoreMeta:
 
 
 @dataclass(frozen=True)
-class PromptScores:
-    """What each prompt gives: heads [P, L, H], neurons [P, L, F]; its gap and whether it was used (0 or 1), by metric:
-    [P]; float32."""
-
-    heads: torch.Tensor
-    neurons: torch.Tensor
-    gaps: dict[str, torch.Tensor]
-    used: dict[str, torch.Tensor]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors under the names that they have in the file, below the task's."""
-        named = {"prompts/heads": self.heads, "prompts/neurons": self.neurons}
-        named |= {f"prompts/gaps/{metric}": x for metric, x in self.gaps.items()}
-        return named | {f"prompts/used/{metric}": x for metric, x in self.used.items()}
-
-
-@dataclass(frozen=True)
 class TaskScores:
     """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32; single prompts or None."""
 
@@ -372,26 +355,17 @@ class Scores:
                 raise ValueError(f"{name} is not the mean over the tasks")
 
     def _check_prompts(self) -> None:
-        """What is kept of single prompts adds up to the scores; within the rounding of float32."""
         ids = self.meta.prompt_ids or {}
         for name, task in self.tasks.items():
             if (task.prompts is None) != (name not in ids):
                 raise ValueError(f"{name} has {'no ' if task.prompts is None else ''}tensors of single prompts")
-            if task.prompts is None:
-                continue
-            about = self.meta.tasks[name]
-            if len(ids[name]) != about.scoring or set(task.prompts.used) != set(about.utilities):
-                raise ValueError(f"{name} does not say of every prompt and metric what single prompts give")
-            used = {metric: float(x.sum()) for metric, x in task.prompts.used.items()}
-            if any(count != about.utilities[metric].used for metric, count in used.items()):
-                raise ValueError(f"{name} marks other prompts as used than it counts")
-            for kind in ("heads", "neurons"):
-                values_PLn, table_Ln = getattr(task.prompts, kind), getattr(task, kind)
-                counts = [used[self.meta.metric_of(name, layer)] for layer in range(len(table_Ln))]
-                each_L1 = torch.tensor(counts)[:, None]
-                rounding_Ln = _PROMPTS_TOLERANCE * values_PLn.abs().sum(0) / each_L1
-                if ((values_PLn.sum(0) / each_L1 - table_Ln).abs() > rounding_Ln + 1e-12).any():
-                    raise ValueError(f"{name}: {kind} is not the mean over its prompts")
+            if task.prompts is not None:
+                counts = {metric: stats.used for metric, stats in self.meta.tasks[name].utilities.items()}
+                task.prompts.check(name, len(ids[name]), counts)
+                for kind in ("heads", "neurons"):
+                    table_Ln = getattr(task, kind)
+                    used_L = [counts[self.meta.metric_of(name, layer)] for layer in range(len(table_Ln))]
+                    task.prompts.check_mean(name, kind, table_Ln, used_L)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors under the names that they have in the file."""
@@ -454,21 +428,9 @@ def read_scores(path: str | Path) -> Scores:
 def _take_task(tensors: dict[str, torch.Tensor], prefix: str, anchored: bool) -> TaskScores:
     heads, neurons = tensors.pop(f"{prefix}heads"), tensors.pop(f"{prefix}neurons")
     anchor = tensors.pop(f"{prefix}anchor") if anchored else None
-    return TaskScores(heads, neurons, anchor, _take_parts(tensors, prefix), _take_prompts(tensors, f"{prefix}prompts/"))
-
-
-def _take_prompts(tensors: dict[str, torch.Tensor], prefix: str) -> PromptScores | None:
-    own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-    if not own:
-        return None
-    heads, neurons = own.pop("heads"), own.pop("neurons")
-    gaps, used = (
-        {name.removeprefix(f"{part}/"): own.pop(name) for name in list(own) if name.startswith(f"{part}/")}
-        for part in ("gaps", "used")
+    return TaskScores(
+        heads, neurons, anchor, _take_parts(tensors, prefix), PromptScores.taken(tensors, f"{prefix}prompts/")
     )
-    if own or set(gaps) != set(used):
-        raise ValueError(f"unexpected tensors of single prompts {sorted([*own, *gaps, *used])}")
-    return PromptScores(heads, neurons, gaps, used)
 
 
 def _take_parts(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

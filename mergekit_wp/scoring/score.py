@@ -30,13 +30,13 @@ from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import Kind
 from mergekit_wp.memory import free_memory
+from mergekit_wp.prompt_scores import PromptScores
 from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.scores import (
     ANCHORED,
     FORMAT,
     PER_PROMPT,
     ModelId,
-    PromptScores,
     PromptStyle,
     ScoredAt,
     ScoreMeta,

@@ -35,6 +35,7 @@ from mergekit_wp.page import grid, render, render_text
 from mergekit_wp.ranking import table_of
 from mergekit_wp.scoring.models.load import load_pair
 from mergekit_wp.study import drawings
+from mergekit_wp.study.cells import cell, finite, lines_of
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
 from mergekit_wp.study.regions import READINGS, REGIONS, SELF, Attended, Spans, attended, log_ratios, spans_of
@@ -65,7 +66,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "tasks": {task: _task_data(each) for task, each in found.items()},
         "sets": rows,
     }
-    tables = {"sets": _lines(rows), "heads": list(_head_lines(found))} if rows else {}
+    tables = {"sets": lines_of(rows), "heads": list(_head_lines(found))} if rows else {}
     tensors = {"attention": _tables(found)} if rows else {}
     pictures = _pictures(inputs, rows, found)
     headline = next(iter(findings(rows)), "")
@@ -264,10 +265,6 @@ def _pictures(
     return drawn
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[list[object]]:
-    return [list(rows[0]), *(list(row.values()) for row in rows)]
-
-
 def _ratio_tables(each: TaskAttention, alone: bool = True) -> Iterator[tuple[str, np.ndarray]]:
     """R of each head [L, H], by model and reading."""
     for name, model in (("expert", each.expert), ("base", each.base)):
@@ -291,12 +288,8 @@ def _head_lines(found: Mapping[str, TaskAttention]) -> Iterator[list[object]]:
         if place == 0:
             yield ["task", "head", *tables, *(f"expert_share_{name}" for name in (*REGIONS, SELF))]
         for layer, head in np.ndindex(share_LHR.shape[:2]):
-            ratios = [_finite(table[layer, head]) for table in tables.values()]
+            ratios = [finite(table[layer, head]) for table in tables.values()]
             yield [task, Component(Kind.HEAD, layer, head).name, *ratios, *share_LHR[layer, head].tolist()]
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup], names: Sequence[str]) -> Markup:
@@ -311,7 +304,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup], names: Seq
     lines = [["scores", "task", "query", "against", *(words for _key, words in columns), "rest"]]
     for row in data["sets"]:
         cells = [_with_interval(row, key) for key, _words in columns]
-        lines.append([*(row[c] for c in ("scores", "task", "reading", "against")), *cells, _text(row["expert_rest"])])
+        lines.append([*(row[c] for c in ("scores", "task", "reading", "against")), *cells, cell(row["expert_rest"])])
     tokens = [["task", "prompts", *REGIONS]]
     for task, each in data["tasks"].items():
         tokens.append([task, str(each["prompts"]), *(f"{each['tokens'][region]:.1f}" for region in REGIONS)])
@@ -326,12 +319,8 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup], names: Seq
 
 
 def _with_interval(row: Mapping[str, Any], key: str) -> str:
-    interval = f"{_text(row[f'{key}_low'])} to {_text(row[f'{key}_high'])}"
-    return f"{_text(row[key])} ({interval})" if key in row else interval
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    interval = f"{cell(row[f'{key}_low'])} to {cell(row[f'{key}_high'])}"
+    return f"{cell(row[key])} ({interval})" if key in row else interval
 
 
 PART = Part(

@@ -33,6 +33,7 @@ from mergekit_wp.page import grid, render
 from mergekit_wp.ranking import spearman, strongest
 from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
+from mergekit_wp.study.cells import cell, lines_of
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
 from mergekit_wp.study.sets import Shared, top_set
@@ -79,7 +80,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     tables = {
         "leaders": _leader_lines(rows),
         "halves": _ranking_lines(rows),
-        "differences": _difference_lines(compared),
+        "differences": lines_of(compared),
     }
     filled = {name: lines for name, lines in tables.items() if len(lines) > 1}
     return PartResult(data, filled, pictures, _section(data, pictures, study), headline=_headline(data))
@@ -203,11 +204,6 @@ def _ranking_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
     return lines
 
 
-def _difference_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
-    names = ["one", "other", "task", "kind", "components", "differ", "by_chance"]
-    return [names, *([row[name] for name in names] for row in rows)]
-
-
 def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study) -> Any:
     head = ["scores", "task", "kind", "prompts", "above zero", "below", "overlap of halves", "by chance", "Spearman"]
     rankings = [head]
@@ -215,7 +211,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
         halves = row["halves"] or {"overlap": None, "by_chance": None, "spearman": None}
         shares = [_share(row[side], row["components"]) for side in ("above", "below")]
         rankings.append([row["scores"], row["task"], row["kind"], str(row["prompts"]), *shares,
-                         _two(halves["overlap"]), _two(halves["by_chance"]), _two(halves["spearman"])])  # fmt: skip
+                         cell(halves["overlap"]), cell(halves["by_chance"]), cell(halves["spearman"])])  # fmt: skip
     differ = [["files", "task", "kind", "surely differ", "by chance"]] + [
         [f"{r['one']}, {r['other']}", r["task"], r["kind"], _share(r["differ"], r["components"]), f"{1 - LEVEL:.0%}"]
         for r in data["differences"]
@@ -232,10 +228,6 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
 
 def _share(count: int | None, of: int) -> str:
     return "-" if count is None or not of else f"{count / of:.0%} ({count})"
-
-
-def _two(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 PART = Part(

@@ -27,6 +27,7 @@ from mergekit_wp.page import grid, render
 from mergekit_wp.ranking import table_of
 from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
+from mergekit_wp.study.cells import cell, finite, lines_of
 from mergekit_wp.study.drift_sums import (
     END_MODULES,
     LAYER_MODULES,
@@ -75,7 +76,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         )  # fmt: skip
     tables = {
         "modules": _module_lines(modules, ends),
-        "correlations": [list(rows[0]), *(list(row.values()) for row in rows)],
+        "correlations": lines_of(rows),
         "heads": _component_lines(Kind.HEAD, of_components[Kind.HEAD]),
     }
     tensors = {"drift": {f"{kind}/{name}": t.float() for kind in Kind for name, t in of_components[kind].items()}}
@@ -88,7 +89,7 @@ def by_module(sums: DriftSums, layers: int) -> dict[str, dict[str, list[float | 
     return {
         name: {
             module: [
-                _finite(measure(sums.modules[layer, module])) if (layer, module) in sums.modules else None
+                finite(measure(sums.modules[layer, module])) if (layer, module) in sums.modules else None
                 for layer in range(layers)
             ]
             for module in LAYER_MODULES
@@ -100,7 +101,7 @@ def by_module(sums: DriftSums, layers: int) -> dict[str, dict[str, list[float | 
 def at_ends(sums: DriftSums) -> dict[str, dict[str, float | None]]:
     """Measure -> embeddings, final norm, head (where it is a tensor of its own) -> its value."""
     return {
-        name: {end: _finite(measure(sums.modules[None, end])) for end in END_MODULES if (None, end) in sums.modules}
+        name: {end: finite(measure(sums.modules[None, end])) for end in END_MODULES if (None, end) in sums.modules}
         for name, measure in MEASURES.items()
     }
 
@@ -143,10 +144,6 @@ def _of_ranking(
         }  # fmt: skip
 
 
-def _finite(value: torch.Tensor) -> float | None:
-    return float(value) if torch.isfinite(value) else None
-
-
 def _strongest(kind: Kind, tables: Mapping[str, torch.Tensor], count: int) -> dict[str, list[list[Any]]]:
     """Measure -> [name, value] of the components that moved most."""
     found = {}
@@ -172,7 +169,7 @@ def _component_lines(kind: Kind, tables: Mapping[str, torch.Tensor]) -> list[lis
     layers, width = tables["relative"].shape
     places = [(layer, index) for layer in range(layers) for index in range(width)]
     named: list[list[object]] = [
-        [Component(kind, *at).name, *at, *(_finite(tables[name][at]) for name in MEASURES)] for at in places
+        [Component(kind, *at).name, *at, *(finite(tables[name][at]) for name in MEASURES)] for at in places
     ]
     return [["component", "layer", "index", *MEASURES], *named]
 
@@ -214,11 +211,11 @@ def findings(data: Mapping[str, Any]) -> list[str]:
 def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], layers: int) -> Any:
     ends = [["", *MEASURE_WORDS.values()]]
     for end in data["ends"]["relative"]:
-        ends.append([end, *(_number(data["ends"][name][end]) for name in MEASURES)])
+        ends.append([end, *(cell(data["ends"][name][end], ".4g") for name in MEASURES)])
     head = ["scores", "task", "kind", "side", "key", "measure", "Spearman", "control"]
     rows = [head] + [
-        [r["scores"], r["task"], r["kind"], r["side"], r["key"], r["measure"], _signed(r["spearman"]),
-         f"{_signed(r['control_low'])} to {_signed(r['control_high'])}"]
+        [r["scores"], r["task"], r["kind"], r["side"], r["key"], r["measure"], cell(r["spearman"], ".3f"),
+         f"{cell(r['control_low'], '.3f')} to {cell(r['control_high'], '.3f')}"]
         for r in data["correlations"]
     ]  # fmt: skip
     strongest = [["rank", *(f"{kind}: {m}" for kind in Kind for m in MEASURES)]]
@@ -229,14 +226,6 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], layers: int) 
         "study_drift.html", findings=findings(data), pictures=pictures, ends=grid(ends), rows=grid(rows),
         strongest=grid(strongest), kinds=list(map(str, Kind)),
     )  # fmt: skip
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 PART = Part(

@@ -26,6 +26,7 @@ from mergekit_wp.console import StartProgress
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
+from mergekit_wp.study.cells import lines_of
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.link_picture import circuit_svg
 from mergekit_wp.study.link_run import anchor_of, run
@@ -72,11 +73,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "flow": flow_rows,
         "sources": source_rows,
     }
-    tables = {
-        name: [list(rows[0]), *(list(row.values()) for row in rows)]
-        for name in ("table_1", "overlaps", "flow", "sources")
-        if (rows := data[name])
-    }
+    tables = {name: lines_of(rows) for name in ("table_1", "overlaps", "flow", "sources") if (rows := data[name])}
     tensors = {
         "links": {
             f"{task}/{kind}": each.links.tables[kind][[1 + each.links.targets.index(t) for t in _real(each)]].float()

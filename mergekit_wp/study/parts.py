@@ -48,6 +48,7 @@ PARTS = {
 
 PAGE = "study.html"
 _STAMP, _SECTION = "stamp.json", "section.html"
+_CELLS = "study/cells.py"  # which every part may use
 _HEADLINES = """<ul>
 {% for name, text in headlines.items() if text %}<li>{{ text }} <a href="#{{ name }}">{{ name }}</a></li>
 {% endfor %}
@@ -119,7 +120,7 @@ def made_of(part: Part, study: Study, inputs: Inputs) -> dict[str, str]:
     if "prompts" in part.settings and (pairs := study.prompts.get("pairs")) and Path(pairs).is_file():
         found["the file of prompts"] = digest(Path(pairs))
     found |= {f"`{name}`": digest_of([json.dumps(getattr(study, name), sort_keys=True)]) for name in part.settings}
-    return found | {"the code behind it": digest_of(digest(_PACKAGE / file) for file in part.code)}
+    return found | {"the code behind it": digest_of(digest(_PACKAGE / file) for file in (*part.code, _CELLS))}
 
 
 def why_due(part: Part, out: Path, key: Mapping[str, str]) -> str | None:

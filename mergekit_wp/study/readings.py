@@ -19,6 +19,7 @@ from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.ranking import table_of
 from mergekit_wp.scores import Scores
 from mergekit_wp.study.at_anchor import Activity, HalvedDirections
+from mergekit_wp.study.cells import finite
 from mergekit_wp.study.inputs import ALL, DOWN, Inputs
 from mergekit_wp.study.readout import Reading, Readout, TokenNames
 from mergekit_wp.study.sets import top_among
@@ -94,8 +95,8 @@ def read_directions(both: Readouts, directions: Sequence[Direction]) -> tuple[li
         rows.append({
             "source": each.source, "task": each.task, "layer": each.layer,
             "words": both.words(expert.high_NK[i]), "ids": expert.high_NK[i].tolist(),
-            "lowest": both.words(expert.low_NK[i]), "peak": _number(expert.peak_N[i]),
-            "shuffled_peak": _number(most_N[i]), "shared_with_base": _shared(expert.high_NK[i], base.high_NK[i]),
+            "lowest": both.words(expert.low_NK[i]), "peak": finite(expert.peak_N[i]),
+            "shuffled_peak": finite(most_N[i]), "shared_with_base": _shared(expert.high_NK[i], base.high_NK[i]),
             **halved.get(i, dict.fromkeys(HALVES)),
         })  # fmt: skip
     return rows, {"low": low, "high": high, "draws": RANDOM}
@@ -119,17 +120,13 @@ def _halves(both: Readouts, directions: Sequence[Direction]) -> dict[int, dict[s
     for place, (i, one_D, other_D, _noise_D) in enumerate(with_halves):
         cosine = torch.nn.functional.cosine_similarity(one_D, other_D, dim=0)
         one_K, other_K, _ = read.high_NK[3 * place : 3 * place + 3]
-        row = _shared(one_K, other_K), _number(cosine), _number(read.peak_N[3 * place + 2])
+        row = _shared(one_K, other_K), finite(cosine), finite(read.peak_N[3 * place + 2])
         values[i] = dict(zip(HALVES, row, strict=True))
     return values
 
 
 def _shared(one_K: torch.Tensor, other_K: torch.Tensor) -> float:
     return len(set(one_K.tolist()) & set(other_K.tolist())) / max(1, len(one_K))
-
-
-def _number(value: torch.Tensor) -> float | None:
-    return float(value) if torch.isfinite(value) else None
 
 
 # Neurons and heads
@@ -246,10 +243,10 @@ def _ranking_row(both: Readouts, ranking: TopSet, expert: Reading, base: Reading
             {
                 "name": component.name, "score": component.score, "sign": float(expert.sign_N[i]),
                 "words": both.words(expert.high_NK[i]), "ids": expert.high_NK[i].tolist(),
-                "lowest": both.words(expert.low_NK[i]), "peak": _number(expert.peak_N[i]),
+                "lowest": both.words(expert.low_NK[i]), "peak": finite(expert.peak_N[i]),
                 "base_words": both.words(base.high_NK[i]), "shared_with_base": shared[i],
                 "change_words": both.words(moved.high_NK[i]) if moved.peak_N[i].isfinite() else [],
-                "change_peak": _number(moved.peak_N[i]),
+                "change_peak": finite(moved.peak_N[i]),
             }
             for i, component in enumerate(ranking.chosen)
         ],

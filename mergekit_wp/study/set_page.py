@@ -12,6 +12,7 @@ from mergekit_wp.foreign import file_parts
 from mergekit_wp.page import grid, render
 from mergekit_wp.pictures import QUIET, expert_colour
 from mergekit_wp.study import drawings
+from mergekit_wp.study.cells import cell, lines_of
 from mergekit_wp.study.inputs import ALL
 from mergekit_wp.study.parts import PartResult
 from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
@@ -38,18 +39,14 @@ def result_of(found: SetRows, questions: Sequence[Mapping[str, Any]]) -> PartRes
         "sets": [list(SET_COLUMNS), *found.sets],
         "curves": _curve_lines(found.curves),
         "means": _curve_lines(means),
-        "ceilings": _lines(found.ceilings),
-        "branches": _lines(found.branches),
+        "ceilings": lines_of(found.ceilings),
+        "branches": lines_of(found.branches),
     }
     drawn = {file: picture for file, _caption, picture in (*pictures["means"], *pictures["tasks"])}
     return PartResult(
         data, {name: lines for name, lines in tables.items() if lines}, drawn, _section(data, pictures),
         headline=next(iter(findings(data)), ""),
     )  # fmt: skip
-
-
-def _lines(rows: Sequence[Row]) -> list[list[object]]:
-    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
 
 
 def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
@@ -66,7 +63,7 @@ def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
             else:
                 cells[name] = value
         flat.append(cells)
-    return _lines(flat)
+    return lines_of(flat)
 
 
 # Pictures
@@ -189,8 +186,8 @@ def _top_grid(means: Sequence[Row]) -> list[list[str]]:
         sided = row["kind"] if row["side"] == ALL else f"{row['kind']}, {row['side']}"
         lines.append([
             row["scores"], f"{row['k']} of {row['components']} {sided}", _DIRECTIONS[row["direction"]], row["metric"],
-            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), _signed(row[WORST]),
-            _signed(ends.get(_place(row))), _signed(row["additive"]),
+            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), cell(row[WORST]),
+            cell(ends.get(_place(row))), cell(row["additive"]),
         ])  # fmt: skip
     return lines
 
@@ -205,7 +202,7 @@ def _ceiling_grid(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["scores", "", "read by", *(_CEILINGS[what] for what in CEILINGS)]]
     for place in places:
         own = [row for row in rows if (row["scores"], row["direction"], row["metric"]) == place]
-        cells = [_signed(fmean(row["effect"] for row in own if row["set"] == what)) for what in CEILINGS]
+        cells = [cell(fmean(row["effect"] for row in own if row["set"] == what)) for what in CEILINGS]
         lines.append([place[0], _DIRECTIONS[place[1]], place[2], *cells])
     return lines
 
@@ -218,9 +215,9 @@ def _branch_grid(rows: Sequence[Row]) -> list[list[str]]:
     for place in dict.fromkeys(tuple(row[key] for key in keys) for row in own):
         some = [row for row in own if tuple(row[key] for key in keys) == place]
         name, side, metric, k, branch = place
-        cells = [_signed(_mean(some, what)) for what in ("alone", "ranked_by", "overlap", "by_chance")]
+        cells = [cell(_mean(some, what)) for what in ("alone", "ranked_by", "overlap", "by_chance")]
         top = f"top {k}" if side == ALL else f"top {k} {side}"
-        lines.append([name, top, metric, _signed(_mean(some, "whole")), branch, *cells])
+        lines.append([name, top, metric, cell(_mean(some, "whole")), branch, *cells])
     return lines
 
 
@@ -236,24 +233,20 @@ def _task_grid(curves: Sequence[Row]) -> list[list[str]]:
         sided = row["kind"] if row["side"] == ALL else f"{row['kind']}, {row['side']}"
         lines.append([
             f"{row['scores']}: {sided}", row["task"], _DIRECTIONS[row["direction"]], row["metric"], str(row["k"]),
-            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), _signed(row[WORST]),
-            _signed(row["additive"]),
+            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), cell(row[WORST]),
+            cell(row["additive"]),
         ])  # fmt: skip
     return lines
 
 
 def _with_interval(row: Row) -> str:
     if row["low"] is None:
-        return _signed(row["effect"])
+        return cell(row["effect"])
     return f"{row['effect']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
 def _draws(values: Sequence[float] | None) -> str:
     return "-" if values is None else f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _percent(share: float) -> str:

@@ -39,6 +39,7 @@ from mergekit_wp.page import grid, render, render_text
 from mergekit_wp.scoring.models.load import load_pair
 from mergekit_wp.study import drawings
 from mergekit_wp.study.at_anchor import Activity, HalvedDirections, anchor_activity, halved_directions
+from mergekit_wp.study.cells import cell
 from mergekit_wp.study.drift_sums import StoredModel, opened_expert
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
@@ -236,15 +237,16 @@ def _coded(words: Sequence[str]) -> Markup:
 def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup]) -> Markup:
     head = ["task", "layer", "words", "peak", "random channels", "halves share", "base shares"]
     shown = [
-        [row["task"], str(row["layer"]), _coded(row["words"]), _text(row["peak"]), _text(row["shuffled_peak"]),
-         _share(row["shared_by_halves"]), _share(row["shared_with_base"])]
+        [row["task"], str(row["layer"]), _coded(row["words"]),
+         *(cell(row[x], ".1f") for x in ("peak", "shuffled_peak")),
+         *(cell(row[x], ".0%") for x in ("shared_by_halves", "shared_with_base"))]
         for row in data["directions"]
     ]  # fmt: skip
     tops = []
     for row in data["rankings"]:
         lines = [
-            [each["name"], f"{each['score']:.4f}", _coded(each["words"]), _text(each["peak"]),
-             _share(each["shared_with_base"]), _coded(each["change_words"]), _text(each["change_peak"])]
+            [each["name"], f"{each['score']:.4f}", _coded(each["words"]), cell(each["peak"], ".1f"),
+             cell(each["shared_with_base"], ".0%"), _coded(each["change_words"]), cell(each["change_peak"], ".1f")]
             for each in row["components"][:_LISTED]
         ]  # fmt: skip
         title = f"{row['file']}, {row['task']}: {row['kind']}, {row['side']} layers"
@@ -254,14 +256,6 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup]) -> Markup:
         "study_words.html", findings=findings(data), pictures=pictures, tokens=data["tokens"],
         directions=grid([head, *shown]) if shown else None, tops=tops, across=data["across_tasks"],
     )  # fmt: skip
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
 
 
 PART = Part(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,14 +13,13 @@ import pytest
 from filelock import FileLock
 
 
-@contextmanager
-def index_kept(factory: pytest.TempPathFactory) -> Iterator[None]:
-    """While this lasts, the index is built by the first who asks and unpickled by the others; of folders beside it,
-    nothing is kept."""
+@pytest.fixture(scope="session", autouse=True)
+def builtin_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The index is built by the first who asks and unpickled by the others; of folders beside it, nothing is kept."""
     import lm_eval.tasks
     from lm_eval.tasks._index import TaskIndex
 
-    root, build = factory.getbasetemp(), TaskIndex.build
+    root, build = tmp_path_factory.getbasetemp(), TaskIndex.build
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # what the workers of one run share
     builtin, file = Path(lm_eval.tasks.__file__).parent, root / "builtin-tasks.pickle"

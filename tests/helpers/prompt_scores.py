@@ -8,7 +8,8 @@ import torch
 from score_example import example
 
 from mergekit_wp.geometry import Kind
-from mergekit_wp.scores import PER_PROMPT, PromptScores, Scores, TaskMeta, TaskScores, UtilityStats
+from mergekit_wp.prompt_scores import PromptScores
+from mergekit_wp.scores import PER_PROMPT, Scores, TaskMeta, TaskScores, UtilityStats
 
 
 def made(seed=0, prompts=30, gap="sample", dropped=0, tasks=("a", "b"), shift=0.0) -> Scores:

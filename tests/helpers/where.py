@@ -2,7 +2,4 @@
 
 import os
 
-import torch
-
 DEVICE = os.environ.get("WP_TEST_DEVICE", "cpu")
-TORCH_DEVICE = torch.device(DEVICE)

@@ -1,10 +1,3 @@
-from collections.abc import Iterator
+from builtin_tasks import builtin_tasks
 
-import pytest
-from builtin_tasks import index_kept
-
-
-@pytest.fixture(scope="session", autouse=True)
-def builtin_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with index_kept(tmp_path_factory):
-        yield
+__all__ = ["builtin_tasks"]  # a fixture of every test here

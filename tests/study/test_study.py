@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,26 @@ def test_the_page_needs_nothing_else(out) -> None:
     assert "@import" not in page
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("name", parts.PARTS.values())
+def test_a_part_names_all_code_of_the_study_that_decides_it(name: str) -> None:
+    """Else a change there would leave its old result."""
+    package, shared = (
+        Path(parts.__file__).parents[1],
+        {f"study/{x}.py" for x in ("parts", "study_spec", "inputs", "cells")},
+    )
+    left, found = [name.removeprefix("mergekit_wp.").replace(".", "/") + ".py"], set()
+    while left:
+        if (file := left.pop()) in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse((package / file).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mergekit_wp.study"):
+                inside = node.module.removeprefix("mergekit_wp.").replace(".", "/")
+                named = [f"{inside}.py", *(f"{inside}/{each.name}.py" for each in node.names)]
+                left += [file for file in named if (package / file).is_file()]
+    assert found - shared <= set(import_module(name).PART.code)
 
 
 def test_only_what_changed_is_done_again(world, out, tmp_path) -> None:
