@@ -92,6 +92,21 @@ def test_a_draw_without_a_prompt_that_was_used_is_drawn_again():
         assert scores_Dn.isfinite().all()
 
 
+def test_two_files_are_drawn_alike_even_where_they_used_other_prompts():
+    """Where one alone has to draw again, the other does too."""
+    few, all_used = made(prompts=6, dropped=4, tasks=("a",)), made(prompts=6, tasks=("a",))
+    for kind in Kind:
+        low_Ln, high_Ln = differences(few, all_used, kind, draws=300)
+        together = [Bootstrap(a, draws=300, beside=b) for a, b in ((few, all_used), (all_used, few))]
+        apart = [Bootstrap(scores, draws=300) for scores in (few, all_used)]
+        wanted_Dn, other_Dn = (next(a.layers(kind)) - next(b.layers(kind)) for a, b in (together, apart))
+        assert (low_Ln[0] == ends(wanted_Dn, 0.95)[0]).all()
+        assert (high_Ln[0] == ends(wanted_Dn, 0.95)[1]).all()
+        assert not torch.equal(wanted_Dn, other_Dn)
+    counts = [drawn._counts["a"] for drawn in together]
+    assert torch.equal(*counts)
+
+
 def test_what_cannot_be_said_is_refused():
     plain = example()
     with pytest.raises(BadInput, match=r"task a: the score file keeps no single prompts; make it again with wp-score"):

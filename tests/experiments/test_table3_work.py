@@ -15,6 +15,7 @@ from experiments.miniature import grading, sandbox
 from experiments.miniature.training import WorldConfig
 from experiments.miniature.world import build_world
 from experiments.table3 import __main__ as command
+from experiments.table3 import work
 from experiments.table3.frozen import TrainedWorld
 from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade
 from experiments.table3.keys import recipe, score_key
@@ -160,6 +161,17 @@ def test_grades_are_the_graders_own(world: TrainedWorld, tmp_path: Path, monkeyp
     assert isinstance(found, TestGrade)
     assert found.right == {"maths": 0.5}
     assert found.items == {"maths": WorldConfig.smoke().test_items}
+
+
+def test_models_run_where_the_worker_was_told(
+    world: TrainedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_device", "cuda:99")
+    assert work.fit_job(world.folder, BOTH, {}).device == "cuda:99"
+    with pytest.raises(BadInput, match="cuda:99"):
+        write_score(world.folder, "maths", {}, tmp_path / "s.safetensors", False)
+    with pytest.raises(BadInput, match="cuda:99"):
+        grade(world.folder / "maths", world.folder, "test", ("maths",), tmp_path, False, "cuda:99")
 
 
 def test_code_is_not_run_without_consent(world: TrainedWorld, tmp_path: Path) -> None:
