@@ -47,7 +47,7 @@ def padded(rows: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, targets
 
 
-def _batches(rows: list[Encoded], size: int, generator: torch.Generator) -> Iterator[list[Encoded]]:
+def batches(rows: list[Encoded], size: int, generator: torch.Generator) -> Iterator[list[Encoded]]:
     """The rows once, in the order given, except that neighbours of like length share a batch."""
     window = size * _BATCHES_SORTED_TOGETHER
     for start in range(0, len(rows), window):
@@ -144,7 +144,7 @@ def train(
     model.train()
     optimizers = _optimizers(model, schedule)
     generator = torch.Generator().manual_seed(seed)
-    for step, batch in enumerate(_batches(rows, schedule.batch_size, generator)):
+    for step, batch in enumerate(batches(rows, schedule.batch_size, generator)):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate_at(step)

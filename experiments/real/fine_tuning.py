@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Traine
 from transformers.trainer_utils import get_last_checkpoint
 
 from experiments.miniature.corpus import Text
-from experiments.miniature.train import encode, has_fast_bfloat16
+from experiments.miniature.train import batches, encode, has_fast_bfloat16
 from experiments.miniature.training import Schedule
 from experiments.real.pretrained import chat_text, load, save
 from mergekit_wp.files import atomic_path
@@ -48,7 +48,7 @@ def fine_tune(
         config = LoraConfig(r=_LORA_RANK, lora_alpha=2 * _LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     model.config.use_cache = False
-    rows = encoded(texts, tokenizer)
+    rows = encoded(texts, tokenizer, schedule.batch_size, seed)
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED)
     trainer = Trainer(model=model, args=_arguments(schedule, seed, work), train_dataset=rows, data_collator=pad)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
@@ -69,7 +69,7 @@ def _arguments(schedule: Schedule, seed: int, work: Path) -> TrainingArguments:
         weight_decay=0.0,
         bf16=torch.cuda.is_available() or has_fast_bfloat16(),
         seed=seed,
-        data_seed=seed,
+        train_sampling_strategy="sequential",  # `encoded` put them in order
         logging_steps=10,
         save_steps=max(1, schedule.steps // _CHECKPOINTS),
         save_total_limit=1,
@@ -79,10 +79,17 @@ def _arguments(schedule: Schedule, seed: int, work: Path) -> TrainingArguments:
     )
 
 
-def encoded(texts: Sequence[Text], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
-    """Token ids of chats of one message and its answer, and which of them are learnt."""
-    framed = [Text(chat_text(tokenizer, text.prompt), text.answer) for text in texts]
+def encoded(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """Token ids of chats of one message and its answer, and which of them are learnt, in the order of the training.
+
+    Texts of like length share a batch, in batches whose order is drawn: as they come, a third of the tokens is padding.
+    """
+    framed = encode([Text(chat_text(tokenizer, text.prompt), text.answer) for text in texts], tokenizer)
+    drawn = torch.Generator().manual_seed(seed)
     return [
         {"input_ids": row.ids, "labels": [_IGNORED] * row.prompt_length + row.ids[row.prompt_length :]}
-        for row in encode(framed, tokenizer)
+        for batch in batches(framed, batch_size, drawn)
+        for row in batch
     ]

@@ -166,11 +166,21 @@ def test_answers_that_were_kept_are_not_made_again_and_a_cut_line_is(tmp_path: P
 def test_the_answer_alone_is_learnt(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path / "base"))
     for answer in ("w3", "w3 w4 w5"):
-        (row,) = fine_tuning.encoded([Text("w1 w2", answer)], tokenizer)
+        (row,) = fine_tuning.encoded([Text("w1 w2", answer)], tokenizer, 1, 0)
         assert tokenizer.decode(row["input_ids"]) == f"w90 w1 w2 w91 {answer} </s>"
         learnt = [label for label in row["labels"] if label != -100]
         assert learnt == row["input_ids"][-len(learnt) :]
         assert tokenizer.decode(learnt) == f"{answer} </s>"
+
+
+def test_every_text_is_learnt_once_beside_texts_of_like_length(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path / "base"))
+    lengths = [1 + 7 * i % 16 for i in range(16)]  # 1 to 16, mixed
+    texts = [Text("w1", " ".join(["w2"] * length)) for length in lengths]
+    rows = [len(row["input_ids"]) for row in fine_tuning.encoded(texts, tokenizer, 4, seed=0)]
+    found = [sorted(rows[i : i + 4]) for i in range(0, 16, 4)]
+    assert sorted(found) == [list(range(first, first + 4)) for first in range(min(rows), min(rows) + 16, 4)]
+    assert rows != [len(row["input_ids"]) for row in fine_tuning.encoded(texts, tokenizer, 4, seed=1)]
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
