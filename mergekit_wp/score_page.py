@@ -10,7 +10,7 @@ from mergekit_wp.geometry import Kind
 from mergekit_wp.page import frame, grid, render, section
 from mergekit_wp.pictures import expert_colour, map_svg, scale_of, score_map
 from mergekit_wp.ranking import findings
-from mergekit_wp.score_tables import comparison, of_components, of_layers, of_tasks
+from mergekit_wp.score_tables import Grid, comparison, of_audits, of_components, of_layers, of_missed, of_tasks
 from mergekit_wp.scores import ScoreMeta, Scores
 
 JUDGED = {  # by the utility of the scores
@@ -28,13 +28,19 @@ def score_page(found: Mapping[str, Scores], top: int) -> str:
     """A page of its own about some score files, by name."""
     body = section("Where the score lies", score_articles(found, top))
     if len(found) > 1:
-        body += section("How far they agree", grid(comparison(found)))
+        audited = of_audits(found)
+        body += section("How far they agree", grid(comparison(found)) + (grid(audited) if audited else Markup("")))
     return frame("Scores of heads and neurons", "", body)
 
 
 def _judged(meta: ScoreMeta) -> str:
     text = JUDGED.get(meta.utility, "")
     return text.replace("the next token", "each token of the expert's answers") if meta.answer_tokens else text
+
+
+def _tables(scores: Scores, top: int) -> list[Grid]:
+    every = [of_components(scores, top), of_missed(scores), of_tasks(scores), of_layers(scores)]
+    return [table for table in every if table]
 
 
 def score_articles(found: Mapping[str, Scores], top: int = 10) -> Markup:
@@ -48,7 +54,7 @@ def score_articles(found: Mapping[str, Scores], top: int = 10) -> Markup:
             "used": sum(max(u.used for u in task.utilities.values()) for task in scores.meta.tasks.values()),
             "judged": _judged(scores.meta),
             "findings": findings(scores, name),
-            "tables": Markup("").join(map(grid, (of_components(scores, top), of_tasks(scores), of_layers(scores)))),
+            "tables": Markup("").join(grid(table) for table in _tables(scores, top)),
             **{kind: map_svg(scores, kind, scale[kind], expert_colour(place), name) for kind in Kind},
         }
         for place, (name, scores) in enumerate(found.items())

@@ -11,6 +11,7 @@ from typing import Any
 from mergekit_wp.foreign import one_line
 from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.intervals import Bootstrap, Interval
+from mergekit_wp.missed import TopKept, audits, cost, every
 from mergekit_wp.page import aligned
 from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, totals
 from mergekit_wp.scores import Scores
@@ -28,8 +29,10 @@ def as_text(found: Mapping[str, Scores], top: int) -> str:
         lines = [one_line(name), *(f"  {label.ljust(width)}  {one_line(value)}" for label, value in facts.items())]
         parts.append("\n".join([*lines, "", *map(one_line, findings(scores))]))
         parts += [aligned(grid) for grid in (of_tasks(scores), of_layers(scores), of_components(scores, top))]
+        parts += [aligned(grid) for grid in (of_missed(scores),) if grid]
     if len(found) > 1:
         parts.append(aligned(comparison(found)))
+    parts += [aligned(grid) for grid in (of_audits(found),) if grid]
     return "\n\n".join(parts)
 
 
@@ -84,6 +87,26 @@ def _sure(found: Component | Interval) -> str:
     return f"{found.component.name} {found.score:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
+def of_missed(scores: Scores) -> Grid:
+    """A line for each task, kind and k of a file with a sample (`missed`); nothing for another."""
+    lines = [["task", "kind", "leaders", "sample", "above the k-th leader", "estimate", "at most (95 %)"]]
+    for each in every(scores):
+        where = [ALL_TASKS if each.task is None else each.task, str(each.kind), str(each.leaders)]
+        says = [f"{each.found} of the sample", f"{each.estimate:.1f}", f"{each.at_most} of the top {each.k}"]
+        lines.append([*where, f"{each.drawn} of {each.rest}", *says])
+    return lines if len(lines) > 1 else []
+
+
+def of_audits(found: Mapping[str, Scores]) -> Grid:
+    """A line for each file and each audit of it by leaders and a sample: what of its top k is of the top k by that."""
+    lines = [["file", "audit", "task", "kind", "top k", "in the audit's top k of all (95 %)"]]
+    for name, audit, each in audits(found):
+        of = each.missed
+        where = [name, audit, ALL_TASKS if of.task is None else of.task, str(of.kind), str(of.k)]
+        lines.append([*where, f"{each.low:.2f} to {each.high:.2f}"])
+    return lines if len(lines) > 1 else []
+
+
 def comparison(found: Mapping[str, Scores]) -> Grid:
     """A line for each two files, task and kind."""
     lines = [["files", "task", "kind", "overlap", "by chance", "Spearman"]]
@@ -106,6 +129,7 @@ def as_data(found: Mapping[str, Scores], top: int) -> dict[str, Any]:
             for one, other in combinations(found, 2)
             for agreement in compare(found[one], found[other])
         ],
+        "audits": [_audit_data(*each) for each in audits(found)],
     }
 
 
@@ -116,7 +140,14 @@ def _data(scores: Scores, top: int) -> dict[str, Any]:
         "findings": findings(scores),
         "all_tasks": _task_data(scores, top, None),
         "tasks": tasks,
+        "missed": [asdict(each) for each in every(scores)],
+        "cost": cost(scores) if scores.chance else None,
     }
+
+
+def _audit_data(name: str, audit: str, kept: TopKept) -> dict[str, Any]:
+    of = kept.missed
+    return {"file": name, "audit": audit, "task": of.task, "kind": of.kind, "k": of.k, "overlap": [kept.low, kept.high]}
 
 
 def _task_data(scores: Scores, top: int, task: str | None) -> dict[str, Any]:

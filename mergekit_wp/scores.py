@@ -9,6 +9,7 @@ A safetensors file, all tensors float32:
     parts/<part> [L, H] or [L, F] with --parts: what each of q, o (heads), gate, up, down (neurons) adds to the
                                   score, mean over tasks; likewise tasks/<task>/parts/<part>
     scored/heads, scored/neurons  if a subset was scored: 1 where it was, 0 where the score 0 means "not asked"
+    chance/heads, chance/neurons  with --sample: with which chance each came into the subset (`missed`), 1 for leaders
     tasks/<task>/prompts/heads [P, L, H], .../neurons [P, L, F]   with --per-prompt: what each scoring prompt gives; a
                                   score is their sum over the prompts, divided by how many were used
     tasks/<task>/prompts/gaps/<metric> [P], .../used/<metric> [P]   the gap of each prompt, and 1 where it was used
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
 PER_PROMPT = 4  # has tensors of single prompts
+SAMPLED = 5  # has chances, and perhaps tensors of single prompts
 _LEFT_OUT = ("prompts", "object", "answer_tokens", "at", "prompt_ids")  # where they are None, for the same reason
 METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metrics`)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -186,6 +188,12 @@ class ScoreMeta:
     at: ScoredAt | None = None
     prompt_ids: dict[Text, tuple[Text, ...]] | None = None
 
+    def layers_run(self, layer: int) -> int:
+        """From a layer's components up to where their scores are read, with the layer itself; 0 where nothing is."""
+        metric = self.metric_of(next(iter(self.tasks)), layer)
+        top = self.anchor_layer if metric == "anchor" and self.anchor_layer is not None else self.geometry.layers - 1
+        return max(0, top - layer + 1)
+
     def metric_of(self, task: str, layer: int) -> str:
         """By which metric a task's scores of a layer were read."""
         names = list(self.tasks[task].utilities)
@@ -202,7 +210,7 @@ class ScoreMeta:
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises ValueError (`read_scores` makes it a BadInput)."""
-        return read_document(cls, text, range(1, PER_PROMPT + 1))
+        return read_document(cls, text, range(1, SAMPLED + 1))
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -232,20 +240,27 @@ class Scores:
     tasks: dict[str, TaskScores]
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     scored: dict[str, torch.Tensor] = field(default_factory=dict)
+    chance: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_tasks(
-        cls, meta: ScoreMeta, tasks: dict[str, TaskScores], scored: dict[str, torch.Tensor] | None = None
+        cls,
+        meta: ScoreMeta,
+        tasks: dict[str, TaskScores],
+        scored: dict[str, torch.Tensor] | None = None,
+        chance: dict[str, torch.Tensor] | None = None,
     ) -> Scores:
         """The file of one scoring run: overall scores are the mean over its tasks.
 
-        `scored`: masks (heads [L, H], neurons [L, F]) of what was scored, where that is not everything.
+        `scored`: masks (heads [L, H], neurons [L, F]) of what was scored, where that is not everything. `chance`: where
+        some of it was drawn, with which chance.
         """
         every = list(tasks.values())
         heads = torch.stack([task.heads for task in every]).mean(0)
         neurons = torch.stack([task.neurons for task in every]).mean(0)
         parts = {part: torch.stack([task.parts[part] for task in every]).mean(0) for part in every[0].parts}
-        return cls(meta, heads, neurons, tasks, parts, {k: mask.float() for k, mask in (scored or {}).items()})
+        masks = {k: mask.float() for k, mask in (scored or {}).items()}
+        return cls(meta, heads, neurons, tasks, parts, masks, chance or {})
 
     @property
     def complete(self) -> bool:
@@ -260,7 +275,7 @@ class Scores:
         if task not in self.tasks:
             raise BadInput(f"there are no scores of a task {shown(task)}; there are those of {', '.join(self.tasks)}.")
         meta = replace(self.meta, tasks={task: self.meta.tasks[task]})
-        return Scores.from_tasks(meta, {task: self.tasks[task]}, self.scored)
+        return Scores.from_tasks(meta, {task: self.tasks[task]}, self.scored, self.chance)
 
     def __iter__(self) -> Iterator[str]:
         """The names of the tasks."""
@@ -318,9 +333,16 @@ class Scores:
         """
         table: torch.Tensor = getattr(self, kind)
         mask = self.scored[kind].bool() if kind in self.scored else torch.ones_like(table, dtype=torch.bool)
+        return self._visible(mask)
+
+    def population(self, kind: str) -> torch.Tensor:
+        """Of which heads [L, H] or neurons [L, F] those that have a score are a sample, bool; without one, these."""
+        return self._visible(self.chance[kind] > 0) if kind in self.chance else self.seen(kind)
+
+    def _visible(self, mask_Ln: torch.Tensor) -> torch.Tensor:
         if self.meta.utility != "anchor" or self.meta.anchor_layer is None:
-            return mask
-        return mask & (torch.arange(len(table)) <= self.meta.anchor_layer)[:, None]
+            return mask_Ln
+        return mask_Ln & (torch.arange(len(mask_Ln)) <= self.meta.anchor_layer)[:, None]
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) != set(self.meta.tasks):
@@ -340,6 +362,11 @@ class Scores:
         for kind, mask in self.scored.items():
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(f"scored/{kind} holds other values than 0 and 1")
+        for kind, chance_Ln in self.chance.items():
+            scored_Ln = self.scored[kind].bool() if kind in self.scored else torch.ones_like(chance_Ln).bool()
+            possible = (chance_Ln >= 0) & (chance_Ln <= 1) & ((chance_Ln > 0) | ~scored_Ln)
+            if not bool((possible & ((chance_Ln < 1) | scored_Ln)).all()):
+                raise ValueError(f"chance/{kind} is not how likely what was scored came to be")
 
     def _check_means(self) -> None:
         """What is said over all tasks is the mean over them; within the rounding of another machine's float32."""
@@ -371,6 +398,7 @@ class Scores:
         """The tensors under the names that they have in the file."""
         named = {"heads": self.heads, "neurons": self.neurons}
         named |= {f"scored/{kind}": mask for kind, mask in self.scored.items()}
+        named |= {f"chance/{kind}": table for kind, table in self.chance.items()}
         named |= {f"parts/{part}": table for part, table in self.parts.items()}
         for task, scores in self.tasks.items():
             named |= {f"tasks/{task}/heads": scores.heads, f"tasks/{task}/neurons": scores.neurons}
@@ -412,9 +440,12 @@ def read_scores(path: str | Path) -> Scores:
     try:
         meta = ScoreMeta.from_json(text)
         tasks = {task: _take_task(tensors, f"tasks/{task}/", meta.anchor_layer is not None) for task in meta.tasks}
-        scored = {k: tensors.pop(f"scored/{k}") for k in ("heads", "neurons") if f"scored/{k}" in tensors}
+        scored, chance = (
+            {k: tensors.pop(f"{what}/{k}") for k in ("heads", "neurons") if f"{what}/{k}" in tensors}
+            for what in ("scored", "chance")
+        )
         parts = _take_parts(tensors, "")
-        scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks, parts, scored)
+        scores = Scores(meta, tensors.pop("heads"), tensors.pop("neurons"), tasks, parts, scored, chance)
         if tensors:
             raise ValueError(f"unexpected tensors {sorted(tensors)}")
         return scores

@@ -39,10 +39,10 @@ class Amount:
     neurons: int | Fraction
 
     @classmethod
-    def parse(cls, value: Any) -> Amount:
+    def parse(cls, value: Any, field: str = "top") -> Amount:
         """Of `20` (20 heads and 20 neurons), `5%`, or `heads=20,neurons=5%`; a kind that is left out has none.
 
-        Raises `BadInput` for anything else.
+        Raises `BadInput` for anything else, naming the field.
         """
         parts = [_QUANTITY.fullmatch(part.strip()) for part in str(value).split(",")]
         matches = [match for match in parts if match is not None]
@@ -50,7 +50,7 @@ class Amount:
         good = type(value) in (str, int) and len(matches) == len(parts) and len(set(kinds)) == len(kinds)
         if not good or (None in kinds and len(kinds) > 1) or any(_quantity(m[2]) > 1 for m in matches if "%" in m[2]):
             raise BadInput(
-                f"top: found {shown(value)}, expected a number or a percentage (20, 5%), or those of each kind "
+                f"{field}: found {shown(value)}, expected a number or a percentage (20, 5%), or those of each kind "
                 "(heads=20,neurons=1000)."
             )
         found = {kind: _quantity(match[2]) for kind, match in zip(kinds, matches, strict=True)}
@@ -58,8 +58,12 @@ class Amount:
 
     def of(self, kind: Kind, geometry: Geometry) -> int:
         """How many of a kind; shares, of all in all layers, are rounded up."""
+        return self.among(kind, geometry.layers * geometry.count(kind))
+
+    def among(self, kind: Kind, count: int) -> int:
+        """The same of so many components."""
         amount: int | Fraction = getattr(self, kind)
-        return math.ceil(amount * geometry.layers * geometry.count(kind)) if isinstance(amount, Fraction) else amount
+        return math.ceil(amount * count) if isinstance(amount, Fraction) else amount
 
 
 def _quantity(text: str) -> int | Fraction:
@@ -96,12 +100,17 @@ class Ranking:
     def mask(self, kind: Kind, among: torch.Tensor) -> torch.Tensor:
         """The leaders among the components marked, bool. What the file has no score of leads nothing."""
         among = among & self.scores.seen(kind)
+        count = self.amount.of(kind, self.scores.meta.geometry)
+        return torch.stack([_top(table, count, among) for table in self._tables(kind)]).any(0)
+
+    def values(self, kind: Kind) -> torch.Tensor:
+        """By what a component ranks, [L, n]; where each task has its leaders, in the task where it is highest."""
+        return torch.stack(self._tables(kind)).amax(0)
+
+    def _tables(self, kind: Kind) -> list[torch.Tensor]:
         files = [self.scores] if self.by.startswith("mean") else list(self.scores.tasks.values())
         tables = [getattr(each, kind) for each in files]
-        if self.by.endswith("-abs"):
-            tables = [table.abs() for table in tables]
-        count = self.amount.of(kind, self.scores.meta.geometry)
-        return torch.stack([_top(table, count, among) for table in tables]).any(0)
+        return [table.abs() for table in tables] if self.by.endswith("-abs") else tables
 
 
 @dataclass(frozen=True)

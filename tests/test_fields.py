@@ -58,7 +58,8 @@ def agree(validator, read, content):
 
 @pytest.mark.parametrize("field", [item.name for item in fields(ScoringJob)] + ["no_such_field"])
 def test_a_job_is_taken_where_its_schema_takes_it(field):
-    beside = {"object": {"method": "ap"}, "rank": {"top": [3, "f"]}, "answers": {"answer_tokens": 8}}.get(field, {})
+    beside = {"object": {"method": "ap"}, "rank": {"top": [3, "f"]}, "answers": {"answer_tokens": 8},
+              "sample": {"method": "exact", "top": [3, "f"]}}.get(field, {})  # fmt: skip
     for value in [*VALUES, "mean-abs", "half", "stream", "float16"]:
         content = {"base": "b", "expert": "e", "pairs": "p", **beside, field: value}
         if (field, value) != ("layer", "auto"):

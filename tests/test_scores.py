@@ -113,7 +113,7 @@ def _set(key, index, value):
         (lambda t, m: t.pop("heads"), "has no heads"),
         (lambda t, m: t.pop("tasks/b/neurons"), "has no tasks/b/neurons"),
         (lambda t, m: t.update(more=torch.zeros(1)), "unexpected tensors ['more']"),
-        (lambda t, m: m.update(format=5), "format version 5"),
+        (lambda t, m: m.update(format=6), "format version 6"),
         (lambda t, m: t.update({"parts/q": torch.zeros(3, 10)}), "parts/q has shape [3, 10], expected [3, 4]"),
         (lambda t, m: t.update({"parts/k": torch.zeros(3, 4)}), "unexpected tensors ['parts/k']"),
         (lambda t, m: t.update({"scored/heads": torch.full((3, 4), 0.5)}), "scored/heads holds other values than 0"),

@@ -36,6 +36,7 @@ Examples:
   wp-score --base ./base --expert ./maths --pairs maths.jsonl --out scores/maths.safetensors
   wp-score --base ./base --expert ./base+./lora --pairs builtin:instructions --samples 50 --out s.safetensors
   wp-score JOB.yaml --method exact --top 20 first.safetensors --out validated.safetensors
+  wp-score JOB.yaml --method exact --top 400 first.safetensors --sample 10% --out audit.safetensors
   wp-score JOB.yaml --at recipes/average.yaml --out at-average.safetensors
   accelerate launch --num_processes 4 $(which wp-score) JOB.yaml --out s.safetensors
 
@@ -120,6 +121,11 @@ def summary(scores: Scores) -> str:
     for kind in Kind:
         if leaders := [f"{c.name} {c.score:.3f}" for c in strongest(scores, kind, 5)]:
             lines.append(f"Leading {kind}: {', '.join(leaders)}")
+    if scores.chance:
+        from mergekit_wp.missed import cost, every
+
+        lines += [each.sentence for each in every(scores)]
+        lines.append(f"Cost: {cost(scores):.1%} of scoring all of these one by one.")
     return "\n".join(lines)
 
 

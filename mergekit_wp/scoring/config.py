@@ -58,6 +58,11 @@ _TOP = ValueKind(
     },
     (int, str),
 )
+_SAMPLE = ValueKind(
+    "a number or a percentage, such as 500, 10% or heads=100%,neurons=5%",
+    lambda value: (type(value) is int and value >= 1) or (isinstance(value, str) and bool(value.strip())),
+    {"type": ["string", "integer"], "minimum": 1, "pattern": r"\S"},
+)
 # YAML reads on and off as true and false.
 _CHAT = ValueKind(
     "text",
@@ -208,6 +213,14 @@ class ScoringJob:
         "mean",
         group=_COMPONENTS,
     )
+    sample: str | int | None = described(
+        _SAMPLE,
+        "Beside `top`, so many of the others of each kind, drawn by `seed`, which says how many of the best `top` can "
+        "have missed (`exact`, `ap`).",
+        None,
+        group=_COMPONENTS,
+        metavar="N|10%|heads=100%,neurons=5%",
+    )
     parts: bool = described(
         switch(),
         "Keep what `q` and `o`, `gate`, `up` and `down` add to each score (`attr`, `writeback`).",
@@ -278,6 +291,10 @@ class ScoringJob:
         """What only shows when several fields are seen."""
         if self.rank != "mean" and self.top is None:
             raise BadInput(f"rank: {self.rank} says how --top ranks, and there is no top; give one, or leave rank out.")
+        if self.sample is not None and self.top is None:
+            raise BadInput("sample: is drawn from what --top leaves, and there is no top; give one, or leave it out.")
+        if self.sample is not None and self.method not in ("exact", "ap"):
+            raise BadInput(f"sample: {self.method} scores everything for the price of one; leave it out, or use exact.")
         if self.object is not None and self.method not in ACTIVATION_SIDE:
             raise BadInput(f"object: {self.method} patches weights; only ap and atp have an object, leave it out.")
         if self.parts and self.method not in ("attr", "writeback"):

@@ -30,12 +30,14 @@ from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import Kind
 from mergekit_wp.memory import free_memory
+from mergekit_wp.missed import draw, plan
 from mergekit_wp.prompt_scores import PromptScores
 from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.scores import (
     ANCHORED,
     FORMAT,
     PER_PROMPT,
+    SAMPLED,
     ModelId,
     PromptStyle,
     ScoredAt,
@@ -121,9 +123,10 @@ def score(
     if job.per_prompt:
         meta = replace(meta, format=PER_PROMPT, prompt_ids={task.task: _prompt_ids(task) for task in tasks})
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
-    return Scores.from_tasks(
-        meta, tables, None if subset.whole else {str(kind): mask for kind, mask in subset.masks.items()}
-    )
+    if subset.whole:
+        return Scores.from_tasks(meta, tables)
+    masks, chance = ({str(kind): x for kind, x in found.items()} for found in (subset.masks, ready.chance))
+    return Scores.from_tasks(replace(meta, format=SAMPLED) if chance else meta, tables, masks, chance)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ class InMemory:
 class Prepared:
     """A job of which nothing but the weights can be wrong any more.
 
-    asked: the anchor layer, None where `search` says how it is looked for.
+    asked: the anchor layer, None where `search` says how it is looked for. chance: as `missed.draw` has it, where there
+    is a sample.
     """
 
     checked: CheckedPair
@@ -148,6 +152,7 @@ class Prepared:
     tokenizer: Any
     style: PromptStyle | None
     tasks: list[TaskTokens]
+    chance: Mapping[Kind, torch.Tensor] = field(default_factory=dict)
 
 
 def prepare(job: ScoringJob, held: InMemory | None = None, checked: CheckedPair | None = None) -> Prepared:
@@ -160,7 +165,7 @@ def prepare(job: ScoringJob, held: InMemory | None = None, checked: CheckedPair 
     asked = None if search else anchor_layer(job.layer, shape.layers)
     if job.utility == "projection":
         asked = shape.layers - 1
-    subset = choose_subset(job, checked)
+    subset, chance = choose_subset(job, checked)
     pairs = pairs_of(job, held.prompts)
     tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     prompt_format = prompt_format_of(job, checked.base, checked.expert, tokenizer, pairs)
@@ -171,7 +176,7 @@ def prepare(job: ScoringJob, held: InMemory | None = None, checked: CheckedPair 
         check_graders(tasks, search)
     if job.answers is not None:
         tasks = given_answers(job.answers, checked, job.answer_tokens, tasks)
-    return Prepared(checked, search, asked, subset, tokenizer, prompt_format.style, tasks)
+    return Prepared(checked, search, asked, subset, tokenizer, prompt_format.style, tasks, chance)
 
 
 def pairs_of(job: ScoringJob, prompts: Sequence[Pair] | None = None) -> list[TaskPairs]:
@@ -254,8 +259,11 @@ def search_of(job: ScoringJob, layers: int) -> Search:
     )
 
 
-def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
-    """The components that the job asks for. Raises `BadInput` for a ranking of other models or an empty choice."""
+def choose_subset(job: ScoringJob, checked: CheckedPair) -> tuple[Subset, dict[Kind, torch.Tensor]]:
+    """The components that the job asks for, and with which chance each is among them, where some are drawn (`missed`).
+
+    Raises `BadInput` for a ranking of other models or an empty choice.
+    """
     ranking = None
     if job.top is not None:
         count, path = job.top
@@ -270,9 +278,15 @@ def choose_subset(job: ScoringJob, checked: CheckedPair) -> Subset:
     layers = None if job.layers is None else str(job.layers)
     of = "" if layers is None else f" of layers {layers}"
     top = "" if ranking is None else " within the top of the ranking"
-    return Subset.choose(checked.base.geometry, job.components, layers, ranking).nonempty(
-        f"{shown(job.components)}{of}{top}"
-    )
+    chosen = Subset.choose(checked.base.geometry, job.components, layers, ranking)
+    chosen.nonempty(f"{shown(job.components)}{of}{top}")
+    if ranking is None or job.sample is None:
+        return chosen, {}
+    everything = Subset.choose(checked.base.geometry, job.components, layers)
+    subset, chance = draw(chosen, everything, ranking, Amount.parse(job.sample, "sample"), job.seed)
+    for sentence in plan(subset, chance):
+        LOG.info(sentence)
+    return subset, chance
 
 
 def task_run(
@@ -379,7 +393,7 @@ def _inputs(
 ) -> dict[str, object]:  # fmt: skip
     """All that the numbers depend on, for `Resume`: what files hold, and not how they are called."""
     asked = asdict(job)
-    for name in ("at", "pairs", "template", "samples", "answers", "components", "layers", "top", "rank"):
+    for name in ("at", "pairs", "template", "samples", "answers", "components", "layers", "top", "rank", "sample"):
         del asked[name]  # `at`, `prompts` and `subset` are what became of them
     merge = checked.merge
     at = {} if merge is None else {"at": [merge.weights.digest, *map(asdict, merge.prints)]}
@@ -398,7 +412,7 @@ def _meta(
     job: ScoringJob, checked: CheckedPair, pair: ModelPair, layer: int | None, tasks: dict[str, TaskMeta], date: str
 ) -> ScoreMeta:
     device = torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device)
-    asked = {name: getattr(job, name) for name in ("components", "layers", "top", "rank")}
+    asked = {name: getattr(job, name) for name in ("components", "layers", "top", "rank", "sample")}
     merge, at = checked.merge, None
     if merge is not None:
         experts = tuple(map(ModelId.of, merge.names, merge.prints))

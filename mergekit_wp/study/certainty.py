@@ -14,12 +14,16 @@ For every such file, task and kind (heads, neurons):
 and for every two files on the same prompts of a task (two methods, or another expert of `others`): how many components
 surely differ, drawn together. If none did, 5 % would: the control.
 
+Of files that `wp-score --sample` made (of any prompts): how many of the top set by exact scores can be missed, and how
+much of another file's top set is in it (`missed`).
+
 Legend: P prompts, D draws, L layers, n components of a kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -29,6 +33,7 @@ import torch
 from mergekit_wp.console import StartProgress
 from mergekit_wp.geometry import Kind
 from mergekit_wp.intervals import LEVEL, Bootstrap, Interval, differences, ends, rescored
+from mergekit_wp.missed import kept, missed
 from mergekit_wp.page import grid, render
 from mergekit_wp.ranking import spearman, strongest
 from mergekit_wp.scores import Scores
@@ -64,10 +69,12 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
             where = {"one": one, "other": other, "task": task, "kind": str(kind)}
             compared.append(where | {"components": int(both_Ln.sum()), "differ": surely, "by_chance": 1 - LEVEL})
         tick(1)
+    audits = list(_audits(study, inputs.scores))
     data = {
         "level": LEVEL,
         "rankings": rows,
         "differences": compared,
+        "audits": audits,
         "without": [name for name in inputs.scores if name not in kept],
     }
     pictures = {
@@ -81,9 +88,22 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "leaders": _leader_lines(rows),
         "halves": _ranking_lines(rows),
         "differences": lines_of(compared),
+        "audits": _audit_lines(audits),
     }
     filled = {name: lines for name, lines in tables.items() if len(lines) > 1}
     return PartResult(data, filled, pictures, _section(data, pictures, study), headline=_headline(data))
+
+
+def _audits(study: Study, files: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
+    """A row a task and kind of every file with a sample; `overlap`: of the top set of other files, by name."""
+    for name, scores in files.items():
+        for task in scores:
+            for kind in Kind:
+                found = missed(scores, task, kind, study.top[kind])
+                if found is not None:
+                    others = {x: y for x, y in files.items() if not y.chance and task in y}
+                    overlap = {x: [(of := kept(y, scores, found)).low, of.high] for x, y in others.items()}
+                    yield {"scores": name, **asdict(found), "sentence": found.sentence, "overlap": overlap}
 
 
 def _comparable(files: Mapping[str, Scores], own: set[str]) -> Iterator[tuple[str, Scores, str, Scores, str]]:
@@ -177,7 +197,7 @@ def findings(data: Mapping[str, Any]) -> list[str]:
                 f"chance); their rankings correlate by {r:.2f}"
                 + (f", which estimates {of_whole(r):.2f} for all prompts against as many others." if r > 0 else ".")
             )
-    return found
+    return found + [row["sentence"] for row in data["audits"]]
 
 
 def _headline(data: Mapping[str, Any]) -> str:
@@ -192,6 +212,15 @@ def _leader_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
     for row in rows:
         about = [row["scores"], row["task"], row["kind"]]
         lines += [[*about, x["name"], x["score"], *x["interval"], *x["ranks"]] for x in row["leaders"]]
+    return lines
+
+
+def _audit_lines(audits: list[dict[str, Any]]) -> list[list[object]]:
+    about = ["scores", "task", "kind", "k", "leaders", "drawn", "rest", "found", "estimate", "at_most"]
+    lines: list[list[object]] = [[*about, "of", "overlap_low", "overlap_high"]]
+    for row in audits:
+        own = [row[name] for name in about]
+        lines += [[*own, other, *ends_] for other, ends_ in row["overlap"].items()] or [[*own, None, None, None]]
     return lines
 
 
@@ -216,6 +245,13 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
         [f"{r['one']}, {r['other']}", r["task"], r["kind"], _share(r["differ"], r["components"]), f"{1 - LEVEL:.0%}"]
         for r in data["differences"]
     ]
+    audits = [["audit", "task", "kind", "top", "scored one by one", "found", "missed at most", "of the top of others"]]
+    for r in data["audits"]:
+        others = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in r["overlap"].items())
+        scored = f"{r['leaders']:,} leaders, {r['drawn']:,} of {r['rest']:,} others"
+        audits.append(
+            [r["scores"], r["task"], r["kind"], str(r["k"]), scored, str(r["found"]), str(r["at_most"]), others]
+        )
     shown = [
         (f"{row['scores']}, {row['task']}: {row['kind']}", pictures[f"leaders-{number}"])
         for number, row in enumerate(data["rankings"]) if f"leaders-{number}" in pictures
@@ -223,6 +259,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
     return render(
         "study_certainty.html", findings=findings(data), rankings=grid(rankings), shown=shown, without=data["without"],
         differences=grid(differ) if data["differences"] else "", any=bool(data["rankings"]), top=study.top,
+        audits=grid(audits) if data["audits"] else "",
     )  # fmt: skip
 
 
@@ -236,5 +273,13 @@ PART = Part(
     work=work,
     settings=("top", "seed"),
     models=False,
-    code=("study/certainty.py", "study/sets.py", "study/drawings.py", "intervals.py", "ranking.py", "scores.py"),
+    code=(
+        "study/certainty.py",
+        "study/sets.py",
+        "study/drawings.py",
+        "intervals.py",
+        "missed.py",
+        "ranking.py",
+        "scores.py",
+    ),
 )

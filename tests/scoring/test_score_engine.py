@@ -101,6 +101,7 @@ def test_rank_says_what_top_ranks_by(tmp_path, by):
     again = score(replace(job, top=(3, str(tmp_path / "first.safetensors")), rank=by))
     assert again.meta.subset == {
         "components": "all", "layers": None, "top": (3, str(tmp_path / "first.safetensors")), "rank": by,
+        "sample": None,
     }  # fmt: skip
     for kind in ("heads", "neurons"):
         tables = [getattr(each, kind) for each in ([first] if "mean" in by else first.tasks.values())]

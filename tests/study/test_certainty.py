@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from audited import audit_of, file_of, populations
 from prompt_scores import made
 from score_example import GEOMETRY, example
 from study_world import inputs_of
@@ -86,3 +87,16 @@ def test_it_says_what_it_found():
     assert "surely above zero (2.5 % would be if none was)" in text
     assert "Half of the prompts find" in text
     assert certainty.of_whole(0.5) == pytest.approx(2 / 3)
+
+
+def test_leaders_and_a_sample_say_what_top_sets_missed():
+    exact, cheap = (file_of(table) for table in populations()["near"])
+    result = found({"cheap": cheap, "audit": audit_of(cheap, exact, 20, "50%", 0), "exact": exact})
+    (row,) = result.data["audits"]
+    assert (row["scores"], row["kind"], row["k"], row["leaders"]) == ("audit", "neurons", 8, 20)
+    assert set(row["overlap"]) == {"cheap", "exact"}
+    low, high = row["overlap"]["exact"]
+    assert low == 1 - row["at_most"] / 8
+    assert high == 1.0
+    assert row["sentence"] in result.section
+    assert len(result.tables["audits"]) == 3
