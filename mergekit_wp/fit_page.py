@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -21,16 +21,17 @@ from mergekit_wp.fit_file import Fit
 from mergekit_wp.fit_tables import about, mean_weights, of_curve, of_layers, of_teachers
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import frame, grid, render
+from mergekit_wp.palette import INK, QUIET
 from mergekit_wp.pictures import (
     FIGURE_STYLE,
-    INK,
-    QUIET,
     CellMap,
     CellRects,
+    colour_bar,
     draw_cells,
     expert_colour,
     integer_ticks,
     label_of,
+    shades,
     to_png,
     to_svg,
 )
@@ -125,7 +126,7 @@ def _draw_weights(figure: Any, axes: Axes, fit: Fit, kind: Kind, mesh: bool) -> 
     cells = weights_map(fit, kind)
     # One scale for all of a file's maps, which ends at 1, an update taken whole, or at what is larger.
     most = max(1.0, *(float(mean_weights(fit, each).max()) for each in Kind))
-    mapping = ScalarMappable(Normalize(0, most), LinearSegmentedColormap.from_list("w", ["white", expert_colour(0)]))
+    mapping = ScalarMappable(Normalize(0, most), shades(expert_colour(0)))
     draw_cells(axes, cells, mapping, mesh)
     names = [label_of(_end_of(expert.name)) for expert in fit.meta.experts]
     axes.set_xticks(range(len(names)), names)
@@ -134,9 +135,7 @@ def _draw_weights(figure: Any, axes: Axes, fit: Fit, kind: Kind, mesh: bool) -> 
     axes.set(ylabel="layer", title=str(kind))
     axes.tick_params(bottom=False)
     integer_ticks(axes, "y", len(cells.values))
-    bar = figure.colorbar(mapping, ax=axes, fraction=0.08, aspect=24)
-    bar.outline.set_visible(False)
-    bar.set_label("mean weight")
+    colour_bar(figure, mapping, axes, "mean weight", mesh, fraction=0.08, aspect=24)
     return cells, mapping
 
 

@@ -1,19 +1,24 @@
-"""Pages: jinja2 templates in `templates/`, with everything in the page itself (no scripts, no requests to anywhere).
+"""Pages: jinja2 templates in `templates/`, with everything in the page itself: no requests to anywhere, and no scripts
+but `page.js`, in pages that ask for it. A page's own policy says so to the browser, whatever text it holds.
 
 What a template is given is text, brought on one line and escaped; only `Markup` goes in as it is, and only templates,
-`grid`, `section` and pictures make it. Text of several lines goes through the filter `lines`.
+`grid`, `section`, `figure` and pictures make it. Text of several lines goes through the filter `lines`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
 from mergekit_wp.foreign import one_line, one_line_each
+from mergekit_wp.palette import themed, variables
 
 
 @lru_cache(maxsize=1)
@@ -27,6 +32,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["lines"] = lambda text: escape(one_line_each(str(text)))
+    environment.globals["figure"] = figure
     return environment
 
 
@@ -45,9 +51,30 @@ def _compiled(template: str) -> Template:
     return _environment().from_string(template)
 
 
-def frame(title: str, lead: str, body: Markup, foot: str = "") -> str:
-    """A whole page."""
-    return str(render("page.html", title=title, lead=lead, body=body, foot=foot))
+def frame(title: str, lead: str, body: Markup, foot: str = "", data: Mapping[str, Any] | None = None) -> str:
+    """A whole page, its pictures in the reader's colours. data: what `page.js` reads, which comes with it."""
+    script = None if data is None else Markup(_source("page.js"))
+    return str(render(
+        "page.html", title=title, lead=lead, body=Markup(themed(body)), foot=foot, variables=Markup(variables()),
+        script=script, data=None if data is None else htmlsafe_json_dumps(data), policy=_policy(script),
+    ))  # fmt: skip
+
+
+def _source(name: str) -> str:
+    loader = _environment().loader
+    assert loader is not None
+    return loader.get_source(_environment(), name)[0]
+
+
+def _policy(script: str | None) -> str:
+    """https://www.w3.org/TR/CSP3: nothing is fetched, and no script runs but ours."""
+    runs = "" if script is None else f" script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}';"
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:;{runs} base-uri 'none'; form-action 'none'"
+
+
+def figure(caption: str, picture: Markup, name: str = "", task: str = "", scores: str = "") -> Markup:
+    """A picture with its caption. name: what links to it say; task, scores: of which alone it is."""
+    return render("figure.html", caption=caption, picture=picture, name=name, task=task, scores=scores)
 
 
 def section(title: str, body: Markup, name: str = "") -> Markup:

@@ -21,28 +21,28 @@ import matplotlib
 import numpy as np
 import torch
 from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, to_hex
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import CenteredNorm, Colormap, LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mergekit_wp.foreign import html, one_line
 from mergekit_wp.geometry import Component, Kind
+from mergekit_wp.palette import EXPERT_COLOURS, INK, MESH, NEGATIVE, QUIET, UNKNOWN
 from mergekit_wp.ranking import layer_shares_of
 from mergekit_wp.recovery import RecoveryCurve
 
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores
 
-INK = "#1f2933"
-QUIET = "#8592a0"
-# One colour an expert, the same in every picture; told apart by people with any colour vision (Okabe-Ito).
-EXPERT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_NEGATIVE, _UNKNOWN = "#6b7280", "#f0e9da"
 _FAINT = 0.25  # opacity
 _MOST_NAMES = 4
 _CELLS = "cells"  # id of the group that the cells take the place of
+_SHADES = "shades"  # id of what the colours of a bar take the place of
+_MARK, _PANEL = "mark:", "panel:"  # what the ids begin with of what `titled` and `of_task` name
 
 FIGURE_STYLE: Any = {  # Any: matplotlib types the keys of its rc files one by one
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
@@ -172,11 +172,7 @@ def _draw_map(
 ) -> ScalarMappable:
     axes, side = panels
     layers, ranked = len(cells.values), cells.kind == Kind.NEURON
-    norm, colours = (
-        CenteredNorm(0, halfrange=scale),
-        LinearSegmentedColormap.from_list("s", [_NEGATIVE, "white", colour], N=257),
-    )
-    mapping = ScalarMappable(norm, colours.with_extremes(bad=_UNKNOWN))
+    mapping = ScalarMappable(CenteredNorm(0, halfrange=scale), shades(colour, NEGATIVE))
     if ranked:
         axes.set_xscale("log")
         axes.set_xlabel("rank of the neuron in its layer (1 = strongest)")
@@ -195,9 +191,8 @@ def _draw_map(
             panel.axhline(scores.meta.read_at + 0.5, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
     side.set_xlabel("% of all\nscore")
     side.tick_params(left=False)
-    bar = figure.colorbar(mapping, ax=side, fraction=0.5, aspect=18, pad=0.15)
-    bar.outline.set_visible(False)
-    bar.set_label("mean score" if ranked else "score")
+    what = "mean score" if ranked else "score"
+    bar = colour_bar(figure, mapping, side, what, mesh, fraction=0.5, aspect=18, pad=0.15)
     bar.ax.tick_params(labelsize=8)
     return mapping
 
@@ -208,11 +203,23 @@ def draw_cells(axes: Axes, cells: CellMap, mapping: ScalarMappable, mesh: bool) 
     if mesh:
         rows, values = np.arange(layers + 1) - 0.5, np.ma.masked_invalid(cells.values)
         norm: Any = mapping.norm
-        axes.pcolormesh(cells.edges, rows, values, cmap=mapping.cmap, norm=norm, edgecolors="#eef1f4", lw=0.4)
+        axes.pcolormesh(cells.edges, rows, values, cmap=mapping.cmap, norm=norm, edgecolors=MESH, lw=0.4)
         return
     corner, size = (cells.edges[0], -0.5), (cells.edges[-1] - cells.edges[0], layers)
     axes.add_patch(Rectangle(corner, *size, facecolor="none", gid=_CELLS))
     axes.set(xlim=(cells.edges[0], cells.edges[-1]), ylim=(-0.5, layers - 0.5))
+
+
+def colour_bar(figure: Any, mapping: ScalarMappable, axes: Axes, what: str, mesh: bool, **shape: Any) -> Colorbar:
+    """What the colours of a map mean; `mesh` as in `draw_cells`."""
+    bar: Colorbar = figure.colorbar(mapping, ax=axes, **shape)
+    bar.outline.set_visible(False)
+    bar.set_label(what)
+    if not mesh:
+        assert bar.solids is not None
+        bar.solids.set_visible(False)
+        bar.ax.add_patch(Rectangle((0, 0), 1, 1, transform=bar.ax.transAxes, facecolor="none", gid=_SHADES))
+    return bar
 
 
 @dataclass(frozen=True)
@@ -232,9 +239,18 @@ class CellRects:
             for cell, (left, right) in enumerate(pairwise(self.cells.edges)):
                 (x0, y0), (x1, y1) = at((left, layer - 0.5)), at((right, layer + 0.5))
                 where = f'x="{x0:.1f}" y="{height - y1:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
-                fill = to_hex(colours[layer, cell])
-                parts.append(f'<rect {where} fill="{fill}"><title>{html(labels[cell])}</title></rect>')
-        return f'<g class="cells" stroke="#eef1f4" stroke-width=".4">{"".join(parts)}</g>'
+                fill = f'fill="{to_hex(colours[layer, cell])}" fill-opacity="{colours[layer, cell][3]:.3g}"'
+                parts.append(f"<rect {where} {fill}><title>{html(labels[cell])}</title></rect>")
+        return f'<g class="cells" stroke="{MESH}" stroke-width=".4">{"".join(parts)}</g>'
+
+    def bar_svg(self, path: str) -> str:
+        """The colours of the bar, from its lower end up."""
+        stops = []
+        for at in (0.0, 0.498, 0.502, 1.0):  # negative and positive meet where both are nothing
+            colour = self.mapping.cmap(at)
+            stops.append(f'<stop offset="{at}" stop-color="{to_hex(colour)}" stop-opacity="{colour[3]:.3g}"/>')
+        gradient = f'<linearGradient id="{_SHADES}" x1="0" y1="1" x2="0" y2="0">{"".join(stops)}</linearGradient>'
+        return f'<defs>{gradient}</defs><path d="{path}" fill="url(#{_SHADES})"/>'
 
 
 def shares_svg(
@@ -326,6 +342,27 @@ def label_of(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def titled(artist: Artist, title: str) -> None:
+    """What an SVG says of a mark where the pointer rests on it."""
+    artist.set_gid(f"{_MARK}{one_line(title)}")
+
+
+def of_task(panel: Axes, task: str) -> None:
+    """Whose panel it is, for a page that shows one task."""
+    panel.set_gid(f"{_PANEL}{one_line(task)}")
+
+
+def shades(colour: str, negative: str | None = None) -> Colormap:
+    """0 is nothing at all, so that the page shows; the most is `colour`, and, if so, the least is `negative`."""
+    up = [(*to_rgba(colour)[:3], alpha) for alpha in (0.0, 1.0)]
+    if negative is None:
+        found = LinearSegmentedColormap.from_list("up", up)
+    else:
+        down = [(*to_rgba(negative)[:3], alpha) for alpha in (1.0, 0.0)]
+        found = LinearSegmentedColormap.from_list("both", list(zip((0, 0.5, 0.5, 1), [*down, *up], strict=True)), N=257)
+    return found.with_extremes(bad=UNKNOWN)
+
+
 def integer_ticks(axes: Axes, axis: str, count: int) -> None:
     step = max(1, -(-count // 10))
     getattr(axes, f"set_{axis}ticks")(range(0, count, step))
@@ -347,10 +384,15 @@ def to_svg(figure: Figure, description: str, cells: CellRects | None = None) -> 
     head, _, body = svg[svg.index("<svg") :].partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(rf'<g id="{_MARK}([^"]*)">', r'<g class="mark"><title>\1</title>', body)
+    body = re.sub(rf'<g id="{_PANEL}([^"]*)">', r'<g data-task="\1">', body)
     if cells is not None:
         drawn = cells.svg(figure.get_figheight() * 72)
         body = re.sub(rf'<g id="{_CELLS}">.*?</g>', lambda _: drawn, body, flags=re.DOTALL)
-    return Markup(f'{head} role="img" aria-label="{html(description)}">{_own_ids(body, description)}')
+        bar = re.compile(rf'<g id="{_SHADES}">\s*<path d="([^"]*)".*?</g>', re.DOTALL)
+        body = bar.sub(lambda found: cells.bar_svg(found[1]), body)
+    width = f"--width: {figure.get_figwidth() * 72:.0f}px"
+    return Markup(f'{head} style="{width}" role="img" aria-label="{html(description)}">{_own_ids(body, description)}')
 
 
 def _own_ids(svg: str, salt: str) -> str:

@@ -17,6 +17,7 @@ from mergekit_wp.geometry import Kind
 from mergekit_wp.scores import ModelId, write_scores
 from mergekit_wp.scores_cli import main
 
+CELLS = ".//{*}rect[{*}title]"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -60,13 +61,13 @@ def test_json_is_the_document_and_the_means(tmp_path, fit):
 
 def test_cells_of_the_map_are_named_by_what_they_are(fit):
     heads, neurons = (
-        {rect.findtext(f"{SVG}title"): rect.get("fill") for rect in picture.iter(f"{SVG}rect") if len(rect)}
+        {rect.findtext(f"{SVG}title"): float(rect.get("fill-opacity")) for rect in picture.iterfind(CELLS)}
         for picture in (ElementTree.fromstring(weights_svg(fit, kind, "x")) for kind in Kind)
     )
     titles, shape = list(heads), fit.meta.geometry
     assert len(titles) == 2 * shape.layers
     assert titles[0] == f"user/one, heads of layer 0: {float(fit.heads[0, 0].double().mean()):.4g}"
-    darkest = min(neurons, key=lambda title: int(neurons[title][1:3], 16))  # the less red, the bluer
+    darkest = max(neurons, key=lambda title: neurons[title])
     means = fit.neurons.double().mean(-1)
     best = divmod(int(means.argmax()), shape.layers)
     assert darkest.endswith(f"of layer {best[1]}: {float(means.max()):.4g}")

@@ -77,8 +77,8 @@ def test_cells_are_named_and_lie_where_the_scores_are() -> None:
     (below,) = [rect for rect, title in cells if title == "L0H2: 0"]
     assert found.get("x") == below.get("x")
     assert float(found.get("y")) < float(below.get("y"))  # layer 0 is at the bottom
-    assert below.get("fill") == "#ffffff"
-    assert found.get("fill") == "#b5b9c0"  # half of the way to grey
+    assert below.get("fill-opacity") == "0"
+    assert (found.get("fill"), found.get("fill-opacity")) == ("#6b7280", "0.5")  # half of the way to grey
     labels = score_map(made(heads, neurons), Kind.NEURON).labels
     assert labels[2][:2] == ["L2N7: 0.5", "L2N3: 0.125"]
 
@@ -101,7 +101,7 @@ def test_maps_share_a_scale() -> None:
     assert scale_of(maps) == pytest.approx(0.4)
     assert scale_of([score_map(small, Kind.NEURON)]) == 1
     svg = map_svg(small, Kind.HEAD, 0.4, "#0072b2", "x")
-    assert 'fill="#bfdcec"' in svg  # a quarter of the way
+    assert 'fill="#0072b2" fill-opacity="0.25"' in svg  # a quarter of the way
 
 
 def test_faint_layers_are_pale() -> None:

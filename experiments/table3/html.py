@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from experiments.table3.formats import GROUPS, MODELS, SUMMARIES, caption, grid_of, models, summary, verdict
 from experiments.table3.table import MEAN, RivalTable
 from experiments.table3.variants import BASELINE
-from mergekit_wp.page import frame, grid, render_text, section
-from mergekit_wp.pictures import INK, to_svg
+from mergekit_wp.page import figure, frame, grid, render_text, section
+from mergekit_wp.palette import INK
+from mergekit_wp.pictures import to_svg
 
 _LEAD = (
     "Three experts were fine-tuned from one small base, on instructions, sums and small Python functions. Each "
@@ -32,11 +33,11 @@ _BLOCKS = """
 def to_html(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """The whole page."""
     words = render_text(_LINES, lines=[*verdict(table), *caption(table), *notes])
-    figure = render_text("<figure>{{ svg }}</figure>", svg=picture(table))
+    drawn = figure("", picture(table))
     sections = [
         *(section(title, grid(summary(table, column))) for column, title in SUMMARIES.items()),
         section("What this says, and what it cannot", words),
-        section("With error bars", figure),
+        section("With error bars", drawn),
         section(MODELS, grid(models(table))),
     ]
     for combination in table.combinations:

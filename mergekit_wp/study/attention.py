@@ -261,7 +261,7 @@ def _pictures(
     for part, task in zip(file_parts(f"map-{task}" for task in found), found, strict=True):
         share_LH = found[task].expert.shares["anchor"][..., at].double().mean(0).numpy()
         what = "share of attention to the instruction"
-        drawn[part] = drawings.cells_svg(share_LH, "head", what, f"Attention to the instruction of {task}, expert")
+        drawn[part] = drawings.heads_svg(share_LH, what, f"Attention to the instruction of {task}, expert")
     return drawn
 
 
@@ -309,12 +309,12 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup], names: Seq
     for task, each in data["tasks"].items():
         tokens.append([task, str(each["prompts"]), *(f"{each['tokens'][region]:.1f}" for region in REGIONS)])
     heads = {name: picture for name, picture in pictures.items() if name.startswith("heads-")}
-    maps = zip(data["tasks"], [pictures[name] for name in pictures if name not in heads], strict=True)
+    maps = list(zip(data["tasks"], (name for name in pictures if name not in heads), strict=True))
     files = [name for name in names if any(row["scores"] == name for row in data["sets"])]
     return render(
-        "study_attention.html", findings=findings(data["sets"]), heads=zip(files, heads.values(), strict=True),
-        maps=list(maps), sets=grid(lines),
-        tokens=grid(tokens),
+        "study_attention.html", findings=findings(data["sets"]), sets=grid(lines), tokens=grid(tokens),
+        heads=list(zip(files, heads, heads.values(), strict=True)),
+        maps=[(task, name, pictures[name]) for task, name in maps],
     )  # fmt: skip
 
 

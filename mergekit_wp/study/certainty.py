@@ -40,7 +40,7 @@ from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, lines_of
 from mergekit_wp.study.inputs import Inputs
-from mergekit_wp.study.parts import Part, PartResult
+from mergekit_wp.study.parts import Answer, Note, Part, PartResult
 from mergekit_wp.study.sets import Shared, top_set
 from mergekit_wp.study.study_spec import Study
 
@@ -91,7 +91,9 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "audits": _audit_lines(audits),
     }
     filled = {name: lines for name, lines in tables.items() if len(lines) > 1}
-    return PartResult(data, filled, pictures, _section(data, pictures, study), headline=_headline(data))
+    return PartResult(
+        data, filled, pictures, _section(data, pictures, study), answers=_answers(data), notes=list(_notes(data))
+    )
 
 
 def _audits(study: Study, files: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
@@ -200,9 +202,20 @@ def findings(data: Mapping[str, Any]) -> list[str]:
     return found + [row["sentence"] for row in data["audits"]]
 
 
-def _headline(data: Mapping[str, Any]) -> str:
-    """Of the halves, if there are any."""
-    return next((text for text in findings(data) if text.startswith("Half")), "")
+def _answers(data: Mapping[str, Any]) -> dict[str, Answer]:
+    """What of it stands at the top of the page: of the halves, if there are any."""
+    shown = next((f"leaders-{number}" for number, row in enumerate(data["rankings"]) if row["leaders"]), "")
+    halves = next((text for text in findings(data) if text.startswith("Half")), None)
+    return {} if halves is None else {"sure": Answer(halves, shown)}
+
+
+def _notes(data: Mapping[str, Any]) -> Iterator[Note]:
+    """The leaders' intervals."""
+    for row in data["rankings"]:
+        for each in row["leaders"]:
+            (low, high), (best, worst) = each["interval"], each["ranks"]
+            text = f"95 %: {low:.4g} to {high:.4g}, rank {best} to {worst}"
+            yield Note(each["name"], row["scores"], row["task"], text)
 
 
 def _leader_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
@@ -253,7 +266,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
             [r["scores"], r["task"], r["kind"], str(r["k"]), scored, str(r["found"]), str(r["at_most"]), others]
         )
     shown = [
-        (f"{row['scores']}, {row['task']}: {row['kind']}", pictures[f"leaders-{number}"])
+        (row, f"leaders-{number}", pictures[f"leaders-{number}"])
         for number, row in enumerate(data["rankings"]) if f"leaders-{number}" in pictures
     ]  # fmt: skip
     return render(

@@ -8,26 +8,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from mergekit_wp.geometry import Kind
+from mergekit_wp.geometry import Component, Kind
+from mergekit_wp.palette import INK, MESH, QUIET
 from mergekit_wp.pictures import (
     FIGURE_STYLE,
-    INK,
-    QUIET,
     CellMap,
     CellRects,
+    colour_bar,
     draw_cells,
     expert_colour,
     integer_ticks,
     label_of,
+    of_task,
+    shades,
+    titled,
     to_svg,
 )
 
@@ -35,8 +38,20 @@ _ACROSS = 3  # panels side by side
 _LINES = ("-", "--", ":")
 
 
-def layer_bars(panels: Mapping[str, Mapping[str, Sequence[int]]], what: str, description: str) -> Markup:
-    """A panel a name; in it, stacked by layer [L], counts of each label."""
+class Shown(NamedTuple):
+    """A picture as a section has it: its file, without ending; of which task and score file alone it is, if so."""
+
+    file: str
+    caption: str
+    picture: Markup
+    task: str = ""
+    scores: str = ""
+
+
+def layer_bars(
+    panels: Mapping[str, Mapping[str, Sequence[int]]], what: str, description: str, by_task: bool = False
+) -> Markup:
+    """A panel a name, which is a task's if so; in it, stacked by layer [L], counts of each label."""
     with matplotlib.rc_context(FIGURE_STYLE):
         down = -(-len(panels) // _ACROSS)
         figure = Figure(figsize=(9.6, 0.5 + 2.2 * down), layout="constrained", dpi=72)
@@ -48,6 +63,8 @@ def layer_bars(panels: Mapping[str, Mapping[str, Sequence[int]]], what: str, des
                 each.bar(np.arange(layers), count_L, 0.82, bottom, color=expert_colour(place), label=label_of(label))
                 bottom += np.asarray(count_L)
             each.set_title(label_of(name), fontsize=10)
+            if by_task:
+                of_task(each, name)
             each.set_xlabel("layer")
             integer_ticks(each, "x", layers)
         for each in axes[len(panels) :]:
@@ -59,26 +76,24 @@ def layer_bars(panels: Mapping[str, Mapping[str, Sequence[int]]], what: str, des
     return to_svg(figure, description)
 
 
-def cells_svg(value_LC: np.ndarray, across: str, what: str, description: str) -> Markup:
-    """A map of values of at least 0, layers upwards; every cell says its own where the pointer rests on it."""
-    layers, width = value_LC.shape
+def heads_svg(value_LH: np.ndarray, what: str, description: str) -> Markup:
+    """A map of the heads' values of at least 0, layers upwards; every cell says whose it is."""
+    layers, width = value_LH.shape
     labels = [
-        [f"layer {layer}, {across} {c}: {value_LC[layer, c]:.4g}" for c in range(width)] for layer in range(layers)
+        [f"{Component(Kind.HEAD, layer, head).name}: {value_LH[layer, head]:.4g}" for head in range(width)]
+        for layer in range(layers)
     ]
-    cells = CellMap(Kind.HEAD, np.where(np.isfinite(value_LC), value_LC, np.nan), np.arange(width + 1) - 0.5, labels)
+    cells = CellMap(Kind.HEAD, np.where(np.isfinite(value_LH), value_LH, np.nan), np.arange(width + 1) - 0.5, labels)
     most = float(np.nanmax(cells.values)) if np.isfinite(cells.values).any() else 0.0
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(5.6, min(max(2.5, 0.2 * layers + 1.1), 7.5)), layout="constrained", dpi=72)
         axes = figure.subplots()
-        colours = LinearSegmentedColormap.from_list("d", ["white", expert_colour(0)]).with_extremes(bad="#f0e9da")
-        mapping = ScalarMappable(Normalize(0, most or 1.0), colours)
+        mapping = ScalarMappable(Normalize(0, most or 1.0), shades(expert_colour(0)))
         draw_cells(axes, cells, mapping, mesh=False)
         integer_ticks(axes, "x", width)
         integer_ticks(axes, "y", layers)
-        axes.set(xlabel=across, ylabel="layer")
-        bar = figure.colorbar(mapping, ax=axes, fraction=0.06, aspect=18)
-        bar.outline.set_visible(False)
-        bar.set_label(what)
+        axes.set(xlabel="head", ylabel="layer")
+        colour_bar(figure, mapping, axes, what, mesh=False, fraction=0.06, aspect=18)
     return to_svg(figure, description, CellRects(axes, cells, mapping))
 
 
@@ -89,8 +104,7 @@ def matrix_svg(panels: Mapping[str, np.ndarray], names: Sequence[str], descripti
         figure = Figure(figsize=(size * len(panels) + 0.4, size), layout="constrained", dpi=72)
         for axes, (title, count_TT) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
             share_TT = count_TT / max(1, count_TT.max())
-            shades = LinearSegmentedColormap.from_list("m", ["white", expert_colour(0)])
-            axes.pcolormesh(share_TT, cmap=shades, vmin=0, vmax=1, edgecolors="#eef1f4", lw=0.6)
+            axes.pcolormesh(share_TT, cmap=shades(expert_colour(0)), vmin=0, vmax=1, edgecolors=MESH, lw=0.6)
             for (row, column), count in np.ndenumerate(count_TT):
                 ink = "white" if share_TT[row, column] > 0.6 else INK
                 axes.text(column + 0.5, row + 0.5, f"{int(count)}", ha="center", va="center", color=ink, fontsize=9)
@@ -121,6 +135,18 @@ def against_chance(panels: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
     return to_svg(figure, description)
 
 
+def bars(rows: Sequence[tuple[str, float]], what: str, description: str) -> Markup:
+    """A bar a row, the first on top."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(6.6, 0.9 + 0.3 * max(1, len(rows))), layout="constrained", dpi=72)
+        axes = figure.subplots()
+        axes.barh(range(len(rows)), [value for _name, value in rows], 0.7, color=expert_colour(0))
+        axes.set_yticks(range(len(rows)), [label_of(name) for name, _value in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel(what)
+    return to_svg(figure, description)
+
+
 def module_lines(measures: Mapping[str, Mapping[str, Sequence[float | None]]], words: Mapping[str, str]) -> Markup:
     """A panel a measure; a line a module over the layers."""
     with matplotlib.rc_context(FIGURE_STYLE):
@@ -145,9 +171,10 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], what: str, descri
         figure = Figure(figsize=(6.6, 0.9 + 0.3 * max(1, len(rows))), layout="constrained", dpi=72)
         axes = figure.subplots()
         axes.axvline(0, color=QUIET, linewidth=0.8)
-        for place, (_label, value, low, high) in enumerate(rows):
+        for place, (label, value, low, high) in enumerate(rows):
             axes.plot([low, high], [place, place], color=QUIET, lw=6, alpha=0.5, solid_capstyle="butt")
-            axes.plot(value, place, "o", color=expert_colour(0))
+            (dot,) = axes.plot(value, place, "o", color=expert_colour(0))
+            titled(dot, f"{label}: {value:.4g} ({low:.4g} to {high:.4g})")
         axes.set_yticks(range(len(rows)), [label_of(row[0]) for row in rows])
         axes.invert_yaxis()
         axes.set_xlabel(what)
@@ -224,6 +251,7 @@ def word_bars(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], d
             each.set_yticks(places, [label_of(row[0]) for row in rows])
             each.invert_yaxis()
             each.set_title(label_of(name), fontsize=10)
+            of_task(each, name)
         for each in axes[len(panels) :]:
             each.set_visible(False)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)

@@ -66,8 +66,8 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     }
     pictures = {"modules": drawings.module_lines({n: modules[n] for n in MEASURES}, MEASURE_WORDS)}
     heads = of_components[Kind.HEAD]["relative"]
-    pictures["heads"] = drawings.cells_svg(
-        heads.numpy(), "head", "change relative to the weights", "Change of each head relative to its weights"
+    pictures["heads"] = drawings.heads_svg(
+        heads.numpy(), "change relative to the weights", "Change of each head relative to its weights"
     )
     for kind in Kind:
         pictures[f"correlations-{kind}"] = drawings.intervals(

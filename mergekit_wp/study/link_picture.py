@@ -13,7 +13,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from mergekit_wp.geometry import Kind
-from mergekit_wp.pictures import FIGURE_STYLE, QUIET, expert_colour, integer_ticks, to_svg
+from mergekit_wp.palette import QUIET
+from mergekit_wp.pictures import FIGURE_STYLE, expert_colour, integer_ticks, titled, to_svg
 
 ROLES = {"execution": "carries the answer", "aggregation": "gathers", "source": "source"}
 """Rows of the picture, lowest last."""
@@ -45,11 +46,10 @@ def circuit_svg(circuit: Mapping[str, Any], layers: int, task: str) -> Markup:
             axes.plot([x, to_x], [y, to_y], color=ink, lw=width, alpha=0.3, solid_capstyle="round", zorder=1)
         for kind, colour in _COLOURS.items():
             own = [node for node in nodes if node["kind"] == kind]
-            axes.scatter(
-                [places[node["name"]][0] for node in own], [places[node["name"]][1] for node in own],
-                s=[8 + 60 * abs(node["score"]) / largest for node in own], color=expert_colour(colour), label=str(kind),
-                zorder=2,
-            )  # fmt: skip
+            for place, node in enumerate(own):
+                size, label = 8 + 60 * abs(node["score"]) / largest, str(kind) if place == 0 else None
+                mark = axes.scatter(*places[node["name"]], s=size, color=expert_colour(colour), label=label, zorder=2)
+                titled(mark, f"{node['name']}, {ROLES[node['role']]}: {node['score']:.4g}")
         axes.axvline(circuit["anchor_layer"] + 0.5, color=QUIET, lw=0.8, ls=":")
         axes.set_yticks(range(len(ROLES)), list(ROLES.values())[::-1])
         axes.set(xlabel="layer (dotted: the anchor)", xlim=(-0.6, layers - 0.4), ylim=(-0.5, len(ROLES) - 0.5))

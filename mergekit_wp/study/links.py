@@ -44,7 +44,7 @@ from mergekit_wp.study.link_tables import (
     sources,
     table_1,
 )
-from mergekit_wp.study.parts import Part, PartResult
+from mergekit_wp.study.parts import Answer, Part, PartResult
 from mergekit_wp.study.study_spec import Study
 
 _SURE = 0.05
@@ -86,8 +86,9 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     files = file_parts(f"circuit-{task}" for task in circuits)
     pictures = {file: circuit_svg(own, layers, task) for file, (task, own) in zip(files, circuits.items(), strict=True)}
     said = findings(data)
-    section = _section(data, list(zip(circuits, pictures.values(), strict=True)), said)
-    return PartResult(data, tables, pictures, section, tensors, next(iter(said), ""), documents={"circuit": circuits})
+    section = _section(data, list(zip(circuits, pictures, pictures.values(), strict=True)), said)
+    answers = {"path": Answer(said[0], next(iter(pictures), ""))}
+    return PartResult(data, tables, pictures, section, tensors, answers=answers, documents={"circuit": circuits})
 
 
 def _real(each: Any) -> list[Any]:
@@ -137,7 +138,7 @@ def _is_shown(row: Mapping[str, Any]) -> bool:
     return all(row[key] == value for key, value in SHOWN.items())
 
 
-def _section(data: Mapping[str, Any], pictures: Sequence[tuple[str, Markup]], said: Sequence[str]) -> Markup:
+def _section(data: Mapping[str, Any], pictures: Sequence[tuple[str, str, Markup]], said: Sequence[str]) -> Markup:
     head = ["task", "heads", "K", "largest", "mean of five", "mean", "by chance"]
     lines = [
         [row["task"], row["role"], str(row["k"]), *(f"{row[m]:.3f}" for m in ("most", "five", "mean", "by_chance"))]

@@ -38,8 +38,9 @@ from mergekit_wp.pictures import expert_colour, map_svg, scale_of, score_map
 from mergekit_wp.ranking import spearman, table_of
 from mergekit_wp.scores import ScoreMeta, Scores
 from mergekit_wp.study import drawings
+from mergekit_wp.study.drawings import Shown
 from mergekit_wp.study.inputs import ALL, DOWN, HOW, UP, Inputs, alike_scored
-from mergekit_wp.study.parts import Part, PartResult
+from mergekit_wp.study.parts import Answer, Note, Part, PartResult
 from mergekit_wp.study.sets import KEYS, SIGNED, Shared, in_exactly, in_exactly_by_chance, keyed, top_among, top_set
 from mergekit_wp.study.study_spec import Study
 
@@ -64,8 +65,10 @@ def work(study: Study, inputs: Inputs, _progress: StartProgress) -> PartResult:
         "layers": list(_layer_lines(data)),
         "tasks": list(_task_lines(data["tasks"])),
     }
-    drawn = {file: picture for shown in pictures.values() for file, _, picture in shown}
-    return PartResult(data, tables, drawn, _section(data, pictures), headline=_headline(data))
+    drawn = {each.file: each.picture for shown in pictures.values() for each in shown}
+    return PartResult(
+        data, tables, drawn, _section(data, pictures), answers=_answers(data, pictures), notes=list(_notes(data))
+    )
 
 
 # What there is to say of one file
@@ -79,10 +82,20 @@ def _file_data(study: Study, inputs: Inputs, scores: Scores) -> dict[str, Any]:
         "weights_or_activations": "activations" if meta.method in ACTIVATION_SIDE else "weights",
         "anchor_layer": meta.read_at,
         "seed": meta.seed,
+        "gaps": _gaps(meta),
         "tasks": {
             task: {str(kind): _ranking_data(study, inputs, scores, kind, task) for kind in Kind} for task in scores
         },
     }
+
+
+def _gaps(meta: ScoreMeta) -> dict[str, dict[str, Any]]:
+    """Metric -> task -> the mean gap of base and expert, and of how many prompts."""
+    found: dict[str, dict[str, Any]] = {}
+    for task, about in meta.tasks.items():
+        for metric, stats in about.utilities.items():
+            found.setdefault(metric, {})[task] = {"mean": stats.mean_gap, "prompts": stats.used}
+    return found
 
 
 def _ranking_data(study: Study, inputs: Inputs, scores: Scores, kind: Kind, task: str) -> dict[str, Any]:
@@ -99,7 +112,44 @@ def _ranking_data(study: Study, inputs: Inputs, scores: Scores, kind: Kind, task
     return found
 
 
-def _headline(data: Mapping[str, Any]) -> str:
+def _answers(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> dict[str, Answer]:
+    """What of it stands at the top of the page: how far the models are apart, and where the first file's scores lie."""
+    found = {}
+    if pictures["gaps"]:
+        found["behaviour"] = Answer(_apart(data["files"]), pictures["gaps"][0].file)
+    if where := _where(data):
+        found["where"] = Answer(where, pictures["neurons"][0].file)
+    return found
+
+
+_UNITS = {
+    "kl": "KL of the next token from the expert, nats",
+    "anchor": "cosine with the task's direction at the anchor, expert less base",
+    "projection": "cosine with the task's direction after the last layer, expert less base",
+}
+
+
+def _apart(files: Mapping[str, Any]) -> str:
+    """By the first metric of all files."""
+    metric, gaps = next((metric, gaps) for file in files.values() for metric, gaps in file["gaps"].items())
+    ordered = sorted(gaps, key=lambda task: -gaps[task]["mean"])
+    most, least = ordered[0], ordered[-1]
+    mean = fmean(gap["mean"] for gap in gaps.values())
+    ends = f": most on {most} ({gaps[most]['mean']:.3g}), least on {least} ({gaps[least]['mean']:.3g})"
+    on = f"on average over {len(gaps)} tasks" if len(gaps) > 1 else f"on {most}"
+    return f"Expert and base are {mean:.3g} apart {on} ({_UNITS[metric]}){ends if len(gaps) > 1 else ''}."
+
+
+def _notes(data: Mapping[str, Any]) -> Iterator[Note]:
+    """The scores of the top sets."""
+    for name, file in data["files"].items():
+        for task, kinds in file["tasks"].items():
+            for kind, found in kinds.items():
+                for rank, (component, score) in enumerate(found["top"][ALL][SIGNED], start=1):
+                    yield Note(component, name, task, f"score {score:.4g}, number {rank} of the {kind}")
+
+
+def _where(data: Mapping[str, Any]) -> str:
     """In which layers the first file's top sets lie."""
     name, file = next(iter(data["files"].items()))
     found = []
@@ -220,11 +270,10 @@ def across_tasks(study: Study, inputs: Inputs, group: TaskGroup) -> Iterator[dic
 
 # Pictures, tables, the page
 
-_Shown = list[tuple[str, str, Markup]]  # of a group of pictures: file name, caption, picture
 
-
-def _pictures(inputs: Inputs, data: Mapping[str, Any]) -> dict[str, _Shown]:
+def _pictures(inputs: Inputs, data: Mapping[str, Any]) -> dict[str, list[Shown]]:
     return {
+        "gaps": list(_gap_bars(data["files"])),
         "maps": list(_head_maps(inputs)),
         "neurons": list(_neuron_layers(inputs, data["files"])),
         "agreement": list(_agreement_layers(inputs, data["agreement"])),
@@ -232,14 +281,26 @@ def _pictures(inputs: Inputs, data: Mapping[str, Any]) -> dict[str, _Shown]:
     }
 
 
-def _head_maps(inputs: Inputs) -> Iterator[tuple[str, str, Markup]]:
+def _gap_bars(files: Mapping[str, Any]) -> Iterator[Shown]:
+    """A picture for each metric: how far the models are apart on each task, by the first file that has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in files.values():
+        for metric, gaps in file["gaps"].items():
+            found.setdefault(metric, gaps)
+    for metric, gaps in found.items():
+        rows = [(task, gap["mean"]) for task, gap in sorted(gaps.items(), key=lambda item: -item[1]["mean"])]
+        described = f"How far base and expert are apart on each task, by {metric}"
+        yield Shown(f"gaps-{metric}", described, drawings.bars(rows, _UNITS[metric], described))
+
+
+def _head_maps(inputs: Inputs) -> Iterator[Shown]:
     wanted = [(name, scores, task) for name, scores in inputs.scores.items() for task in scores]
     files = file_parts(f"heads-{name}-{task}" for name, _, task in wanted)
     for file, (name, scores, task) in zip(files, wanted, strict=True):
         own = scores[task]
         colour = expert_colour(list(inputs.scores).index(name))
         picture = map_svg(own, Kind.HEAD, scale_of([score_map(own, Kind.HEAD)]), colour, f"{name}, {task}")
-        yield file, f"{name}: {task}", picture
+        yield Shown(file, f"{name}: {task}", picture, task, name)
 
 
 def _split(inputs: Inputs) -> list[str]:
@@ -247,16 +308,17 @@ def _split(inputs: Inputs) -> list[str]:
     return [side for side in (UP, DOWN) if side in inputs.sides] or [ALL]
 
 
-def _neuron_layers(inputs: Inputs, files: Mapping[str, Any]) -> Iterator[tuple[str, str, Markup]]:
+def _neuron_layers(inputs: Inputs, files: Mapping[str, Any]) -> Iterator[Shown]:
     for file, (name, found) in zip(file_parts(f"neurons-{name}" for name in files), files.items(), strict=True):
         panels = {
             task: {f"top of {side}": kinds["neurons"]["layers"][side][SIGNED] for side in _split(inputs)}
             for task, kinds in found["tasks"].items()
         }
-        yield file, name, drawings.layer_bars(panels, "top neurons", f"Layers of the top neurons of {name}")
+        picture = drawings.layer_bars(panels, "top neurons", f"Layers of the top neurons of {name}", by_task=True)
+        yield Shown(file, name, picture, scores=name)
 
 
-def _agreement_layers(inputs: Inputs, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, Markup]]:
+def _agreement_layers(inputs: Inputs, rows: list[dict[str, Any]]) -> Iterator[Shown]:
     """Summed over tasks, and over the sides, whose top sets are each their own."""
     pairs = list(dict.fromkeys((row["one"], row["other"]) for row in rows))
     for file, (one, other) in zip(file_parts(f"layers-{a}-{b}" for a, b in pairs), pairs, strict=True):
@@ -268,10 +330,11 @@ def _agreement_layers(inputs: Inputs, rows: list[dict[str, Any]]) -> Iterator[tu
             panels[str(kind)] = {
                 label: np.sum([table[part] for table in tables], axis=0).tolist() for part, label in stacks.items()
             }
-        yield file, f"{one}, {other}", drawings.layer_bars(panels, "in top sets", f"Top sets of {one} and {other}")
+        picture = drawings.layer_bars(panels, "in top sets", f"Top sets of {one} and {other}")
+        yield Shown(file, f"{one}, {other}", picture)
 
 
-def _task_pictures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, Markup]]:
+def _task_pictures(rows: list[dict[str, Any]]) -> Iterator[Shown]:
     shown = [row for row in rows if (row["side"], row["key"]) == (ALL, SIGNED)]
     files = list(dict.fromkeys(row["file"] for row in shown))
     for part, name in zip(file_parts(files), files, strict=True):
@@ -280,8 +343,10 @@ def _task_pictures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, Marku
         matrix = {title: np.array(row["shared"]) for title, row in panels.items()}
         counts = {title: (row["in_exactly"][1:], row["in_exactly_by_chance"][1:]) for title, row in panels.items()}
         names = own[0]["tasks"]
-        yield f"shared-{part}", name, drawings.matrix_svg(matrix, names, f"Shared by the tasks of {name}")
-        yield f"exactly-{part}", name, drawings.against_chance(counts, f"How many tasks share a component, {name}")
+        shared = drawings.matrix_svg(matrix, names, f"Shared by the tasks of {name}")
+        yield Shown(f"shared-{part}", name, shared, scores=name)
+        exactly = drawings.against_chance(counts, f"How many tasks share a component, {name}")
+        yield Shown(f"exactly-{part}", name, exactly, scores=name)
 
 
 def _top_lines(files: Mapping[str, Any]) -> Iterator[list[object]]:
@@ -324,7 +389,7 @@ def _task_lines(rows: list[dict[str, Any]]) -> Iterator[list[object]]:
             yield [*where, "in exactly", m, None, found, row["in_exactly_by_chance"][m]]
 
 
-def _section(data: Mapping[str, Any], pictures: Mapping[str, _Shown]) -> Markup:
+def _section(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> Markup:
     return render(
         "study_maps.html", top=data["top"], sides=_sides_words(data["sides"]), pictures=pictures,
         agreement=grid(_agreement_grid(data["agreement"])) if data["agreement"] else None,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -24,10 +24,10 @@ from mergekit_wp.console import StartProgress
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import atomic_path, beside, read_text, write_text
-from mergekit_wp.foreign import csv_cell
+from mergekit_wp.foreign import csv_cell, one_line
 from mergekit_wp.hashing import digest, digest_of
 from mergekit_wp.outputs import clear_partials
-from mergekit_wp.page import frame, render_text, section
+from mergekit_wp.page import frame, render, section
 
 if TYPE_CHECKING:
     import torch
@@ -47,14 +47,36 @@ PARTS = {
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""
 
 PAGE = "study.html"
-_STAMP, _SECTION = "stamp.json", "section.html"
+_STAMP, _SECTION, _NOTES = "stamp.json", "section.html", "notes.json"
 _CELLS = "study/cells.py"  # which every part may use
-_HEADLINES = """<ul>
-{% for name, text in headlines.items() if text %}<li>{{ text }} <a href="#{{ name }}">{{ name }}</a></li>
-{% endfor %}
-</ul>
-"""
+QUESTIONS = {
+    "behaviour": ("What changed", "needs the part maps"),
+    "where": ("Where it sits", "needs the part maps"),
+    "carried": ("How much of it how few carry", "needs prompts in the study, and the part sets"),
+    "path": (
+        "Needed upstream, or read out late",
+        "needs prompts in the study, and the part links, or sets on a score file with an anchor",
+    ),
+    "sure": ("How sure that is", "needs score files made with --per-prompt, and the part certainty"),
+}
+"""What the page says first, each by one sentence of a part: the question, and what it takes to be answered."""
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Answer(NamedTuple):
+    """A sentence made from the numbers that answers one of `QUESTIONS`; picture: the part's that shows it, if any."""
+
+    text: str
+    picture: str = ""
+
+
+class Note(NamedTuple):
+    """What a part says of one component by one score file on one task, for whoever points at it."""
+
+    component: str
+    scores: str
+    task: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,9 @@ class PartResult:
     tables    lists of lines, the first one the head; None is an empty cell
     pictures  each an `<svg>`
     section   its body on the page, without heading
-    headline  the one sentence of it that stands at the top of the page
+    headline  a sentence of it for the top of the page, where it answers none of the questions there
+    answers   by question; where several parts answer one, the later part does
+    notes     what the page says of components that are pointed at
     finished  called once all is written: what was kept of the work may go
     documents more JSON, each a file of its own
     """
@@ -78,6 +102,8 @@ class PartResult:
     headline: str = ""
     finished: Callable[[], object] = lambda: None
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    notes: Sequence[Note] = ()
 
 
 @dataclass(frozen=True)
@@ -156,8 +182,11 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
             with atomic_path(partial / f"{name}.safetensors") as file:
                 save_file({each: tensor.contiguous() for each, tensor in tensors.items()}, file)
         write_text(partial / _SECTION, str(result.section))
+        write_text(partial / _NOTES, json.dumps([[one_line(text) for text in note] for note in result.notes]) + "\n")
         files = {path.name: digest(path) for path in sorted(partial.iterdir())}
-        stamp = {"made_of": dict(key), "files": files, "headline": result.headline}
+        assert result.answers.keys() <= QUESTIONS.keys()
+        top = {"headline": result.headline, "answers": dict(result.answers)}
+        stamp = {"made_of": dict(key), "files": files, **top}
         write_text(partial / _STAMP, json.dumps(stamp, indent=1) + "\n")
         if target.exists():  # a folder cannot be written over
             os.replace(target, beside(target, ".partial-old"))
@@ -167,19 +196,50 @@ def write_part(part: Part, out: Path, key: Mapping[str, str], result: PartResult
 
 def write_page(out: Path, study: Study, inputs: Inputs) -> None:
     """OUT/study.html of the parts that are there and still right, whichever run did them."""
-    sections, headlines = [], {}
-    for part in chosen_parts(None, study):
-        if (out / part.name / _STAMP).exists() and _is_right(part, out, study, inputs):
-            body = (out / part.name / _SECTION).read_text(encoding="utf-8")
-            sections.append(section(part.title, Markup(body), part.name))  # ours, by the part's stamp
-            headlines[part.name] = parse_json(read_text(out / part.name / _STAMP, MOST_JSON_BYTES)).get("headline", "")
-    if any(headlines.values()):
-        sections.insert(0, section("In short", render_text(_HEADLINES, headlines=headlines)))
+    there = [part for part in chosen_parts(None, study) if (out / part.name / _STAMP).exists()]
+    parts, sections = [part for part in there if _is_right(part, out, study, inputs)], []
+    for part in parts:
+        body = (out / part.name / _SECTION).read_text(encoding="utf-8")
+        sections.append(section(part.title, Markup(body), part.name))  # ours, by the part's stamp
     meta = next(iter(inputs.scores.values())).meta
     foot = ", ".join(f"{name} {version}" for name, version in meta.versions.items())
-    title = f"What the fine-tune {meta.expert.called} changed"
+    title = f"What the fine-tune {_last_of(meta.expert.called)} changed"
     lead = f"In its base {meta.base.called}, read off {', '.join(inputs.scores)} and the models' weights."
-    write_text(out / PAGE, frame(title, lead, Markup("").join(sections), f"Scored {meta.date[:10]} with {foot}."))
+    body = Markup("").join([_in_short(parts, out), *sections])
+    data = _for_script(parts, out, inputs)
+    write_text(out / PAGE, frame(title, lead, body, f"Scored {meta.date[:10]} with {foot}.", data))
+
+
+def _in_short(parts: Sequence[Part], out: Path) -> Markup:
+    """The five answers, what else parts say in a sentence, and where on the page they are."""
+    answers: dict[str, tuple[str, str]] = {}
+    also = {}
+    for part in parts:
+        stamp = parse_json(read_text(out / part.name / _STAMP, MOST_JSON_BYTES))
+        for question, (text, picture) in stamp["answers"].items():
+            answers[question] = (text, f"{part.name}-{picture}" if picture else part.name)
+        if stamp["headline"]:
+            also[part.name] = stamp["headline"]
+    return section("In short", render(
+        "study_short.html", questions=QUESTIONS, answers=answers, also=also,
+        parts={part.name: part.title for part in parts},
+    ))  # fmt: skip
+
+
+def _for_script(parts: Sequence[Part], out: Path, inputs: Inputs) -> dict[str, Any]:
+    """What `page.js` reads: names of files and tasks, and of every component what is known, by their numbers."""
+    files = [one_line(name) for name in inputs.scores]
+    tasks = [one_line(task) for task in dict.fromkeys(task for scores in inputs.scores.values() for task in scores)]
+    notes: dict[str, list[list[object]]] = {}
+    for part in parts:
+        for component, file, task, text in json.loads(read_text(out / part.name / _NOTES, MOST_JSON_BYTES)):
+            notes.setdefault(component, []).append([files.index(file), tasks.index(task), text])
+    return {"files": files, "tasks": tasks, "notes": notes}
+
+
+def _last_of(name: str) -> str:
+    """A model's name; of a folder, its last part."""
+    return Path(name).name if name.startswith((".", "/", "~")) else name
 
 
 def _is_right(part: Part, out: Path, study: Study, inputs: Inputs) -> bool:

@@ -9,15 +9,20 @@ from typing import Any
 from markupsafe import Markup
 
 from mergekit_wp.foreign import file_parts
+from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
-from mergekit_wp.pictures import QUIET, expert_colour
+from mergekit_wp.palette import QUIET
+from mergekit_wp.pictures import expert_colour
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, lines_of
-from mergekit_wp.study.inputs import ALL
-from mergekit_wp.study.parts import PartResult
+from mergekit_wp.study.drawings import Shown
+from mergekit_wp.study.inputs import ALL, DOWN, UP
+from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
 from mergekit_wp.study.set_rows import REMOVED, RESTORED, SET_COLUMNS, Row, SetRows
 
+_CLEARLY = 2
+"""One side of the anchor carries it where it restores so many times what the other does."""
 SHOWN = 0.05
 """The share of a ranking that sentences and tables of the page speak of."""
 _DIRECTIONS = {RESTORED: "restored in the base", REMOVED: "taken out of the expert"}
@@ -42,10 +47,10 @@ def result_of(found: SetRows, questions: Sequence[Mapping[str, Any]]) -> PartRes
         "ceilings": lines_of(found.ceilings),
         "branches": lines_of(found.branches),
     }
-    drawn = {file: picture for file, _caption, picture in (*pictures["means"], *pictures["tasks"])}
+    drawn = {each.file: each.picture for each in (*pictures["means"], *pictures["tasks"])}
     return PartResult(
         data, {name: lines for name, lines in tables.items() if lines}, drawn, _section(data, pictures),
-        headline=next(iter(findings(data)), ""),
+        answers=_answers(data, pictures),
     )  # fmt: skip
 
 
@@ -68,24 +73,23 @@ def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
 
 # Pictures
 
-_Shown = list[tuple[str, str, Markup]]  # file name, caption, picture
 
-
-def _pictures(means: Sequence[Row], curves: Sequence[Row]) -> Iterator[tuple[str, _Shown]]:
+def _pictures(means: Sequence[Row], curves: Sequence[Row]) -> Iterator[tuple[str, list[Shown]]]:
     files = list(dict.fromkeys(row["scores"] for row in means))
     shown = []
     for part, name in zip(file_parts(files), files, strict=True):
         own = [row for row in means if row["scores"] == name]
         tasks = max(row["tasks"] for row in own)
         caption = f"{name}: mean of {tasks} tasks" if tasks > 1 else name
-        shown.append((f"curves-{part}", caption, _curves(own, f"Effects of sets by {name}")))
+        shown.append(Shown(f"curves-{part}", caption, _curves(own, f"Effects of sets by {name}"), scores=name))
     yield "means", shown
     places = list(dict.fromkeys((row["scores"], row["task"]) for row in curves if row["own"]))
     several = [place for place in places if sum(one == place[0] for one, _task in places) > 1]
     shown = []
     for part, place in zip(file_parts(f"curves-{one}-{task}" for one, task in several), several, strict=True):
         own = [row for row in curves if row["own"] and (row["scores"], row["task"]) == place]
-        shown.append((part, ": ".join(place), _curves(own, f"Effects of sets by {place[0]} on {place[1]}")))
+        picture = _curves(own, f"Effects of sets by {place[0]} on {place[1]}")
+        shown.append(Shown(part, ": ".join(place), picture, place[1], place[0]))
     yield "tasks", shown
 
 
@@ -118,7 +122,57 @@ def _lines_of(rows: Sequence[Row]) -> Iterator[drawings.Curve]:
 # The page
 
 
-def _section(data: Mapping[str, Any], pictures: Mapping[str, _Shown]) -> Markup:
+def _answers(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> dict[str, Answer]:
+    """What of it stands at the top of the page."""
+    found = {}
+    for question, said in (("carried", _carried(data["means"])), ("path", _upstream(data["curves"]))):
+        if said is not None:
+            name, text = said
+            found[question] = Answer(text, next(each.file for each in pictures["means"] if each.scores == name))
+    return found
+
+
+def _carried(means: Sequence[Row]) -> tuple[str, str] | None:
+    """(file, sentence): what the tops of the first file that has controls restore."""
+    tops = [row for row in nearest(means) if row["direction"] == RESTORED and row[MATCHED] is not None]
+    own = [row for row in tops if row["scores"] == tops[0]["scores"]]
+    shares = [
+        f"{_top(row)} bring {_percent(row['effect'])} of the gap by {row['metric']} (random ones of the same layers "
+        f"{_percent(fmean(row[MATCHED]))})"
+        for row in own
+    ]
+    return (own[0]["scores"], f"By {own[0]['scores']}, put into the base, {'; '.join(shares)}.") if own else None
+
+
+def _upstream(curves: Sequence[Row]) -> tuple[str, str] | None:
+    """(file, sentence): what all heads or neurons up to the anchor layer, and above it, restore of the output."""
+    whole = [
+        row for row in curves
+        if (row["direction"], row["metric"]) == (RESTORED, "kl") and row["k"] == row["components"]
+    ]  # fmt: skip
+    for name in dict.fromkeys(row["scores"] for row in whole):
+        means = {
+            (kind, side): fmean(effects)
+            for kind in map(str, Kind) for side in (UP, DOWN)
+            if (effects := [r["effect"] for r in whole if (r["scores"], r["kind"], r["side"]) == (name, kind, side)])
+        }  # fmt: skip
+        if len(means) < 2 * len(Kind):
+            continue
+        up, down = (sum(means[str(kind), side] for kind in Kind) for side in (UP, DOWN))
+        verdict = (
+            "it needs what is upstream" if up > _CLEARLY * down
+            else "it is read out late" if down > _CLEARLY * up
+            else "it needs both"
+        )  # fmt: skip
+        shares = ", ".join(
+            f"{where} {_percent(means['neurons', side])} by neurons and {_percent(means['heads', side])} by heads"
+            for side, where in ((UP, "the layers up to the anchor restore"), (DOWN, "those above it"))
+        )
+        return name, f"Of the gap at the output, {shares}: {verdict}."
+    return None
+
+
+def _section(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> Markup:
     return render(
         "study_sets.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
         without_gap=data["without_gap"], shown=f"{SHOWN:.0%}",
@@ -157,14 +211,12 @@ def findings(data: Mapping[str, Any]) -> list[str]:
     for row in nearest(data["means"]):
         if row[RANDOM] is None or row[MATCHED] is None:
             continue
-        where = {"up": " up to the anchor layer", "down": " above the anchor layer"}.get(row["side"], "")
-        share = f"{100 * row['k'] / row['components']:.0f} %"
         verb = "restored in the base, bring" if row["direction"] == RESTORED else "taken out of the expert, cost"
         sure = (row["beyond_matched"] or [None])[0]
         beyond = "more than" if sure is not None and sure > 0 else "not clearly more than"
         found.append(
-            f"{row['scores']}: the top {row['k']} {row['kind']}{where} ({share}), {verb} {_percent(row['effect'])} of "
-            f"the gap ({row['metric']}), {beyond} as many drawn at random in the same layers "
+            f"{row['scores']}: {_top(row)}, {verb} {_percent(row['effect'])} of the gap ({row['metric']}), "
+            f"{beyond} as many drawn at random in the same layers "
             f"({_percent(fmean(row[MATCHED]))}); drawn anywhere, {_percent(fmean(row[RANDOM]))}."
         )
     for direction, words in _DIRECTIONS.items():
@@ -247,6 +299,11 @@ def _with_interval(row: Row) -> str:
 
 def _draws(values: Sequence[float] | None) -> str:
     return "-" if values is None else f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _top(row: Row) -> str:
+    where = {UP: " up to the anchor layer", DOWN: " above the anchor layer"}.get(row["side"], "")
+    return f"the top {row['k']} {row['kind']}{where} ({100 * row['k'] / row['components']:.0f} %)"
 
 
 def _percent(share: float) -> str:

@@ -42,7 +42,7 @@ from mergekit_wp.study.at_anchor import Activity, HalvedDirections, anchor_activ
 from mergekit_wp.study.cells import cell
 from mergekit_wp.study.drift_sums import StoredModel, opened_expert
 from mergekit_wp.study.inputs import Inputs
-from mergekit_wp.study.parts import Part, PartResult
+from mergekit_wp.study.parts import Note, Part, PartResult
 from mergekit_wp.study.readings import (
     FROM_PROMPTS,
     HALVES,
@@ -58,7 +58,7 @@ from mergekit_wp.study.readout import Readout, TokenNames
 from mergekit_wp.study.study_spec import Study
 
 _DRAWN = 12
-_LISTED = 8
+_LISTED, _NOTED = 8, 5
 
 
 def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
@@ -92,7 +92,10 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "components": list(_component_lines(ranking_rows)),
         "sizes": list(_size_lines(ranking_rows)),
     }
-    return PartResult(data, tables, pictures, _section(data, pictures), headline=next(iter(findings(data)), ""))
+    return PartResult(
+        data, tables, pictures, _section(data, pictures), headline=next(iter(findings(data)), ""),
+        notes=list(_notes(ranking_rows)),
+    )  # fmt: skip
 
 
 def _tokenizer(study: Study, inputs: Inputs) -> Any:
@@ -230,6 +233,13 @@ def _joined(words: Sequence[object]) -> str:
     return " ".join(map(str, words))
 
 
+def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[Note]:
+    """The first words of every component that was read."""
+    for row in rows:
+        for each in row["components"]:
+            yield Note(each["name"], row["file"], row["task"], f"writes {_joined(each['words'][:_NOTED])}")
+
+
 def _coded(words: Sequence[str]) -> Markup:
     return render_text("{% for word in words %}<code>{{ word }}</code> {% endfor %}", words=words)
 
@@ -251,7 +261,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Markup]) -> Markup:
         ]  # fmt: skip
         title = f"{row['file']}, {row['task']}: {row['kind']}, {row['side']} layers"
         columns = [row["kind"][:-1], "score", "words", "peak", "base shares", "words of the change", "its peak"]
-        tops.append((title, grid([columns, *lines])))
+        tops.append((row, title, grid([columns, *lines])))
     return render(
         "study_words.html", findings=findings(data), pictures=pictures, tokens=data["tokens"],
         directions=grid([head, *shown]) if shown else None, tops=tops, across=data["across_tasks"],
