@@ -9,11 +9,11 @@ import click
 
 from experiments.demo.demo_pipeline import demo_steps, write_pipeline
 from experiments.demo.world_choice import WorldChoice, world_options
+from mergekit_wp.execute import Stamps
 from mergekit_wp.files import check_writable_parent
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claimed
 from mergekit_wp.pipeline.cli import run_steps
-from mergekit_wp.pipeline.execute import Stamps
 from mergekit_wp.pipeline.steps import results_folder
 
 

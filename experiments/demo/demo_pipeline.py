@@ -10,9 +10,9 @@ import yaml
 
 from experiments.demo.world_choice import WorldChoice
 from experiments.miniature.lm_eval_tasks import SUITE
+from mergekit_wp.execute import Step
 from mergekit_wp.files import write_text
 from mergekit_wp.hashing import readable
-from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
 from mergekit_wp.pipeline.steps import pipeline_steps, write_derived
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import click
 
 from mergekit_wp.errors import BadInput
+from mergekit_wp.execute import die_with
 from mergekit_wp.foreign import one_line
-from mergekit_wp.pipeline.execute import die_with
 
 _HEARTBEAT_S = 30
 

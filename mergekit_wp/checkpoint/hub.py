@@ -56,6 +56,19 @@ def download(source: Source, cache: str | None = None) -> Path:
     return _download(source, cache or constants.HF_HUB_CACHE, constants.ENDPOINT, constants.HF_HUB_OFFLINE)
 
 
+def folder_of(source: Source) -> Path:
+    """Where a model's files lie: a folder as it is, a Hub name as its snapshot in the cache; the name where that is
+    not."""
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        for file in ("config.json", "adapter_config.json"):
+            found = try_to_load_from_cache(source.path, file, revision=source.revision)
+            if isinstance(found, str):
+                return Path(found).parent
+    return Path(str(source))
+
+
 def score_file(name: str) -> Path:
     """The score file that a name means; one on the Hub is downloaded.
 

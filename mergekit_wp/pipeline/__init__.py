@@ -1,3 +1,3 @@
 """wp-run: a pipeline file (`spec`) becomes steps (`steps`), which are looked ahead at (`look_ahead`) and carried out
-(`execute`) where their inputs have changed.
+(`mergekit_wp.execute`) where their inputs have changed.
 """

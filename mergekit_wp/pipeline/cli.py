@@ -16,11 +16,11 @@ import click
 from mergekit_wp import __version__
 from mergekit_wp.console import json_option, quiet_option
 from mergekit_wp.errors import BadInput
+from mergekit_wp.execute import Stamps, Step
 from mergekit_wp.fields import schema_option
 from mergekit_wp.files import check_writable_parent, writable_folder
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import claimed, refuse_busy
-from mergekit_wp.pipeline.execute import Stamps, Step
 from mergekit_wp.pipeline.look_ahead import Ahead, troubles_of
 from mergekit_wp.pipeline.spec import FORM, STAGES, Pipeline, read_pipeline
 

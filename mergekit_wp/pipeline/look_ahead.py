@@ -17,8 +17,8 @@ import click
 
 from mergekit_wp.checkpoint.references import read_reference, recipe_models
 from mergekit_wp.errors import BadInput
+from mergekit_wp.execute import Step
 from mergekit_wp.files import read_yaml_mapping
-from mergekit_wp.pipeline.execute import Step
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from mergekit_wp.console import quiet_option
 from mergekit_wp.eval.results import AVERAGE
 from mergekit_wp.eval.tables import Table, colour_note, read_results, results_html, stands
+from mergekit_wp.execute import Step
 from mergekit_wp.files import write_text
 from mergekit_wp.foreign import echo
 from mergekit_wp.geometry import Kind
@@ -27,7 +28,6 @@ from mergekit_wp.merge.certificate import CERTIFICATE, MeanShares, read_certific
 from mergekit_wp.page import frame, render
 from mergekit_wp.pictures import are_shares, expert_colour, recovery_lines, shares_svg
 from mergekit_wp.pipeline.examples import Example, examples_of
-from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import Pipeline, read_pipeline
 from mergekit_wp.pipeline.steps import (
     derived_files,

@@ -15,14 +15,15 @@ import yaml
 
 from mergekit_wp.autoload import METHODS
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.hub import folder_of
 from mergekit_wp.checkpoint.references import Reference, Source, read_reference, recipe_models
 from mergekit_wp.checkpoint.weights import TensorHeader
 from mergekit_wp.errors import BadInput
+from mergekit_wp.execute import Step
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.certificate import CERTIFICATE
 from mergekit_wp.merge.plan import WP
 from mergekit_wp.merge.recipe import files_of
-from mergekit_wp.pipeline.execute import Step
 from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline, prompt_files
 from mergekit_wp.scoring.models.precision import stored_dtype
 
@@ -100,7 +101,7 @@ def hub_models(pipeline: Pipeline) -> list[Source]:
 
 def absent_models(pipeline: Pipeline) -> list[Source]:
     """Those of them whose weights are not, or not all, on this machine."""
-    return [source for source in hub_models(pipeline) if not _here(_folder(source))]
+    return [source for source in hub_models(pipeline) if not _here(folder_of(source))]
 
 
 def _here(folder: Path) -> bool:
@@ -197,7 +198,7 @@ def _stored_dtype(models: Iterable[str]) -> str | None:
     """The dtype that holds every one of these models without rounding; None while one is not here."""
     tensors: dict[str, TensorHeader] = {}
     for model in models:
-        folder = _folder(read_reference(model).model)
+        folder = folder_of(read_reference(model).model)
         if not _here(folder):
             return None
         tensors |= {f"{model} {name}": header for name, header in Checkpoint(str(folder), folder).tensors.items()}
@@ -327,19 +328,8 @@ def _step(
 
 
 def _folders(models: Iterable[Reference]) -> list[Path]:
-    """Where the files of models lie: folders as they are, Hub names as the snapshot in the cache (or the name)."""
-    return [_folder(source) for model in models for source in model.sources]
-
-
-def _folder(source: Source) -> Path:
-    if source.kind == "hub":
-        from huggingface_hub import try_to_load_from_cache
-
-        for file in ("config.json", "adapter_config.json"):
-            found = try_to_load_from_cache(source.path, file, revision=source.revision)
-            if isinstance(found, str):
-                return Path(found).parent
-    return Path(str(source))
+    """Where the files of models lie."""
+    return [folder_of(source) for model in models for source in model.sources]
 
 
 def _beside(name: str, recipe: Path) -> Path:

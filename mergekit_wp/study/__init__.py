@@ -2,6 +2,7 @@
 
     study_spec   what a STUDY.yaml says            cli       wp-study: the plan, then the parts that are due
     inputs       score files and models, checked   parts     which parts there are; what is done and still right
+    scored       score files that are made first
     sets         top sets, overlaps, correlations  drawings  pictures of several parts
 
 Each part is a module of its own, with its algorithm and the paper's figures at its top:

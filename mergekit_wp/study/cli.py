@@ -5,7 +5,9 @@ Heavy packages are imported inside the command, so that `wp-study --help` answer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,8 +16,11 @@ from mergekit_wp.console import ProgressBars, no_progress, quiet_option, take_te
 from mergekit_wp.fields import schema_option
 from mergekit_wp.files import writable_folder
 from mergekit_wp.foreign import echo
-from mergekit_wp.outputs import claim, clear_partials, refuse_busy, refuse_inputs
-from mergekit_wp.study.study_spec import FORM, read_study
+from mergekit_wp.outputs import claim, claimed, clear_partials, refuse_busy, refuse_inputs
+from mergekit_wp.study.study_spec import FORM, Study, read_study
+
+if TYPE_CHECKING:
+    from mergekit_wp.study.scored import ToScore
 
 _EPILOG = """\b
 Examples:
@@ -27,7 +32,7 @@ Examples:
 study.yaml:
   base: ./base
   expert: ./maths
-  scores: {kl: scores/kl.safetensors, ap: scores/ap.safetensors}
+  scores: {kl: scores/kl.safetensors, ap: ap.yaml}
   prompts: {pairs: maths.jsonl}
 
 \b
@@ -40,6 +45,7 @@ Parts:
   links      what runs through which heads; a circuit, beside chance, other heads and noise; needs prompts
   sets       how much the top of a ranking restores and takes out, beside random sets; needs prompts; a pass a set
 
+A scoring job (.yaml, or its fields) in the place of a score file is run first, as wp-score would.
 A part is skipped while its score files, models, settings and code are those of its last run.
 """
 
@@ -57,16 +63,20 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
 
     Every part gives JSON, CSV and SVG, and a section of one page that needs nothing else.
     """
-    study = read_study(study_file)
+    study, folder = read_study(study_file), Path(out)
     from mergekit_wp.study.inputs import read_inputs
     from mergekit_wp.study.parts import PAGE, PARTS, chosen_parts, made_of, why_due, write_page, write_part
+    from mergekit_wp.study.scored import to_score, with_files
 
-    parts, folder = chosen_parts(only, study), Path(out)
-    refuse_inputs(out, [study_file, *study.reads()])
+    parts, made = chosen_parts(only, study), to_score(study, folder)
+    refuse_inputs(out, [study_file, *study.reads(), *(path for each in made for path in each.job.reads())])
     writable_folder(folder)
     refuse_busy(out)
-    if any(part.models for part in parts):
+    if made or any(part.models for part in parts):
         take_terminal(not quiet)
+    if not _scored(study, made, folder, [part.name for part in parts], quiet, plan_only):
+        return
+    study = with_files(study, made)
     inputs = read_inputs(study, folder)
     keys = {part.name: made_of(part, study, inputs) for part in parts}
     why = {part.name: why_due(part, folder, keys[part.name]) for part in parts}
@@ -89,6 +99,47 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
     write_page(folder, study, inputs)
     if not quiet:
         echo(f"Written: {folder / PAGE}")
+
+
+def _scored(
+    study: Study, made: Sequence[ToScore], out: Path, parts: Sequence[str], quiet: bool, plan_only: bool
+) -> bool:
+    """Whether all score files are there: those that are due are made first, or, of a plan, said.
+
+    Raises `BadInput` for what would stop these runs, or the parts after them, as far as that shows before.
+    """
+    from mergekit_wp.execute import Stamps
+    from mergekit_wp.study.inputs import Inputs, read_inputs
+    from mergekit_wp.study.scored import check_jobs, with_files, write_jobs
+
+    steps = {each.step(): each for each in made}
+    stamps = Stamps.only_read(out / ".steps", {each.job_file: each.text for each in made})
+    why = {step: stamps.why_not_done(step) for step in steps}
+    due = [step for step in steps if why[step] is not None]
+    if due:
+        there = with_files(study, made, [steps[step] for step in due])
+        if there.scores:
+            read_inputs(there)
+        check_jobs([steps[step] for step in due])
+        if study.prompts:
+            assert Inputs(study, {}, {}, {}).ready
+    if not quiet or plan_only:
+        for step, each in steps.items():
+            echo(f"{each.field}: {'done' if why[step] is None else f'to do ({why[step]})'}")
+    if not due:
+        return True
+    if plan_only:
+        for name in parts:
+            echo(f"{name}: to do (after {steps[due[0]].field})")
+        return False
+    with claimed(out):
+        write_jobs(made)
+        to_run = stamps.to_run()
+        for step in due:
+            if not quiet:
+                echo(f"$ {step.text()}", fg="cyan")
+            to_run.run(step, quiet)
+    return True
 
 
 if __name__ == "__main__":

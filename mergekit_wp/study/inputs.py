@@ -145,7 +145,10 @@ def _read(study: Study, field: str, path: str) -> Scores:
     try:
         found = score_file(path)
         if not found.exists() and kind == "scores":
-            raise BadInput(f"no such score file: {path}; make it with `{study.how_to_score(name, path)}`.")
+            raise BadInput(
+                f"no such score file: {path}; make it with `{study.how_to_score(name, path)}`, or name a scoring job "
+                "(.yaml) in its place."
+            )
         return read_scores(path)
     except BadInput as error:
         raise BadInput(f"`{field}`: {error.message}") from error

@@ -2,7 +2,7 @@
 
 base: ./base
 expert: ./maths
-scores: {kl: scores/kl.safetensors, anchor: scores/anchor.safetensors, ap: scores/ap.safetensors}
+scores: {kl: scores/kl.safetensors, anchor: anchor.yaml, ap: {pairs: maths.jsonl, method: ap, utility: anchor}}
 others: {code: scores/code.safetensors}
 prompts: {pairs: maths.jsonl, samples: 64}
 """
@@ -22,24 +22,31 @@ from mergekit_wp.scoring.config import ScoringJob
 
 KINDS = ("heads", "neurons")
 _PATH = {"type": "string", "pattern": r"\S"}
+_JOB_SUFFIXES = (".yaml", ".yml")
 
 
 def _are_files(value: Any, least: int) -> bool:
-    paths = list(value.values()) if isinstance(value, dict) else value
+    named = isinstance(value, dict)
+    entries = list(value.values()) if named else value
     return (
-        isinstance(paths, list)
-        and len(paths) >= least
-        and all(isinstance(path, str) and path.strip() for path in paths)
-        and (not isinstance(value, dict) or all(name.strip() for name in value))
+        isinstance(entries, list)
+        and len(entries) >= least
+        and all((isinstance(e, str) and e.strip()) or (named and isinstance(e, dict)) for e in entries)
+        and (not named or all(isinstance(name, str) and name.strip() for name in value))
     )
 
 
 def _files(least: int) -> ValueKind:
+    job = {
+        "type": "object",
+        "properties": {item.name: about(item).kind.schema for item in fields(ScoringJob)},
+        "additionalProperties": False,
+    }
     several = [
-        {"type": "object", "additionalProperties": _PATH, "minProperties": least},
+        {"type": "object", "additionalProperties": {"anyOf": [_PATH, job]}, "minProperties": least},
         {"type": "array", "items": _PATH, "minItems": least},
     ]
-    what = "a mapping from names to score files, such as {kl: FILE}, or a list of files"
+    what = "a mapping from names to score files or scoring jobs, such as {kl: FILE}, or a list of files"
     return ValueKind(what, lambda value: _are_files(value, least), {"anyOf": several}, None)
 
 
@@ -78,12 +85,14 @@ class Study:
 
     base: str = described(text(), "Base model: a folder or a Hub name.")
     expert: str = described(text(), "Expert fine-tuned from it; may be `MODEL+LORA`.")
-    scores: Mapping[str, str] = described(
-        _files(1), "Score files of this pair, by name or as a list: of any methods, utilities, prompts."
+    scores: Mapping[str, Any] = described(
+        _files(1),
+        "Score files of this pair, by name or as a list: of any methods, utilities, prompts. In the place of one, a "
+        "scoring job, a file (`.yaml`) or its fields: it is scored first; `base` and `expert` come from here.",
     )
-    others: Mapping[str, str] = described(
+    others: Mapping[str, Any] = described(
         _files(0),
-        "Score files of other experts of the same base, to compare tasks across experts.",
+        "Score files of other experts of the same base, to compare tasks across experts; jobs say `expert`.",
         {},
     )
     top: Mapping[str, int] = described(
@@ -131,11 +140,30 @@ class Study:
         fixed = {"base": self.base, "expert": self.expert, "seed": self.seed, "utility": "anchor", "split": "shared"}
         return ScoringJob.from_mapping({**self.prompts, **fixed}, "prompts")
 
+    def jobs(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(field, name) of the score files that are to be made -> the fields of their jobs. Raises `BadInput`."""
+        found = {}
+        for field, entries in (("scores", self.scores), ("others", self.others)):
+            for name, entry in entries.items():
+                if isinstance(entry, str) and not entry.endswith(_JOB_SUFFIXES):
+                    continue
+                where = f"`{field}.{name}`"
+                try:
+                    values = read_yaml_mapping(entry, "scoring job") if isinstance(entry, str) else entry
+                except BadInput as error:
+                    raise BadInput(f"{where}: {error.message}") from error
+                expert = self.expert if field == "scores" else values.get("expert")
+                if expert is None:
+                    raise BadInput(f"{where}: the scoring job names no expert; an expert of `others` is its own.")
+                found[field, name] = {**values, "base": self.base, "expert": expert}
+        return found
+
     def reads(self) -> list[str]:
-        """Everything that the study reads, models too, as it names them."""
+        """Everything that the study reads, models too, as it names them; what its jobs read is theirs to say."""
         models = [self.base, self.expert, *map(str, read_reference(self.expert).sources)]
         pairs = [self.prompts["pairs"]] if self.prompts else []
-        return [*models, *self.scores.values(), *self.others.values(), *pairs]
+        files = [entry for entry in (*self.scores.values(), *self.others.values()) if isinstance(entry, str)]
+        return [*models, *files, *pairs]
 
     def how_to_score(self, name: str, path: str) -> str:
         """The command that would make a score file of this pair; a name that is a method or a utility says which."""
@@ -145,7 +173,7 @@ class Study:
         return f"wp-score --base {self.base} --expert {self.expert} --pairs FILE.jsonl{flags} --out {path}"
 
 
-def _named(field: str, files: Mapping[str, str] | list[str]) -> dict[str, str]:
+def _named(field: str, files: Mapping[str, Any] | list[str]) -> dict[str, Any]:
     """Files of a list are named as they are, without folder and ending. Raises `BadInput` for two of one name."""
     if isinstance(files, Mapping):
         return dict(files)

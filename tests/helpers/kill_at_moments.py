@@ -224,8 +224,8 @@ def evaluate(folder: Path):
 
 def steps(folder: Path):
     """Three steps of wp-run, each a small command; the stamps say what is done."""
+    from mergekit_wp.execute import Stamps, Step
     from mergekit_wp.pipeline.cli import run_steps
-    from mergekit_wp.pipeline.execute import Stamps, Step
 
     names = ("one", "two", "three")
     made, before = [folder / f"{name}.txt" for name in names], [folder / "in.txt"]

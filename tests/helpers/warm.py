@@ -193,9 +193,9 @@ def fork_steps() -> None:
     """For wp-run in a fork: its steps, and the processes of these, are forks too, ended as `execute._run` does it."""
     import multiprocessing
 
+    from mergekit_wp import execute
     from mergekit_wp.console import MODULES, run
     from mergekit_wp.eval import process
-    from mergekit_wp.pipeline import execute
 
     def run_step(command: Sequence[str]) -> None:
         if command[0] != sys.executable:

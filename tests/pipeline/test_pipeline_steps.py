@@ -14,8 +14,8 @@ import click
 import pytest
 
 from mergekit_wp import hashing as digests_module
+from mergekit_wp.execute import Stamps, Step, code_digest
 from mergekit_wp.hashing import Digests, digest
-from mergekit_wp.pipeline.execute import Stamps, Step, code_digest
 
 COPY = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read().upper())"
 
@@ -66,7 +66,7 @@ def test_code_counts_only_where_it_is_asked_to(tmp_path: Path, monkeypatch: pyte
     Stamps.below(tmp_path / ".steps").run(step)
     assert why(step, tmp_path, code_counts=True) is None
     assert code_digest(("demo",)) != code_digest(("scoring",))
-    monkeypatch.setattr("mergekit_wp.pipeline.execute.code_digest", lambda _: "another")
+    monkeypatch.setattr("mergekit_wp.execute.code_digest", lambda _: "another")
     assert why(step, tmp_path) is None
     assert why(step, tmp_path, code_counts=True) == "the code behind it has changed"
 
@@ -160,7 +160,7 @@ def test_a_killed_run_leaves_no_command_behind_and_goes_on(tmp_path: Path, how: 
             f"""
             from pathlib import Path
             from mergekit_wp.pipeline.cli import run_steps
-            from mergekit_wp.pipeline.execute import Stamps, Step
+            from mergekit_wp.execute import Stamps, Step
 
             if __name__ == "__main__":
                 here = Path({str(tmp_path)!r})

@@ -171,7 +171,7 @@ def test_the_part_finds_a_planted_chain(tmp_path) -> None:
     tables = load_file(tmp_path / "out/links/links.safetensors")
     assert tables["a/neurons"].shape[0] == len(result.data["targets"]["a"])
     assert {tuple(at) for at in tables["a/neurons"].nonzero()[:, 1:].tolist()} == {(0, 3)}
-    assert "pass on" in result.headline
+    assert "pass on" in result.answers["path"].text
 
 
 def test_nothing_to_say_is_said() -> None:

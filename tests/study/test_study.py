@@ -219,7 +219,7 @@ def test_maps_need_no_model(small, tmp_path) -> None:
         (
             {"scores": {"ap": "no/ap.safetensors"}}, [],
             "`scores.ap`: no such score file: no/ap.safetensors; make it with `wp-score --base BASE --expert EXPERT "
-            "--pairs FILE.jsonl --method ap --out no/ap.safetensors`.",
+            "--pairs FILE.jsonl --method ap --out no/ap.safetensors`, or name a scoring job (.yaml) in its place.",
         ),
         ({"scores": {"kl": "OTHER"}}, [], "`expert`: the score files are of expert, whose weights are not those of"),
         ({"scores": {"kl": "KL", "x": "OTHER"}}, [], "put files of other experts under `others`"),
