@@ -134,10 +134,11 @@ class Missed:
     @property
     def sentence(self) -> str:
         """For people."""
-        return (
-            f"Of the {self.k} highest {self.kind} of {'all tasks' if self.task is None else self.task}, at most "
-            f"{self.at_most} are missed (95 %; above leader {self.k}: {self.found} of {self.drawn:,} drawn)."
-        )
+        whose = f"the {self.k} highest {self.kind} of {'all tasks' if self.task is None else self.task}"
+        drawn = f"above leader {self.k}: {self.found} of {self.drawn:,} drawn"
+        if self.at_most == self.k:
+            return f"The sample is too small to say how many of {whose} are missed ({drawn})."
+        return f"Of {whose}, at most {self.at_most} are missed (95 %; {drawn})."
 
 
 @dataclass(frozen=True)

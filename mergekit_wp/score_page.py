@@ -10,7 +10,16 @@ from mergekit_wp.geometry import Kind
 from mergekit_wp.page import frame, grid, render, section
 from mergekit_wp.pictures import expert_colour, map_svg, scale_of, score_map
 from mergekit_wp.ranking import findings
-from mergekit_wp.score_tables import Grid, comparison, of_audits, of_components, of_layers, of_missed, of_tasks
+from mergekit_wp.score_tables import (
+    Grid,
+    comparison,
+    of_audits,
+    of_components,
+    of_floors,
+    of_layers,
+    of_missed,
+    of_tasks,
+)
 from mergekit_wp.scores import ScoreMeta, Scores
 
 JUDGED = {  # by the utility of the scores
@@ -39,7 +48,7 @@ def _judged(meta: ScoreMeta) -> str:
 
 
 def _tables(scores: Scores, top: int) -> list[Grid]:
-    every = [of_components(scores, top), of_missed(scores), of_tasks(scores), of_layers(scores)]
+    every = [of_components(scores, top), of_floors(scores), of_missed(scores), of_tasks(scores), of_layers(scores)]
     return [table for table in every if table]
 
 

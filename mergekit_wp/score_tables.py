@@ -8,12 +8,13 @@ from dataclasses import asdict
 from itertools import combinations, zip_longest
 from typing import Any
 
+from mergekit_wp.floor import floors
 from mergekit_wp.foreign import one_line
 from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.intervals import Bootstrap, Interval
 from mergekit_wp.missed import TopKept, audits, cost, every
 from mergekit_wp.page import aligned
-from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, totals
+from mergekit_wp.ranking import about, compare, findings, layer_shares_of, percent, strongest, totals
 from mergekit_wp.scores import Scores
 
 Grid = list[list[str]]
@@ -29,7 +30,7 @@ def as_text(found: Mapping[str, Scores], top: int) -> str:
         lines = [one_line(name), *(f"  {label.ljust(width)}  {one_line(value)}" for label, value in facts.items())]
         parts.append("\n".join([*lines, "", *map(one_line, findings(scores))]))
         parts += [aligned(grid) for grid in (of_tasks(scores), of_layers(scores), of_components(scores, top))]
-        parts += [aligned(grid) for grid in (of_missed(scores),) if grid]
+        parts += [aligned(grid) for grid in (of_floors(scores), of_missed(scores)) if grid]
     if len(found) > 1:
         parts.append(aligned(comparison(found)))
     parts += [aligned(grid) for grid in (of_audits(found),) if grid]
@@ -87,6 +88,17 @@ def _sure(found: Component | Interval) -> str:
     return f"{found.component.name} {found.score:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
+def of_floors(scores: Scores) -> Grid:
+    """A line for each task, kind and percentile of a file with shuffled updates (`floor`); nothing for another."""
+    lines = [["task", "kind", "floor", "score there", "above it", "of other shuffles"]]
+    for each in floors(scores):
+        where = [ALL_TASKS if each.task is None else each.task, str(each.kind), f"{each.share:.0%} of the shuffled"]
+        above = f"{each.above} of {each.components} ({percent(each.above / each.components)})"
+        null = "-" if each.by_shuffles is None else f"{100 * each.by_shuffles:.1f} %"
+        lines.append([*where, f"{each.threshold:.4f}", above, null])
+    return lines if len(lines) > 1 else []
+
+
 def of_missed(scores: Scores) -> Grid:
     """A line for each task, kind and k of a file with a sample (`missed`); nothing for another."""
     lines = [["task", "kind", "leaders", "sample", "above the k-th leader", "estimate", "at most (95 %)"]]
@@ -140,6 +152,7 @@ def _data(scores: Scores, top: int) -> dict[str, Any]:
         "findings": findings(scores),
         "all_tasks": _task_data(scores, top, None),
         "tasks": tasks,
+        "floors": [asdict(each) for each in floors(scores)],
         "missed": [asdict(each) for each in every(scores)],
         "cost": cost(scores) if scores.chance else None,
     }

@@ -9,6 +9,7 @@ A safetensors file, all tensors float32:
     parts/<part> [L, H] or [L, F] with --parts: what each of q, o (heads), gate, up, down (neurons) adds to the
                                   score, mean over tasks; likewise tasks/<task>/parts/<part>
     scored/heads, scored/neurons  if a subset was scored: 1 where it was, 0 where the score 0 means "not asked"
+    tasks/<task>/shuffled/heads [S, L, H], .../neurons [S, L, F]   with --shuffles: scores of S shuffled updates
     chance/heads, chance/neurons  with --sample: with which chance each came into the subset (`missed`), 1 for leaders
     tasks/<task>/prompts/heads [P, L, H], .../neurons [P, L, F]   with --per-prompt: what each scoring prompt gives; a
                                   score is their sum over the prompts, divided by how many were used
@@ -50,8 +51,15 @@ if TYPE_CHECKING:
 FORMAT = 3  # 1 knew neither parts nor subsets, and is read as a file without them; 2 always had an anchor, and
 ANCHORED = 2  # is what a file with one still says, so that programs which know no other read it
 PER_PROMPT = 4  # has tensors of single prompts
-SAMPLED = 5  # has chances, and perhaps tensors of single prompts
-_LEFT_OUT = ("prompts", "object", "answer_tokens", "at", "prompt_ids")  # where they are None, for the same reason
+CONTROLLED = 5  # has chances of a sample, or scores of shuffled updates; and perhaps tensors of single prompts
+_LEFT_OUT = (
+    "prompts",
+    "object",
+    "answer_tokens",
+    "at",
+    "prompt_ids",
+    "shuffles",
+)  # where they are None, for the same reason
 METRICS = ("anchor", "kl", "projection")  # what a utility reads (`scoring.metrics`)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 METADATA_KEY = "wp"
@@ -163,6 +171,7 @@ class ScoreMeta:
         None: of the next token alone.
     at: the merge that stood in the base's place, whose gap to the expert the scores are shares of; None: the base did.
     prompt_ids: where single prompts are kept, what tells them apart: the beginning of the SHA-256 of their tokens.
+    shuffles: how many shuffled updates were scored as well, by `seed`; None: none.
     """
 
     base: ModelId
@@ -187,6 +196,7 @@ class ScoreMeta:
     answer_tokens: Positive | None = None
     at: ScoredAt | None = None
     prompt_ids: dict[Text, tuple[Text, ...]] | None = None
+    shuffles: Positive | None = None
 
     def layers_run(self, layer: int) -> int:
         """From a layer's components up to where their scores are read, with the layer itself; 0 where nothing is."""
@@ -210,7 +220,7 @@ class ScoreMeta:
     @classmethod
     def from_json(cls, text: str) -> ScoreMeta:
         """Parse and check; raises ValueError (`read_scores` makes it a BadInput)."""
-        return read_document(cls, text, range(1, SAMPLED + 1))
+        return read_document(cls, text, range(1, CONTROLLED + 1))
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -221,13 +231,15 @@ class ScoreMeta:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32; single prompts or None."""
+    """heads [L, H], neurons [L, F], anchor [D] or None, parts as `PART_KIND` says, float32; single prompts or None;
+    by kind, the scores of shuffled updates [S, L, H] and [S, L, F]."""
 
     heads: torch.Tensor
     neurons: torch.Tensor
     anchor: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     prompts: PromptScores | None = None
+    shuffled: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,6 +367,8 @@ class Scores:
                 raise ValueError(
                     f"anchor layer {layer}, and {'no' if scores.anchor is None else 'an'} anchor of {task}"
                 )
+            if set(scores.shuffled) != ({"heads", "neurons"} if self.meta.shuffles else set()):
+                raise ValueError(f"{self.meta.shuffles or 'no'} shuffles, and of {task} {sorted(scores.shuffled)}")
         for name, tensor in self.tensors().items():
             check_table(name, tensor, self._shape(name))
         self._check_means()
@@ -405,6 +419,7 @@ class Scores:
             if scores.anchor is not None:
                 named[f"tasks/{task}/anchor"] = scores.anchor
             named |= {f"tasks/{task}/parts/{part}": table for part, table in scores.parts.items()}
+            named |= {f"tasks/{task}/shuffled/{kind}": table for kind, table in scores.shuffled.items()}
             if scores.prompts is not None:
                 named |= {f"tasks/{task}/{name}": table for name, table in scores.prompts.tensors().items()}
         return named
@@ -415,6 +430,8 @@ class Scores:
         if what == "prompts":  # which may also be the name of a task
             count = self.meta.tasks[task].scoring
             return (count, *self._shape(last)) if last in ("heads", "neurons") else (count,)
+        if what == "shuffled":
+            return (self.meta.shuffles or 0, *self._shape(last))
         return {
             "heads": (geometry.layers, geometry.heads),
             "neurons": (geometry.layers, geometry.neurons),
@@ -459,9 +476,10 @@ def read_scores(path: str | Path) -> Scores:
 def _take_task(tensors: dict[str, torch.Tensor], prefix: str, anchored: bool) -> TaskScores:
     heads, neurons = tensors.pop(f"{prefix}heads"), tensors.pop(f"{prefix}neurons")
     anchor = tensors.pop(f"{prefix}anchor") if anchored else None
-    return TaskScores(
-        heads, neurons, anchor, _take_parts(tensors, prefix), PromptScores.taken(tensors, f"{prefix}prompts/")
-    )
+    parts, prompts = _take_parts(tensors, prefix), PromptScores.taken(tensors, f"{prefix}prompts/")
+    shuffled = {kind: f"{prefix}shuffled/{kind}" for kind in ("heads", "neurons")}
+    found = {kind: tensors.pop(name) for kind, name in shuffled.items() if name in tensors}
+    return TaskScores(heads, neurons, anchor, parts, prompts, found)
 
 
 def _take_parts(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -197,7 +197,8 @@ def test_metadata_is_plain_json(tmp_path):
         meta = json.loads(file.metadata()["wp"])
     wanted = json.loads(json.dumps(asdict(example().meta)))
     # Left out, so that programs before those fields read the file.
-    assert [wanted.pop(name) for name in ("prompts", "object", "answer_tokens", "at", "prompt_ids")] == [None] * 5
+    left_out = ("prompts", "object", "answer_tokens", "at", "prompt_ids", "shuffles")
+    assert [wanted.pop(name) for name in left_out] == [None] * 6
     assert meta == wanted
     assert meta["tasks"]["a"]["utilities"]["anchor"] == {"used": 7, "dropped": 1, "mean_gap": 0.25}
 

@@ -34,7 +34,8 @@ class TaskAccumulator:
     """Weighted scores of one task over its prompts: `sums[kind][part]`, float64 [L, H] or [L, F].
 
     Of so many `prompts`, what each adds to a score is kept as well, by number: `by_prompt[kind]`, float32 [P, L, H] or
-    [P, L, F].
+    [P, L, F]. Of the update shuffled by each of the seeds `shuffles`, scores are kept in `shuffled[kind]`, float64
+    [S, L, H] or [S, L, F].
     """
 
     task: str
@@ -46,9 +47,11 @@ class TaskAccumulator:
     device: torch.device
     dtype: torch.dtype = torch.float32
     prompts: int = 0
+    shuffles: Sequence[str] = ()
     ledgers: dict[str, GapLedger] = field(init=False)
     sums: dict[Kind, dict[str, torch.Tensor]] = field(init=False)
     by_prompt: dict[Kind, torch.Tensor] = field(init=False)
+    shuffled: dict[Kind, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         kept = self.gap, self.gap_floor, self.dtype, self.prompts
@@ -65,6 +68,12 @@ class TaskAccumulator:
             kind: torch.zeros(self.prompts, depth, self.geometry.count(kind), device=self.device)
             for kind in (Kind if self.prompts else ())
         }
+        self.shuffled = {
+            kind: torch.zeros(
+                len(self.shuffles), depth, self.geometry.count(kind), dtype=torch.float64, device=self.device
+            )
+            for kind in (Kind if self.shuffles else ())
+        }
 
     def metrics_at(self, layer: int) -> list[Metric]:
         """The metrics that are read above `layer`."""
@@ -79,6 +88,11 @@ class TaskAccumulator:
             parts = {part: values_BC.sum(0) for part, values_BC in parts.items()}
         for part, values in parts.items():
             self.sums[kind][part][layer] += values
+
+    def add_shuffled(self, kind: Kind, layer: int, number: int, parts: Parts) -> None:
+        """Add the scores of every component of a layer of one shuffled update; [B, H] or [B, F] are summed over B."""
+        whole = sum(parts.values(), start=torch.zeros((), device=self.device))
+        self.shuffled[kind][number, layer] += whole.sum(0) if whole.ndim == 2 else whole
 
     def add_some(
         self, kind: Kind, layer: int, components_C: torch.Tensor, values_CB: torch.Tensor, numbers: Sequence[int]
@@ -110,6 +124,7 @@ class TaskAccumulator:
             for part in parts:
                 parts[part] = processes.add_up(parts[part])
         self.by_prompt = {kind: processes.add_up(table) for kind, table in self.by_prompt.items()}
+        self.shuffled = {kind: processes.add_up(table) for kind, table in self.shuffled.items()}
 
     def finish(self) -> dict[Kind, dict[str, torch.Tensor]]:
         """{heads: {part: [L, H]}, neurons: {part: [L, F]}} float64 on the CPU, divided by the gaps.
@@ -129,6 +144,11 @@ class TaskAccumulator:
         """`by_prompt` on the CPU, such that a score is the sum over the prompts divided by how many were used."""
         share = {name: ledger.used / ledger.normalizer(self.task) for name, ledger in self.ledgers.items()}
         return {kind: (table.cpu() * self._of_layers(share)).float() for kind, table in self.by_prompt.items()}
+
+    def finish_shuffled(self) -> dict[str, torch.Tensor]:
+        """`shuffled` as float32 scores on the CPU, by the gaps of the expert itself."""
+        divisor_L1 = self._of_layers({name: ledger.normalizer(self.task) for name, ledger in self.ledgers.items()})
+        return {str(kind): (table.cpu() / divisor_L1).float() for kind, table in self.shuffled.items()}
 
     def _of_layers(self, numbers: Mapping[str, float]) -> torch.Tensor:
         """The number of each layer's metric, float64 [L, 1]; 1 where no metric sees the layer."""

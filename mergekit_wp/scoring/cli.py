@@ -121,10 +121,14 @@ def summary(scores: Scores) -> str:
     for kind in Kind:
         if leaders := [f"{c.name} {c.score:.3f}" for c in strongest(scores, kind, 5)]:
             lines.append(f"Leading {kind}: {', '.join(leaders)}")
+    if meta.shuffles:
+        from mergekit_wp.floor import floors
+
+        lines += [each.sentence for each in floors(scores)]
     if scores.chance:
         from mergekit_wp.missed import cost, every
 
-        lines += [each.sentence for each in every(scores)]
+        lines += [each.sentence for each in every(scores) if each.rest]
         lines.append(f"Cost: {cost(scores):.1%} of scoring all of these one by one.")
     return "\n".join(lines)
 

@@ -234,6 +234,13 @@ class ScoringJob:
         group=_COMPONENTS,
     )
 
+    shuffles: int | None = described(
+        whole(1),
+        "Score so many shuffled updates too, for a noise floor (`attr`, `writeback`); each costs as the way down does.",
+        None,
+        group=_COMPONENTS,
+    )
+
     device: str = described(
         text("auto, cpu or cuda:N"),
         "`cpu`, `cuda`, `cuda:1`; `auto` is a GPU if there is one.",
@@ -299,6 +306,8 @@ class ScoringJob:
             raise BadInput(f"object: {self.method} patches weights; only ap and atp have an object, leave it out.")
         if self.parts and self.method not in ("attr", "writeback"):
             raise BadInput(f"parts: a score by {self.method} has no parts; use attr or writeback.")
+        if self.shuffles is not None and self.method not in ("attr", "writeback"):
+            raise BadInput(f"shuffles: {self.method} has no noise floor; use attr or writeback, or leave shuffles out.")
         if self.utility == "projection" and self.layer is not None:
             raise BadInput("layer: the projection utility reads the last layer; leave the layer out.")
         if self.at is not None and self.directed:

@@ -39,6 +39,7 @@ from mergekit_wp.scoring.patching import (
     patch_neuron_activations,
     patch_neurons,
 )
+from mergekit_wp.scoring.shuffled import ShuffledLayer
 from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, forward_sweep
 from mergekit_wp.subset import Subset
 
@@ -158,6 +159,13 @@ class Passes:
 def first_order(passes: Passes, subset: Subset) -> None:
     """Sweep down and add the scores of every layer to the items' runs."""
     pair = passes.pair
+    held: dict[int, list[ShuffledLayer]] = {}  # of the layer whose turn it is
+
+    def shuffled(index: int, base: Any, expert: Any, seeds: Sequence[str]) -> list[ShuffledLayer]:
+        if index not in held:
+            held.clear()
+            held[index] = [ShuffledLayer(base, expert, f"{seed}/{index}") for seed in seeds]
+        return held[index]
 
     def consume(index: int, i: int, base: Any, expert: Any, record: LayerRecord) -> None:
         expert_record, item = None, passes.items[i]
@@ -166,11 +174,17 @@ def first_order(passes: Passes, subset: Subset) -> None:
             expert_record = passes.expert_record(expert, index, i)
         for kind in Kind:
             if len(subset.of(kind, index)):
-                parts = _parts(passes, kind, base, expert, record, expert_record)
                 # All of a layer are scored together; what nobody asked for is left out of the sums.
                 rest = ~subset.masks[kind][index].to(pair.device)
-                asked = {part: x.masked_fill(rest, 0.0) for part, x in parts.items()}
-                item.run.add(kind, index, asked, item.numbers)
+
+                def asked(parts: Parts, rest: torch.Tensor = rest) -> Parts:
+                    return {part: x.masked_fill(rest, 0.0) for part, x in parts.items()}
+
+                item.run.add(
+                    kind, index, asked(_parts(passes, kind, base, expert, record, expert_record)), item.numbers
+                )
+                for number, null in enumerate(shuffled(index, base, expert, item.run.shuffles)):
+                    item.run.add_shuffled(kind, index, number, asked(_parts(passes, kind, base, null, record, None)))
         passes.tick(len(item.batch.last_B) / (2 * (passes.depth - subset.lowest)))
 
     backward_sweep(pair.base, pair.expert, passes.base_cache, passes.inject, consume, lowest=subset.lowest)

@@ -35,9 +35,9 @@ from mergekit_wp.prompt_scores import PromptScores
 from mergekit_wp.recovery import RecoveryCurve
 from mergekit_wp.scores import (
     ANCHORED,
+    CONTROLLED,
     FORMAT,
     PER_PROMPT,
-    SAMPLED,
     ModelId,
     PromptStyle,
     ScoredAt,
@@ -121,12 +121,14 @@ def score(
     metas = dict(zip(names, [m for m, _s in finished], strict=True))
     meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=ready.style)
     if job.per_prompt:
-        meta = replace(meta, format=PER_PROMPT, prompt_ids={task.task: _prompt_ids(task) for task in tasks})
+        meta = replace(
+            meta, format=max(meta.format, PER_PROMPT), prompt_ids={task.task: _prompt_ids(task) for task in tasks}
+        )
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     if subset.whole:
         return Scores.from_tasks(meta, tables)
     masks, chance = ({str(kind): x for kind, x in found.items()} for found in (subset.masks, ready.chance))
-    return Scores.from_tasks(replace(meta, format=SAMPLED) if chance else meta, tables, masks, chance)
+    return Scores.from_tasks(replace(meta, format=CONTROLLED) if chance else meta, tables, masks, chance)
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,10 @@ def task_run(
     shape = pair.geometry
     metrics = make_metrics(job.utility, shape.layers, pair.vocabulary, layer, found.v_LD if found else None)
     kept = len(task.scoring) if job.per_prompt else 0
-    return TaskAccumulator(task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device, pair.dtype, kept)
+    seeds = [f"{job.seed}/shuffle/{number}" for number in range(job.shuffles or 0)]
+    return TaskAccumulator(
+        task.task, job.method, shape, metrics, job.gap, job.gap_floor, pair.device, pair.dtype, kept, seeds
+    )
 
 
 def sweep_down(
@@ -373,7 +378,8 @@ def _finish(
     stats = {name: ledger.stats() for name, ledger in run.ledgers.items()}
     alpha, v_D = (None, None) if found is None else (float(found.alpha_L[layer]), found.v_LD[layer].cpu())
     meta = TaskMeta(len(task.extraction), len(task.scoring), stats, alpha)
-    return meta, TaskScores(heads, neurons, v_D, parts, _by_prompt(run) if job.per_prompt else None)
+    prompts = _by_prompt(run) if job.per_prompt else None
+    return meta, TaskScores(heads, neurons, v_D, parts, prompts, run.finish_shuffled())
 
 
 def _prompt_ids(task: TaskTokens) -> tuple[str, ...]:
@@ -433,9 +439,10 @@ def _meta(
         seed=job.seed,
         versions=versions(),
         date=date,
-        format=FORMAT if layer is None else ANCHORED,
+        format=CONTROLLED if job.shuffles else FORMAT if layer is None else ANCHORED,
         subset=asked if partial else None,
         object=(job.object or "write") if job.method in ACTIVATION_SIDE else None,
         answer_tokens=job.answer_tokens or None,
         at=at,
+        shuffles=job.shuffles,
     )

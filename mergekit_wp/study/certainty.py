@@ -14,15 +14,16 @@ For every such file, task and kind (heads, neurons):
 and for every two files on the same prompts of a task (two methods, or another expert of `others`): how many components
 surely differ, drawn together. If none did, 5 % would: the control.
 
-Of files that `wp-score --sample` made (of any prompts): how many of the top set by exact scores can be missed, and how
-much of another file's top set is in it (`missed`).
+Of files that `wp-score --shuffles` made: how many scores lie above what the expert's update gives in random places
+(`floor`). Of files that `wp-score --sample` made: how many of the top set by exact scores can be missed, and how much
+of another file's top set is in it (`missed`).
 
 Legend: P prompts, D draws, L layers, n components of a kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import combinations
 from statistics import fmean
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 
 from mergekit_wp.console import StartProgress
+from mergekit_wp.floor import SHARES, floors
 from mergekit_wp.geometry import Kind
 from mergekit_wp.intervals import LEVEL, Bootstrap, Interval, differences, ends, rescored
 from mergekit_wp.missed import kept, missed
@@ -69,12 +71,17 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
             where = {"one": one, "other": other, "task": task, "kind": str(kind)}
             compared.append(where | {"components": int(both_Ln.sum()), "differ": surely, "by_chance": 1 - LEVEL})
         tick(1)
+    null = [
+        {"scores": name, **asdict(each), "sentence": each.sentence}
+        for name, scores in inputs.scores.items() for each in floors(scores) if each.task is not None
+    ]  # fmt: skip
     audits = list(_audits(study, inputs.scores))
     data = {
         "level": LEVEL,
         "rankings": rows,
         "differences": compared,
         "audits": audits,
+        "floors": null,
         "without": [name for name in inputs.scores if name not in kept],
     }
     pictures = {
@@ -89,6 +96,7 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         "halves": _ranking_lines(rows),
         "differences": lines_of(compared),
         "audits": _audit_lines(audits),
+        "floors": lines_of([{k: v for k, v in row.items() if k != "sentence"} for row in null]),
     }
     filled = {name: lines for name, lines in tables.items() if len(lines) > 1}
     return PartResult(
@@ -199,7 +207,12 @@ def findings(data: Mapping[str, Any]) -> list[str]:
                 f"chance); their rankings correlate by {r:.2f}"
                 + (f", which estimates {of_whole(r):.2f} for all prompts against as many others." if r > 0 else ".")
             )
-    return found + [row["sentence"] for row in data["audits"]]
+    return [*found, *(row["sentence"] for row in (*_first(data["floors"]), *data["audits"]))]
+
+
+def _first(floors: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the lower percentile alone."""
+    return [row for row in floors if row["share"] == SHARES[0]]
 
 
 def _answers(data: Mapping[str, Any]) -> dict[str, Answer]:
@@ -265,6 +278,11 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
         audits.append(
             [r["scores"], r["task"], r["kind"], str(r["k"]), scored, str(r["found"]), str(r["at_most"]), others]
         )
+    floor = [["scores", "task", "kind", "floor", "score there", "above it", "of other shuffles"]] + [
+        [r["scores"], r["task"], r["kind"], f"{r['share']:.0%}", f"{r['threshold']:.4f}",
+         _share(r["above"], r["components"]), "-" if r["by_shuffles"] is None else f"{r['by_shuffles']:.1%}"]
+        for r in data["floors"]
+    ]  # fmt: skip
     shown = [
         (row, f"leaders-{number}", pictures[f"leaders-{number}"])
         for number, row in enumerate(data["rankings"]) if f"leaders-{number}" in pictures
@@ -272,7 +290,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
     return render(
         "study_certainty.html", findings=findings(data), rankings=grid(rankings), shown=shown, without=data["without"],
         differences=grid(differ) if data["differences"] else "", any=bool(data["rankings"]), top=study.top,
-        audits=grid(audits) if data["audits"] else "",
+        audits=grid(audits) if data["audits"] else "", floors=grid(floor) if data["floors"] else "",
     )  # fmt: skip
 
 
@@ -290,6 +308,7 @@ PART = Part(
         "study/certainty.py",
         "study/sets.py",
         "study/drawings.py",
+        "floor.py",
         "intervals.py",
         "missed.py",
         "ranking.py",

@@ -108,10 +108,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_scores(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("method", ["writeback", "exact"])
 def test_two_processes_keep_what_one_keeps(tmp_path, method):
-    job = job_for(tmp_path, "llama", method=method, contrast=False, rows=5, batch_size=1, per_prompt=True)
+    shuffles = 1 if method == "writeback" else None
+    job = job_for(tmp_path, "llama", method=method, contrast=False, rows=5, batch_size=1, per_prompt=True,
+                  shuffles=shuffles)  # fmt: skip
     wanted = score(job)
     flags = ["--base", job.base, "--expert", job.expert, "--pairs", job.pairs, "--device", "cpu", "--method", method,
-             "--batch-size", "1", "--per-prompt", "--dtype", "float32", "--gap-floor", "0.03"]  # fmt: skip
+             "--batch-size", "1", "--per-prompt", "--dtype", "float32", "--gap-floor", "0.03",
+             *(["--shuffles", "1"] if shuffles else [])]  # fmt: skip
     done = two_processes("mergekit_wp.scoring.cli", *flags, "--out", str(tmp_path / "two.safetensors"))
     assert done.returncode == 0, done.stderr
     got = read_scores(tmp_path / "two.safetensors")
