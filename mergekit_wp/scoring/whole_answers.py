@@ -58,16 +58,20 @@ _MOST_LINE = 1 << 22
 
 Found = dict[int, list[int]]
 """Answers by the number of their prompt."""
+Ended = Callable[[int, Sequence[int]], bool]
+"""Told of the number of a prompt and its answer so far, at every token."""
 
 
 @torch.no_grad()
 def generate_answers(
-    stack: Stack, rules: Greedy, prompts: Tokens, tick: Tick = lambda _n: None, keep: Callable[[Found], object] = len
-) -> Tokens:
+    stack: Stack, rules: Greedy, prompts: Tokens, tick: Tick = lambda _n: None, keep: Callable[[Found], object] = len,
+    ended: Ended = lambda _i, _answer: False,
+) -> Tokens:  # fmt: skip
     """The greedy answer to each prompt: 1 to `rules.max_tokens` token ids, the end token among them.
 
     Equal to the answer to the prompt alone, whatever it shares a batch with. tick: told of tokens, `max_tokens` of each
-    prompt in all; keep: told of answers as soon as they are known. Raises `BadInput` where memory does not suffice.
+    prompt in all; keep: told of answers as soon as they are known; ended: whether one is long enough without an end
+    token. Raises `BadInput` where memory does not suffice.
     """
     found: Found = {}
     sizes = list(map(len, prompts))
@@ -76,7 +80,7 @@ def generate_answers(
     too_much = f"batch_size: {rules.batch_size} prompts do not fit on {stack.device} with their answers; lower it."
     for group in portions(numbers, lambda chosen: _bytes(stack, rules, [sizes[i] for i in chosen]), _room(stack)):
         with enough_memory(too_much):
-            new = _answer_together(stack, rules, prompts, group, tick)
+            new = _answer_together(stack, rules, prompts, group, tick, ended)
         keep(new)
         found |= new
     return [found[i] for i in range(len(prompts))]
@@ -121,20 +125,23 @@ class _Growing:
         """Whose answers go on."""
         return [room > 0 for room in self.room]
 
-    def take(self, next_B: torch.Tensor, rules: Greedy) -> int:
+    def take(self, next_B: torch.Tensor, rules: Greedy, ended: Ended) -> int:
         """One token more of each that is open; how many of `max_tokens` a prompt that makes in progress."""
         progress = 0
         for row, token in enumerate(next_B.tolist()):
             if self.room[row]:
                 self.answers[row].append(token)
-                self.room[row] = 0 if token in rules.eos else self.room[row] - 1
+                stop = token in rules.eos or ended(self.numbers[row], self.answers[row])
+                self.room[row] = 0 if stop else self.room[row] - 1
                 progress += 1 if self.room[row] else rules.max_tokens - len(self.answers[row]) + 1
         self.ids_BT = next_B[:, None]
         self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(next_B), 1)], 1)
         return progress
 
 
-def _answer_together(stack: Stack, rules: Greedy, prompts: Tokens, group: Sequence[list[int]], tick: Tick) -> Found:
+def _answer_together(
+    stack: Stack, rules: Greedy, prompts: Tokens, group: Sequence[list[int]], tick: Tick, ended: Ended
+) -> Found:
     """The answers to batches that go through the layers together."""
     every = [_Growing.of(stack, rules, prompts, numbers) for numbers in group]
     barred = torch.tensor(rules.barred(stack.vocabulary), dtype=torch.long, device=stack.device)
@@ -145,7 +152,7 @@ def _answer_together(stack: Stack, rules: Greedy, prompts: Tokens, group: Sequen
         for batch, stream_BTD in zip(growing, streams, strict=True):
             logits_BV = stack.logits(stream_BTD[:, -1], stack.vocabulary)
             logits_BV[:, barred] = -torch.inf
-            tick(batch.take(logits_BV.argmax(-1), rules))
+            tick(batch.take(logits_BV.argmax(-1), rules, ended))
     return {i: rules.sayable(answer) for batch in every for i, answer in zip(batch.numbers, batch.answers, strict=True)}
 
 

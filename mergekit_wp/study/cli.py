@@ -44,6 +44,8 @@ Parts:
   attention  whether the top heads look at the instruction; needs prompts with contrasts; one forward pass a model
   links      what runs through which heads; a circuit, beside chance, other heads and noise; needs prompts
   sets       how much the top of a ranking restores and takes out, beside random sets; needs prompts; a pass a set
+  answers    the same by what models answer; needs prompts with checks; the plan says how many answers
+  cases      what the models answer to single prompts, side by side; needs prompts with checks
 
 A scoring job (.yaml, or its fields) in the place of a score file is run first, as wp-score would.
 A part is skipped while its score files, models, settings and code are those of its last run.
@@ -55,10 +57,11 @@ A part is skipped while its score files, models, settings and code are those of 
 @click.option("--out", required=True, metavar="DIR", help="Folder of a part each, and of study.html.")
 @click.option("--only", metavar="PARTS", help="Do these parts, parted by commas: maps,drift (default: all).")
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done and why; do nothing.")
+@click.option("--allow-code-execution", "allow_code", is_flag=True, help="Run Python that the models write.")
 @quiet_option()
 @schema_option(FORM)
 @click.version_option(__version__)
-def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bool) -> None:
+def main(study_file: str, out: str, only: str | None, plan_only: bool, allow_code: bool, quiet: bool) -> None:
     """Study what a fine-tune changed in its base and where, from score files of the pair.
 
     Every part gives JSON, CSV and SVG, and a section of one page that needs nothing else.
@@ -77,14 +80,16 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, quiet: bo
     if not _scored(study, made, folder, [part.name for part in parts], quiet, plan_only):
         return
     study = with_files(study, made)
-    inputs = read_inputs(study, folder)
+    inputs = read_inputs(study, folder, allow_code)
     keys = {part.name: made_of(part, study, inputs) for part in parts}
     why = {part.name: why_due(part, folder, keys[part.name]) for part in parts}
     if study.prompts and any(why[part.name] is not None and "prompts" in part.settings for part in parts):
         assert inputs.ready  # prompts that cannot be used are found before the first part, not after it
     if not quiet or plan_only:
         for part in parts:
-            echo(f"{part.name}: {'done' if why[part.name] is None else f'to do ({why[part.name]})'}")
+            due = why[part.name]
+            cost = f": {part.cost(study, inputs)}" if due is not None and part.cost else ""
+            echo(f"{part.name}: {'done' if due is None else f'to do ({due}){cost}'}")
         for name in [name for name in PARTS if only is None and name not in keys]:
             echo(f"{name}: left out (the study has no `prompts`)")
     if plan_only:

@@ -298,3 +298,26 @@ def set_curves(panels: Mapping[tuple[str, str], Sequence[Curve]], description: s
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return to_svg(figure, description)
+
+
+def radar(panels: Mapping[str, Mapping[str, Sequence[float]]], axes_of: Sequence[str], description: str) -> Markup:
+    """A panel a name; in it a polygon a model, of shares from 0 to 1 along an axis each. The first and the last are the
+    ends between which the others lie."""
+    angles = np.linspace(0, 2 * np.pi, len(axes_of), endpoint=False)
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(4.2 * len(panels), 4.0), layout="constrained", dpi=72)
+        grid = figure.subplots(1, len(panels), squeeze=False, subplot_kw={"projection": "polar"})[0]
+        for axes, (title, polygons) in zip(grid, panels.items(), strict=True):
+            last = len(polygons) - 1
+            for place, (label, values) in enumerate(polygons.items()):
+                ends = place in (0, last)
+                style: dict[str, Any] = {"color": INK if ends else expert_colour(place - 1), "lw": 1.4}
+                style["ls"] = ":" if place == 0 else "--" if ends else "-"
+                axes.plot([*angles, angles[0]], [*values, values[0]], marker=".", label=label, **style)
+            axes.set_xticks(angles, [label_of(name) for name in axes_of], fontsize=8)
+            axes.set_ylim(0, 1)
+            axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "50 %", "", ""], fontsize=8)
+            axes.set_title(label_of(title), fontsize=10)
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        return to_svg(figure, description)

@@ -7,13 +7,18 @@ remain; else all are used, and the page says that they may be those which made t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mergekit_wp.scores import ScoreMeta
+from mergekit_wp.errors import BadInput
+from mergekit_wp.foreign import logger
+from mergekit_wp.scores import PromptStyle, ScoreMeta
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.pairs import by_task, load_pairs, shuffled
 from mergekit_wp.scoring.score import pairs_of
+from mergekit_wp.study.inputs import Inputs
+
+LOG = logger(__name__)
 
 LEAST = 8
 """Prompts of a task that are enough."""
@@ -47,3 +52,27 @@ def _drawn(source: str, task: str, meta: ScoreMeta) -> set[str]:
     builtin = source.startswith("builtin:")
     rows = by_task(load_pairs(source, count if builtin else None, meta.seed)).get(task, [])
     return {pair.prompt for pair in shuffled(rows, meta.seed, task)[:count]}
+
+
+def check_style(inputs: Inputs, style: PromptStyle | None) -> None:
+    """Warn where the study's prompts are put otherwise than those that were scored."""
+
+    def told(one: PromptStyle | None) -> tuple[str | None, ...]:
+        return () if one is None else (one.template, one.chat_template, one.system)
+
+    for name, scores in inputs.scores.items():
+        if told(scores.meta.prompts) != told(style):
+            LOG.warning(
+                "prompts: they are put otherwise (template, chat_template, system) than those that %s was scored on.",
+                name,
+            )
+
+
+def check_tasks(inputs: Inputs, tasks: Sequence[str], source: str) -> None:
+    """Raises `BadInput` where the prompts are of no task that was scored."""
+    scored = {task for scores in inputs.scores.values() for task in scores}
+    if scored.isdisjoint(tasks):
+        raise BadInput(
+            f"prompts: {source} has the tasks {', '.join(tasks)}, and the score files {', '.join(sorted(scored))}; "
+            "give prompts of a task that was scored."
+        )

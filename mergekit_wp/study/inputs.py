@@ -22,8 +22,9 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Geometry
 from mergekit_wp.ranking import check_comparable
 from mergekit_wp.scores import ScoreMeta, Scores, read_scores
+from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.config import ScoringJob
-from mergekit_wp.scoring.score import Prepared, prepare
+from mergekit_wp.scoring.score import Prepared, pairs_of, prepare
 from mergekit_wp.study.study_spec import Study
 
 ALL, UP, DOWN = "all", "up", "down"
@@ -37,6 +38,7 @@ class Inputs:
     """`scores` of the pair and of `others`, by the study's names; `files`: where all of them lie.
 
     kept: the output folder, beside whose parts unfinished work is kept; None: nowhere
+    allow_code: whether answers may be graded by running what models wrote, in the sandbox
     """
 
     study: Study
@@ -44,6 +46,7 @@ class Inputs:
     others: Mapping[str, Scores]
     files: Mapping[str, Path]
     kept: Path | None = None
+    allow_code: bool = False
 
     @property
     def geometry(self) -> Geometry:
@@ -88,6 +91,12 @@ class Inputs:
             raise BadInput(f"prompts: {error.message}") from error
 
     @cached_property
+    def code_is_graded(self) -> bool:
+        """Whether grading an answer to any of the prompts runs it. Raises `BadInput`."""
+        checks = [pair.check for each in pairs_of(self.study.job()) for pair in each.scoring if pair.check]
+        return any(parse_check(raw, "prompts").runs_code for raw in checks)
+
+    @cached_property
     def fingerprints(self) -> dict[str, Fingerprint]:
         """Of base and expert. Raises `BadInput` unless they are the models that were scored."""
         found = {"base": self.base.fingerprint, "expert": fingerprint_of(self.study.expert)}
@@ -106,8 +115,8 @@ class Inputs:
         return found
 
 
-def read_inputs(study: Study, kept: Path | None = None) -> Inputs:
-    """The score files, read and compared; `kept` as in `Inputs`. Raises `BadInput`, naming the study's field."""
+def read_inputs(study: Study, kept: Path | None = None, allow_code: bool = False) -> Inputs:
+    """The score files, read and compared; the rest as in `Inputs`. Raises `BadInput`, naming the study's field."""
     scores = {name: _read(study, f"scores.{name}", path) for name, path in study.scores.items()}
     others = {name: _read(study, f"others.{name}", path) for name, path in study.others.items()}
     named = {f"`scores.{name}`": found for name, found in scores.items()}
@@ -133,7 +142,7 @@ def read_inputs(study: Study, kept: Path | None = None) -> Inputs:
                 "was made so; score it as one of them was, or leave it out."
             )
     files = {name: score_file(path) for name, path in {**study.scores, **study.others}.items()}
-    return Inputs(study, scores, others, files, kept)
+    return Inputs(study, scores, others, files, kept, allow_code)
 
 
 def alike_scored(one: ScoreMeta, other: ScoreMeta) -> bool:

@@ -43,6 +43,8 @@ PARTS = {
     "attention": "mergekit_wp.study.attention",
     "links": "mergekit_wp.study.links",
     "sets": "mergekit_wp.study.set_curves",
+    "answers": "mergekit_wp.study.answers",
+    "cases": "mergekit_wp.study.cases",
 }
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""
 
@@ -112,6 +114,7 @@ class Part:
 
     settings: the fields of the study that its result depends on, beside score files. models: it reads both models.
     code: the source files of this package that its result depends on. prompts: it cannot do without the study's.
+    grades: it grades answers, of code only where that may be run. cost: what doing it takes, in words, for the plan.
     """
 
     name: str
@@ -121,6 +124,8 @@ class Part:
     models: bool
     code: tuple[str, ...]
     prompts: bool = False
+    grades: bool = False
+    cost: Callable[[Study, Inputs], str] | None = None
 
 
 def chosen_parts(only: str | None, study: Study) -> list[Part]:
@@ -145,6 +150,8 @@ def made_of(part: Part, study: Study, inputs: Inputs) -> dict[str, str]:
         found |= {f"the {role}": str(print_) for role, print_ in inputs.fingerprints.items()}
     if "prompts" in part.settings and (pairs := study.prompts.get("pairs")) and Path(pairs).is_file():
         found["the file of prompts"] = digest(Path(pairs))
+    if part.grades and inputs.code_is_graded:
+        found["`--allow-code-execution`"] = str(inputs.allow_code)
     found |= {f"`{name}`": digest_of([json.dumps(getattr(study, name), sort_keys=True)]) for name in part.settings}
     return found | {"the code behind it": digest_of(digest(_PACKAGE / file) for file in (*part.code, _CELLS))}
 

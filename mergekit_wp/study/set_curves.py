@@ -22,15 +22,14 @@ import torch
 
 from mergekit_wp.console import StartProgress, Tick
 from mergekit_wp.documents import now, versions
-from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.errors import enough_memory
 from mergekit_wp.foreign import logger
-from mergekit_wp.scores import PromptStyle
 from mergekit_wp.scoring.batching import TaskTokens
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair, load_pair
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.whole_answers import answers_for
-from mergekit_wp.study.held_out import unseen
+from mergekit_wp.study.held_out import check_style, check_tasks, unseen
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
 from mergekit_wp.study.set_effects import (
@@ -69,8 +68,8 @@ class Question:
 def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     """The part: one forward pass of every set over all prompts of its task."""
     job, ready = inputs.ready
-    _check_style(inputs, ready.style)
-    _check_tasks(inputs, [task.task for task in ready.tasks], job.pairs)
+    check_style(inputs, ready.style)
+    check_tasks(inputs, [task.task for task in ready.tasks], job.pairs)
     pair = load_pair(job, ready.checked)
     LOG.info(pair.reason)
     resume = Resume(inputs.kept and inputs.kept / PART.name, "step")
@@ -78,29 +77,6 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
         questions = _questions(inputs, pair, progress)
         found = _measured(study, inputs, pair, questions, resume, progress)
     return replace(result_of(found, [each.about for each in questions]), finished=resume.forget)
-
-
-def _check_style(inputs: Inputs, style: PromptStyle | None) -> None:
-    """Warn where prompts are put otherwise than those that were scored."""
-
-    def told(one: PromptStyle | None) -> tuple[str | None, ...]:
-        return () if one is None else (one.template, one.chat_template, one.system)
-
-    for name, scores in inputs.scores.items():
-        if told(scores.meta.prompts) != told(style):
-            LOG.warning(
-                "prompts: they are put otherwise (template, chat_template, system) than those that %s was scored on.",
-                name,
-            )
-
-
-def _check_tasks(inputs: Inputs, tasks: Sequence[str], source: str) -> None:
-    scored = {task for scores in inputs.scores.values() for task in scores}
-    if scored.isdisjoint(tasks):
-        raise BadInput(
-            f"prompts: {source} has the tasks {', '.join(tasks)}, and the score files {', '.join(sorted(scored))}; "
-            "give prompts of a task that was scored."
-        )
 
 
 def _questions(inputs: Inputs, pair: ModelPair, progress: StartProgress) -> list[Question]:

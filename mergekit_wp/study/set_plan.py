@@ -83,7 +83,7 @@ def sizes_of(count: int, shares: tuple[float, ...] = SHARES) -> list[int]:
 def ceilings(shape: Geometry) -> Iterator[Trial]:
     """In both directions."""
     of_kinds = {kind: Subset.choose(shape, kind) for kind in ("heads", "neurons", "all")}
-    nothing = _masked(shape, {})
+    nothing = masked(shape, {})
     for removed in (False, True):
         for what, subset in zip(CEILINGS, of_kinds.values(), strict=False):
             yield Trial(what, Exchange(subset, removed), size=subset.count)
@@ -112,20 +112,20 @@ def _of_ranking(scores: Scores, task: str, kind: Kind, side: str, among_Ln: torc
 
     def trials(what: str, set_Ln: torch.Tensor, k: int, draw: int = 0) -> Iterator[Trial]:
         expected = float(table_Ln[set_Ln].sum())
-        exchange, size = Exchange(_masked(scores.meta.geometry, {kind: set_Ln})), int(set_Ln.sum())
+        exchange, size = Exchange(masked(scores.meta.geometry, {kind: set_Ln})), int(set_Ln.sum())
         trial = Trial(what, exchange, kind, side, k, size, draw, "", expected)
         if trial.size:
             yield trial
             yield replace(trial, exchange=replace(trial.exchange, in_expert=True))
 
-    random_DLn = [_random(f"{seed}/{task}/{kind}/{draw}", table_Ln) for draw in range(DRAWS)]
+    random_DLn = drawn_tables(seed, task, kind, table_Ln, DRAWS)
     for k in sizes_of(count):
         set_Ln = top_among(table_Ln, among_Ln, k)
         yield from trials(TOP, set_Ln, k)
         yield from trials(WORST, top_among(-table_Ln, among_Ln, k), k)
         for draw, random_Ln in enumerate(random_DLn):
-            yield from trials(RANDOM, top_among(random_Ln, among_Ln, int(set_Ln.sum())), k, draw)
-            yield from trials(MATCHED, _like(set_Ln, random_Ln, among_Ln), k, draw)
+            for what, drawn_Ln in controls_of(set_Ln, random_Ln, among_Ln).items():
+                yield from trials(what, drawn_Ln, k, draw)
     yield from trials(WHOLE, among_Ln, count)
     if kind == Kind.NEURON:
         yield from _of_branches(scores, task, side, table_Ln, among_Ln)
@@ -138,13 +138,13 @@ def _of_branches(
     parts = scores.tasks[task].parts
     for k in sizes_of(int(among_Ln.sum()), BRANCH_SHARES):
         set_Ln = top_among(table_Ln, among_Ln, k)
-        subset, size = _masked(scores.meta.geometry, {Kind.NEURON: set_Ln}), int(set_Ln.sum())
+        subset, size = masked(scores.meta.geometry, {Kind.NEURON: set_Ln}), int(set_Ln.sum())
         for branch, keys in BRANCHES.items():
             if size:
                 yield Trial(BRANCH, Exchange(subset, parts=keys), Kind.NEURON, side, k, size, 0, branch)
             by_branch = by_branch_set(parts, branch, among_Ln, k)
             if by_branch is not None and by_branch.any():
-                exchange = Exchange(_masked(scores.meta.geometry, {Kind.NEURON: by_branch}))
+                exchange = Exchange(masked(scores.meta.geometry, {Kind.NEURON: by_branch}))
                 yield Trial(BY_BRANCH, exchange, Kind.NEURON, side, k, int(by_branch.sum()), 0, branch)
 
 
@@ -159,7 +159,18 @@ def by_branch_set(
     return top_among(torch.stack([parts[key].double() for key in keys]).sum(0), among_Ln, k)
 
 
-def _masked(shape: Geometry, sets: Mapping[Kind, torch.Tensor]) -> Subset:
+def drawn_tables(seed: int, task: str, kind: Kind, like_Ln: torch.Tensor, draws: int) -> list[torch.Tensor]:
+    """Random numbers [L, n], by whose size components are drawn: the same for all files and sizes of a task."""
+    return [_random(f"{seed}/{task}/{kind}/{draw}", like_Ln) for draw in range(draws)]
+
+
+def controls_of(set_Ln: torch.Tensor, random_Ln: torch.Tensor, among_Ln: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As many drawn anywhere, and drawn in the same layers."""
+    anywhere_Ln = top_among(random_Ln, among_Ln, int(set_Ln.sum()))
+    return {RANDOM: anywhere_Ln, MATCHED: _like(set_Ln, random_Ln, among_Ln)}
+
+
+def masked(shape: Geometry, sets: Mapping[Kind, torch.Tensor]) -> Subset:
     """A subset of these sets, and of no component of other kinds."""
     nothing = {kind: torch.zeros(shape.layers, shape.count(kind), dtype=torch.bool) for kind in Kind}
     return Subset(*(nothing | dict(sets)).values())

@@ -5,18 +5,29 @@ expert: ./maths
 scores: {kl: scores/kl.safetensors, anchor: anchor.yaml, ap: {pairs: maths.jsonl, method: ap, utility: anchor}}
 others: {code: scores/code.safetensors}
 prompts: {pairs: maths.jsonl, samples: 64}
+answers: {tokens: 256, shares: [0.05, 0.2]}
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.fields import Form, ValueKind, about, described, first_wrong, json_schema, rows, text, whole
+from mergekit_wp.fields import (
+    Form,
+    ValueKind,
+    about,
+    described,
+    first_wrong,
+    json_schema,
+    rows,
+    text,
+    whole,
+)
 from mergekit_wp.files import read_yaml_mapping
 from mergekit_wp.scoring.config import ScoringJob
 
@@ -79,6 +90,50 @@ _PROMPTS = ValueKind(
 )
 
 
+_NAMES = ValueKind(
+    "a list of names",
+    lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
+    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    None,
+)
+_SHARES = ValueKind(
+    "a list of shares between 0 and 1, such as [0.05, 0.2]",
+    lambda value: (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(share) in (int, float) and 0 < share < 1 for share in value)
+    ),
+    {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "minItems": 1},
+    None,
+)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How models answer in the parts that grade what they say; `shares` ascend."""
+
+    tokens: int = described(whole(1), "The longest answer; one that is cut there is graded as it is.", 256)
+    prompts: int = described(whole(1), "Prompts a task that are answered, at most.", 32)
+    shares: Sequence[float] = described(
+        _SHARES, "Sizes of sets, as shares of what a ranking has.", (0.05, 0.2), unset="0.05 and 0.2"
+    )
+    draws: int = described(whole(1), "Random sets of each size.", 2)
+    scores: Sequence[str] = described(
+        _NAMES,
+        "The files of `scores` whose rankings are tried.",
+        (),
+        unset="the first of the weight side, and of the activation side",
+    )
+
+
+_ANSWERS = ValueKind(
+    "a mapping such as {tokens: 256, prompts: 32}",
+    lambda value: isinstance(value, dict),
+    json_schema(Answering),
+    None,
+)
+
+
 @dataclass(frozen=True)
 class Study:
     """A study that was checked: `scores` and `others` are by name, `top` has both kinds."""
@@ -105,6 +160,12 @@ class Study:
         {},
         unset="those parts are left out",
     )
+    answers: Mapping[str, Any] = described(
+        _ANSWERS,
+        "How models answer in the parts that grade what they say, see below.",
+        {},
+        unset="see below",
+    )
     seed: int = described(whole(0), "Seed of all draws.", 0)
 
     @classmethod
@@ -126,6 +187,7 @@ class Study:
         })  # fmt: skip
         if study.prompts:
             study.job()
+        study.answering()
         if both := [name for name in study.others if name in study.scores]:
             raise BadInput(f"others: the name {shown(both[0])} is one of `scores` too; give it another.")
         return study
@@ -157,6 +219,19 @@ class Study:
                     raise BadInput(f"{where}: the scoring job names no expert; an expert of `others` is its own.")
                 found[field, name] = {**values, "base": self.base, "expert": expert}
         return found
+
+    def answering(self) -> Answering:
+        """How models answer. Raises `BadInput` naming the field."""
+        known = [item.name for item in fields(Answering)]
+        if unknown := [name for name in self.answers if name not in known]:
+            raise BadInput(f"answers: unknown field {shown(unknown[0])}; expected {', '.join(known)}.")
+        if wrong := first_wrong(Answering, self.answers):
+            name, kind = wrong
+            raise BadInput(f"answers: {name}: found {shown(self.answers[name])}, expected {kind.expected}.")
+        found = Answering(**self.answers)
+        if unknown := [name for name in found.scores if name not in self.scores]:
+            raise BadInput(f"answers: scores: {shown(unknown[0])} is none of `scores`: {', '.join(self.scores)}.")
+        return replace(found, shares=sorted(set(found.shares)))
 
     def reads(self) -> list[str]:
         """Everything that the study reads, models too, as it names them; what its jobs read is theirs to say."""
@@ -199,5 +274,5 @@ FORM = Form(
     "study",
     "One pair of models and its score files. Paths are those of the working directory.",
     lambda: json_schema(Study),
-    {"Study": rows(Study)},
+    {"Study": rows(Study), "Answers": rows(Answering)},
 )

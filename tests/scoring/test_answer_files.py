@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from plain_answers import alone
 from score_commands import refused, run
 from score_jobs import job_for
 from streamed_world import resident, streamed
 from test_rotary import ROPES, rope_model
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 import mergekit_wp
 from mergekit_wp.push.card import scores_section
@@ -30,15 +31,6 @@ PROMPTS = [[_DRAW.randrange(3, 97) for _ in range(length)] for length in (3, 7, 
 TOKENS = 6
 
 
-def alone(model, prompt, eos, tokens=TOKENS):
-    """By transformers, one prompt at a time, what it would choose if nothing else were asked of it."""
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=tokens, eos_token_id=eos, pad_token_id=0, bos_token_id=1
-    )
-    row = torch.tensor([prompt])
-    return model.generate(row, attention_mask=torch.ones_like(row))[0, len(prompt) :].tolist()
-
-
 def rules_of(stack, batch_size=2, eos=(), tokens=TOKENS):
     found = Greedy.of([stack.model], tiny.tokenizer(), tokens, batch_size)
     return replace(found, eos=frozenset(eos), vocabulary=97, context=128)
@@ -48,10 +40,10 @@ def rules_of(stack, batch_size=2, eos=(), tokens=TOKENS):
 def test_answers_are_those_that_transformers_generates(tmp_path, kind):
     folder = tiny.save(tiny.random_model(kind, seed=4), tmp_path / "m")
     stack = resident(folder)
-    free = [alone(stack.model, prompt, None) for prompt in PROMPTS]
+    free = [alone(stack.model, prompt, None, TOKENS) for prompt in PROMPTS]
     assert len({tuple(answer) for answer in free}) > 2
     eos = [free[0][2], free[1][1]]  # so that some end early, and the first token of one is none
-    wanted = [alone(stack.model, prompt, eos) for prompt in PROMPTS]
+    wanted = [alone(stack.model, prompt, eos, TOKENS) for prompt in PROMPTS]
     assert len(set(map(len, wanted))) > 1
     for each, size in ((stack, 8), (streamed(folder), 3)):
         told, kept = [], {}
@@ -72,7 +64,7 @@ def test_a_token_that_only_the_expert_has_is_never_said_but_may_end_an_answer(tm
     model = tiny.add_rows(tiny.random_model("llama", seed=4), 2)
     model.lm_head.weight.data[97:] = 3 * model.lm_head.weight.data[20:22]
     stack = resident(tiny.save(model, tmp_path / "m"))
-    assert any(token >= 97 for prompt in PROMPTS for token in alone(stack.model, prompt, None))
+    assert any(token >= 97 for prompt in PROMPTS for token in alone(stack.model, prompt, None, TOKENS))
     never = generate_answers(stack, rules_of(stack), PROMPTS)
     assert max(map(max, never)) < 97
     ending = generate_answers(stack, rules_of(stack, eos=[97]), PROMPTS)

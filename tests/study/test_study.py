@@ -26,10 +26,11 @@ PARTS = ("maps", "certainty", "drift", "words", "attention", "links")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _without_sets():
-    """A part of hundreds of forward passes, which has tests of its own."""
+def _without_many_passes():
+    """Parts of hundreds of forward passes have tests of their own."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.delitem(parts.PARTS, "sets")
+        for name in ("sets", "answers", "cases"):
+            patched.delitem(parts.PARTS, name)
         yield
 
 
@@ -206,7 +207,7 @@ def test_maps_need_no_model(small, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
-        ({"tasks": 1}, [], "unknown field 'tasks'; a study has base, expert, scores, others, top, prompts, seed."),
+        ({"tasks": 1}, [], "unknown field 'tasks'; a study has base, expert, scores, others, top, prompts, answers, s"),
         ({"scores": None}, [], "scores: a study needs this field."),
         ({"scores": {}}, [], "scores: found {}, expected a mapping from names to score files"),
         ({"scores": {"kl": 3}}, [], "scores: found {'kl': 3}, expected a mapping"),
@@ -215,6 +216,10 @@ def test_maps_need_no_model(small, tmp_path) -> None:
         ({"prompts": {"samples": 3}}, [], "prompts: found {'samples': 3}, expected a mapping with `pairs`"),
         ({"prompts": {"pairs": "x", "layer": 3}}, [], "prompts: unknown field 'layer'; expected pairs, samples"),
         ({"prompts": {"pairs": "x", "samples": 0}}, [], "prompts: samples: found 0, expected a whole number"),
+        ({"answers": {"sizes": [3]}}, [], "answers: unknown field 'sizes'; expected tokens, prompts, shares, draws"),
+        ({"answers": {"tokens": 0}}, [], "answers: tokens: found 0, expected a whole number of at least 1."),
+        ({"answers": {"shares": [1.0]}}, [], "answers: shares: found [1.0], expected a list of shares between 0 an"),
+        ({"answers": {"scores": ["x"]}}, [], "answers: scores: 'x' is none of `scores`: kl."),
         ({"others": {"kl": "x.safetensors"}}, [], "others: the name 'kl' is one of `scores` too"),
         (
             {"scores": {"ap": "no/ap.safetensors"}}, [],

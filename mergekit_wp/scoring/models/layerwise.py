@@ -94,9 +94,9 @@ class Stack(ABC):
         return Start(probes[0].stream_BTD, [probe.call for probe in probes])
 
     @torch.no_grad()
-    def entering(self, batch: Batch) -> torch.Tensor:
+    def entering(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """What enters layer 0 alone [B, T, D]; need not be the embedding: Granite multiplies it."""
-        return self._probe(self.tower.embed_tokens(batch.ids_BT).float())[0].stream_BTD
+        return self._probe(self.tower.embed_tokens(ids_BT).float())[0].stream_BTD
 
     def _probe(self, embedded_BTD: torch.Tensor, **options: Any) -> list[_Probe]:
         """The model's own forward pass without its layers."""

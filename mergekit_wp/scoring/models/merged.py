@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.geometry import Geometry, TensorSlot, slot_of
@@ -139,6 +140,16 @@ class MergedStack(Stack):
         return self.starts(batch, [self.weights])[0]
 
     @torch.no_grad()
+    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache) -> Start:
+        """As `Stack.go_on`. An expert of which nothing is taken outside of components need not have all tokens."""
+        first = self.base.go_on(ids_BT, mask_BS, cache)
+        stream_BTD = first.stream_BTD.clone()
+        for expert, weight in zip(self.experts, self.weights.rest_K.tolist(), strict=True):
+            if weight:
+                stream_BTD.add_(expert.entering(ids_BT) - first.stream_BTD, alpha=weight)
+        return Start(stream_BTD, first.calls)
+
+    @torch.no_grad()
     def starts(self, batch: Batch, candidates: Sequence[TakenWeights]) -> list[Start]:
         """The starts of the merges by several weights."""
         first = self.base.start(batch)
@@ -150,9 +161,9 @@ class MergedStack(Stack):
 
     def start_changes(self, batch: Batch, base_BTD: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """What enters layer 0 of each expert beyond what enters the base's (`base_BTD`, if known), [B, T, D]."""
-        own_BTD = self.base.entering(batch) if base_BTD is None else base_BTD
+        own_BTD = self.base.entering(batch.ids_BT) if base_BTD is None else base_BTD
         for expert in self.experts:
-            yield expert.entering(batch) - own_BTD
+            yield expert.entering(batch.ids_BT) - own_BTD
 
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """As `Stack.logits`, by the merged norm and output head, which then stay until the weights change."""

@@ -1,0 +1,306 @@
+"""What the part `answers` says and draws: tables, curves, radar, matrices, sentences, and its section of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from mergekit_wp.foreign import file_parts
+from mergekit_wp.page import grid, render
+from mergekit_wp.pictures import INK, QUIET, expert_colour
+from mergekit_wp.study import drawings
+from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, KIND_WORDS, KINDS
+from mergekit_wp.study.answer_rows import AnswerRows, Answers, Row
+from mergekit_wp.study.cells import cell, lines_of
+from mergekit_wp.study.parts import PartResult
+from mergekit_wp.study.set_plan import MATCHED, RANDOM
+from mergekit_wp.study.set_rows import REMOVED, RESTORED
+
+_DIRECTIONS = {RESTORED: "restored in the base", REMOVED: "taken out of the expert"}
+_LEAST_GAP = 0.1
+_MANY_LOOPS = 0.1
+
+
+def result_of(
+    found: AnswerRows, every: Sequence[Answers], across: Sequence[Row], steered: Sequence[Row], left_out: Sequence[str]
+) -> PartResult:
+    """All that is written of the part."""
+    questions = [
+        {"task": e.question.task, "prompts": len(e.question.prompts), "held_out": e.question.held_out} for e in every
+    ]
+    data: dict[str, Any] = {
+        "questions": questions, "means": found.means(), "curves": found.curves, "models": found.models,
+        "across": list(across), "steered": list(steered), "left_out": list(left_out),
+    }  # fmt: skip
+    pictures = list(_pictures(data))
+    tables = {
+        "means": _curve_lines(data["means"]), "curves": _curve_lines(data["curves"]),
+        "models": lines_of(data["models"]), "across": _across_lines(across), "steered": lines_of(steered),
+    }  # fmt: skip
+    return PartResult(
+        data, {name: lines for name, lines in tables.items() if lines},
+        {file: picture for file, _caption, picture in pictures}, _section(data, pictures),
+        headline=next(iter(findings(data)), ""), documents={"texts": _texts(every)},
+    )  # fmt: skip
+
+
+def _texts(every: Sequence[Answers]) -> dict[str, Any]:
+    """Every answer: of each task the prompts, and of each model what it said and whether that passed."""
+    found = {}
+    for answers in every:
+        rows: dict[str, dict[str, Any]] = {}
+        for model in answers.models:
+            said = answers.said[model.key]
+            rows.setdefault(model.key, {"answers": said.texts, "passed": said.passed, "models": []})
+            rows[model.key]["models"].append(model.called)
+        found[answers.question.task] = {"prompts": answers.question.texts, "said": list(rows.values())}
+    return found
+
+
+def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
+    """Draws as their mean and range."""
+    flat = []
+    for row in rows:
+        cells: Row = {}
+        for name, value in row.items():
+            if name in (RANDOM, MATCHED):
+                bounds = (None, None, None) if value is None else (fmean(value), min(value), max(value))
+                cells |= dict(zip((f"{name}_mean", f"{name}_low", f"{name}_high"), bounds, strict=True))
+            else:
+                cells[name] = value
+        flat.append(cells)
+    return lines_of(flat)
+
+
+def _across_lines(rows: Sequence[Row]) -> list[list[object]]:
+    lines: list[list[object]] = [["scores", "direction", "set_of", "prompts_of", "right", "recipient"]]
+    for row in rows:
+        for of, rights in zip(row["tasks"], row["right"], strict=True):
+            for task, right, own in zip(row["tasks"], rights, row["recipient"], strict=True):
+                lines.append([row["scores"], row["direction"], of, task, right, own])
+    return lines if len(lines) > 1 else []
+
+
+# Pictures
+
+_Shown = tuple[str, str, Markup]  # file name, caption, picture
+
+
+def _pictures(data: Mapping[str, Any]) -> Iterator[_Shown]:
+    means, curves, across = data["means"], data["curves"], data["across"]
+    files = [name for name in dict.fromkeys(row["scores"] for row in means) if any(
+        row["scores"] == name and row[MATCHED] for row in means
+    )]  # fmt: skip
+    for part, name in zip(file_parts(files), files, strict=True):
+        own = [row for row in means if row["scores"] == name]
+        mean = f", mean of {own[0]['tasks']} tasks" if own[0]["tasks"] > 1 else ""
+        yield (
+            f"curves-{part}",
+            f"Right answers by size of the set, {name}{mean}",
+            _curves(own, f"Right answers by sets of {name}"),
+        )
+    if polygons := _polygons(curves):
+        tasks = list(dict.fromkeys(row["task"] for row in curves))
+        yield (
+            "radar",
+            "Base with the top of all heads and of all neurons, by task",
+            drawings.radar(polygons, tasks, "Right answers of each task, of base, expert and the base with top sets"),
+        )
+    for part, name in zip(file_parts(names := list(dict.fromkeys(r["scores"] for r in across))), names, strict=True):
+        own = [row for row in across if row["scores"] == name]
+        panels = {f"{_DIRECTIONS[row['direction']]}, %": np.round(100 * np.array(row["right"])) for row in own}
+        caption = f"Right answers, %, {name}: a row is the task whose set it is, a column whose prompts"
+        yield f"across-{part}", caption, drawings.matrix_svg(panels, own[0]["tasks"], f"Tasks across sets of {name}")
+
+
+def _polygons(curves: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
+    """Of every file that has three tasks and more: base, the base with each share restored, expert."""
+    found = {}
+    tasks = list(dict.fromkeys(row["task"] for row in curves))
+    restored = [row for row in curves if row["direction"] == RESTORED and row["kinds"] == BOTH and row["share"] < 1]
+    for name in dict.fromkeys(row["scores"] for row in restored):
+        own = [row for row in restored if row["scores"] == name]
+        shares = sorted({row["share"] for row in own})
+        of = {share: {row["task"]: row for row in own if row["share"] == share} for share in shares}
+        if len(tasks) >= 3 and all(set(rows) == set(tasks) for rows in of.values()):
+            first = of[shares[0]]
+            top = {f"top {100 * share:g} %": [rows[task]["right"] for task in tasks] for share, rows in of.items()}
+            found[name] = {BASE: [first[t]["base"] for t in tasks], **top, EXPERT: [first[t]["expert"] for t in tasks]}
+    return found
+
+
+def _curves(rows: Sequence[Row], description: str) -> Markup:
+    panels = {}
+    for direction, words in _DIRECTIONS.items():
+        for kinds in KINDS:
+            own = sorted(
+                (r for r in rows if (r["direction"], r["kinds"]) == (direction, kinds)), key=lambda r: r["share"]
+            )
+            if own:
+                panels[words, KIND_WORDS[kinds]] = list(_lines_of(own))
+    return drawings.set_curves(panels, description)
+
+
+def _lines_of(rows: Sequence[Row]) -> Iterator[drawings.Curve]:
+    x = [100 * row["share"] for row in rows]
+    for end, style in ((BASE, ":"), (EXPERT, "--")):
+        yield drawings.Curve(end, x, [row[end] for row in rows], INK, style)
+    for what, label, style in ((RANDOM, "random", "-"), (MATCHED, "random, as many a layer", "--")):
+        if own := [row for row in rows if row[what]]:
+            spread = [min(row[what]) for row in own], [max(row[what]) for row in own]
+            sizes = [100 * row["share"] for row in own]
+            yield drawings.Curve(label, sizes, [fmean(row[what]) for row in own], QUIET, style, spread)
+    known = all(row["right_low"] is not None for row in rows)
+    band = ([row["right_low"] for row in rows], [row["right_high"] for row in rows]) if known else None
+    yield drawings.Curve("top of the ranking", x, [row["right"] for row in rows], expert_colour(0), "-", band)
+
+
+# The page
+
+
+def _section(data: Mapping[str, Any], pictures: Sequence[_Shown]) -> Markup:
+    return render(
+        "study_answers.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
+        means=grid(_mean_grid(data["means"])) if data["means"] else "", left_out=data["left_out"],
+        across=grid(_across_grid(data["across"])) if data["across"] else "",
+        steered=grid(_steered_grid(data)) if data["steered"] else "",
+        tasks=grid(_task_grid(data["curves"])) if data["curves"] else "",
+    )  # fmt: skip
+
+
+def _prompts(questions: Sequence[Mapping[str, Any]]) -> str:
+    """On how many prompts, and whether scores may have been read off them."""
+    if not questions:
+        return ""
+    counts = sorted({each["prompts"] for each in questions})
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    seen = [each["task"] for each in questions if not each["held_out"]]
+    if not seen:
+        return f"On {many} prompts a task that no score was read off."
+    which = "They" if len(seen) == len(questions) else f"Those of {', '.join(seen)}"
+    return (
+        f"On {many} prompts a task. {which} may be the ones that scores were read off, so that the top of a ranking "
+        "looks better than on new ones; give the study more prompts than were scored, or others."
+    )
+
+
+def findings(data: Mapping[str, Any]) -> list[str]:
+    """What stands out, in sentences made from the numbers: of the smallest sets, as large ones carry a lot whatever is
+    in them."""
+    means, found = data["means"], []
+    least = min((row["share"] for row in means), default=None)
+    tops = [row for row in means if row["share"] == least and row[MATCHED] is not None]
+    found += [_of_top(row) for row in sorted(tops, key=lambda row: row["kinds"] != BOTH)]
+    for row in (r for r in means if r["share"] == 1 and r["kinds"] == BOTH and r["scores"] == means[0]["scores"]):
+        verb = "make the base answer" if row["direction"] == RESTORED else "leave the expert answering"
+        found.append(
+            f"All heads and neurons that {row['scores']} ranks, {_DIRECTIONS[row['direction']]}, {verb} "
+            f"{_percent(row['right'])} right ({_percent(row['right_low'])} to {_percent(row['right_high'])}); base "
+            f"{_percent(row[BASE])}, expert {_percent(row[EXPERT])}."
+        )
+    for row in data["across"]:
+        found.append(
+            f"{row['scores']}: the top {100 * row['share']:g} % of {row['kinds']} of a task, "
+            f"{_DIRECTIONS[row['direction']]}, change right answers to its own prompts by {_points(row['own'])}, the "
+            f"sets of other tasks by {_points(row['others'])} (p = {row['p']:.2g} over {len(row['tasks'])} tasks)."
+        )
+    if loops := [row for row in data["models"] if row["loops"] > _MANY_LOOPS]:
+        worst = max(loops, key=lambda row: row["loops"])
+        found.append(
+            f"Of {len(data['models'])} models, {len(loops)} run in loops in more than {_percent(_MANY_LOOPS)} of their "
+            f"answers, up to {_percent(worst['loops'])} ({worst['task']}): a check may pass there all the same."
+        )
+    return found
+
+
+def _of_top(row: Row) -> str:
+    restored = row["direction"] == RESTORED
+    low, high = row["beyond_matched_low"], row["beyond_matched_high"]
+    sure = low is not None and (low > 0 if restored else high < 0)
+    how = ("more than" if restored else "less than") if sure else "not surely other than"
+    alike = "" if row[EXPERT] - row[BASE] >= _LEAST_GAP else "; they hardly differ"
+    return (
+        f"{row['scores']}: the top {100 * row['share']:g} % of {KIND_WORDS[row['kinds']]}, "
+        f"{_DIRECTIONS[row['direction']]}, "
+        f"{'make it answer' if restored else 'leave it answering'} {_percent(row['right'])} right "
+        f"({_percent(row['right_low'])} to {_percent(row['right_high'])}; base {_percent(row[BASE])}, expert "
+        f"{_percent(row[EXPERT])}{alike}), {how} as many drawn in the same layers ({_percent(fmean(row[MATCHED]))})."
+    )
+
+
+def _mean_grid(means: Sequence[Row]) -> list[list[str]]:
+    head = [
+        "ranking",
+        "set",
+        "",
+        "base",
+        "expert",
+        "right (95 %)",
+        "as many a layer",
+        "random",
+        "beyond as many a layer",
+    ]
+    lines = [head]
+    for row in means:
+        lines.append([
+            row["scores"], f"{100 * row['share']:g} % of {KIND_WORDS[row['kinds']]} ({row['size']:.0f})",
+            _DIRECTIONS[row["direction"]], cell(row[BASE]), cell(row[EXPERT]), _estimate(row, "right"),
+            _draws(row[MATCHED]), _draws(row[RANDOM]), _estimate(row, "beyond_matched", "+.2f"),
+        ])  # fmt: skip
+    return lines
+
+
+def _task_grid(curves: Sequence[Row]) -> list[list[str]]:
+    lines = [["ranking", "task", "set", "", "base", "expert", "right (95 %)", "as many a layer", "random"]]
+    for row in curves:
+        lines.append([
+            row["scores"], row["task"], f"{100 * row['share']:g} % of {KIND_WORDS[row['kinds']]} ({row['size']})",
+            _DIRECTIONS[row["direction"]], cell(row[BASE]), cell(row[EXPERT]), _estimate(row, "right"),
+            _draws(row[MATCHED]), _draws(row[RANDOM]),
+        ])  # fmt: skip
+    return lines
+
+
+def _across_grid(rows: Sequence[Row]) -> list[list[str]]:
+    lines = [["ranking", "", "own task", "other tasks", "p"]]
+    for row in rows:
+        lines.append([
+            row["scores"], _DIRECTIONS[row["direction"]], cell(row["own"], "+.2f"), cell(row["others"], "+.2f"),
+            cell(row["p"], ".2g"),
+        ])  # fmt: skip
+    return lines
+
+
+def _steered_grid(data: Mapping[str, Any]) -> list[list[str]]:
+    lines = [["scores", "task", "prompts", "base", "steered, best layer", "expert", "base with the largest set"]]
+    restored = [r for r in data["curves"] if r["direction"] == RESTORED and r["kinds"] == BOTH and r["share"] < 1]
+    for row in data["steered"]:
+        best = [r["right"] for r in restored if r["task"] == row["task"]]
+        lines.append([
+            row["scores"], row["task"], str(row["prompts"]), cell(row[BASE]),
+            f"{row['steered']:.2f} (layer {row['layer']})", cell(row[EXPERT]), cell(max(best, default=None)),
+        ])  # fmt: skip
+    return lines
+
+
+def _estimate(row: Row, name: str, form: str = ".2f") -> str:
+    value, low = row[name], row[f"{name}_low"]
+    if value is None or low is None:
+        return cell(value, form)
+    return f"{value:{form}} ({low:{form}} to {row[f'{name}_high']:{form}})"
+
+
+def _draws(values: Sequence[float] | None) -> str:
+    return "-" if values is None else f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.0f} points"

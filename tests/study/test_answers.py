@@ -1,0 +1,219 @@
+"""What models with exchanged sets answer, against slices copied by hand and transformers' own generation; and the part
+`answers` as a command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import plain_patch
+import pytest
+import tiny
+import torch
+import yaml
+from answer_world import answer_world, rows_of, run
+from fit_world import geometry_of
+from merge_world import tensors_of
+from plain_answers import alone
+from streamed_world import PROMPTS, resident, streamed
+from test_set_effects import HEADS, NEURONS, PAIRED, set_of
+from transformers import AutoConfig
+
+from mergekit_wp.scoring.anchor.graders import parse_check
+from mergekit_wp.scoring.anchor.steering import Greedy
+from mergekit_wp.scoring.models.exchanged import Exchange
+from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.study import answer_plan, answer_run
+from mergekit_wp.study.answer_run import Question, Speakers
+
+TOKENS = 5
+
+
+def speakers_of(folders, how=resident, eos=()) -> Speakers:
+    base, expert = map(how, folders)
+    pair = ModelPair(base, expert, geometry_of(folders[0]), base.device, base.dtype)
+    rules = Greedy.of([base.model, expert.model], tiny.tokenizer(), TOKENS, 2)
+    return Speakers(SimpleNamespace(), pair, replace(rules, eos=frozenset(eos), vocabulary=97, context=128))
+
+
+def question_of(until=()) -> Question:
+    check = parse_check({"number": "5", "until": list(until)}, "t")
+    return Question("t", ["" for _ in PROMPTS], PROMPTS, [check for _ in PROMPTS], True)
+
+
+def by_hand(folder, tensors, eos):
+    """The answers of a model of transformers with these tensors, one prompt at a time."""
+    config = AutoConfig.from_pretrained(folder)
+    model = tiny.auto_class(config).from_config(config, attn_implementation="eager").eval()
+    model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
+    model.tie_weights()
+    return [alone(model, prompt, eos or None, TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", PAIRED)
+def test_answers_are_those_of_slices_copied_by_hand(tmp_path, kind) -> None:
+    folders = tiny.save_pair(tmp_path, kind)
+    eos = [by_hand(folders[1], tensors_of(folders[1]), ())[0][2]]
+    everything = [(layer, h) for layer in range(4) for h in range(4)], [(la, j) for la in range(4) for j in range(20)]
+    sets, heard = [(HEADS, NEURONS), ([], []), everything] if kind == "llama" else [(HEADS, NEURONS)], set()
+    for how in (resident, streamed) if kind == "gemma2" else (resident,):
+        speakers = speakers_of(folders, how, eos)
+        for removed in (False, True):
+            recipient, donor = folders[::-1] if removed else folders
+            stack = speakers.stack(removed)
+            for heads, neurons in sets:
+                stack.set(Exchange(set_of(speakers.pair.geometry, heads, neurons)))
+                told: list[float] = []
+                answers = speakers.answer(stack, question_of(), told.append)
+                assert answers == by_hand(recipient, plain_patch.patched(recipient, donor, heads, neurons), eos)
+                assert sum(told) == pytest.approx(len(PROMPTS))
+                heard.add(str(answers))
+    assert len(heard) >= 2 * len(sets) - 1, "sets change what is said"
+
+
+def test_the_expert_without_a_set_still_ends_by_a_token_of_its_own(tmp_path) -> None:
+    base = tiny.random_model("llama", seed=1)
+    expert = tiny.add_rows(tiny.fine_tuned(base, seed=2), 2)
+    speakers = speakers_of((tiny.save(base, tmp_path / "base"), tiny.save(expert, tmp_path / "expert")), eos=[97])
+    stacks = speakers.stack(True), speakers.stack(False)
+    for stack in stacks:
+        stack.set(Exchange(set_of(speakers.pair.geometry, HEADS, NEURONS)))
+    free = speakers.answer(stacks[0], question_of(), lambda _done: None)
+    assert len(free[0]) == TOKENS
+    with torch.no_grad():
+        rows = speakers.pair.expert.model.lm_head.weight
+        rows[97] = 3 * rows[free[0][1]]
+    short = [len(speakers.answer(stack, question_of(), lambda _done: None)[0]) < TOKENS for stack in stacks]
+    assert short == [True, False], "only the expert has the row"
+
+
+def test_an_answer_ends_at_a_text_of_its_check(tmp_path) -> None:
+    speakers = speakers_of(tiny.save_pair(tmp_path, "llama"))
+    stack = speakers.stack(False)
+    free = speakers.answer(stack, question_of(), lambda _done: None)
+    end = speakers.rules.tokenizer.decode([free[0][1]])
+    cut = speakers.answer(stack, question_of([end]), lambda _done: None)
+    assert len(cut[0]) == 2
+    for one, other in zip(cut, free, strict=True):
+        assert one == other[: len(one)]
+        assert len(one) == next((i + 1 for i, token in enumerate(other) if token == free[0][1]), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return answer_world(tmp_path_factory.mktemp("answers"))
+
+
+def test_a_killed_run_goes_on_to_the_same_answers(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.delitem(answer_plan.KINDS, "heads")
+    made, generate = [], answer_run.generate_answers
+
+    def counted(stack, rules, prompts, *rest, **options):
+        made.append(len(prompts))
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        return generate(stack, rules, prompts, *rest, **options)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(answer_run, "generate_answers", counted)
+    planned = run(world, "--out", out, "--only", "answers", "--plan")
+    run(world, "--out", out, "--only", "answers", code=1)
+    assert [path.name for path in out.iterdir()] == [".answers.resume"]
+    killed = sum(made[:8])
+    run(world, "--out", out, "--only", "answers")
+    assert sorted(path.name for path in out.iterdir()) == ["answers", "study.html"], "what was kept is gone"
+    whole, before = tmp_path / "whole", len(made)
+    run(world, "--out", whole, "--only", "answers", "--quiet")
+    assert sum(made[before:]) == killed + sum(made[9:before])
+    assert f"{sum(made[before:])} answers of at most 2 tokens, by {len(made) - before} models" in planned
+    for path in (whole / "answers").iterdir():
+        assert path.read_bytes() == (out / "answers" / path.name).read_bytes(), path.name
+    assert run(world, "--out", out, "--only", "answers", "--plan").startswith("answers: done")
+    consented = run(world, "--out", out, "--only", "answers", "--plan", "--allow-code-execution")
+    assert consented.startswith("answers: to do (`--allow-code-execution` is another one): ")
+    _says_what_was_found(out, yaml.safe_load(world.read_text())["prompts"]["pairs"])
+
+
+def _says_what_was_found(out, pairs) -> None:
+    found, texts = (json.loads((out / f"answers/{name}.json").read_text()) for name in ("answers", "texts"))
+    assert found["questions"] == [
+        {"task": "a", "prompts": 9, "held_out": False}, {"task": "b", "prompts": 8, "held_out": False},
+    ]  # fmt: skip
+    assert [sentence.partition(";")[0] for sentence in found["left_out"]] == [
+        "b: grading 1 of 9 prompts would run code that models wrote", "c: its pairs carry no check",
+    ]  # fmt: skip
+    rows = {(row["task"], row["prompt"]): row for row in rows_of(pairs)}
+    right = {}
+    for task, told in texts.items():
+        for said in told["said"]:
+            checks = [parse_check(rows[task, prompt]["check"], task) for prompt in told["prompts"]]
+            passed = [check.passes(text) for check, text in zip(checks, said["answers"], strict=True)]
+            assert passed == said["passed"]
+            right |= {(task, name): sum(passed) / len(passed) for name in said["models"]}
+    assert right["a", "expert"] == right["b", "expert"] == 1
+    assert right["a", "base"] < 1
+    assert len(set(right.values())) > 2
+    kinds = {"heads": "heads", "neurons": "neurons", "both": "heads and neurons"}
+    for row in found["curves"]:
+        share = "all" if row["share"] == 1 else "top 25 % of"
+        whole = "base with" if row["direction"] == "restored" else "expert without"
+        name = f"{whole} {share} {kinds[row['kinds']]} ({row['scores']}, {row['task']})"
+        assert row["right"] == right[row["task"], name]
+        assert row["base"] == right[row["task"], "base"]
+        start = right[row["task"], "base" if row["direction"] == "restored" else "expert"]
+        assert row["gained"] == pytest.approx(row["right"] - start)
+        if row["matched"]:
+            matched = right[row["task"], name.replace("top", "matched").replace(")", ", draw 0)")]
+            assert row["matched"] == [matched]
+            assert row["beyond_matched"] == pytest.approx(row["right"] - matched)
+    assert {(row["scores"], row["task"]) for row in found["curves"]} == {
+        ("kl", "a"), ("kl", "b"), ("ap", "a"), ("ap + kl", "a"),
+    }  # fmt: skip
+    lines = list(csv.DictReader((out / "answers/models.csv").open()))
+    assert len(lines) == len(found["models"])
+    assert all(line["model"] in ("base", "expert", "top", "random", "matched", "all") for line in lines)
+    restored, removed = found["across"]
+    for row, whole in ((restored, "base with"), (removed, "expert without")):
+        for of, rights in zip(row["tasks"], row["right"], strict=True):
+            assert rights == [right[t, f"{whole} top 25 % of neurons (kl, {of})"] for t in ("a", "b")]
+    page = (out / "study.html").read_text()
+    assert "may be the ones that scores were read off" in page
+    assert "c: its pairs carry no check" in page
+
+
+def test_code_is_run_only_where_that_is_allowed(world, tmp_path, monkeypatch) -> None:
+    for kinds in ("heads", "neurons"):
+        monkeypatch.delitem(answer_plan.KINDS, kinds)
+    ran = []
+    monkeypatch.setattr("mergekit_wp.scoring.anchor.graders.call_function", lambda *given: ran.append(given))
+    content = yaml.safe_load(world.read_text())
+    content |= {"scores": {"kl": content["scores"]["kl"]}, "answers": {"tokens": 1, "shares": [0.5], "draws": 1}}
+    content["prompts"]["pairs"] = str(tmp_path / "p.jsonl")
+    check = {"python": "f", "kwargs": {"cases": [[1, 2]]}}
+    row = {"task": "a", "prompt": "w1 w2", "check": check}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    arguments = (tmp_path / "s.yaml", "--out", tmp_path / "out", "--only", "answers", "--quiet")
+    run(*arguments)
+    assert not ran
+    found = json.loads((tmp_path / "out/answers/answers.json").read_text())
+    assert found["left_out"] == [
+        "a: grading 1 of 1 prompts would run code that models wrote; --allow-code-execution permits it."
+    ]
+    assert found["models"] == []
+    run(*arguments, "--allow-code-execution")
+    assert ran
+    found = json.loads((tmp_path / "out/answers/answers.json").read_text())
+    assert {row["right"] for row in found["models"]} == {0.0}
+
+
+def test_a_check_that_no_grader_knows_is_bad_input(world, tmp_path) -> None:
+    content = yaml.safe_load(world.read_text())
+    content["prompts"]["pairs"] = str(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"task": "a", "prompt": "w1", "check": {"ifeval": "no:such"}}\n')
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    said = run(tmp_path / "s.yaml", "--out", tmp_path / "out", "--only", "answers", code=2)
+    assert "task a: IFEval has no type 'no:such'" in said
+    assert not (tmp_path / "out/answers").exists()
