@@ -13,8 +13,8 @@ Each part is a module of its own, with its algorithm and the paper's figures at 
     attention    whether heads look at the instruction: `regions` reads it without matrices of attention
     set_curves   part `sets`, exchanged while models run: `set_plan` which, `held_out` on which prompts,
                  `set_effects` what they do, `set_rows` the numbers with controls, `set_page` what is said and drawn
-    answers      the same by what models say: `answer_plan` which models, `answer_run` how they answer and are graded,
-                 `answer_rows` the numbers, `answer_page` what is said and drawn
+    set_answers  part `answers`, the same by what models say: `answer_plan` which models, `answer_run` how they answer
+                 and are graded, `answer_rows` the numbers, `answer_page` what is said and drawn
     cases        single prompts, side by side
 
 **A part is added** by a module with a `PART` (`parts.Part`) and a line in `parts.PARTS`. Its `work` is a function of

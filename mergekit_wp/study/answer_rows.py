@@ -26,7 +26,7 @@ import numpy as np
 
 from mergekit_wp.scores import Scores
 from mergekit_wp.study.answer_plan import BASE, EXPERT, Model
-from mergekit_wp.study.answer_run import Question, Said
+from mergekit_wp.study.answer_run import GradedTask, Said
 from mergekit_wp.study.set_effects import RESAMPLES, interval_of
 from mergekit_wp.study.set_plan import MATCHED, RANDOM, TOP, WHOLE
 from mergekit_wp.study.set_rows import REMOVED, RESTORED
@@ -48,7 +48,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 class Answers:
     """Of one task: the question, the models that it was put to, and what each said, by its key."""
 
-    question: Question
+    question: GradedTask
     models: Sequence[Model]
     said: Mapping[str, Said]
 

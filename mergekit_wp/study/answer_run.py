@@ -41,7 +41,7 @@ _REPEATS = 4
 
 
 @dataclass(frozen=True)
-class Question:
+class GradedTask:
     """The prompts of a task that can be graded, [N], in their order: as text, as tokens, and how answers are graded."""
 
     task: str
@@ -83,7 +83,7 @@ def _loops(answer: Sequence[int]) -> bool:
     return len(set(runs)) < len(runs) / 2
 
 
-def questions_of(inputs: Inputs, files: Mapping[str, Scores], how: Answering) -> tuple[list[Question], list[str]]:
+def questions_of(inputs: Inputs, files: Mapping[str, Scores], how: Answering) -> tuple[list[GradedTask], list[str]]:
     """Of every task that one of the files scores; and what is left out, in sentences. Raises `BadInput`."""
     job, ready = inputs.ready
     check_tasks(inputs, [task.task for task in ready.tasks], job.pairs)
@@ -103,7 +103,7 @@ def questions_of(inputs: Inputs, files: Mapping[str, Scores], how: Answering) ->
                 "wrote; --allow-code-execution permits it."
             )
         if may := may[: how.prompts]:
-            found.append(Question(
+            found.append(GradedTask(
                 task.task, [pairs.scoring[i].prompt for i in may], [task.scoring[i] for i in may],
                 [checks[i] for i in may], chosen[task.task].held_out,
             ))  # fmt: skip
@@ -130,7 +130,7 @@ class Speakers:
         vocabulary = min(rules.vocabulary, ready.checked.vocabulary)
         return cls(inputs, pair, replace(rules, vocabulary=vocabulary, context=ready.checked.context_limit))
 
-    def decides(self, questions: Sequence[Question]) -> dict[str, object]:
+    def decides(self, questions: Sequence[GradedTask]) -> dict[str, object]:
         """All that answers and verdicts depend on, beside the model that gives them, for `Resume`."""
         pair, rules = self.pair, self.rules
         return {
@@ -146,14 +146,14 @@ class Speakers:
         ends = (self.pair.expert, self.pair.base) if removed else (self.pair.base, self.pair.expert)
         return ExchangedStack(*ends, self.pair.geometry)
 
-    def answer(self, stack: Stack, question: Question, tick: Tick) -> Tokens:
+    def answer(self, stack: Stack, question: GradedTask, tick: Tick) -> Tokens:
         """What the model says to the prompts; `tick` hears of answers."""
         return generate_answers(
             stack, self.rules, question.prompts, lambda n: tick(n / self.rules.max_tokens),
             ended=lambda number, answer: question.ended(self.rules, number, answer),
         )  # fmt: skip
 
-    def texts(self, question: Question, answers: Tokens) -> list[str]:
+    def texts(self, question: GradedTask, answers: Tokens) -> list[str]:
         return [self.rules.text(*both) for both in zip(question.prompts, answers, strict=True)]
 
 
@@ -162,7 +162,7 @@ Asked = Mapping[str, Model]
 
 
 def answered(
-    speakers: Speakers, questions: Sequence[Question], asked: Sequence[Asked], resume: Resume, progress: StartProgress
+    speakers: Speakers, questions: Sequence[GradedTask], asked: Sequence[Asked], resume: Resume, progress: StartProgress
 ) -> list[dict[str, Said]]:
     """What each model said to each question, by its key."""
     plan = [sorted(models) for models in asked]
@@ -194,7 +194,7 @@ def answered(
 class _Grader:
     """Grades a question's answers, equal ones once: running code takes a process."""
 
-    def __init__(self, question: Question):
+    def __init__(self, question: GradedTask):
         self.question, self.known = question, dict[tuple[int, str], bool]()
 
     def __call__(self, texts: Sequence[str]) -> list[bool]:
@@ -204,7 +204,7 @@ class _Grader:
         return [self.known[at] for at in enumerate(texts)]
 
 
-def _packed(question: Question, tokens: int, answers: Tokens, passed: Sequence[bool]) -> dict[str, torch.Tensor]:
+def _packed(question: GradedTask, tokens: int, answers: Tokens, passed: Sequence[bool]) -> dict[str, torch.Tensor]:
     """As tensors: answers [N, A], -1 behind their ends; passed [N]."""
     count = len(question.prompts)
     ids_NA = torch.full((count, tokens), -1, dtype=torch.int32)

@@ -26,7 +26,7 @@ from mergekit_wp.page import render
 from mergekit_wp.scores import Scores
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.study.answer_plan import BOTH, KINDS, Model, chosen_files, ends, top_models
-from mergekit_wp.study.answer_run import Question, Said, Speakers, answered, questions_of
+from mergekit_wp.study.answer_run import GradedTask, Said, Speakers, answered, questions_of
 from mergekit_wp.study.held_out import check_style
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
@@ -36,10 +36,10 @@ WORDS = 60
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TaskCases:
     """The cases of a task. numbers: of all prompts that are any, and whether the patch restores them."""
 
-    question: Question
+    question: GradedTask
     numbers: dict[int, bool]
 
     @property
@@ -49,7 +49,7 @@ class Chosen:
         return sorted(number for number in found if number is not None)
 
     @property
-    def shown(self) -> Question:
+    def shown(self) -> GradedTask:
         """The question of the prompts that are shown alone, in their order."""
         question, own = self.question, self.firsts
         texts, prompts = [question.texts[i] for i in own], [question.prompts[i] for i in own]
@@ -122,12 +122,12 @@ def _models(files: Mapping[str, Scores], task: str, how: Answering) -> list[Mode
     return [base, *(restored for restored, _removed in patched), expert, *(removed for _restored, removed in patched)]
 
 
-def _chosen(question: Question, said: Sequence[Said]) -> Chosen:
+def _chosen(question: GradedTask, said: Sequence[Said]) -> TaskCases:
     base, expert, patched = (each.passed for each in said)
-    return Chosen(question, {i: patched[i] for i in range(len(question.prompts)) if expert[i] and not base[i]})
+    return TaskCases(question, {i: patched[i] for i in range(len(question.prompts)) if expert[i] and not base[i]})
 
 
-def _row(chosen: Chosen, models: Sequence[Model], said: Mapping[str, Said]) -> dict[str, Any]:
+def _row(chosen: TaskCases, models: Sequence[Model], said: Mapping[str, Said]) -> dict[str, Any]:
     """A task with its cases, each with all that was said."""
     question, shown = chosen.question, chosen.shown
     patch = next(model for model in models if model.kinds == BOTH)

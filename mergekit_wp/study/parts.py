@@ -43,7 +43,7 @@ PARTS = {
     "attention": "mergekit_wp.study.attention",
     "links": "mergekit_wp.study.links",
     "sets": "mergekit_wp.study.set_curves",
-    "answers": "mergekit_wp.study.answers",
+    "answers": "mergekit_wp.study.set_answers",
     "cases": "mergekit_wp.study.cases",
 }
 """Name -> the module that has it as `PART`, in the order of the page. A new part is a line here."""

@@ -14,7 +14,7 @@ from mergekit_wp.geometry import Kind
 from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, chosen_files, models_of
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, _diagonal, steered, wilson
-from mergekit_wp.study.answer_run import Question, Said
+from mergekit_wp.study.answer_run import GradedTask, Said
 from mergekit_wp.study.set_effects import RESAMPLES
 from mergekit_wp.study.set_plan import MATCHED, RANDOM, TOP, WHOLE
 from mergekit_wp.study.study_spec import Answering
@@ -91,7 +91,7 @@ def answers_of(task, seed, prompts=12):
     for model in models:
         passed = (random.random(prompts) < (0.9 if model.removed else 0.4)).tolist()
         said[model.key] = Said([[1, 2]] * prompts, ["w1"] * prompts, passed)
-    question = Question(task, [""] * prompts, [[1]] * prompts, [], True)
+    question = GradedTask(task, [""] * prompts, [[1]] * prompts, [], True)
     return Answers(question, models, said)
 
 

@@ -23,10 +23,10 @@ from transformers import AutoConfig
 
 from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.anchor.steering import Greedy
-from mergekit_wp.scoring.models.exchanged import Exchange
+from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.study import answer_plan, answer_run
-from mergekit_wp.study.answer_run import Question, Speakers
+from mergekit_wp.study.answer_run import GradedTask, Speakers
 
 TOKENS = 5
 
@@ -38,9 +38,9 @@ def speakers_of(folders, how=resident, eos=()) -> Speakers:
     return Speakers(SimpleNamespace(), pair, replace(rules, eos=frozenset(eos), vocabulary=97, context=128))
 
 
-def question_of(until=()) -> Question:
+def question_of(until=()) -> GradedTask:
     check = parse_check({"number": "5", "until": list(until)}, "t")
-    return Question("t", ["" for _ in PROMPTS], PROMPTS, [check for _ in PROMPTS], True)
+    return GradedTask("t", ["" for _ in PROMPTS], PROMPTS, [check for _ in PROMPTS], True)
 
 
 def by_hand(folder, tensors, eos):
@@ -71,6 +71,14 @@ def test_answers_are_those_of_slices_copied_by_hand(tmp_path, kind) -> None:
                 assert sum(told) == pytest.approx(len(PROMPTS))
                 heard.add(str(answers))
     assert len(heard) >= 2 * len(sets) - 1, "sets change what is said"
+    if kind == "llama":
+        other = ExchangedStack(speakers.pair.base, speakers.pair.expert, speakers.pair.geometry)
+        for heads, neurons in sets:
+            subset = set_of(speakers.pair.geometry, heads, neurons)
+            stack.set(Exchange(subset))
+            other.set(Exchange(subset, in_expert=True))
+            both = [speakers.answer(each, question_of(), lambda _done: None) for each in (stack, other)]
+            assert both[0] == both[1], "embeddings of the expert, too, made from those of the base"
 
 
 def test_the_expert_without_a_set_still_ends_by_a_token_of_its_own(tmp_path) -> None:

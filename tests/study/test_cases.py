@@ -10,7 +10,7 @@ from answer_world import answer_world, rows_of, run
 
 from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.study import answer_plan, answer_run
-from mergekit_wp.study.answer_run import Question, Said
+from mergekit_wp.study.answer_run import GradedTask, Said
 from mergekit_wp.study.cases import WORDS, _chosen, _cut
 
 
@@ -20,7 +20,7 @@ def said(*passed: int) -> Said:
 
 def test_cases_are_the_first_that_the_patch_restores_and_the_first_that_it_does_not() -> None:
     numbers = [*range(6)]
-    question = Question("t", [f"p{i}" for i in numbers], [[i] for i in numbers], numbers, True)
+    question = GradedTask("t", [f"p{i}" for i in numbers], [[i] for i in numbers], numbers, True)
     expert, base = said(1, 1, 1, 0, 1, 1), said(1, 0, 0, 0, 0, 0)
     found = _chosen(question, [base, expert, said(1, 0, 0, 1, 1, 1)])
     assert (list(found.numbers), found.firsts, found.shown.texts) == ([1, 2, 4, 5], [1, 4], ["p1", "p4"])

@@ -23,7 +23,7 @@ from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.study.answer_page import result_of
 from mergekit_wp.study.answer_plan import ACROSS, Model, chosen_files, models_of
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, across_tasks, steered
-from mergekit_wp.study.answer_run import Question, Speakers, answered, questions_of
+from mergekit_wp.study.answer_run import GradedTask, Speakers, answered, questions_of
 from mergekit_wp.study.held_out import check_style
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
@@ -70,7 +70,7 @@ def _files(study: Study, inputs: Inputs) -> dict[str, Scores]:
     return {name: inputs.scores[name] for name in chosen_files(inputs.scores, study.answering())}
 
 
-def _models(study: Study, files: Mapping[str, Scores], questions: Sequence[Question]) -> list[list[Model]]:
+def _models(study: Study, files: Mapping[str, Scores], questions: Sequence[GradedTask]) -> list[list[Model]]:
     tasks = [each.task for each in questions]
     return [models_of(files, task, tasks, study.answering(), study.seed) for task in tasks]
 
@@ -85,7 +85,7 @@ PART = Part(
     grades=True,
     cost=cost,
     code=(
-        "study/answers.py", "study/answer_plan.py", "study/answer_run.py", "study/answer_rows.py",
+        "study/set_answers.py", "study/answer_plan.py", "study/answer_run.py", "study/answer_rows.py",
         "study/answer_page.py", "study/set_plan.py", "study/set_effects.py", "study/set_rows.py", "study/held_out.py",
         "study/sets.py", "study/drawings.py", "scoring/models/exchanged.py", "scoring/models/merged.py",
         "scoring/whole_answers.py", "scoring/anchor/graders.py", "scoring/anchor/steering.py", "scoring/metrics.py",
