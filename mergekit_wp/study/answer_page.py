@@ -11,12 +11,14 @@ from markupsafe import Markup
 
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.page import grid, render
-from mergekit_wp.pictures import INK, QUIET, expert_colour
+from mergekit_wp.palette import INK, QUIET
+from mergekit_wp.pictures import expert_colour
 from mergekit_wp.study import drawings
 from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, KIND_WORDS, KINDS
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, Row
 from mergekit_wp.study.cells import cell, lines_of
-from mergekit_wp.study.parts import PartResult
+from mergekit_wp.study.drawings import Shown
+from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import MATCHED, RANDOM
 from mergekit_wp.study.set_rows import REMOVED, RESTORED
 
@@ -43,8 +45,8 @@ def result_of(
     }  # fmt: skip
     return PartResult(
         data, {name: lines for name, lines in tables.items() if lines},
-        {file: picture for file, _caption, picture in pictures}, _section(data, pictures),
-        headline=next(iter(findings(data)), ""), documents={"texts": _texts(every)},
+        {each.file: each.picture for each in pictures}, _section(data, pictures), documents={"texts": _texts(every)},
+        answers={"behaviour": Answer(_behaviour(data["means"]), pictures[0].file)} if pictures else {},
     )  # fmt: skip
 
 
@@ -87,10 +89,8 @@ def _across_lines(rows: Sequence[Row]) -> list[list[object]]:
 
 # Pictures
 
-_Shown = tuple[str, str, Markup]  # file name, caption, picture
 
-
-def _pictures(data: Mapping[str, Any]) -> Iterator[_Shown]:
+def _pictures(data: Mapping[str, Any]) -> Iterator[Shown]:
     means, curves, across = data["means"], data["curves"], data["across"]
     files = [name for name in dict.fromkeys(row["scores"] for row in means) if any(
         row["scores"] == name and row[MATCHED] for row in means
@@ -98,23 +98,19 @@ def _pictures(data: Mapping[str, Any]) -> Iterator[_Shown]:
     for part, name in zip(file_parts(files), files, strict=True):
         own = [row for row in means if row["scores"] == name]
         mean = f", mean of {own[0]['tasks']} tasks" if own[0]["tasks"] > 1 else ""
-        yield (
-            f"curves-{part}",
-            f"Right answers by size of the set, {name}{mean}",
-            _curves(own, f"Right answers by sets of {name}"),
-        )
+        drawn = _curves(own, f"Right answers by sets of {name}")
+        yield Shown(f"curves-{part}", f"Right answers by size of the set, {name}{mean}", drawn, scores=name)
     if polygons := _polygons(curves):
         tasks = list(dict.fromkeys(row["task"] for row in curves))
-        yield (
-            "radar",
-            "Base with the top of all heads and of all neurons, by task",
-            drawings.radar(polygons, tasks, "Right answers of each task, of base, expert and the base with top sets"),
-        )
+        described = "Right answers of each task, of base, expert and the base with top sets"
+        drawn = drawings.radar(polygons, tasks, described)
+        yield Shown("radar", "Base with the top of all heads and of all neurons, by task", drawn)
     for part, name in zip(file_parts(names := list(dict.fromkeys(r["scores"] for r in across))), names, strict=True):
         own = [row for row in across if row["scores"] == name]
         panels = {f"{_DIRECTIONS[row['direction']]}, %": np.round(100 * np.array(row["right"])) for row in own}
         caption = f"Right answers, %, {name}: a row is the task whose set it is, a column whose prompts"
-        yield f"across-{part}", caption, drawings.matrix_svg(panels, own[0]["tasks"], f"Tasks across sets of {name}")
+        drawn = drawings.matrix_svg(panels, own[0]["tasks"], f"Tasks across sets of {name}")
+        yield Shown(f"across-{part}", caption, drawn, scores=name)
 
 
 def _polygons(curves: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
@@ -162,7 +158,7 @@ def _lines_of(rows: Sequence[Row]) -> Iterator[drawings.Curve]:
 # The page
 
 
-def _section(data: Mapping[str, Any], pictures: Sequence[_Shown]) -> Markup:
+def _section(data: Mapping[str, Any], pictures: Sequence[Shown]) -> Markup:
     return render(
         "study_answers.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
         means=grid(_mean_grid(data["means"])) if data["means"] else "", left_out=data["left_out"],
@@ -185,6 +181,17 @@ def _prompts(questions: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"On {many} prompts a task. {which} may be the ones that scores were read off, so that the top of a ranking "
         "looks better than on new ones; give the study more prompts than were scored, or others."
+    )
+
+
+def _behaviour(means: Sequence[Row]) -> str:
+    """What changed in behaviour, and how much of that the smallest top set brings."""
+    least = min(row["share"] for row in means)
+    row = next(r for r in means if (r["direction"], r["kinds"], r["share"]) == (RESTORED, BOTH, least))
+    over = f"mean of {row['tasks']} tasks, " if row["tasks"] > 1 else ""
+    return (
+        f"The base answers {_percent(row[BASE])} right, the expert {_percent(row[EXPERT])}; the base with the top "
+        f"{100 * least:g} % of heads and neurons {_percent(row['right'])} ({over}by {row['scores']})."
     )
 
 

@@ -9,7 +9,7 @@ import yaml
 from answer_world import answer_world, rows_of, run
 
 from mergekit_wp.scoring.anchor.graders import parse_check
-from mergekit_wp.study import answer_plan, answer_run
+from mergekit_wp.study import answer_run, cases
 from mergekit_wp.study.answer_run import GradedTask, Said
 from mergekit_wp.study.cases import WORDS, _chosen, _cut
 
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 
 
 def test_what_is_shown_is_what_models_say(world, tmp_path, monkeypatch) -> None:
-    monkeypatch.delitem(answer_plan.KINDS, "heads")
+    monkeypatch.setattr(cases, "KINDS", ("neurons", "both"))
     made, generate = [], answer_run.generate_answers
 
     def counted(stack, rules, prompts, *rest, **options):
