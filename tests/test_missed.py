@@ -130,6 +130,20 @@ def test_kinds_that_are_not_sampled_say_nothing_and_all_of_a_kind_leave_nothing_
     assert missed.missed(exact, "a", Kind.NEURON, 40) is None
 
 
+def test_of_bands_with_other_chances_the_least_counts_and_what_was_found_is_not_missed():
+    exact = file_of(torch.arange(LAYERS * NEURONS).flip(0).view(LAYERS, NEURONS) / 800.0 + 1)
+    chance_LF, mask_LF = torch.full((LAYERS, NEURONS), 0.5), torch.zeros(LAYERS, NEURONS, dtype=torch.bool)
+    chance_LF[4:], chance_LF[1, 50:] = 0.25, 1.0  # the leaders are 150th to 199th, and the rest above them was missed
+    mask_LF[::2], mask_LF[1, 50:], mask_LF[0, 10:] = True, True, False
+    audit = file_of(exact.neurons * mask_LF, {"heads": HEADS, "neurons": mask_LF}, {"neurons": chance_LF})
+    found = missed.missed(audit, "a", Kind.NEURON, 50)
+    assert (found.leaders, found.drawn, found.rest, found.share) == (50, 310, 750, 0.25)
+    assert (found.found, found.threshold) == (10, float(exact.neurons[1, 99]))
+    assert found.estimate == 10
+    assert found.at_most == min(50, upper_end(10, 0.25, 750) - 10)
+    assert missed.missed(audit, "a", Kind.NEURON, 5).at_most == 5
+
+
 def test_wp_score_samples_and_wp_scores_says_what_can_be_missed(tmp_path):
     job = job_for(tmp_path, "llama", method="exact", utility="kl", contrast=False, tasks=("first",))
     whole = score(job)
