@@ -314,7 +314,13 @@ def radar(panels: Mapping[str, Mapping[str, Sequence[float]]], axes_of: Sequence
                 style: dict[str, Any] = {"color": INK if ends else expert_colour(place - 1), "lw": 1.4}
                 style["ls"] = ":" if place == 0 else "--" if ends else "-"
                 axes.plot([*angles, angles[0]], [*values, values[0]], marker=".", label=label, **style)
-            axes.set_xticks(angles, [label_of(name) for name in axes_of], fontsize=8)
+            axes.set_theta_zero_location("N")
+            # Long names would leave no room for the circle.
+            names = [name if len(name) <= 10 else name.replace("_", "_\n") for name in map(label_of, axes_of)]
+            axes.set_xticks(angles, names, fontsize=8)
+            for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+                side = round(float(np.sin(angle)), 6)  # angles go against the clock from the top
+                label.set_horizontalalignment("center" if side == 0 else "right" if side > 0 else "left")
             axes.set_ylim(0, 1)
             axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "50 %", "", ""], fontsize=8)
             axes.set_title(label_of(title), fontsize=10)

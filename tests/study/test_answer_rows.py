@@ -12,8 +12,9 @@ from study_world import SHAPE, scores
 
 from mergekit_wp.geometry import Kind
 from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
+from mergekit_wp.study.answer_page import _polygons, result_of
 from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, chosen_files, models_of
-from mergekit_wp.study.answer_rows import AnswerRows, Answers, _diagonal, steered, wilson
+from mergekit_wp.study.answer_rows import AnswerRows, Answers, _diagonal, across_tasks, steered, wilson
 from mergekit_wp.study.answer_run import GradedTask, Said
 from mergekit_wp.study.set_effects import RESAMPLES
 from mergekit_wp.study.set_plan import MATCHED, RANDOM, TOP, WHOLE
@@ -86,7 +87,7 @@ def test_intervals_are_wilsons(right, count) -> None:
 def answers_of(task, seed, prompts=12):
     """As if models passed at random, the expert most often."""
     random = np.random.default_rng(seed)
-    models = models_of({"x": scores()}, task, ["a", "b"], HOW, 0)
+    models = models_of({"x": scores(tasks=("a", "b", "c"))}, task, ["a", "b", "c"], HOW, 0)
     said = {}
     for model in models:
         passed = (random.random(prompts) < (0.9 if model.removed else 0.4)).tolist()
@@ -157,3 +158,31 @@ def test_steering_is_read_off_score_files() -> None:
     (row,) = steered({"x": file, "y": scores()})
     assert (row["base"], row["steered"], row["expert"], row["layer"]) == (0.1, 0.7, 0.9, 1)
     assert SHAPE.layers > row["layer"]
+
+
+def test_the_radar_has_an_axis_a_task_and_the_page_says_what_changed() -> None:
+    every = [answers_of(task, seed) for seed, task in enumerate("abc")]
+    found = _of(every)
+    across = across_tasks(every, {"x": scores(tasks=("a", "b", "c"))}, "neurons", 0.5)
+    polygons = _polygons(found.curves)
+    assert list(polygons) == ["x"]
+    assert list(polygons["x"]) == ["base", "top 25 %", "top 50 %", "expert"]
+    for what, values in polygons["x"].items():
+        for answers, value in zip(every, values, strict=True):
+            base, expert = answers.ends
+            share = {"top 25 %": 0.25, "top 50 %": 0.5}.get(what, 0)
+            model = {"base": base, "expert": expert}.get(what) or answers.find(TOP, False, "x", BOTH, share)[0]
+            assert value == answers.passed_N(model).mean()
+    result = result_of(found, every, across, [], ["d: its pairs carry no check."])
+    assert set(result.pictures) == {"curves-x", "radar", "across-x"}
+    mean = np.mean([answers.passed_N(answers.ends[1]).mean() for answers in every])
+    assert f"the expert {100 * mean:.0f} %" in result.answers["behaviour"].text
+    assert "d: its pairs carry no check." in result.section
+    assert "radar" not in result_of(_of(every[:2]), every[:2], [], [], []).pictures, "two axes are none"
+
+
+def _of(every) -> AnswerRows:
+    found = AnswerRows(0)
+    for each in every:
+        found.add(each)
+    return found
