@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from mergekit_wp.geometry import FUSED, PROJECTIONS, Geometry, slot_of
 from mergekit_wp.scoring.batching import pick
-from mergekit_wp.scoring.models.precision import loss_scale
+from mergekit_wp.scoring.models.precision import loss_scale, run_in
 
 if TYPE_CHECKING:
     from mergekit_wp.scoring.models.layerwise import Call, Stack
@@ -60,15 +60,14 @@ class Constant(nn.Module):
 
 
 class InFloat32(nn.Module):
-    """Runs a module and gives its output in float32, so that what follows is computed there."""
+    """Runs a module, products in `dtype`, and gives its output in float32, so that what follows is computed there."""
 
-    def __init__(self, inner: nn.Module):
+    def __init__(self, inner: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.inner = inner
+        self.inner, self.dtype = inner, dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.inner(x)
-        return output.float()
+        return run_in(self.dtype, self.inner, x).float()
 
 
 def separate(layer: Any, geometry: Geometry) -> None:

@@ -23,15 +23,15 @@ PROMPTS = [[[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [[3, 4], [20, 21, 22, 23], [
 ANSWERS = [[[40, 41], [42]], [[43, 44, 45, 46], [47, 2], [48]], [[70], [71, 72]]]
 
 
-def save_experts(root, kind, count=2, extra_rows=0):
+def save_experts(root, kind, count=2, extra_rows=0, dtype=torch.float32):
     """root/base and root/expert0, ...; the first expert has `extra_rows` more."""
     base = tiny.random_model(kind, seed=1)
-    folders = [tiny.save(base, root / "base")]
+    folders = [tiny.save(base, root / "base", dtype)]
     for k in range(count):
         expert = tiny.fine_tuned(base, seed=2 + k)
         if extra_rows and k == 0:
             tiny.add_rows(expert, extra_rows)
-        folders.append(tiny.save(expert, root / f"expert{k}"))
+        folders.append(tiny.save(expert, root / f"expert{k}", dtype))
     return folders
 
 

@@ -44,7 +44,7 @@ def assert_same(stack, whole) -> None:
         torch.testing.assert_close(got, wanted, rtol=close, atol=close)
     for name, wanted in whole.model.named_parameters():
         if text_name(name) and layer_of(name) is None:
-            assert torch.equal(stack.model.get_parameter(name), wanted), name
+            assert torch.equal(stack.model.get_parameter(name).to(wanted.dtype), wanted), name
     buffers = dict(stack.tower.named_buffers())
     for name, wanted in whole.tower.named_buffers():
         assert torch.equal(buffers[name], wanted), name

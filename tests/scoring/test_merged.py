@@ -45,9 +45,11 @@ def test_is_the_merge_made_by_hand(tmp_path, kind):
     assert (other - got).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["llama-biased", "gemma2", "phi3"])
-def test_streamed_is_resident_and_leaves_nothing_behind(tmp_path, kind):
-    folders = save_experts(tmp_path, kind, extra_rows=3)
+def test_streamed_is_resident_and_leaves_nothing_behind(tmp_path, kind, stored):
+    """Gemma multiplies its embeddings by a number that bfloat16 would round."""
+    folders = save_experts(tmp_path, kind, extra_rows=3, dtype=stored)
     geometry = geometry_of(folders[0])
     weights = random_weights(geometry, 2)
     wanted = logits_of(MergedStack(*(lambda b, *e: (b, e))(*map(resident, folders)), geometry, weights))
@@ -56,6 +58,22 @@ def test_streamed_is_resident_and_leaves_nothing_behind(tmp_path, kind):
     torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-5, atol=1e-5)
     for stack in (merged, base, *experts):
         assert all(parameter.is_meta for layer in stack.tower.layers for parameter in layer.parameters())
+
+
+def test_what_a_streamed_merge_is_made_of_lies_there_as_it_is_stored(tmp_path):
+    """In bfloat16, half of what the merge itself takes, for products in float32."""
+    folders = save_experts(tmp_path, "llama", dtype=torch.bfloat16)
+    base, *experts = map(streamed, folders)
+    merged = MergedStack(base, experts, geometry_of(folders[0]), random_weights(geometry_of(folders[0]), 2))
+    for index, layer in zip((2, 1), merged.layers((2, 1)), strict=True):
+        below, beside = merged.sources(index)
+        assert {p.dtype for each in (below, *beside) for p in each.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in layer.parameters()} == {torch.float32}
+        for own in experts[0].layers([index]):  # which one that runs the expert then widens for both
+            assert {p.dtype for p in own.parameters()} == {torch.float32}
+            assert torch.equal(own.mlp.up_proj.weight, resident(folders[1]).tower.layers[index].mlp.up_proj.weight)
+        assert torch.equal(beside[0].mlp.up_proj.weight, resident(folders[1]).tower.layers[index].mlp.up_proj.weight)
+    assert all(parameter.is_meta for layer in experts[0].tower.layers for parameter in layer.parameters())
 
 
 def test_is_the_merge_that_a_fit_file_makes(tmp_path):

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mergekit_wp.geometry import FUSED, Geometry, text_tower
 from mergekit_wp.scoring.batching import Batch, Lengths, forget_lengths
 from mergekit_wp.scoring.hooks import Constant, InFloat32, separate, substituted
+from mergekit_wp.scoring.models.precision import run_in
 
 Call = dict[str, Any]
 
@@ -72,11 +73,15 @@ class Stack(ABC):
     def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """The decoder layers of `order`, one after the other; each holds its weights until the next is taken."""
 
+    def stored_layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
+        """As `layers`, but to be read and not to be run: streamed weights are in the dtype that they are stored in."""
+        return self.layers(order)
+
     @torch.no_grad()
     def start(self, batch: Batch) -> Start:
         """Embed the prompts and find out what the architecture's own forward pass hands to each layer."""
         forget_lengths(self.model)
-        embedded_BTD = self.tower.embed_tokens(batch.ids_BT).float()
+        embedded_BTD = self._embed(batch.ids_BT)
         # Batches are padded on the right and carry no mask, so one row's arguments are every row's.
         calls = [probe.call for probe in self._probe(embedded_BTD[:1])]
         return Start(self._probe(embedded_BTD)[0].stream_BTD, calls)
@@ -88,7 +93,7 @@ class Stack(ABC):
         forget_lengths(self.model)
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
         probes = self._probe(
-            self.tower.embed_tokens(ids_BT).float(), attention_mask=mask_BS, past_key_values=cache, use_cache=True,
+            self._embed(ids_BT), attention_mask=mask_BS, past_key_values=cache, use_cache=True,
             position_ids=positions_BS[:, -ids_BT.shape[1] :],
         )  # fmt: skip
         return Start(probes[0].stream_BTD, [probe.call for probe in probes])
@@ -96,7 +101,11 @@ class Stack(ABC):
     @torch.no_grad()
     def entering(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """What enters layer 0 alone [B, T, D]; need not be the embedding: Granite multiplies it."""
-        return self._probe(self.tower.embed_tokens(ids_BT).float())[0].stream_BTD
+        return self._probe(self._embed(ids_BT))[0].stream_BTD
+
+    def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        embedded_BTD: torch.Tensor = run_in(self.dtype, self.tower.embed_tokens, ids_BT)
+        return embedded_BTD.float()
 
     def _probe(self, embedded_BTD: torch.Tensor, **options: Any) -> list[_Probe]:
         """The model's own forward pass without its layers."""
@@ -123,7 +132,7 @@ class Stack(ABC):
         with self.autocast():
             normed_N1D = self.tower.norm(final_BD).flatten(0, -2).unsqueeze(1)
             known = {self._tower_name: Constant(BaseModelOutputWithPast(last_hidden_state=normed_N1D))}
-            head = InFloat32(self.model.lm_head)
+            head = InFloat32(self.model.lm_head, self.dtype)
             with substituted(self._tower_parent, **known), substituted(self.model, lm_head=head):
                 logits_N1V = self.model(inputs_embeds=normed_N1D, use_cache=False).logits
         return logits_N1V[:, 0, :vocabulary].unflatten(0, final_BD.shape[:-1])

@@ -93,7 +93,8 @@ class MergedStack(Stack):
         The layers of base and experts are read once, however many candidates there are.
         """
         with ExitStack() as sweeps:
-            sources = [sweeps.enter_context(closing(stack.layers(order))) for stack in (self.base, *self.experts)]
+            stacks = (self.base, *self.experts)
+            sources = [sweeps.enter_context(closing(stack.stored_layers(order))) for stack in stacks]
             for index, *_held in zip(order, *sources, strict=True):
                 self._merged.discard(index)
                 try:
@@ -132,7 +133,8 @@ class MergedStack(Stack):
                     yield index, branch, i, streams[branch][i]
 
     def sources(self, index: int) -> tuple[Any, list[Any]]:
-        """Layer `index` of the base, and of every expert; of streamed models only while `layers` is at it."""
+        """Layer `index` of the base, and of every expert; of streamed models only while `layers` is at it, and as it is
+        stored (`Stack.stored_layers`)."""
         return self.base.tower.layers[index], [expert.tower.layers[index] for expert in self.experts]
 
     def start(self, batch: Batch) -> Start:
@@ -201,7 +203,8 @@ class MergedStack(Stack):
         experts = [align_rows(tensor, base) for tensor in experts]
         axis = 0 if slot is None else slot.axis
         weight_Kn = weights.along(slot, self.geometry)
-        merged = merge_fitted(base, experts, weight_Kn, axis, [1.0] * len(experts), self.held or base.dtype)
+        held = self.held or (torch.float32 if self.dtype == torch.float32 else base.dtype)
+        merged = merge_fitted(base, experts, weight_Kn, axis, [1.0] * len(experts), held)
         return nn.Parameter(merged, requires_grad=base.ndim == 1 and not self.frozen)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from mergekit_wp.checkpoint.weights import TensorHeader
 from mergekit_wp.errors import BadInput, reason_of
@@ -33,6 +35,15 @@ def stored_dtype(tensors: Mapping[str, TensorHeader]) -> torch.dtype:
 def held_dtype(tensors: Mapping[str, TensorHeader], products: torch.dtype) -> torch.dtype:
     """In which dtype weights lie in memory: as stored, or in float32 where products run in that."""
     return torch.float32 if products == torch.float32 else stored_dtype(tensors)
+
+
+def run_in(products: torch.dtype, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)`, weights that are held in fewer bits widened where products run in float32; elsewhere autocast sees
+    to it. The wide copies are gone with the output, or with its graph."""
+    named = dict(module.named_parameters()) if products == torch.float32 else {}
+    wide = {name: weight.float() for name, weight in named.items() if weight.dtype != torch.float32}
+    output: torch.Tensor = functional_call(module, wide, (x,)) if wide else module(x)
+    return output
 
 
 def pick_dtype(name: str, device: torch.device, stored: Iterable[torch.dtype]) -> torch.dtype:

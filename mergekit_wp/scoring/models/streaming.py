@@ -2,6 +2,7 @@
 
 What lies outside the layers (embeddings, final norm, rotary tables) is held; the output head is read when logits are
 first asked for. While one layer computes, a thread reads the next, so a sweep holds the weights of two layers.
+Embeddings and head lie there as they are stored, and are widened where they are used.
 
 Shards are read tensor by tensor, through a small buffer, with nothing mapped into memory. Memory-mapped shards count as
 resident memory for as long as they are open, the whole file of them (measured: 1.1 GB for a 1 GB shard, against 150 MB
@@ -16,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -175,7 +177,7 @@ def _bytes(header: TensorHeader) -> int:
 
 
 Weights = dict[str, torch.Tensor]
-_HELD = ("model.embed_tokens.", "model.norm.")  # read once; the output head when it is asked for
+_EMBEDDED, _NORM = "model.embed_tokens.", "model.norm."  # read once; the output head when it is asked for
 
 
 def open_streamed(
@@ -215,6 +217,7 @@ class StreamedStack(Stack):
         super().__init__(model, shards.device, dtype)
         self._shards, self._held, self._lora = shards, held, lora
         self._users: Counter[int] = Counter()  # of a layer's weights: sweeps that are at this layer
+        self._as_stored: set[int] = set()  # layers that are held in the dtype of the files
         # The text tower alone, by the model's names; a wrapper's other towers are never read.
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if text_name(name)}
         self._source = _sources(model, shapes, shards)
@@ -224,9 +227,9 @@ class StreamedStack(Stack):
         self._layers = next(name for name, module in model.named_modules() if module is self.tower.layers)
         self._empty: list[Weights] = [dict(layer.state_dict()) for layer in self.tower.layers]
         move_buffers(model, self.device)
-        model.load_state_dict(
-            self._read(name for name in shapes if (text_name(name) or "").startswith(_HELD)), strict=False, assign=True
-        )
+        for prefix, wide in ((_EMBEDDED, None), (_NORM, held)):
+            weights = self._read((name for name in shapes if (text_name(name) or "").startswith(prefix)), wide)
+            model.load_state_dict(weights, strict=False, assign=True)
 
     def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """As `Stack.layers`; a layer's weights go when the next is asked for, or when the iterator is closed.
@@ -234,13 +237,21 @@ class StreamedStack(Stack):
         A sweep may run inside another, at the price of two layers more. Raises `BadInput` when a layer cannot be
         read.
         """
+        return self._sweep(order, self._held)
+
+    def stored_layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
+        """As `Stack.stored_layers`."""
+        return self._sweep(order, None)
+
+    def _sweep(self, order: Sequence[int], dtype: torch.dtype | None) -> Generator[nn.Module, None, None]:
+        """The layers, the next one being read meanwhile. dtype: as for `_read`."""
         upcoming = iter(order)
-        reading = self._read_ahead(upcoming)
+        reading = self._read_ahead(upcoming, dtype)
         try:
             while reading is not None:
                 index, weights = reading.index, reading.result()
-                reading = self._read_ahead(upcoming)
-                with self._holding(index, weights):
+                reading = self._read_ahead(upcoming, dtype)
+                with self._holding(index, weights, dtype):
                     yield self.tower.layers[index]
         finally:
             if reading is not None:
@@ -257,44 +268,50 @@ class StreamedStack(Stack):
         if any(parameter.is_meta for parameter in self.model.lm_head.parameters()):
             embedding = next(name for name in self._source if text_name(name) == EMBEDDINGS)
             tied = [name for name in names if self._source[name] == self._source[embedding]]
-            weights = self._read(name for name in names if name not in tied)
+            weights = self._read((name for name in names if name not in tied), None)
             weights |= {name: self.model.get_parameter(embedding) for name in tied}
             self.model.load_state_dict(weights, strict=False, assign=True)
 
-    def _read_ahead(self, upcoming: Iterator[int]) -> _Reading | None:
+    def _read_ahead(self, upcoming: Iterator[int], dtype: torch.dtype | None) -> _Reading | None:
         """Start to read the next layer of a sweep; None at its end."""
         index = next(upcoming, None)
-        return None if index is None else _Reading(index, self._read_layer)
+        return None if index is None else _Reading(index, partial(self._read_layer, dtype=dtype))
 
-    def _read_layer(self, index: int, cancelled: Callable[[], bool]) -> Weights:
+    def _read_layer(self, index: int, cancelled: Callable[[], bool], dtype: torch.dtype | None) -> Weights:
         prefix = f"{self._layers}.{index}."
-        read = self._read((prefix + key for key in self._empty[index]), cancelled)
+        read = self._read((prefix + key for key in self._empty[index]), dtype, cancelled)
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
     @torch.no_grad()
-    def _read(self, names: Iterable[str], cancelled: Callable[[], bool] = lambda: False) -> Weights:
-        """The model's tensors of these names, LoRA applied, in the dtype held; incomplete when cancelled."""
+    def _read(
+        self, names: Iterable[str], dtype: torch.dtype | None, cancelled: Callable[[], bool] = lambda: False
+    ) -> Weights:
+        """The model's tensors of these names, LoRA applied; incomplete when cancelled. dtype: None for each as it is
+        stored (those with a LoRA as layers are held)."""
         weights: Weights = {}
         with self._shards.transfer():
             for name in names:
                 if cancelled():
                     break
-                weights[name] = self._read_one(name)
+                weights[name] = self._read_one(name, dtype)
         return weights
 
-    def _read_one(self, name: str) -> torch.Tensor:
+    def _read_one(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         source = self._source[name]
         if self._lora is None or name not in self._lora.targets:
-            return self._shards.read(source, self._held)
+            stored = self._shards.stored_dtype(source)
+            return self._shards.read(source, dtype or (self._held if stored == torch.float64 else stored))
         base_weight = self._shards.read(source, torch.float32)
         return self._lora.merge(name, base_weight, self._shards.stored_dtype(source)).to(self._held)
 
     @contextmanager
-    def _holding(self, index: int, weights: Weights) -> Iterator[None]:
-        """The layer has `weights` inside the block, and none after it unless an outer sweep is at the same layer."""
+    def _holding(self, index: int, weights: Weights, dtype: torch.dtype | None) -> Iterator[None]:
+        """The layer has `weights` inside the block, and none after it unless an outer sweep is at the same layer. Of
+        two sweeps that want two dtypes, the one that only reads gets the other's."""
         layer = self.tower.layers[index]
-        if not self._users[index]:
+        if not self._users[index] or (index in self._as_stored and dtype is not None):
             layer.load_state_dict(weights, assign=True)
+            (self._as_stored.add if dtype is None else self._as_stored.discard)(index)
         weights.clear()  # the caller's frame still holds the dict
         self._users[index] += 1
         try:
