@@ -118,6 +118,7 @@ def _pass(
         mask_BA = each.mask_BA
         gradient_BTD[rows_BA[mask_BA], each.batch.reads_BA[mask_BA]] = gradient_ND
         tops.append(gradient_BTD)
+    merged.forget_head()
 
     def inject(_index: int, i: int, above_BTD: torch.Tensor | None) -> torch.Tensor:
         return tops[i] if above_BTD is None else above_BTD

@@ -137,6 +137,7 @@ def losses(
         streams = _final_streams(stack, [each.batch for each in group], processes.ticking(tick))
         for each, final_BTD in zip(group, streams, strict=True):
             found_N[each.numbers] = _loss_of(stack, teachers, each, final_BTD, vocabulary)
+        _forget_heads(stack, *teachers)
     return add_up(found_N, processes, stack)
 
 
@@ -161,8 +162,15 @@ def branch_losses(
             if index == merged.depth - 1:
                 kl_B = _loss_of(merged, teachers_of(merged), group[i], stream_BTD, vocabulary)
                 found_CN[branch, group[i].numbers] = kl_B
+        _forget_heads(merged)
     merged.set(before)
     return add_up(found_CN, processes, merged)
+
+
+def _forget_heads(*stacks: Stack) -> None:
+    """Output heads are a layer's share of a small model's memory, and more of one with many tokens."""
+    for stack in stacks:
+        stack.forget_head()
 
 
 def _loss_of(

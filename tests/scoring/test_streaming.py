@@ -86,9 +86,21 @@ class TestNumbers:
         assert torch.equal(stack.model.lm_head.weight, head)
 
     def test_tied_head_is_the_embedding(self, tmp_path):
-        stack = streamed(tiny.save(tiny.random_model("gemma2"), tmp_path / "m"))
+        model = tiny.random_model("gemma2")
+        stack = streamed(tiny.save(model, tmp_path / "m"))
         swept(stack)
-        assert stack.model.lm_head.weight.data_ptr() == stack.model.model.embed_tokens.weight.data_ptr()
+        assert torch.equal(stack.model.lm_head.weight, model.model.embed_tokens.weight)
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+    def test_embeddings_of_any_token(self, tmp_path, stored):
+        """Rows are read as prompts ask for them; the padding's is past the end of such a table."""
+        model = tiny.random_model("gemma2", pad_token_id=90)
+        stack = streamed(tiny.save(tiny.add_rows(model, 3), tmp_path / "m", stored))
+        whole = resident(tmp_path / "m")
+        for ids in ([[0, 99, 5, 5, 90]], [[2]], [list(range(99, -1, -1))]):
+            (part,) = batches(ids, 1, stack)
+            assert torch.equal(stack.start(part).stream_BTD, whole.start(part).stream_BTD)
+        assert stack.model.model.embed_tokens.weight.is_meta
 
     def test_down_and_nested(self, llama):
         """Layers from the top, with a sweep up through the same layers inside."""
@@ -135,8 +147,11 @@ class TestMemory:
     def test_head_is_read_when_logits_are(self, llama):
         stack = streamed(llama)
         assert stack.model.lm_head.weight.is_meta
-        swept(stack)
+        first = swept(stack)
         assert not stack.model.lm_head.weight.is_meta
+        stack.forget_head()
+        assert stack.model.lm_head.weight.is_meta
+        assert all(map(torch.equal, swept(stack), first))
 
     @pytest.mark.parametrize("end", ["close", "raise"])
     def test_a_sweep_that_ends_early_leaves_nothing(self, llama, end):
@@ -201,6 +216,19 @@ class TestDamage:
             next(sweep)
         assert threading.active_count() == before
         assert is_empty(stack.model.model.layers[0])
+
+    def test_nan_in_an_embedding(self, damaged):
+        """Found when a prompt has the token."""
+        name = "model.embed_tokens.weight"
+        edit(
+            damaged,
+            lambda tensors: tensors.update({name: tensors[name].index_fill(0, torch.tensor(3), float("nan"))}),
+        )
+        stack = streamed(damaged)
+        *fine, bad = batches([[5, 6], [3, 4]], 1, stack)
+        stack.start(*fine)
+        with pytest.raises(BadInput, match=f"{name} holds a NaN or an infinity"):
+            stack.start(bad)
 
     def test_too_large_for_float32(self, damaged):
         edit(damaged, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].double() * 1e60}))

@@ -124,6 +124,10 @@ class Stack(ABC):
     def read_head(self) -> None:
         """Make the final norm and the output head ready, where they are not held yet."""
 
+    @abstractmethod
+    def forget_head(self) -> None:
+        """Let go of an output head that can be read or merged again."""
+
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """Next-token logits [..., V], float32, from streams [..., D] above the last layer; rows past `vocabulary` cut.
 
@@ -157,6 +161,9 @@ class ResidentStack(Stack):
 
     def read_head(self) -> None:
         """It is held."""
+
+    def forget_head(self) -> None:
+        """It stays."""
 
 
 class _Probe(nn.Module):

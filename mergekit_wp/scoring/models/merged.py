@@ -184,6 +184,16 @@ class MergedStack(Stack):
                 _put(own, name, self._merge(self.weights, None, parameter, [x.get_parameter(name) for x in experts]))
         self._head_is_merged = True
 
+    def forget_head(self) -> None:
+        """Let norm and output head go, here and in what they are merged from, where that is read again."""
+        if self.streamed:
+            for stack in (self.base, *self.experts):
+                stack.forget_head()
+            for own, base in zip(outer_modules(self), outer_modules(self.base), strict=True):
+                for name, parameter in base.named_parameters():
+                    _put(own, name, parameter)
+            self._head_is_merged = False
+
     def _merge_layer(self, index: int, weights: TakenWeights) -> None:
         base, experts = self.sources(index)
         for name, parameter in base.named_parameters():

@@ -1,8 +1,9 @@
 """A model whose decoder layers are read from its shards when their turn comes, and dropped after it.
 
-What lies outside the layers (embeddings, final norm, rotary tables) is held; the output head is read when logits are
-first asked for. While one layer computes, a thread reads the next, so a sweep holds the weights of two layers.
-Embeddings and head lie there as they are stored, and are widened where they are used.
+Of what lies outside the layers, the final norm and the rotary tables are held. Of the embeddings the rows of the
+prompts are read, when these are (all of 256,000 rows would be more than a layer); the output head when logits are first
+asked for, as it is stored, to be widened where it is used. While one layer computes, a thread reads the next, so a
+sweep holds the weights of two layers.
 
 Shards are read tensor by tensor, through a small buffer, with nothing mapped into memory. Memory-mapped shards count as
 resident memory for as long as they are open, the whole file of them (measured: 1.1 GB for a 1 GB shard, against 150 MB
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import GenerationConfig
 
 from mergekit_wp.checkpoint.folder import Checkpoint
@@ -112,9 +114,29 @@ class Shards:
         except OSError as error:
             raise BadInput(f"{header.file}: cannot read this weight file ({error.strerror or error}).") from error
         if not finite:
-            raise BadInput(f"{self.name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
+            raise self._not_finite(key)
         self._finite.add(key)
         return target
+
+    @torch.no_grad()
+    def read_rows(self, key: str, rows_n: torch.Tensor) -> torch.Tensor:
+        """Rows [n, columns] of a matrix that passed `check`, as stored, on the device. Raises as `read`."""
+        header = self._tensors[key]
+        found = torch.empty(len(rows_n), *header.shape[1:], dtype=STORED[header.dtype])
+        size = found[:1].nbytes
+        try:
+            with open(header.file, "rb", buffering=0) as file:
+                for row, into in zip(rows_n.tolist(), found.view(torch.uint8), strict=True):
+                    file.seek(header.start + row * size)
+                    _read_into(into.numpy().data, file, header)
+        except OSError as error:
+            raise BadInput(f"{header.file}: cannot read this weight file ({error.strerror or error}).") from error
+        if not bool(torch.isfinite(found).all()):
+            raise self._not_finite(key)
+        return found.to(self.device)
+
+    def _not_finite(self, key: str) -> BadInput:
+        return BadInput(f"{self.name}: the tensor {key} holds a NaN or an infinity; the checkpoint is damaged.")
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor on the device, whose memory goes back to the system with it."""
@@ -159,17 +181,22 @@ class Shards:
             if (copying := copied[turn]) is not None:
                 copying.synchronize()
             block = self._blocks[turn]
-            view: memoryview = block.numpy().data
-            wanted, got = min(left, _BLOCK), 0
-            while got < wanted:
-                count = file.readinto(view[got:wanted])  # type: ignore[attr-defined]
-                if not count:
-                    raise BadInput(f"{header.file}: cut short; download or save it again.")
-                got += count
+            wanted = min(left, _BLOCK)
+            _read_into(block.numpy().data[:wanted], file, header)
             yield block[:wanted]
             if self._stream is not None:
                 copied[turn] = self._stream.record_event()
             left, turn = left - wanted, (turn + 1) % len(self._blocks)
+
+
+def _read_into(view: memoryview, file: BinaryIO, header: TensorHeader) -> None:
+    """Fill `view` from where the file is; a read may bring less than it was asked for."""
+    got = 0
+    while got < len(view):
+        count = file.readinto(view[got:])  # type: ignore[attr-defined]
+        if not count:
+            raise BadInput(f"{header.file}: cut short; download or save it again.")
+        got += count
 
 
 def _bytes(header: TensorHeader) -> int:
@@ -177,7 +204,7 @@ def _bytes(header: TensorHeader) -> int:
 
 
 Weights = dict[str, torch.Tensor]
-_EMBEDDED, _NORM = "model.embed_tokens.", "model.norm."  # read once; the output head when it is asked for
+_NORM = "model.norm."  # read once
 
 
 def open_streamed(
@@ -227,9 +254,12 @@ class StreamedStack(Stack):
         self._layers = next(name for name, module in model.named_modules() if module is self.tower.layers)
         self._empty: list[Weights] = [dict(layer.state_dict()) for layer in self.tower.layers]
         move_buffers(model, self.device)
-        for prefix, wide in ((_EMBEDDED, None), (_NORM, held)):
-            weights = self._read((name for name in shapes if (text_name(name) or "").startswith(prefix)), wide)
-            model.load_state_dict(weights, strict=False, assign=True)
+        self._embedding = next(name for name in shapes if text_name(name) == EMBEDDINGS)
+        self.tower.embed_tokens.padding_idx = None  # it has no part in a forward pass, and may be past the rows read
+        at_once = [name for name in shapes if (text_name(name) or "").startswith(_NORM)]
+        if lora is not None and self._embedding in lora.targets:
+            at_once.append(self._embedding)
+        model.load_state_dict(self._read(at_once, held), strict=False, assign=True)
 
     def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """As `Stack.layers`; a layer's weights go when the next is asked for, or when the iterator is closed.
@@ -257,20 +287,29 @@ class StreamedStack(Stack):
             if reading is not None:
                 reading.cancel()
 
+    def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        embed = self.tower.embed_tokens
+        if not embed.weight.is_meta:
+            return super()._embed(ids_BT)
+        rows_n, places_BT = ids_BT.cpu().unique(return_inverse=True)
+        weight_nD = self._shards.read_rows(self._source[self._embedding], rows_n).to(self._held)
+        embedded_BTD: torch.Tensor = functional_call(embed, {"weight": weight_nD}, (places_BT.to(self.device),))
+        return embedded_BTD.float()
+
     def logits(self, final_BD: torch.Tensor, vocabulary: int) -> torch.Tensor:
-        """As `Stack.logits`; the first call reads the output head, which then stays."""
+        """As `Stack.logits`; the first call reads the output head, which stays until it is forgotten."""
         self.read_head()
         return super().logits(final_BD, vocabulary)
 
     def read_head(self) -> None:
         """Read the output head, unless it is there."""
-        names = [name for name in self._source if name.startswith("lm_head.")]
         if any(parameter.is_meta for parameter in self.model.lm_head.parameters()):
-            embedding = next(name for name in self._source if text_name(name) == EMBEDDINGS)
-            tied = [name for name in names if self._source[name] == self._source[embedding]]
-            weights = self._read((name for name in names if name not in tied), None)
-            weights |= {name: self.model.get_parameter(embedding) for name in tied}
-            self.model.load_state_dict(weights, strict=False, assign=True)
+            names = (name for name in self._source if name.startswith("lm_head."))
+            self.model.load_state_dict(self._read(names, None), strict=False, assign=True)
+
+    def forget_head(self) -> None:
+        """Let the output head go; `logits` reads it again."""
+        self.model.lm_head.to("meta")
 
     def _read_ahead(self, upcoming: Iterator[int], dtype: torch.dtype | None) -> _Reading | None:
         """Start to read the next layer of a sweep; None at its end."""
