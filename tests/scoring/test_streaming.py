@@ -101,6 +101,9 @@ class TestNumbers:
             (part,) = batches(ids, 1, stack)
             assert torch.equal(stack.start(part).stream_BTD, whole.start(part).stream_BTD)
         assert stack.model.model.embed_tokens.weight.is_meta
+        (past,) = batches([[100]], 1, stack)
+        with pytest.raises(IndexError):
+            stack.start(past)
 
     def test_down_and_nested(self, llama):
         """Layers from the top, with a sweep up through the same layers inside."""

@@ -122,6 +122,8 @@ class Shards:
     def read_rows(self, key: str, rows_n: torch.Tensor) -> torch.Tensor:
         """Rows [n, columns] of a matrix that passed `check`, as stored, on the device. Raises as `read`."""
         header = self._tensors[key]
+        if len(rows_n) and int(rows_n.max()) >= header.shape[0]:  # past them lies another tensor
+            raise IndexError(f"{key} has {header.shape[0]} rows, and row {int(rows_n.max())} was asked for")
         found = torch.empty(len(rows_n), *header.shape[1:], dtype=STORED[header.dtype])
         size = found[:1].nbytes
         try:
