@@ -8,9 +8,10 @@ folder=${1:?usage: tests/vllm/setup.sh FOLDER}
 cd "$(dirname "$0")/../.."
 "${PYTHON:-python3}" -m venv "$folder"
 bin=$folder/bin
-# What pip downloads, a line each, and when it unpacks: minutes of silence look like a hang.
+# What pip downloads, a line each, and when it unpacks: minutes of silence look like a hang. Compiling every module would
+# take minutes of processor time; few are ever imported.
 install() {
-  "$bin/python" -m pip install --progress-bar off --disable-pip-version-check -c constraints-vllm.txt "$@" |
+  "$bin/python" -m pip install --progress-bar off --disable-pip-version-check --no-compile -c constraints-vllm.txt "$@" |
     awk '/^ *Downloading / {print; fflush()} /^Installing collected/ {print "unpacking " NF - 3 " packages ..."; fflush()}'
 }
 
