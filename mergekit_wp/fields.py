@@ -98,7 +98,7 @@ def mapping(expected: str = "a mapping", of: Mapping[str, Any] | None = None) ->
 
 def texts(expected: str) -> ValueKind:
     schema = {"type": "array", "items": {"type": "string"}}
-    return ValueKind(expected, lambda value: isinstance(value, list), schema, None)
+    return ValueKind(expected, lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v), schema, None)
 
 
 class WholeOr(click.ParamType):

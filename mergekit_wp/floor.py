@@ -13,7 +13,7 @@ Legend: S shuffles, L layers, n components of a kind in a layer, N those that we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_wp.geometry import Kind
-from mergekit_wp.ranking import table_of
+from mergekit_wp.ranking import table_of, tasks_and_mean
 
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores
@@ -57,8 +57,7 @@ class Floor:
 
 def floors(scores: Scores) -> Iterator[Floor]:
     """Of every task and their mean, each kind, both percentiles; nothing of a file without shuffles."""
-    tasks: Sequence[str | None] = [*scores.tasks, *([None] if len(scores.tasks) > 1 else [])]
-    for task in tasks if scores.meta.shuffles else ():
+    for task in tasks_and_mean(scores) if scores.meta.shuffles else ():
         for kind in Kind:
             seen_Ln = scores.seen(kind)
             if seen_Ln.any():

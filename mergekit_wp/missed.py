@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ import torch
 
 from mergekit_wp.geometry import Kind
 from mergekit_wp.intervals import LEVEL
-from mergekit_wp.ranking import TOP_COUNT, table_of
+from mergekit_wp.ranking import TOP_COUNT, table_of, tasks_and_mean
+from mergekit_wp.subset import highest
 
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores
@@ -177,8 +178,7 @@ def missed(scores: Scores, task: str | None, kind: Kind, k: int) -> Missed | Non
 
 def every(scores: Scores) -> Iterator[Missed]:
     """Of every task and their mean, each kind, and k of 20, of 1 % of the kind and of half the leaders."""
-    tasks: Sequence[str | None] = [*scores.tasks, *([None] if len(scores.tasks) > 1 else [])]
-    for task in tasks:
+    for task in tasks_and_mean(scores):
         for kind in Kind:
             seen: dict[int, Missed] = {}
             for k in _sizes(scores, kind):
@@ -219,11 +219,8 @@ def _same(one: Scores, other: Scores) -> bool:
 
 
 def _highest(table_Ln: torch.Tensor, among_Ln: torch.Tensor, k: int) -> torch.Tensor:
-    """The k highest positive scores of those marked, bool; of equal ones the first."""
-    order_N = table_Ln.masked_fill(~among_Ln, -torch.inf).flatten().sort(descending=True, stable=True).indices[:k]
-    set_N = torch.zeros(table_Ln.numel(), dtype=torch.bool)
-    set_N[order_N] = True
-    return set_N.view_as(table_Ln) & among_Ln & (table_Ln > 0)
+    """The k highest positive scores of those marked, bool."""
+    return highest(table_Ln, k, among_Ln & (table_Ln > 0))
 
 
 def cost(scores: Scores) -> float:

@@ -2,7 +2,7 @@
 but `page.js`, in pages that ask for it. A page's own policy says so to the browser, whatever text it holds.
 
 What a template is given is text, brought on one line and escaped; only `Markup` goes in as it is, and only templates,
-`grid`, `section`, `figure` and pictures make it. Text of several lines goes through the filter `lines`.
+`grid`, `section`, `bullets`, `figure` and pictures make it. Text of several lines goes through the filter `lines`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["lines"] = lambda text: escape(one_line_each(str(text)))
-    environment.globals["figure"] = figure
+    environment.globals |= {"figure": figure, "bullets": bullets}
     return environment
 
 
@@ -70,6 +70,11 @@ def _policy(script: str | None) -> str:
     """https://www.w3.org/TR/CSP3: nothing is fetched, and no script runs but ours."""
     runs = "" if script is None else f" script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}';"
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:;{runs} base-uri 'none'; form-action 'none'"
+
+
+def bullets(texts: Sequence[str], head: str = "") -> Markup:
+    """A list of sentences below its head; nothing for none."""
+    return render("bullets.html", texts=texts, head=head) if texts else Markup("")
 
 
 def figure(caption: str, picture: Markup, name: str = "", task: str = "", scores: str = "") -> Markup:

@@ -35,6 +35,11 @@ def table_of(scores: Scores, kind: Kind, task: str | None = None) -> torch.Tenso
     return table.double()
 
 
+def tasks_and_mean(scores: Scores) -> list[str | None]:
+    """The tasks, and None for their mean where there are several."""
+    return [*scores.tasks, *([None] if len(scores.tasks) > 1 else [])]
+
+
 def strongest(scores: Scores, kind: Kind, count: int, task: str | None = None) -> list[Component]:
     """The highest scores of a kind, highest first, of what was scored; equal ones by layer and index."""
     table_Ln = table_of(scores, kind, task)

@@ -14,7 +14,7 @@ from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.intervals import Bootstrap, Interval
 from mergekit_wp.missed import TopKept, audits, cost, every
 from mergekit_wp.page import aligned
-from mergekit_wp.ranking import about, compare, findings, layer_shares_of, percent, strongest, totals
+from mergekit_wp.ranking import about, compare, findings, layer_shares_of, percent, strongest, tasks_and_mean, totals
 from mergekit_wp.scores import Scores
 
 Grid = list[list[str]]
@@ -40,7 +40,7 @@ def as_text(found: Mapping[str, Scores], top: int) -> str:
 def of_tasks(scores: Scores) -> Grid:
     """A line a task and what is read off: prompts, gap, and what the scores add up to, in percent of the gap."""
     lines = [["task", "read off", "prompts", "dropped", "mean gap", "heads", "neurons", "sum", "negative"]]
-    for task in _tasks(scores):
+    for task in tasks_and_mean(scores):
         each = [totals(scores, kind, task) for kind in Kind]
         sums = [*(t.total for t in each), sum(t.total for t in each), sum(t.negative for t in each)]
         shown = [f"{100 * value:.1f} %" for value in sums]
@@ -67,7 +67,7 @@ def of_components(scores: Scores, top: int) -> Grid:
     """A line a rank; of every task, its heads and neurons, with intervals where single prompts were kept."""
     columns = {
         f"{ALL_TASKS if task is None else task}: {kind}": [_sure(x) for x in _leaders(scores, kind, top, task)]
-        for task in _tasks(scores)
+        for task in tasks_and_mean(scores)
         for kind in Kind
     }
     rows = enumerate(zip_longest(*columns.values(), fillvalue=""), start=1)
@@ -176,8 +176,3 @@ def _leader_data(found: Component | Interval) -> dict[str, Any]:
         return {"name": found.name, "score": found.score}
     ranks = [found.best_rank, found.worst_rank]
     return {"name": found.component.name, "score": found.score, "interval": [found.low, found.high], "ranks": ranks}
-
-
-def _tasks(scores: Scores) -> list[str | None]:
-    """Every task, and their mean where there are several."""
-    return [*scores.tasks, *([None] if len(scores.tasks) > 1 else [])]

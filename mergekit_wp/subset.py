@@ -101,7 +101,7 @@ class Ranking:
         """The leaders among the components marked, bool. What the file has no score of leads nothing."""
         among = among & self.scores.seen(kind)
         count = self.amount.of(kind, self.scores.meta.geometry)
-        return torch.stack([_top(table, count, among) for table in self._tables(kind)]).any(0)
+        return torch.stack([highest(table, count, among) for table in self._tables(kind)]).any(0)
 
     def values(self, kind: Kind) -> torch.Tensor:
         """By what a component ranks, [L, n]; where each task has its leaders, in the task where it is highest."""
@@ -230,7 +230,7 @@ def parse_layers(text: str | None, layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def _top(values: torch.Tensor, count: int, among: torch.Tensor) -> torch.Tensor:
+def highest(values: torch.Tensor, count: int, among: torch.Tensor) -> torch.Tensor:
     """The `count` largest entries of `values` among those marked, as a mask; of equal ones the first, so that a larger
     count only adds."""
     order = values.masked_fill(~among, -torch.inf).flatten().sort(descending=True, stable=True).indices

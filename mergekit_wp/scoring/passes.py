@@ -176,18 +176,18 @@ def first_order(passes: Passes, subset: Subset) -> None:
             if len(subset.of(kind, index)):
                 # All of a layer are scored together; what nobody asked for is left out of the sums.
                 rest = ~subset.masks[kind][index].to(pair.device)
-
-                def asked(parts: Parts, rest: torch.Tensor = rest) -> Parts:
-                    return {part: x.masked_fill(rest, 0.0) for part, x in parts.items()}
-
-                item.run.add(
-                    kind, index, asked(_parts(passes, kind, base, expert, record, expert_record)), item.numbers
-                )
+                parts = _parts(passes, kind, base, expert, record, expert_record)
+                item.run.add(kind, index, _without(rest, parts), item.numbers)
                 for number, null in enumerate(shuffled(index, base, expert, item.run.shuffles)):
-                    item.run.add_shuffled(kind, index, number, asked(_parts(passes, kind, base, null, record, None)))
+                    parts = _parts(passes, kind, base, null, record, None)
+                    item.run.add_shuffled(kind, index, number, _without(rest, parts))
         passes.tick(len(item.batch.last_B) / (2 * (passes.depth - subset.lowest)))
 
     backward_sweep(pair.base, pair.expert, passes.base_cache, passes.inject, consume, lowest=subset.lowest)
+
+
+def _without(rest: torch.Tensor, parts: Parts) -> Parts:
+    return {part: x.masked_fill(rest, 0.0) for part, x in parts.items()}
 
 
 def _parts(passes: Passes, kind: Kind, base: Any, expert: Any, record: LayerRecord, other: LayerRecord | None) -> Parts:

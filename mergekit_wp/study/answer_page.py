@@ -13,16 +13,16 @@ from mergekit_wp.foreign import file_parts
 from mergekit_wp.page import grid, render
 from mergekit_wp.palette import INK, QUIET
 from mergekit_wp.pictures import expert_colour
+from mergekit_wp.ranking import percent
 from mergekit_wp.study import drawings
 from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, KIND_WORDS, KINDS
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, Row
-from mergekit_wp.study.cells import cell, lines_of
+from mergekit_wp.study.cells import cell, draws, estimate, flat, lines_of
 from mergekit_wp.study.drawings import Shown
 from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import MATCHED, RANDOM
-from mergekit_wp.study.set_rows import REMOVED, RESTORED
+from mergekit_wp.study.set_rows import DIRECTIONS, RESTORED
 
-_DIRECTIONS = {RESTORED: "restored in the base", REMOVED: "taken out of the expert"}
 _LEAST_GAP = 0.1
 _MANY_LOOPS = 0.1
 
@@ -40,7 +40,7 @@ def result_of(
     }  # fmt: skip
     pictures = list(_pictures(data))
     tables = {
-        "means": _curve_lines(data["means"]), "curves": _curve_lines(data["curves"]),
+        "means": _flat_lines(data["means"]), "curves": _flat_lines(data["curves"]),
         "models": lines_of(data["models"]), "across": _across_lines(across), "steered": lines_of(steered),
     }  # fmt: skip
     return PartResult(
@@ -63,19 +63,8 @@ def _texts(every: Sequence[Answers]) -> dict[str, Any]:
     return found
 
 
-def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
-    """Draws as their mean and range."""
-    flat = []
-    for row in rows:
-        cells: Row = {}
-        for name, value in row.items():
-            if name in (RANDOM, MATCHED):
-                bounds = (None, None, None) if value is None else (fmean(value), min(value), max(value))
-                cells |= dict(zip((f"{name}_mean", f"{name}_low", f"{name}_high"), bounds, strict=True))
-            else:
-                cells[name] = value
-        flat.append(cells)
-    return lines_of(flat)
+def _flat_lines(rows: Sequence[Row]) -> list[list[object]]:
+    return lines_of([flat(row, (RANDOM, MATCHED)) for row in rows])
 
 
 def _across_lines(rows: Sequence[Row]) -> list[list[object]]:
@@ -107,7 +96,7 @@ def _pictures(data: Mapping[str, Any]) -> Iterator[Shown]:
         yield Shown("radar", "Base with the top of all heads and of all neurons, by task", drawn)
     for part, name in zip(file_parts(names := list(dict.fromkeys(r["scores"] for r in across))), names, strict=True):
         own = [row for row in across if row["scores"] == name]
-        panels = {f"{_DIRECTIONS[row['direction']]}, %": np.round(100 * np.array(row["right"])) for row in own}
+        panels = {f"{DIRECTIONS[row['direction']]}, %": np.round(100 * np.array(row["right"])) for row in own}
         caption = f"Right answers, %, {name}: a row is the task whose set it is, a column whose prompts"
         drawn = drawings.matrix_svg(panels, own[0]["tasks"], f"Tasks across sets of {name}")
         yield Shown(f"across-{part}", caption, drawn, scores=name)
@@ -131,7 +120,7 @@ def _polygons(curves: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
 
 def _curves(rows: Sequence[Row], description: str) -> Markup:
     panels = {}
-    for direction, words in _DIRECTIONS.items():
+    for direction, words in DIRECTIONS.items():
         for kinds in KINDS:
             own = sorted(
                 (r for r in rows if (r["direction"], r["kinds"]) == (direction, kinds)), key=lambda r: r["share"]
@@ -190,8 +179,8 @@ def _behaviour(means: Sequence[Row]) -> str:
     row = next(r for r in means if (r["direction"], r["kinds"], r["share"]) == (RESTORED, BOTH, least))
     over = f"mean of {row['tasks']} tasks, " if row["tasks"] > 1 else ""
     return (
-        f"The base answers {_percent(row[BASE])} right, the expert {_percent(row[EXPERT])}; the base with the top "
-        f"{100 * least:g} % of heads and neurons {_percent(row['right'])} ({over}by {row['scores']})."
+        f"The base answers {percent(row[BASE])} right, the expert {percent(row[EXPERT])}; the base with the top "
+        f"{100 * least:g} % of heads and neurons {percent(row['right'])} ({over}by {row['scores']})."
     )
 
 
@@ -205,21 +194,21 @@ def findings(data: Mapping[str, Any]) -> list[str]:
     for row in (r for r in means if r["share"] == 1 and r["kinds"] == BOTH and r["scores"] == means[0]["scores"]):
         verb = "make the base answer" if row["direction"] == RESTORED else "leave the expert answering"
         found.append(
-            f"All heads and neurons that {row['scores']} ranks, {_DIRECTIONS[row['direction']]}, {verb} "
-            f"{_percent(row['right'])} right ({_percent(row['right_low'])} to {_percent(row['right_high'])}); base "
-            f"{_percent(row[BASE])}, expert {_percent(row[EXPERT])}."
+            f"All heads and neurons that {row['scores']} ranks, {DIRECTIONS[row['direction']]}, {verb} "
+            f"{percent(row['right'])} right ({percent(row['right_low'])} to {percent(row['right_high'])}); base "
+            f"{percent(row[BASE])}, expert {percent(row[EXPERT])}."
         )
     for row in data["across"]:
         found.append(
             f"{row['scores']}: the top {100 * row['share']:g} % of {row['kinds']} of a task, "
-            f"{_DIRECTIONS[row['direction']]}, change right answers to its own prompts by {_points(row['own'])}, the "
+            f"{DIRECTIONS[row['direction']]}, change right answers to its own prompts by {_points(row['own'])}, the "
             f"sets of other tasks by {_points(row['others'])} (p = {row['p']:.2g} over {len(row['tasks'])} tasks)."
         )
     if loops := [row for row in data["models"] if row["loops"] > _MANY_LOOPS]:
         worst = max(loops, key=lambda row: row["loops"])
         found.append(
-            f"Of {len(data['models'])} models, {len(loops)} run in loops in more than {_percent(_MANY_LOOPS)} of their "
-            f"answers, up to {_percent(worst['loops'])} ({worst['task']}): a check may pass there all the same."
+            f"Of {len(data['models'])} models, {len(loops)} run in loops in more than {percent(_MANY_LOOPS)} of their "
+            f"answers, up to {percent(worst['loops'])} ({worst['task']}): a check may pass there all the same."
         )
     return found
 
@@ -232,10 +221,10 @@ def _of_top(row: Row) -> str:
     alike = "" if row[EXPERT] - row[BASE] >= _LEAST_GAP else "; they hardly differ"
     return (
         f"{row['scores']}: the top {100 * row['share']:g} % of {KIND_WORDS[row['kinds']]}, "
-        f"{_DIRECTIONS[row['direction']]}, "
-        f"{'make it answer' if restored else 'leave it answering'} {_percent(row['right'])} right "
-        f"({_percent(row['right_low'])} to {_percent(row['right_high'])}; base {_percent(row[BASE])}, expert "
-        f"{_percent(row[EXPERT])}{alike}), {how} as many drawn in the same layers ({_percent(fmean(row[MATCHED]))})."
+        f"{DIRECTIONS[row['direction']]}, "
+        f"{'make it answer' if restored else 'leave it answering'} {percent(row['right'])} right "
+        f"({percent(row['right_low'])} to {percent(row['right_high'])}; base {percent(row[BASE])}, expert "
+        f"{percent(row[EXPERT])}{alike}), {how} as many drawn in the same layers ({percent(fmean(row[MATCHED]))})."
     )
 
 
@@ -255,8 +244,8 @@ def _mean_grid(means: Sequence[Row]) -> list[list[str]]:
     for row in means:
         lines.append([
             row["scores"], f"{100 * row['share']:g} % of {KIND_WORDS[row['kinds']]} ({row['size']:.0f})",
-            _DIRECTIONS[row["direction"]], cell(row[BASE]), cell(row[EXPERT]), _estimate(row, "right"),
-            _draws(row[MATCHED]), _draws(row[RANDOM]), _estimate(row, "beyond_matched", "+.2f"),
+            DIRECTIONS[row["direction"]], cell(row[BASE]), cell(row[EXPERT]), _estimate(row, "right"),
+            draws(row[MATCHED]), draws(row[RANDOM]), _estimate(row, "beyond_matched", "+.2f"),
         ])  # fmt: skip
     return lines
 
@@ -266,8 +255,8 @@ def _task_grid(curves: Sequence[Row]) -> list[list[str]]:
     for row in curves:
         lines.append([
             row["scores"], row["task"], f"{100 * row['share']:g} % of {KIND_WORDS[row['kinds']]} ({row['size']})",
-            _DIRECTIONS[row["direction"]], cell(row[BASE]), cell(row[EXPERT]), _estimate(row, "right"),
-            _draws(row[MATCHED]), _draws(row[RANDOM]),
+            DIRECTIONS[row["direction"]], cell(row[BASE]), cell(row[EXPERT]), _estimate(row, "right"),
+            draws(row[MATCHED]), draws(row[RANDOM]),
         ])  # fmt: skip
     return lines
 
@@ -276,7 +265,7 @@ def _across_grid(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["ranking", "", "own task", "other tasks", "p"]]
     for row in rows:
         lines.append([
-            row["scores"], _DIRECTIONS[row["direction"]], cell(row["own"], "+.2f"), cell(row["others"], "+.2f"),
+            row["scores"], DIRECTIONS[row["direction"]], cell(row["own"], "+.2f"), cell(row["others"], "+.2f"),
             cell(row["p"], ".2g"),
         ])  # fmt: skip
     return lines
@@ -295,18 +284,7 @@ def _steered_grid(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _estimate(row: Row, name: str, form: str = ".2f") -> str:
-    value, low = row[name], row[f"{name}_low"]
-    if value is None or low is None:
-        return cell(value, form)
-    return f"{value:{form}} ({low:{form}} to {row[f'{name}_high']:{form}})"
-
-
-def _draws(values: Sequence[float] | None) -> str:
-    return "-" if values is None else f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], form)
 
 
 def _points(share: float) -> str:

@@ -90,14 +90,12 @@ class Model:
         return key_of(Exchange(self.subset, self.removed))
 
 
-def chosen_files(scores: Mapping[str, Scores], how: Answering) -> list[str]:
-    """The files whose rankings are tried."""
-    if how.scores:
-        return list(dict.fromkeys(how.scores))
+def chosen_files(scores: Mapping[str, Scores], how: Answering) -> dict[str, Scores]:
+    """The files whose rankings are tried, by name."""
     first: dict[bool, str] = {}
     for name, found in scores.items():
         first.setdefault(found.meta.method in ACTIVATION_SIDE, name)
-    return list(first.values())
+    return {name: scores[name] for name in how.scores or first.values()}
 
 
 def ends(shape: Geometry) -> list[Model]:

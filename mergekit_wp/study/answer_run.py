@@ -36,6 +36,12 @@ from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.study_spec import Answering
 
 LOG = logger(__name__)
+CODE = (
+    "study/answer_plan.py", "study/answer_run.py", "study/set_plan.py", "study/set_effects.py", "study/held_out.py",
+    "study/sets.py", "scoring/models/exchanged.py", "scoring/models/merged.py", "scoring/whole_answers.py",
+    "scoring/anchor/graders.py", "scoring/anchor/steering.py", "scoring/metrics.py", "geometry.py",
+)  # fmt: skip
+"""What answers and verdicts depend on, for the parts that have models answer."""
 _REPEATS = 4
 """Tokens in a row of which a loop has few distinct ones."""
 
@@ -164,7 +170,7 @@ Asked = Mapping[str, Model]
 def answered(
     speakers: Speakers, questions: Sequence[GradedTask], asked: Sequence[Asked], resume: Resume, progress: StartProgress
 ) -> list[dict[str, Said]]:
-    """What each model said to each question, by its key."""
+    """What each model said to each question, by its key. Raises `BadInput` where memory does not suffice."""
     plan = [sorted(models) for models in asked]
     resume.begin({**speakers.decides(questions), "asked": plan}, now())
     resume.spare_others()

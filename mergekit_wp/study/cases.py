@@ -21,12 +21,11 @@ from typing import Any
 from markupsafe import Markup
 
 from mergekit_wp.console import StartProgress
-from mergekit_wp.errors import enough_memory
 from mergekit_wp.page import render
 from mergekit_wp.scores import Scores
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.study.answer_plan import BOTH, KINDS, Model, chosen_files, ends, top_models
-from mergekit_wp.study.answer_run import GradedTask, Said, Speakers, answered, questions_of
+from mergekit_wp.study.answer_run import CODE, GradedTask, Said, Speakers, answered, questions_of
 from mergekit_wp.study.held_out import check_style
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
@@ -58,9 +57,9 @@ class TaskCases:
 
 def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     """The part: base, expert and one patch answer all prompts of a task; the others those that are shown."""
-    job, ready = inputs.ready
-    check_style(inputs, ready.style)
-    how, files = study.answering(), _files(study, inputs)
+    check_style(inputs, inputs.ready[1].style)
+    how = study.answering()
+    files = chosen_files(inputs.scores, how)
     questions, left_out = questions_of(inputs, files, how)
     first, then = (Resume(inputs.kept and inputs.kept / f"{PART.name}-{name}", "run") for name in ("choice", "shown"))
 
@@ -71,18 +70,17 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     if not questions:
         return _result([], left_out)
     speakers = Speakers.of(inputs, how)
-    with enough_memory(f"prompts: batch_size {job.batch_size}: answers do not fit beside the models; lower it."):
-        deciding = [_deciding(files, each.task, how) for each in questions]
-        asked = [{model.key: model for model in models} for models in deciding]
-        said = answered(speakers, questions, asked, first, progress)
-        chosen = [
-            _chosen(each, [own[model.key] for model in models])
-            for each, models, own in zip(questions, deciding, said, strict=True)
-        ]
-        shown = [each for each in chosen if each.numbers]
-        models = [_models(files, each.question.task, how) for each in shown]
-        asked = [{model.key: model for model in own} for own in models]
-        said = answered(speakers, [each.shown for each in shown], asked, then, progress)
+    deciding = [_deciding(files, each.task, how) for each in questions]
+    asked = [{model.key: model for model in models} for models in deciding]
+    said = answered(speakers, questions, asked, first, progress)
+    chosen = [
+        _chosen(each, [own[model.key] for model in models])
+        for each, models, own in zip(questions, deciding, said, strict=True)
+    ]
+    shown = [each for each in chosen if each.numbers]
+    models = [_models(files, each.question.task, how) for each in shown]
+    asked = [{model.key: model for model in own} for own in models]
+    said = answered(speakers, [each.shown for each in shown], asked, then, progress)
     every = [*zip(shown, models, said, strict=True)]
     without = [f"{each.question.task}: there is no prompt that the expert answers right and the base does not."
                for each in chosen if not each.numbers]  # fmt: skip
@@ -92,7 +90,8 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
 
 def cost(study: Study, inputs: Inputs) -> str:
     """How much is to be generated, in words; at most, since there need not be cases."""
-    how, files = study.answering(), _files(study, inputs)
+    how = study.answering()
+    files = chosen_files(inputs.scores, how)
     questions, _left_out = questions_of(inputs, files, how)
     answers = sum(
         len({m.key for m in _deciding(files, each.task, how)}) * len(each.prompts)
@@ -100,10 +99,6 @@ def cost(study: Study, inputs: Inputs) -> str:
         for each in questions
     )
     return f"at most {answers:,} answers of at most {how.tokens} tokens"
-
-
-def _files(study: Study, inputs: Inputs) -> dict[str, Scores]:
-    return {name: inputs.scores[name] for name in chosen_files(inputs.scores, study.answering())}
 
 
 def _deciding(files: Mapping[str, Scores], task: str, how: Answering) -> list[Model]:
@@ -202,10 +197,5 @@ PART = Part(
     prompts=True,
     grades=True,
     cost=cost,
-    code=(
-        "study/cases.py", "study/answer_plan.py", "study/answer_run.py", "study/set_plan.py", "study/set_effects.py",
-        "study/held_out.py", "study/sets.py", "scoring/models/exchanged.py", "scoring/models/merged.py",
-        "scoring/whole_answers.py", "scoring/anchor/graders.py", "scoring/anchor/steering.py", "scoring/metrics.py",
-        "geometry.py",
-    ),
-)  # fmt: skip
+    code=("study/cases.py", *CODE),
+)

@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mergekit_wp.console import StartProgress
-from mergekit_wp.errors import enough_memory
 from mergekit_wp.scores import Scores
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.study.answer_page import result_of
 from mergekit_wp.study.answer_plan import ACROSS, Model, chosen_files, models_of
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, across_tasks, steered
-from mergekit_wp.study.answer_run import GradedTask, Speakers, answered, questions_of
+from mergekit_wp.study.answer_run import CODE, GradedTask, Speakers, answered, questions_of
 from mergekit_wp.study.held_out import check_style
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.parts import Part, PartResult
@@ -32,23 +31,17 @@ from mergekit_wp.study.study_spec import Study
 
 def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
     """The part: every model answers the prompts of its task."""
-    job, ready = inputs.ready
-    check_style(inputs, ready.style)
-    how, files = study.answering(), _files(study, inputs)
+    check_style(inputs, inputs.ready[1].style)
+    how = study.answering()
+    files = chosen_files(inputs.scores, how)
     questions, left_out = questions_of(inputs, files, how)
-    found, every, resume = (
-        AnswerRows(study.seed),
-        list[Answers](),
-        Resume(inputs.kept and inputs.kept / PART.name, "run"),
-    )
+    found, every = AnswerRows(study.seed), list[Answers]()
+    resume = Resume(inputs.kept and inputs.kept / PART.name, "run")
     if questions:
         models = _models(study, files, questions)
         speakers = Speakers.of(inputs, how)
-        with enough_memory(
-            f"prompts: batch_size {job.batch_size}: they do not fit on {speakers.pair.device}; lower it."
-        ):
-            asked = [{model.key: model for model in own} for own in models]
-            said = answered(speakers, questions, asked, resume, progress)
+        asked = [{model.key: model for model in own} for own in models]
+        said = answered(speakers, questions, asked, resume, progress)
         every = [Answers(*each) for each in zip(questions, models, said, strict=True)]
     for each in every:
         found.add(each)
@@ -59,15 +52,11 @@ def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
 
 def cost(study: Study, inputs: Inputs) -> str:
     """How much is to be generated, in words."""
-    files = _files(study, inputs)
+    files = chosen_files(inputs.scores, study.answering())
     questions, _left_out = questions_of(inputs, files, study.answering())
     counts = [len({model.key for model in own}) for own in _models(study, files, questions)]
     answers = sum(count * len(each.prompts) for count, each in zip(counts, questions, strict=True))
     return f"{answers:,} answers of at most {study.answering().tokens} tokens, by {sum(counts)} models"
-
-
-def _files(study: Study, inputs: Inputs) -> dict[str, Scores]:
-    return {name: inputs.scores[name] for name in chosen_files(inputs.scores, study.answering())}
 
 
 def _models(study: Study, files: Mapping[str, Scores], questions: Sequence[GradedTask]) -> list[list[Model]]:
@@ -85,10 +74,11 @@ PART = Part(
     grades=True,
     cost=cost,
     code=(
-        "study/set_answers.py", "study/answer_plan.py", "study/answer_run.py", "study/answer_rows.py",
-        "study/answer_page.py", "study/set_plan.py", "study/set_effects.py", "study/set_rows.py", "study/held_out.py",
-        "study/sets.py", "study/drawings.py", "scoring/models/exchanged.py", "scoring/models/merged.py",
-        "scoring/whole_answers.py", "scoring/anchor/graders.py", "scoring/anchor/steering.py", "scoring/metrics.py",
-        "geometry.py",
+        "study/set_answers.py",
+        "study/answer_rows.py",
+        "study/answer_page.py",
+        "study/set_rows.py",
+        "study/drawings.py",
+        *CODE,
     ),
-)  # fmt: skip
+)

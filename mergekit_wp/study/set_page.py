@@ -13,19 +13,19 @@ from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
 from mergekit_wp.palette import QUIET
 from mergekit_wp.pictures import expert_colour
+from mergekit_wp.ranking import percent
 from mergekit_wp.study import drawings
-from mergekit_wp.study.cells import cell, lines_of
+from mergekit_wp.study.cells import cell, draws, estimate, flat, lines_of
 from mergekit_wp.study.drawings import Shown
 from mergekit_wp.study.inputs import ALL, DOWN, UP
 from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
-from mergekit_wp.study.set_rows import REMOVED, RESTORED, SET_COLUMNS, Row, SetRows
+from mergekit_wp.study.set_rows import DIRECTIONS, RESTORED, SET_COLUMNS, Row, SetRows
 
 _CLEARLY = 2
 """One side of the anchor carries it where it restores so many times what the other does."""
 SHOWN = 0.05
 """The share of a ranking that sentences and tables of the page speak of."""
-_DIRECTIONS = {RESTORED: "restored in the base", REMOVED: "taken out of the expert"}
 _CEILINGS = {
     "heads": "all heads", "neurons": "all neurons", "components": "all heads and neurons",
     "rest": "all but heads and neurons", "everything": "everything",
@@ -42,8 +42,8 @@ def result_of(found: SetRows, questions: Sequence[Mapping[str, Any]]) -> PartRes
     pictures = dict(_pictures(means, found.curves))
     tables: dict[str, list[list[object]]] = {
         "sets": [list(SET_COLUMNS), *found.sets],
-        "curves": _curve_lines(found.curves),
-        "means": _curve_lines(means),
+        "curves": _flat_lines(found.curves),
+        "means": _flat_lines(means),
         "ceilings": lines_of(found.ceilings),
         "branches": lines_of(found.branches),
     }
@@ -54,21 +54,8 @@ def result_of(found: SetRows, questions: Sequence[Mapping[str, Any]]) -> PartRes
     )  # fmt: skip
 
 
-def _curve_lines(rows: Sequence[Row]) -> list[list[object]]:
-    """Draws as their mean and range."""
-    flat = []
-    for row in rows:
-        cells: Row = {}
-        for name, value in row.items():
-            if name in (RANDOM, MATCHED):
-                bounds = (None, None, None) if value is None else (fmean(value), min(value), max(value))
-                cells |= dict(zip((f"{name}_mean", f"{name}_low", f"{name}_high"), bounds, strict=True))
-            elif name == "beyond_matched":
-                cells |= dict(zip((f"{name}_low", f"{name}_high"), value or (None, None), strict=True))
-            else:
-                cells[name] = value
-        flat.append(cells)
-    return lines_of(flat)
+def _flat_lines(rows: Sequence[Row]) -> list[list[object]]:
+    return lines_of([flat(row, (RANDOM, MATCHED), ("beyond_matched",)) for row in rows])
 
 
 # Pictures
@@ -95,7 +82,7 @@ def _pictures(means: Sequence[Row], curves: Sequence[Row]) -> Iterator[tuple[str
 
 def _curves(rows: Sequence[Row], description: str) -> Markup:
     panels = {}
-    for direction, words in _DIRECTIONS.items():
+    for direction, words in DIRECTIONS.items():
         for kind, side in dict.fromkeys((row["kind"], row["side"]) for row in rows):
             own = [r for r in rows if (r["direction"], r["kind"], r["side"]) == (direction, kind, side)]
             if own:
@@ -137,8 +124,8 @@ def _carried(means: Sequence[Row]) -> tuple[str, str] | None:
     tops = [row for row in nearest(means) if row["direction"] == RESTORED and row[MATCHED] is not None]
     own = [row for row in tops if row["scores"] == tops[0]["scores"]]
     shares = [
-        f"{_top(row)} bring {_percent(row['effect'])} of the gap by {row['metric']} (random ones of the same layers "
-        f"{_percent(fmean(row[MATCHED]))})"
+        f"{_top(row)} bring {percent(row['effect'])} of the gap by {row['metric']} (random ones of the same layers "
+        f"{percent(fmean(row[MATCHED]))})"
         for row in own
     ]
     return (own[0]["scores"], f"By {own[0]['scores']}, put into the base, {'; '.join(shares)}.") if own else None
@@ -165,7 +152,7 @@ def _upstream(curves: Sequence[Row]) -> tuple[str, str] | None:
             else "it needs both"
         )  # fmt: skip
         shares = ", ".join(
-            f"{where} {_percent(means['neurons', side])} by neurons and {_percent(means['heads', side])} by heads"
+            f"{where} {percent(means['neurons', side])} by neurons and {percent(means['heads', side])} by heads"
             for side, where in ((UP, "the layers up to the anchor restore"), (DOWN, "those above it"))
         )
         return name, f"Of the gap at the output, {shares}: {verdict}."
@@ -215,16 +202,16 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         sure = (row["beyond_matched"] or [None])[0]
         beyond = "more than" if sure is not None and sure > 0 else "not clearly more than"
         found.append(
-            f"{row['scores']}: {_top(row)}, {verb} {_percent(row['effect'])} of the gap ({row['metric']}), "
+            f"{row['scores']}: {_top(row)}, {verb} {percent(row['effect'])} of the gap ({row['metric']}), "
             f"{beyond} as many drawn at random in the same layers "
-            f"({_percent(fmean(row[MATCHED]))}); drawn anywhere, {_percent(fmean(row[RANDOM]))}."
+            f"({percent(fmean(row[MATCHED]))}); drawn anywhere, {percent(fmean(row[RANDOM]))}."
         )
-    for direction, words in _DIRECTIONS.items():
+    for direction, words in DIRECTIONS.items():
         own = [r for r in data["ceilings"] if (r["direction"], r["metric"]) == (direction, "kl")]
         whole = [r["effect"] for r in own if r["set"] == "components"]
         if whole:
             found.append(
-                f"All heads and neurons together, {words}, make {_percent(fmean(whole))} of the gap (kl). The rest "
+                f"All heads and neurons together, {words}, make {percent(fmean(whole))} of the gap (kl). The rest "
                 "takes keys, values, norms, embeddings and head."
             )
     return found
@@ -237,8 +224,8 @@ def _top_grid(means: Sequence[Row]) -> list[list[str]]:
     for row in nearest(means):
         sided = row["kind"] if row["side"] == ALL else f"{row['kind']}, {row['side']}"
         lines.append([
-            row["scores"], f"{row['k']} of {row['components']} {sided}", _DIRECTIONS[row["direction"]], row["metric"],
-            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), cell(row[WORST]),
+            row["scores"], f"{row['k']} of {row['components']} {sided}", DIRECTIONS[row["direction"]], row["metric"],
+            estimate(row["effect"], row["low"], row["high"]), draws(row[MATCHED]), draws(row[RANDOM]), cell(row[WORST]),
             cell(ends.get(_place(row))), cell(row["additive"]),
         ])  # fmt: skip
     return lines
@@ -255,7 +242,7 @@ def _ceiling_grid(rows: Sequence[Row]) -> list[list[str]]:
     for place in places:
         own = [row for row in rows if (row["scores"], row["direction"], row["metric"]) == place]
         cells = [cell(fmean(row["effect"] for row in own if row["set"] == what)) for what in CEILINGS]
-        lines.append([place[0], _DIRECTIONS[place[1]], place[2], *cells])
+        lines.append([place[0], DIRECTIONS[place[1]], place[2], *cells])
     return lines
 
 
@@ -284,27 +271,13 @@ def _task_grid(curves: Sequence[Row]) -> list[list[str]]:
     for row in curves:
         sided = row["kind"] if row["side"] == ALL else f"{row['kind']}, {row['side']}"
         lines.append([
-            f"{row['scores']}: {sided}", row["task"], _DIRECTIONS[row["direction"]], row["metric"], str(row["k"]),
-            _with_interval(row), _draws(row[MATCHED]), _draws(row[RANDOM]), cell(row[WORST]),
+            f"{row['scores']}: {sided}", row["task"], DIRECTIONS[row["direction"]], row["metric"], str(row["k"]),
+            estimate(row["effect"], row["low"], row["high"]), draws(row[MATCHED]), draws(row[RANDOM]), cell(row[WORST]),
             cell(row["additive"]),
         ])  # fmt: skip
     return lines
 
 
-def _with_interval(row: Row) -> str:
-    if row["low"] is None:
-        return cell(row["effect"])
-    return f"{row['effect']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-
-
-def _draws(values: Sequence[float] | None) -> str:
-    return "-" if values is None else f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def _top(row: Row) -> str:
     where = {UP: " up to the anchor layer", DOWN: " above the anchor layer"}.get(row["side"], "")
     return f"the top {row['k']} {row['kind']}{where} ({100 * row['k'] / row['components']:.0f} %)"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

@@ -47,6 +47,8 @@ from mergekit_wp.study.set_plan import (
 from mergekit_wp.study.sets import Shared, top_among
 
 RESTORED, REMOVED = "restored", "removed"
+DIRECTIONS = {RESTORED: "restored in the base", REMOVED: "taken out of the expert"}
+"""In words."""
 SET_COLUMNS = (
     "scores", "task", "direction", "metric", "kind", "side", "set", "branch", "k", "size", "draw", "effect", "low",
     "high",

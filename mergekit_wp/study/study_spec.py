@@ -26,6 +26,7 @@ from mergekit_wp.fields import (
     json_schema,
     rows,
     text,
+    texts,
     whole,
 )
 from mergekit_wp.files import read_yaml_mapping
@@ -90,12 +91,6 @@ _PROMPTS = ValueKind(
 )
 
 
-_NAMES = ValueKind(
-    "a list of names",
-    lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
-    {"type": "array", "items": {"type": "string"}, "minItems": 1},
-    None,
-)
 _SHARES = ValueKind(
     "a list of shares between 0 and 1, such as [0.05, 0.2]",
     lambda value: (
@@ -119,7 +114,7 @@ class Answering:
     )
     draws: int = described(whole(1), "Random sets of each size.", 2)
     scores: Sequence[str] = described(
-        _NAMES,
+        texts("a list of names"),
         "The files of `scores` whose rankings are tried.",
         (),
         unset="the first of the weight side, and of the activation side",

@@ -7,13 +7,10 @@ import re
 from pathlib import Path
 
 import tiny
-from click.testing import CliRunner
 from plain_answers import alone
 from score_jobs import write_pairs
 from study_world import write_study
 from transformers import AutoModelForCausalLM
-
-from mergekit_wp.study.cli import main
 
 TOKENS = 2
 
@@ -38,9 +35,3 @@ def answer_world(folder: Path) -> Path:
     files = {"kl": {"tasks": ("a", "b", "c")}, "ap": {"tasks": ("a",), "method": "ap", "utility": "staged"}}
     prompts = {"pairs": pairs, "device": "cpu", "batch_size": 16}
     return write_study(folder, files, prompts=prompts, answers={"tokens": TOKENS, "shares": [0.25], "draws": 1})
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == code, done.output
-    return done.output

@@ -67,8 +67,8 @@ def test_equal_models_answer_once_and_files_are_chosen_by_side() -> None:
     random = {m.key for m in both if m.what == RANDOM}
     assert random == {m.key for m in planned(wp=one) if m.what == RANDOM}, "draws do not hang on the file"
     files = {"ap": other, "one": one, "two": one}
-    assert chosen_files(files, Answering()) == ["ap", "one"]
-    assert chosen_files(files, Answering(scores=["two"])) == ["two"]
+    assert list(chosen_files(files, Answering())) == ["ap", "one"]
+    assert list(chosen_files(files, Answering(scores=["two"]))) == ["two"]
 
 
 def test_a_task_whose_scores_are_all_equal_has_no_top() -> None:

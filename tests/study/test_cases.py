@@ -6,7 +6,8 @@ import json
 
 import pytest
 import yaml
-from answer_world import answer_world, rows_of, run
+from answer_world import answer_world, rows_of
+from study_run import goes_on, killed_at
 
 from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.study import answer_run, cases
@@ -42,26 +43,9 @@ def world(tmp_path_factory):
 
 def test_what_is_shown_is_what_models_say(world, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cases, "KINDS", ("neurons", "both"))
-    made, generate = [], answer_run.generate_answers
-
-    def counted(stack, rules, prompts, *rest, **options):
-        made.append(len(prompts))
-        if len(made) == 8:
-            raise KeyboardInterrupt
-        return generate(stack, rules, prompts, *rest, **options)
-
-    monkeypatch.setattr(answer_run, "generate_answers", counted)
-    out = tmp_path / "out"
-    run(world, "--out", out, "--only", "cases", code=1)
-    assert len(made) == 8, "killed in the second step"
-    run(world, "--out", out, "--only", "cases")
-    assert sorted(path.name for path in out.iterdir()) == ["cases", "study.html"], "what was kept is gone"
-    resumed = len(made) - 8
-    whole = tmp_path / "whole"
-    run(world, "--out", whole, "--only", "cases", "--quiet")
-    assert len(made) - 8 - resumed == resumed + 7, "nothing is said twice"
-    for path in (whole / "cases").iterdir():
-        assert path.read_bytes() == (out / "cases" / path.name).read_bytes(), path.name
+    made: list[int] = []
+    monkeypatch.setattr(answer_run, "generate_answers", killed_at(8, answer_run.generate_answers, made, 2))
+    out, _pieces = goes_on(world, "cases", tmp_path, made, 8)  # 6 are of the choice, the rest of what is shown
     found = json.loads((out / "cases/cases.json").read_text())
     assert len(found["left_out"]) == 2
     content = yaml.safe_load(world.read_text())

@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 import yaml
-from answer_world import answer_world, rows_of, run
+from answer_world import answer_world, rows_of
 from fit_world import geometry_of
 from merge_world import tensors_of
 from plain_answers import alone
 from streamed_world import PROMPTS, resident, streamed
+from study_run import goes_on, killed_at, run
 from test_set_effects import HEADS, NEURONS, PAIRED, set_of
 from transformers import AutoConfig
 
@@ -116,29 +117,11 @@ def world(tmp_path_factory):
 
 def test_a_killed_run_goes_on_to_the_same_answers(world, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(answer_plan, "KINDS", {kinds: answer_plan.KINDS[kinds] for kinds in ("neurons", "both")})
-    made, generate = [], answer_run.generate_answers
-
-    def counted(stack, rules, prompts, *rest, **options):
-        made.append(len(prompts))
-        if len(made) == 9:
-            raise KeyboardInterrupt
-        return generate(stack, rules, prompts, *rest, **options)
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(answer_run, "generate_answers", counted)
-    planned = run(world, "--out", out, "--only", "answers", "--plan")
-    run(world, "--out", out, "--only", "answers", code=1)
-    assert [path.name for path in out.iterdir()] == [".answers.resume"]
-    killed = sum(made[:8])
-    run(world, "--out", out, "--only", "answers")
-    assert sorted(path.name for path in out.iterdir()) == ["answers", "study.html"], "what was kept is gone"
-    whole, before = tmp_path / "whole", len(made)
-    run(world, "--out", whole, "--only", "answers", "--quiet")
-    assert sum(made[before:]) == killed + sum(made[9:before])
-    assert f"{sum(made[before:])} answers of at most 2 tokens, by {len(made) - before} models" in planned
-    for path in (whole / "answers").iterdir():
-        assert path.read_bytes() == (out / "answers" / path.name).read_bytes(), path.name
-    assert run(world, "--out", out, "--only", "answers", "--plan").startswith("answers: done")
+    made: list[int] = []
+    monkeypatch.setattr(answer_run, "generate_answers", killed_at(9, answer_run.generate_answers, made, 2))
+    planned = run(world, "--out", tmp_path / "out", "--only", "answers", "--plan")
+    out, pieces = goes_on(world, "answers", tmp_path, made, 9)
+    assert f"{sum(pieces)} answers of at most 2 tokens, by {len(pieces)} models" in planned
     consented = run(world, "--out", out, "--only", "answers", "--plan", "--allow-code-execution")
     assert consented.startswith("answers: to do (`--allow-code-execution` is another one): ")
     _says_what_was_found(out, yaml.safe_load(world.read_text())["prompts"]["pairs"])

@@ -8,12 +8,11 @@ import json
 import pytest
 import tiny
 import yaml
-from click.testing import CliRunner
 from score_jobs import write_pairs
+from study_run import goes_on, killed_at, run
 from study_world import write_study
 
 from mergekit_wp.study import set_curves, set_plan, set_rows
-from mergekit_wp.study.cli import main
 from mergekit_wp.study.set_plan import sizes_of
 
 
@@ -26,37 +25,13 @@ def world(tmp_path_factory):
     return write_study(folder, files, prompts={"pairs": pairs, "device": "cpu", "batch_size": 16})
 
 
-def run(*arguments, code=0):
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == code, done.output
-    return done.output
-
-
 def test_a_killed_run_goes_on_to_the_same_numbers(world, tmp_path, monkeypatch) -> None:
-    tried, measure = [], set_curves.values_of
-
-    def counted(stack, exchanges, *rest):
-        tried.append(len(exchanges))
-        if len(tried) == 3:
-            raise KeyboardInterrupt
-        return measure(stack, exchanges, *rest)
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(set_curves, "values_of", counted)
+    tried: list[int] = []
+    monkeypatch.setattr(set_curves, "values_of", killed_at(3, set_curves.values_of, tried, 1))
     monkeypatch.setattr(set_plan, "DRAWS", 2)
     for module in (set_plan, set_rows):
         monkeypatch.setattr(module, "sizes_of", lambda count, _shares=(): sizes_of(count, (0.05,)))
-    run(world, "--out", out, "--only", "sets", code=1)
-    assert [path.name for path in out.iterdir()] == [".sets.resume"]
-    killed = sum(tried[:2])
-    run(world, "--out", out, "--only", "sets")
-    assert sorted(path.name for path in out.iterdir()) == ["sets", "study.html"], "what was kept is gone"
-    whole, before = tmp_path / "whole", len(tried)
-    run(world, "--out", whole, "--only", "sets", "--quiet")
-    assert sum(tried[before:]) == killed + sum(tried[3:before])
-    for path in (whole / "sets").iterdir():
-        assert path.read_bytes() == (out / "sets" / path.name).read_bytes(), path.name
-    assert run(world, "--out", out, "--only", "sets", "--plan").startswith("sets: done")
+    out, _pieces = goes_on(world, "sets", tmp_path, tried, 3)
     _says_what_was_found(out)
 
 

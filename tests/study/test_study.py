@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from click.testing import CliRunner
+from study_run import run
 from study_world import scores, write_study
 
 from mergekit_wp.checkpoint.folder import fingerprint_of
 from mergekit_wp.scores import write_scores
 from mergekit_wp.study import drift, parts
-from mergekit_wp.study.cli import main
 
 ONE = {"tasks": ("a",)}
 PARTS = ("maps", "certainty", "drift", "words", "attention", "links")
@@ -55,12 +54,6 @@ def small(world) -> dict:
     content = yaml.safe_load(world.read_text())
     del content["prompts"]
     return {**content, "scores": {"ap": content["scores"]["ap"]}, "others": {}}
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == code, done.output
-    return done.output
 
 
 @pytest.fixture(scope="module")
