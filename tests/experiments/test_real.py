@@ -188,7 +188,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
 ) -> None:
     base, schedule = chat_model(tmp_path / "base"), Schedule(4, 2, 1e-3)
     texts = [Text(f"w1 w2 w{i}", f"w3 w{i} w{i}"[: 2 + 3 * (i % 3)]) for i in range(8)]
-    trainer, taken = fine_tuning.Trainer, []
+    trainer, taken, made = fine_tuning.Trainer, [], []
 
     class StoppedError(Exception):
         pass
@@ -204,11 +204,19 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
 
     def train(name: str, stop_at: int = 0) -> list[int]:
         taken.clear()
-        monkeypatch.setattr(fine_tuning, "Trainer", lambda **given: trainer(**given, callbacks=[Watch(stop_at)]))
+
+        def watched(**given: Any) -> Any:
+            made.append(trainer(**given, callbacks=[Watch(stop_at)]))
+            return made[-1]
+
+        monkeypatch.setattr(fine_tuning, "Trainer", watched)
         fine_tuning.fine_tune(base, texts, schedule, 0, tmp_path / name, tmp_path / "work")
         return taken
 
     assert train("whole") == [1, 2, 3, 4]
+    rows = fine_tuning.encoded(texts, AutoTokenizer.from_pretrained(base), 2, seed=0)
+    learnt = [row[row != -100].tolist() for batch in made[0].get_train_dataloader() for row in batch["labels"]]
+    assert learnt == [[label for label in row["labels"] if label != -100] for row in rows], "in the order of `encoded`"
     assert not (tmp_path / "work").exists()
     with pytest.raises(StoppedError):
         train("stopped", stop_at=3)
