@@ -56,6 +56,9 @@ def test_streamed_is_resident_and_leaves_nothing_behind(tmp_path, kind, stored):
     base, *experts = map(streamed, folders)
     merged = MergedStack(base, experts, geometry, weights)
     torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-5, atol=1e-5)
+    merged.forget_head()
+    assert all(stack.model.lm_head.weight.is_meta for stack in (base, *experts))
+    torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-5, atol=1e-5)  # with the same weights, read again
     for stack in (merged, base, *experts):
         assert all(parameter.is_meta for layer in stack.tower.layers for parameter in layer.parameters())
 

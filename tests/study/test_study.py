@@ -212,6 +212,7 @@ def test_maps_need_no_model(small, tmp_path) -> None:
         ({"answers": {"sizes": [3]}}, [], "answers: unknown field 'sizes'; expected tokens, prompts, shares, draws"),
         ({"answers": {"tokens": 0}}, [], "answers: tokens: found 0, expected a whole number of at least 1."),
         ({"answers": {"shares": [1.0]}}, [], "answers: shares: found [1.0], expected a list of shares between 0 an"),
+        ({"answers": {"scores": [{}]}}, [], "answers: scores: found [{}], expected a list of names."),
         ({"answers": {"scores": ["x"]}}, [], "answers: scores: 'x' is none of `scores`: kl."),
         ({"others": {"kl": "x.safetensors"}}, [], "others: the name 'kl' is one of `scores` too"),
         (
