@@ -13,7 +13,8 @@ from study_world import SHAPE, inputs_of, scores
 
 from mergekit_wp.geometry import Kind
 from mergekit_wp.scores import Scores, TaskScores
-from mergekit_wp.study.maps import across_tasks, agreements, compared, half_in, task_groups, work
+from mergekit_wp.study.maps import across_tasks, agreements, compared, task_groups, work
+from mergekit_wp.study.maps_page import half_in
 
 
 def tasks_of(found: Scores, **tables: TaskScores) -> Scores:
