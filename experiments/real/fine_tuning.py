@@ -67,6 +67,7 @@ def _arguments(schedule: Schedule, seed: int, work: Path) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(schedule.warmup_share * schedule.steps)),
         weight_decay=0.0,
+        use_cpu=not torch.cuda.is_available(),  # unsaid, bf16 on a CPU is refused
         bf16=torch.cuda.is_available() or has_fast_bfloat16(),
         seed=seed,
         train_sampling_strategy="sequential",  # `encoded` put them in order

@@ -183,9 +183,11 @@ def test_every_text_is_learnt_once_beside_texts_of_like_length(tmp_path: Path) -
     assert rows != [len(row["input_ids"]) for row in fine_tuning.encoded(texts, tokenizer, 4, seed=1)]
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool
 ) -> None:
+    monkeypatch.setattr(fine_tuning, "has_fast_bfloat16", lambda: bfloat16)  # on whatever CPU this runs
     base, schedule = chat_model(tmp_path / "base"), Schedule(4, 2, 1e-3)
     texts = [Text(f"w1 w2 w{i}", f"w3 w{i} w{i}"[: 2 + 3 * (i % 3)]) for i in range(8)]
     trainer, taken, made = fine_tuning.Trainer, [], []
