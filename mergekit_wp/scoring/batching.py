@@ -65,16 +65,26 @@ class Batch:
 
     def at_anchor(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, D]: the entries at each prompt's own anchor position."""
-        return x_BTD[torch.arange(len(self.last_B), device=x_BTD.device), self.last_B]
+        return pick(x_BTD, self.last_B[:, None])[:, 0]
 
     def at_reads(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, A, D]: the entries where each prompt is read."""
         return pick(x_BTD, self.reads_BA)
 
+    def options(self, attention: str) -> dict[str, Any]:
+        """What a model's forward pass is told besides the tokens; `attention`: transformers' name of its kernel."""
+        return {}
+
 
 def pick(x_BTD: torch.Tensor, positions_BA: torch.Tensor) -> torch.Tensor:
-    """[B, T, D] -> [B, A, D]: the entries at some positions of each row."""
-    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device)[:, None], positions_BA]
+    """[B, T, D] -> [B, A, D]: the entries at some positions of each row; [1, T, D], of each prompt in the one row."""
+    return x_BTD[rows_of(x_BTD, positions_BA), positions_BA]
+
+
+def rows_of(x_BTD: torch.Tensor, positions_BA: torch.Tensor) -> torch.Tensor:
+    """[B, 1]: the row that each row of positions is about; a row of several prompts has as many rows of positions."""
+    rows = torch.arange(len(x_BTD), device=x_BTD.device)
+    return rows.repeat_interleave(len(positions_BA) // len(x_BTD))[:, None]
 
 
 Tokens = list[list[int]]
@@ -207,6 +217,11 @@ class Lengths:
         """Positions that the model takes: `max_position_embeddings`, which `dynamic` stretches by its factor."""
         factors = [float(rope.get("factor") or 1) for rope in self._settings if "dynamic" in _kind(rope)]
         return int(self._context * min(factors, default=1.0))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no angle depends on the length."""
+        return all(_kind(rope) in _FIXED for rope in self._settings)
 
     def group(self, length: int) -> tuple[int, ...]:
         """Sequences of equal groups get the same angles, whatever the longest of them."""

@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from mergekit_wp.geometry import FUSED, PROJECTIONS, Geometry, slot_of
-from mergekit_wp.scoring.batching import pick
+from mergekit_wp.scoring.batching import pick, rows_of
 from mergekit_wp.scoring.models.precision import loss_scale, run_in
 
 if TYPE_CHECKING:
@@ -306,8 +306,7 @@ class _AtReads(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         some_BAD = self.inner(pick(x_BTD, self.reads_BA))
         all_BTD = some_BAD.new_zeros(*x_BTD.shape[:-1], some_BAD.shape[-1])
-        rows_B1 = torch.arange(len(x_BTD), device=x_BTD.device)[:, None]
-        return all_BTD.index_put((rows_B1, self.reads_BA), some_BAD)
+        return all_BTD.index_put((rows_of(x_BTD, self.reads_BA), self.reads_BA), some_BAD)
 
 
 class _Catch(nn.Module):

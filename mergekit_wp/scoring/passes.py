@@ -22,7 +22,7 @@ import torch
 from mergekit_wp.choices import ACTIVATION_SIDE
 from mergekit_wp.geometry import Kind
 from mergekit_wp.scoring.accumulator import TaskAccumulator
-from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.batching import Batch, rows_of
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.first_order import Parts, attr_heads, attr_neurons
 from mergekit_wp.scoring.hooks import LayerRecord
@@ -142,8 +142,8 @@ class Passes:
         # A metric scores the layers up to its own, so the gradient of a metric above ends here.
         gradient_BAD = item.metric_gradients[metrics[0].name]
         gradient_BTD = gradient_BAD.new_zeros(*item.batch.ids_BT.shape, self.pair.geometry.d_model)
-        rows_B1 = torch.arange(len(gradient_BAD), device=gradient_BAD.device)[:, None]
-        gradient_BTD[rows_B1, item.batch.reads_BA] = gradient_BAD
+        reads_BA = item.batch.reads_BA
+        gradient_BTD[rows_of(gradient_BTD, reads_BA), reads_BA] = gradient_BAD
         return gradient_BTD
 
     @property

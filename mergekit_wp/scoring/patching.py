@@ -109,7 +109,7 @@ class MixedPatch:
         own_CQ = torch.zeros(len(columns_Cd), self.q_BTQ.shape[-1], device=self.q_BTQ.device)
         own_CQ.scatter_(1, columns_Cd, 1.0)
         queries_CBTQ = self.q_BTQ + own_CQ[:, None, None] * self.change_BTQ
-        return self.rerun(queries_CBTQ.flatten(0, 1)).unflatten(0, queries_CBTQ.shape[:2])
+        return self.rerun(queries_CBTQ.flatten(0, 1)).unflatten(0, (len(columns_Cd), -1))
 
     def writes(self, weight_DW: torch.Tensor, columns_Cw: torch.Tensor, kept: Kept) -> torch.Tensor:
         """As `Patch.writes`."""

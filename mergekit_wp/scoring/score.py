@@ -59,6 +59,7 @@ from mergekit_wp.scoring.pairs import Pair, TaskPairs, draw_pairs, load_pairs, s
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
+from mergekit_wp.scoring.shared_prefix import share_prefix
 from mergekit_wp.scoring.sweep import batch_groups
 from mergekit_wp.scoring.whole_answers import answers_for, given_answers
 from mergekit_wp.subset import Amount, Ranking, Subset, parse_layers
@@ -309,10 +310,12 @@ def sweep_down(
     processes: ProcessGroup, start: StartProgress,
 ) -> None:  # fmt: skip
     """First order, into the tasks' `runs`: each process takes its share of the batches."""
+    models = (pair.base, pair.expert)
     items = [
-        BatchState(r, b, numbers)
+        # What is kept by prompt needs each prompt's own gradients, also where it begins as the others do.
+        BatchState(r, b if job.per_prompt else share_prefix(b, *models), numbers)
         for t, r in zip(tasks, runs, strict=True)
-        for numbers, b in numbered_batches(t.scoring, job.batch_size, pair.base, pair.expert, answers=t.answers)
+        for numbers, b in numbered_batches(t.scoring, job.batch_size, *models, answers=t.answers)
     ]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     logits = pair.vocabulary / (pair.base.width * pair.base.depth)  # kept of the expert's, in tokens' activations

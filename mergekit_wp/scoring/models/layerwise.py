@@ -82,9 +82,10 @@ class Stack(ABC):
         """Embed the prompts and find out what the architecture's own forward pass hands to each layer."""
         forget_lengths(self.model)
         embedded_BTD = self._embed(batch.ids_BT)
-        # Batches are padded on the right and carry no mask, so one row's arguments are every row's.
-        calls = [probe.call for probe in self._probe(embedded_BTD[:1])]
-        return Start(self._probe(embedded_BTD)[0].stream_BTD, calls)
+        options = batch.options(self.tower.config._attn_implementation)
+        # Padded batches carry no mask, and a packed one is one row: one row's arguments are every row's.
+        calls = [probe.call for probe in self._probe(embedded_BTD[:1], **options)]
+        return Start(self._probe(embedded_BTD, **options)[0].stream_BTD, calls)
 
     @torch.no_grad()
     def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache) -> Start:
