@@ -20,8 +20,9 @@ from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import ModelPair, check_pair, load_pair
 from mergekit_wp.scoring.models.precision import pick_device
 
-# (hidden, MLP, layers, heads, KV heads)
-SIZES = {
+Shape = tuple[int, int, int, int, int]
+"""(hidden, MLP, layers, heads, KV heads)"""
+SIZES: dict[str, Shape] = {
     "small": (256, 688, 6, 8, 4),
     "200m": (1024, 2816, 16, 16, 4),
     "1.2b": (2048, 5632, 22, 32, 8),
@@ -60,8 +61,24 @@ def random_pair(size: str, dtype: str, device: str) -> Iterator[ModelPair]:
     yield pair
 
 
-def random_batch(pair: ModelPair, prompts: int, tokens: int) -> Batch:
-    ids_BT = torch.randint(3, 32000, (prompts, tokens), generator=torch.Generator().manual_seed(0))
+@contextmanager
+def pair_of(base: str, expert: str, dtype: str, device: str) -> Iterator[ModelPair]:
+    """Two models that are there, likewise."""
+    transformers.utils.logging.disable_progress_bar()
+    job = ScoringJob(base, expert, "-", dtype=dtype, device=device, offload="none")
+    yield load_pair(job, check_pair(job))
+
+
+def shape_of(pair: ModelPair) -> Shape:
+    own = pair.geometry
+    return own.d_model, own.neurons, own.layers, own.heads, own.kv_heads
+
+
+def random_batch(pair: ModelPair, prompts: int, tokens: int, alike: int = 0) -> Batch:
+    """`alike`: so many tokens that all prompts begin with."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(3, min(32000, pair.vocabulary), (prompts, tokens), generator=generator)
+    ids_BT[:, :alike] = ids_BT[0, :alike]
     last_B = torch.full((prompts,), tokens - 1, device=pair.device)
     return Batch(ids_BT.to(pair.device), last_B, torch.ones_like(last_B))
 
@@ -81,10 +98,11 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, tokens: int, hidden: i
     return 2 * tokens * hidden * mlp * runs / (time.perf_counter() - started)
 
 
-def layer_flops(size: str, tokens: int, context: int, anchors: int | None = None) -> float:
-    """Operations of one layer on `tokens` tokens of prompts `context` long: projections, and attention counted as the
-    dense product it is run as. With `anchors`, o_proj and the MLP run on that many positions only."""
-    hidden, mlp, _, heads, kv_heads = SIZES[size]
+def layer_flops(shape: Shape, tokens: int, context: int, anchors: int | None = None) -> float:
+    """Operations of one layer of such a shape (see `SIZES`) on `tokens` tokens of prompts `context` long: projections,
+    and attention counted as the dense product it is run as. With `anchors`, o_proj and the MLP run on that many
+    positions only."""
+    hidden, mlp, _, heads, kv_heads = shape
     wide = tokens if anchors is None else anchors
     projections = 2 * hidden * (tokens * (hidden + 2 * hidden * kv_heads // heads) + wide * (hidden + 3 * mlp))
     return float(projections + tokens * 4 * context * hidden)

@@ -93,7 +93,10 @@ def patched_forward_flops(
     """Mean operations of one patched component over layers 0 to `anchor`, by kind."""
     hidden, mlp = shape[:2]
     total = {"heads": 0.0, "neurons": 0.0}
-    full, top = layer_flops(size, prompts * tokens, tokens), layer_flops(size, prompts * tokens, tokens, prompts)
+    full, top = (
+        layer_flops(SIZES[size], prompts * tokens, tokens),
+        layer_flops(SIZES[size], prompts * tokens, tokens, prompts),
+    )
     for layer in range(anchor + 1):
         above = max(0, anchor - layer - 1) * full + (top if layer < anchor else 0.0)
         own_mlp = 6 * hidden * mlp * prompts * (tokens if layer < anchor else 1)

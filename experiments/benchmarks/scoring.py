@@ -4,16 +4,19 @@
     python experiments/benchmarks/scoring.py --size small  # seconds
     python experiments/benchmarks/scoring.py --size 1.2b --dtype bfloat16 --methods batched,attr,writeback
     python experiments/benchmarks/scoring.py --growth growth.png  # seconds against tokens and layers, as a picture
+    python experiments/benchmarks/scoring.py --model BASE --expert EXPERT --utility kl --alike 40  # a pair of one's own
 
-Anchor utility; two scores a component:
+Anchor utility, or KL of the next token over the whole depth and vocabulary; two scores a component:
 
     per-sample   one backward pass a prompt with weight gradients, then sum(dtheta * gradient)
     batched      the same with one backward pass for all prompts
     attr, writeback   this package, --batch prompts a pass
+    shared   writeback where the tokens that all prompts begin with (--alike of them) are run once a pass
 
 in turn, --repeat times; medians, ratios, the peak of memory above the weights, and the share of the floor: the time
 that the floating-point operations alone would take at the matmul rate measured here (expert and base forward passes
-to the anchor, backward to the activations, expert weights on base activations: four times the forward pass's).
+to the anchor, backward to the activations, expert weights on base activations: four times the forward pass's; with KL,
+the head thrice at the last tokens).
 Since the anchor layer is computed at the last token only, a share can exceed 1.
 """
 
@@ -24,22 +27,48 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
-from common import SIZES, fine_print, layer_flops, matmul_rate, random_batch, random_pair, synchronize
+from common import (
+    SIZES,
+    fine_print,
+    layer_flops,
+    matmul_rate,
+    pair_of,
+    random_batch,
+    random_pair,
+    shape_of,
+    synchronize,
+)
 
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.batching import Batch
-from mergekit_wp.scoring.metrics import CosineMetric, anchor_utility
+from mergekit_wp.scoring.metrics import CosineMetric, KLMetric, Metric, anchor_utility, kl_utility
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.score import anchor_layer
+from mergekit_wp.scoring.shared_prefix import share_prefix
 from mergekit_wp.scoring.sweep import forward_sweep
 from mergekit_wp.subset import Subset
 
-METHODS = ("per-sample", "batched", "attr", "writeback")
+METHODS = ("per-sample", "batched", "attr", "writeback", "shared")
+
+
+@dataclass(frozen=True)
+class Read:
+    """Where and how runs are read: above `layer`, against a direction [D] (anchor) or the expert's logits (kl)."""
+
+    utility: str
+    layer: int
+    direction_D: torch.Tensor
+
+    def metric(self, pair: ModelPair) -> Metric:
+        if self.utility == "kl":
+            return KLMetric("kl", self.layer, pair.vocabulary)
+        return CosineMetric("anchor", self.layer, self.direction_D)
 
 
 def residual_at(stack, batch: Batch, layer: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -48,9 +77,9 @@ def residual_at(stack, batch: Batch, layer: int) -> torch.Tensor:  # type: ignor
     return batch.at_anchor(streams[0])
 
 
-def by_autograd(pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Tensor, per_sample: bool) -> None:
+def by_autograd(pair: ModelPair, batch: Batch, read: Read, per_sample: bool) -> None:
     """Every head's and neuron's share of sum(dtheta * dF/dtheta), by autograd on the weights of layers <= `layer`."""
-    model, expert = pair.base.model, pair.expert.model
+    model, expert, layer = pair.base.model, pair.expert.model, read.layer
     layers = model.model.layers
     names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     owned = [(n, i) for i in range(layer + 1) for n in names]
@@ -66,8 +95,13 @@ def by_autograd(pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Te
         model.model(input_ids=part.ids_BT, use_cache=False)
         model.model.layers = whole
         handle.remove()
-        residual_at(pair.expert, part, layer)  # the gap needs it, in every method
-        anchor_utility(part.at_anchor(found[0]), direction_D).sum().backward()
+        expert_BD, base_BD = residual_at(pair.expert, part, layer), part.at_anchor(found[0])
+        if read.utility == "kl":
+            with torch.no_grad():
+                wanted_BV = pair.expert.logits(expert_BD, pair.vocabulary)
+            kl_utility(pair.base.logits(base_BD, pair.vocabulary), wanted_BV).sum().backward()
+        else:  # where the gap alone needs the expert's run
+            anchor_utility(base_BD, read.direction_D).sum().backward()
         for (name, i), weight in zip(owned, weights, strict=True):
             assert weight.grad is not None
             delta = expert.model.layers[i].get_submodule(name).weight - weight.detach()
@@ -77,12 +111,13 @@ def by_autograd(pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Te
         weight.requires_grad_(False)
 
 
-def by_groups(method: str, pair: ModelPair, batch: Batch, layer: int, direction_D: torch.Tensor, size: int) -> None:
-    metrics = (CosineMetric("anchor", layer, direction_D),)
-    run = TaskAccumulator("benchmark", method, pair.geometry, metrics, "mean", 0.0, pair.device)
+def by_groups(method: str, pair: ModelPair, batch: Batch, read: Read, size: int) -> None:
+    shared, method = method == "shared", "writeback" if method == "shared" else method
+    run = TaskAccumulator("benchmark", method, pair.geometry, (read.metric(pair),), "mean", 0.0, pair.device)
     for start in range(0, len(batch.last_B), size):
         rows = slice(start, start + size)
         part = Batch(batch.ids_BT[rows], batch.last_B[rows], batch.answer_B[rows])
+        part = share_prefix(part, pair.base, pair.expert) if shared else part
         passes = Passes(pair, method, [BatchState(run, part)], keep_graphs=True)
         first_order(passes, Subset.choose(pair.geometry))
     run.finish()
@@ -118,7 +153,7 @@ def _status(key: str) -> float:
 
 @click.command()
 @click.option("--size", type=click.Choice(list(SIZES)), default="200m", show_default=True)
-@click.option("--methods", default=",".join(METHODS), show_default=True)
+@click.option("--methods", default=",".join(METHODS[:4]), show_default=True)
 @click.option("--prompts", default=16, show_default=True)
 @click.option("--tokens", default=48, show_default=True)
 @click.option("--batch", "batch_size", default=8, show_default=True, help="Prompts a pass of attr and writeback.")
@@ -126,47 +161,60 @@ def _status(key: str) -> float:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--repeat", default=3, show_default=True)
+@click.option("--model", help="Base of a pair that is there, in the place of --size; with --expert.")
+@click.option("--expert")
+@click.option("--utility", type=click.Choice(["anchor", "kl"]), default="anchor", show_default=True)
+@click.option("--alike", default=0, show_default=True, help="Of --tokens, so many that all prompts begin with.")
 @click.option("--growth", type=click.Path(path_type=Path), help="Draw seconds against tokens and layers instead.")
 def main(
     size: str, methods: str, prompts: int, tokens: int, batch_size: int, layer: int | None, dtype: str, device: str,
-    repeat: int, growth: Path | None,
+    repeat: int, model: str | None, expert: str | None, utility: str, alike: int, growth: Path | None,
 ) -> None:  # fmt: skip
     """Print seconds, ratios, memory and the share of the floor as a Markdown table."""
     chosen = methods.split(",")
     if unknown := set(chosen) - set(METHODS):
         raise click.BadParameter(f"unknown methods {sorted(unknown)}; known are {', '.join(METHODS)}")
-    with random_pair(size, dtype, device) as pair:
-        anchor = anchor_layer(layer, pair.geometry.layers)
+    if (model is None) != (expert is None):
+        raise click.UsageError("--model and --expert go together")
+    opened = pair_of(model, expert, dtype, device) if model and expert else random_pair(size, dtype, device)
+    with opened as pair:
+        anchor = pair.geometry.layers - 1 if utility == "kl" else anchor_layer(layer, pair.geometry.layers)
         if growth is not None:
             draw_growth(pair, prompts, tokens, batch_size, anchor, growth)
             return
-        results = compare(pair, chosen, prompts, tokens, batch_size, anchor, repeat)
-        hidden, mlp = SIZES[size][:2]
+        batch = random_batch(pair, prompts, tokens, alike)
+        results = compare(pair, chosen, batch, batch_size, anchor, repeat, utility)
+        shape = shape_of(pair)
+        hidden, mlp = shape[:2]
         rate = matmul_rate(pair.dtype, pair.device, batch_size * tokens, hidden, mlp)
-        floor = 4 * (anchor + 1) * layer_flops(size, prompts * tokens, tokens) / rate
+        head = 3 * 2 * prompts * hidden * pair.vocabulary if utility == "kl" else 0
+        floor = (4 * (anchor + 1) * layer_flops(shape, prompts * tokens, tokens) + head) / rate
         report(results, floor)
         click.echo(
-            f"\n{fine_print(pair)}; anchor layer {anchor} of {pair.geometry.layers}, {prompts} prompts x {tokens} "
-            f"tokens, {batch_size} a pass; medians of {repeat}; matmul {rate / 1e9:,.0f} GFLOP/s."
+            f"\n{fine_print(pair)}; {utility}, layer {anchor} of {pair.geometry.layers}, {pair.vocabulary:,} rows, "
+            f"{prompts} prompts x {tokens} tokens ({alike} of them alike), {batch_size} a pass; medians of {repeat}; "
+            f"matmul {rate / 1e9:,.0f} GFLOP/s."
         )
 
 
-def works(pair: ModelPair, batch: Batch, batch_size: int, anchor: int) -> dict[str, Callable[[], None]]:
-    direction_D = residual_at(pair.expert, batch, anchor).mean(0)
+def works(
+    pair: ModelPair, batch: Batch, batch_size: int, anchor: int, utility: str = "anchor"
+) -> dict[str, Callable[[], None]]:
+    read = Read(utility, anchor, residual_at(pair.expert, batch, anchor).mean(0))
     found: dict[str, Callable[[], None]] = {
-        "per-sample": lambda: by_autograd(pair, batch, anchor, direction_D, per_sample=True),
-        "batched": lambda: by_autograd(pair, batch, anchor, direction_D, per_sample=False),
+        "per-sample": lambda: by_autograd(pair, batch, read, per_sample=True),
+        "batched": lambda: by_autograd(pair, batch, read, per_sample=False),
     }
-    for method in ("attr", "writeback"):
-        found[method] = lambda method=method: by_groups(method, pair, batch, anchor, direction_D, batch_size)  # type: ignore[misc]
+    for method in ("attr", "writeback", "shared"):
+        found[method] = lambda method=method: by_groups(method, pair, batch, read, batch_size)  # type: ignore[misc]
     return found
 
 
 def compare(
-    pair: ModelPair, chosen: list[str], prompts: int, tokens: int, batch_size: int, anchor: int, repeat: int
+    pair: ModelPair, chosen: list[str], batch: Batch, batch_size: int, anchor: int, repeat: int, utility: str = "anchor"
 ) -> dict[str, tuple[float, float]]:
     """{method: (median seconds, median bytes above the weights)}, the methods in turn."""
-    work = works(pair, random_batch(pair, prompts, tokens), batch_size, anchor)
+    work = works(pair, batch, batch_size, anchor, utility)
     work[chosen[-1]]()  # warm up
     found: dict[str, list[tuple[float, float]]] = {method: [] for method in chosen}
     for _ in range(repeat):
@@ -202,7 +250,10 @@ def draw_growth(pair: ModelPair, prompts: int, tokens: int, batch_size: int, anc
         (axes[1], "anchor layer", [(layer, tokens, layer) for layer in depths]),
     ):
         for method in ("batched", "writeback"):
-            seconds = [compare(pair, [method], prompts, n, batch_size, at, 3)[method][0] for _x, n, at in points]
+            seconds = [
+                compare(pair, [method], random_batch(pair, prompts, n), batch_size, at, 3)[method][0]
+                for _x, n, at in points
+            ]
             axis.plot([x for x, _n, _at in points], seconds, marker="o", label=method)
             click.echo(
                 f"{label}, {method}: " + ", ".join(f"{p[0]}: {s:.2f} s" for p, s in zip(points, seconds, strict=True))
