@@ -11,7 +11,7 @@ Anchor utility, or KL of the next token over the whole depth and vocabulary; two
     per-sample   one backward pass a prompt with weight gradients, then sum(dtheta * gradient)
     batched      the same with one backward pass for all prompts
     attr, writeback   this package, --batch prompts a pass
-    shared   writeback where the tokens that all prompts begin with (--alike of them) are run once a pass
+    packed   writeback with the prompts of a pass in one row, so that what they begin with (--alike) is run once
 
 in turn, --repeat times; medians, ratios, the peak of memory above the weights, and the share of the floor: the time
 that the floating-point operations alone would take at the matmul rate measured here (expert and base forward passes
@@ -48,13 +48,13 @@ from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.metrics import CosineMetric, KLMetric, Metric, anchor_utility, kl_utility
 from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.scoring.packing import pack
 from mergekit_wp.scoring.passes import BatchState, Passes, first_order
 from mergekit_wp.scoring.score import anchor_layer
-from mergekit_wp.scoring.shared_prefix import share_prefix
 from mergekit_wp.scoring.sweep import forward_sweep
 from mergekit_wp.subset import Subset
 
-METHODS = ("per-sample", "batched", "attr", "writeback", "shared")
+METHODS = ("per-sample", "batched", "attr", "writeback", "packed")
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def by_autograd(pair: ModelPair, batch: Batch, read: Read, per_sample: bool) -> 
 
 
 def by_groups(method: str, pair: ModelPair, batch: Batch, read: Read, size: int) -> None:
-    shared, method = method == "shared", "writeback" if method == "shared" else method
+    packed, method = method == "packed", "writeback" if method == "packed" else method
     run = TaskAccumulator("benchmark", method, pair.geometry, (read.metric(pair),), "mean", 0.0, pair.device)
     for start in range(0, len(batch.last_B), size):
         rows = slice(start, start + size)
         part = Batch(batch.ids_BT[rows], batch.last_B[rows], batch.answer_B[rows])
-        part = share_prefix(part, pair.base, pair.expert) if shared else part
+        part = pack(part, pair.base, pair.expert) if packed else part
         passes = Passes(pair, method, [BatchState(run, part)], keep_graphs=True)
         first_order(passes, Subset.choose(pair.geometry))
     run.finish()
@@ -205,7 +205,7 @@ def works(
         "per-sample": lambda: by_autograd(pair, batch, read, per_sample=True),
         "batched": lambda: by_autograd(pair, batch, read, per_sample=False),
     }
-    for method in ("attr", "writeback", "shared"):
+    for method in ("attr", "writeback", "packed"):
         found[method] = lambda method=method: by_groups(method, pair, batch, read, batch_size)  # type: ignore[misc]
     return found
 

@@ -34,6 +34,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.first_order import attr_heads, attr_neurons, attr_rows
 from mergekit_wp.scoring.hooks import LayerRecord
 from mergekit_wp.scoring.models.merged import MergedStack
+from mergekit_wp.scoring.packing import PackedBatch
 
 RIDGE = 0.1  # of the mean diagonal of a layer's heads or neurons
 
@@ -49,8 +50,10 @@ def cross_weights(
 ) -> FusionWeights:
     """alpha of every head and neuron, from 0 up; `average` is alpha_0, and stays where there is no component.
 
+    batches: none of them packed, since effects are each prompt's own.
     weights_N: one over the mean gap of each prompt's expert, so that effects are shares of it.
     """
+    assert not any(isinstance(each.batch, PackedBatch) for each in batches)
     merged.set(average.scaled(0.0))
     products = EffectProducts(merged)
     passes(merged, batches, -weights_N, vocabulary, products, processes, tick)

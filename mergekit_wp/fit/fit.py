@@ -206,7 +206,7 @@ class FitRun:
         """Weights from cross effects on all fitted prompts of experts. The base's would add nothing: to first order,
         and at the base, nothing moves what it says (KL(p_base || p) is least there)."""
         lessons = [lesson for lesson in self.fitted if lesson.teacher < len(self.merged.experts)]
-        batches = self._batches(lessons)
+        batches = batch_lessons(lessons, self.job.batch_size, teachers_of(self.merged), by_prompt=True)
         tick = self.start(len(lessons), "Reading cross effects", "prompt")
         gaps = loss_weights(lessons) * len(lessons)
         return cross_weights(self.merged, batches, gaps, average, self.vocabulary, self.processes, tick)

@@ -35,7 +35,7 @@ from mergekit_wp.fit.objective import LessonBatch, add_up, teachers_of
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import PROJECTIONS, TensorSlot, slot_of
 from mergekit_wp.memory import free_memory
-from mergekit_wp.scoring.batching import Batch
+from mergekit_wp.scoring.batching import Batch, rows_of
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.hooks import SCORED, LayerRecord
 from mergekit_wp.scoring.metrics import answer_mean, kl_utility
@@ -114,9 +114,9 @@ def _pass(
         kl_B, gradient_ND = gradient.of_output(each, final_BTD, weights_N[each.numbers], vocabulary)
         found_N[each.numbers] = kl_B
         gradient_BTD = torch.zeros_like(final_BTD)
-        rows_BA = torch.arange(len(final_BTD), device=merged.device)[:, None].expand_as(each.batch.reads_BA)
-        mask_BA = each.mask_BA
-        gradient_BTD[rows_BA[mask_BA], each.batch.reads_BA[mask_BA]] = gradient_ND
+        mask_BA, reads_BA = each.mask_BA, each.batch.reads_BA
+        rows_BA = rows_of(final_BTD, reads_BA).expand_as(reads_BA)
+        gradient_BTD[rows_BA[mask_BA], reads_BA[mask_BA]] = gradient_ND
         tops.append(gradient_BTD)
     merged.forget_head()
 

@@ -34,6 +34,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import KLMetric, kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.models.merged import MergedStack
+from mergekit_wp.scoring.packing import pack
 from mergekit_wp.scoring.score import Prepared
 from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
 from mergekit_wp.scoring.whole_answers import answers_beside, answers_for
@@ -105,14 +106,18 @@ def read_lessons(
     return [found[number] for number in range(len(prompts))]
 
 
-def batch_lessons(lessons: Sequence[Lesson], batch_size: int, stacks: Sequence[Stack]) -> list[LessonBatch]:
-    """In batches of one teacher each, that all `stacks` may run."""
+def batch_lessons(
+    lessons: Sequence[Lesson], batch_size: int, stacks: Sequence[Stack], *, by_prompt: bool = False
+) -> list[LessonBatch]:
+    """In batches of one teacher each, that all `stacks` may run; packed where that pays, unless something is to be kept
+    apart `by_prompt`."""
     found = []
     for teacher in sorted({lesson.teacher for lesson in lessons}):
         own = [number for number, lesson in enumerate(lessons) if lesson.teacher == teacher]
         prompts, answers = [lessons[i].prompt for i in own], [lessons[i].answer for i in own]
         for chosen, batch in numbered_batches(prompts, batch_size, *stacks, answers=answers):
             numbers = [own[i] for i in chosen]
+            batch = batch if by_prompt else pack(batch, *stacks)
             found.append(LessonBatch(numbers, [lessons[i] for i in numbers], batch))
     return found
 

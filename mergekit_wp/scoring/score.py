@@ -55,11 +55,11 @@ from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import instruction_effect, make_metrics, metric_of
 from mergekit_wp.scoring.models.load import CheckedPair, ModelPair, check_pair, load_pair, warn_of_other_ids
+from mergekit_wp.scoring.packing import pack
 from mergekit_wp.scoring.pairs import Pair, TaskPairs, draw_pairs, load_pairs, split_pairs
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
-from mergekit_wp.scoring.shared_prefix import share_prefix
 from mergekit_wp.scoring.sweep import batch_groups
 from mergekit_wp.scoring.whole_answers import answers_for, given_answers
 from mergekit_wp.subset import Amount, Ranking, Subset, parse_layers
@@ -313,7 +313,7 @@ def sweep_down(
     models = (pair.base, pair.expert)
     items = [
         # What is kept by prompt needs each prompt's own gradients, also where it begins as the others do.
-        BatchState(r, b if job.per_prompt else share_prefix(b, *models), numbers)
+        BatchState(r, b if job.per_prompt else pack(b, *models), numbers)
         for t, r in zip(tasks, runs, strict=True)
         for numbers, b in numbered_batches(t.scoring, job.batch_size, *models, answers=t.answers)
     ]

@@ -21,7 +21,7 @@ def test_products_are_those_of_the_effects_of_each_prompt(tmp_path, kind):
     weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2], dtype=torch.float64)
     world.merged.set(zero)
     products = EffectProducts(world.merged)
-    passes(world.merged, world.batches, -weights_N, V, products, ALONE, quiet)
+    passes(world.merged, world.apart, -weights_N, V, products, ALONE, quiet)
 
     leaves = FusionWeights(*(x.requires_grad_() for x in (zero.heads_KLH, zero.neurons_KLF, zero.rest_K)))
     kl_N = world.by_hand(leaves)
@@ -77,6 +77,6 @@ def test_harm_is_shrunk_and_no_weight_is_below_nothing():
 def test_what_is_no_component_keeps_the_average(tmp_path):
     world = LessonWorld(tmp_path, "llama")
     average = FusionWeights.uniform(world.geometry, [0.4, 0.6])
-    found = cross_weights(world.merged, world.batches, torch.ones(5, dtype=torch.float64), average, V, ALONE, quiet)
+    found = cross_weights(world.merged, world.apart, torch.ones(5, dtype=torch.float64), average, V, ALONE, quiet)
     assert torch.equal(found.rest_K, average.rest_K)
     assert (found.heads_KLH - average.heads_KLH).abs().max() > 0.05

@@ -17,6 +17,7 @@ from mergekit_wp.fit.gradient import loss_and_gradient, weight_gradient
 from mergekit_wp.fit.objective import batch_lessons, branch_losses, losses, teachers_of, unrecovered, with_gaps
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.scoring import sweep
+from mergekit_wp.scoring.packing import PackedBatch
 
 KINDS = ("llama-biased", "qwen2", "qwen3", "gemma2", *tiny.FAMILIES)
 
@@ -26,6 +27,20 @@ def test_loss_and_gradient_are_autograds(tmp_path, monkeypatch, kind, keep):
     if keep:  # positions and rows of the output head in many parts
         monkeypatch.setattr(of_loss, "_MOST_LOGITS", 1200)
     world = LessonWorld(tmp_path, kind, keep=keep)
+    assert_gradient_is_autograds(world)
+
+
+@pytest.mark.parametrize("opened", [resident, streamed])
+@pytest.mark.parametrize("kind", ["llama-biased", "qwen2", "granite"])
+def test_also_where_prompts_begin_alike_and_share_a_row(tmp_path, kind, opened):
+    world = LessonWorld(tmp_path, kind, opened, keep=kind == "qwen2", alike=range(20, 30))
+    assert [isinstance(each.batch, PackedBatch) for each in world.batches][:2] == [True, True]
+    run, apart = (sum(each.batch.ids_BT.numel() for each in of) for of in (world.batches, world.apart))
+    assert run < 0.8 * apart
+    assert_gradient_is_autograds(world)
+
+
+def assert_gradient_is_autograds(world):
     weights_N = torch.tensor([0.3, 0.7, 0.1, 0.5, 0.2, 0.4, 0.6][: len(world.lessons)], dtype=torch.float64)
     kl_N, gradient = loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet)
 
@@ -84,7 +99,7 @@ def test_the_gradient_is_the_same_to_the_bit_whatever_memory_is_free(tmp_path, m
         for module in (of_loss, sweep):
             monkeypatch.setattr(module, "free_memory", lambda _device, free=free: free)
         found.append(loss_and_gradient(world.merged, world.batches, weights_N, V, ALONE, quiet))
-    assert [each.batch.ids_BT.numel() for each in world.batches] == [16, 10, 5]
+    assert [each.batch.ids_BT.numel() for each in world.batches] == [12, 10, 5]
     assert groups == ([1, 1, 1, 1] if opened is resident else [2, 1, 1])
     (one_N, one), (other_N, other) = found
     assert torch.equal(one_N, other_N)

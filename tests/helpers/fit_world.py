@@ -98,17 +98,21 @@ def quiet(_done):
 
 
 class LessonWorld:
-    """Base and two experts, their lessons (with `keep` the base's too), and the reference."""
+    """Base and two experts, their lessons (with `keep` the base's too), and the reference; all prompts begin with
+    `alike`."""
 
-    def __init__(self, root, kind, opened=resident, extra_rows=0, keep=False):
+    def __init__(self, root, kind, opened=resident, extra_rows=0, keep=False, alike=()):
         self.folders = save_experts(root, kind, extra_rows=extra_rows)
         self.geometry = geometry_of(self.folders[0])
         base, *experts = map(opened, self.folders)
         self.merged = MergedStack(base, experts, self.geometry, random_weights(self.geometry, 2))
         self.lessons = []
         for j, teacher in enumerate([*experts, base] if keep else experts):
-            self.lessons += read_lessons(teacher, j, PROMPTS[j], ANSWERS[j], 2, quiet)
-        self.batches = batch_lessons(self.lessons, 2, (base, *experts))
+            prompts = [[*alike, *prompt] for prompt in PROMPTS[j]]
+            self.lessons += read_lessons(teacher, j, prompts, ANSWERS[j], 2, quiet)
+        self.batches, self.apart = (
+            batch_lessons(self.lessons, 2, (base, *experts), by_prompt=by_prompt) for by_prompt in (False, True)
+        )
 
     def by_hand(self, weights, numbers=None):
         """KL_t(x | merge) of every lesson, differentiable in the weights."""

@@ -1,16 +1,17 @@
-"""Prompts that begin alike, in one row: what they share (a chat template's system prompt, examples) is run once.
+"""Prompts in one row: what they all begin with (a chat template's system prompt, examples) is run once, and nothing is
+padded.
 
-    padded   p p p a1 a2        packed   p p p a1 a2 | b1 b2 b3      one row: the prefix, then each prompt's own tokens
+    padded   p p p a1 a2 .      packed   p p p a1 a2 | b1 b2 b3      one row: the prefix, then each prompt's own tokens
              p p p b1 b2 b3
 
 A token's position is the one that it has in its own prompt, and it attends to the prefix and to its own prompt alone,
 so every activation is that of the prompt by itself. The gradient at the prefix is the sum over the prompts, which is
 what scores sum anyway; so a packed batch serves where nothing is kept apart by prompt.
 
-The row costs one thing: attention is a dense product over all of it. `share_prefix` compares operations a layer, and
-packs where that saves a tenth or more. It leaves batches as they are where a layer's attention or positions depend on
-more than the order of a prompt's own tokens: a sliding window that a prompt is longer than, rotary embeddings that look
-at the length, and attention kernels that take no mask.
+The row costs one thing: attention is a dense product over all of it. `pack` compares operations a layer, and packs
+where that saves a tenth or more. It leaves batches as they are where a layer's attention or positions depend on more
+than the order of a prompt's own tokens: a sliding window that a prompt is longer than, rotary embeddings that look at
+the length, and attention kernels that take no mask.
 
 Legend: B prompts in a batch, T padded length, A positions read of each, S length of the row.
 """
@@ -59,7 +60,7 @@ class PackedBatch(Batch):
         return {"attention_mask": mask_SS[None, None], "position_ids": self.positions_S[None]}
 
 
-def share_prefix(batch: Batch, *stacks: Stack) -> Batch:
+def pack(batch: Batch, *stacks: Stack) -> Batch:
     """`batch`, packed if all stacks may run it so and it takes fewer operations, else as it is."""
     own_B = batch.last_B + int(batch.answer_B.max())  # tokens of each prompt, with room for the longest answer
     alike_T = (batch.ids_BT == batch.ids_BT[:1]).all(0).long().cumprod(0)
