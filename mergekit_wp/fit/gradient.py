@@ -8,10 +8,10 @@ place of the base:
 1. forward    the merge runs up to its output, keeping the input of every layer
 2. loss       at the positions of the answers alone; there, what output head and final norm contribute
 3. backward   layer by layer, dL/dW of each projection, summed over `SUMMED` tokens, which then meets the changes
-              W_k - W_base of every expert element by element, and is gone before the next layer's is formed. So a step
-              takes three products a projection (forward, through it, dL/dW) however many experts there are, and the
-              memory of one layer more. Norms and biases, which are small, by autograd; the embeddings, in which layer
-              0's input is linear, by what enters it
+              W_k - W_base of every expert element by element, and is gone before the next projection's is formed. So a
+              step takes three products a projection (forward, through it, dL/dW) however many experts there are, and
+              the memory of one matrix more, and of those tokens' activations and gradients. Norms and biases, which are
+              small, by autograd; the embeddings, in which layer 0's input is linear, by what enters it
 
 What is summed together depends on the prompts alone and not on the memory that happens to be free: a fit that was
 killed goes on to the same bytes.
@@ -46,6 +46,7 @@ from mergekit_wp.scoring.sweep import ActivationCache, backward_sweep, batch_gro
 SUMMED = 2048  # tokens whose dL/dW is summed (a batch at least): enough that the changes are read seldom
 _FITTED = (*SCORED, "k", "v")
 _MOST_LOGITS = 1 << 27  # numbers at once: half a gigabyte
+_MOST_MET = 1 << 20  # of a matrix, numbers that meet the experts' changes at once: 4 MB
 
 
 def loss_and_gradient(
@@ -152,7 +153,7 @@ class Gradient:
         self.heads_KLH, self.neurons_KLF, self.rest_K = (
             torch.zeros(count, *size, dtype=torch.float64, device=merged.device) for size in sizes
         )
-        self._sums: dict[str, torch.Tensor] = {}
+        self._held: list[LayerRecord] = []
 
     def total(self, processes: ProcessGroup) -> FusionWeights:
         sums = (processes.add_up(x) for x in (self.heads_KLH, self.neurons_KLF, self.rest_K))
@@ -221,25 +222,13 @@ class Gradient:
         return total_K
 
     def of_layer(self, index: int, record: LayerRecord, _teacher: int) -> None:
-        """Take one batch's gradients of what layer `index` holds."""
-        mlp = self.merged.tower.layers[index].mlp
-        for key in _FITTED:
-            read = record.mlp_activation(mlp) if key == "down" else record.inputs[key]
-            self._add(
-                f"{PROJECTIONS[key]}.weight",
-                weight_gradient(record.grad_out[key], read, self.merged.dtype),
-                record.scale,
-            )
-        for name, gradient in record.grad_parameters.items():
-            self._add(name, gradient.float(), record.scale)
-
-    def _add(self, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
-        gradient = gradient / scale
-        self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
+        """Keep one batch's gradients of what layer `index` holds until `meet`."""
+        record.grad_in.clear()  # not read here; a column's own gradient is in dL/dW
+        self._held.append(record)
 
     def meet(self, index: int) -> None:
-        """Let the sums of a layer meet the changes of every expert: what they give to the weight of each row or column,
-        and so to the components."""
+        """Let the gradients of a layer, summed over the batches kept, meet the changes of every expert: what they give
+        to the weight of each row or column, and so to the components. One parameter's after the other's."""
         base, experts = self.merged.sources(index)
         shape, count = self.geometry, len(experts)
         heads_KH, neurons_KF = (
@@ -247,7 +236,7 @@ class Gradient:
             for n in (shape.heads, shape.neurons)
         )
         total = torch.zeros((), dtype=torch.float64, device=self.rest_K.device)
-        for name, gradient in self._sums.items():
+        for name, gradient in self._summed(index):
             slot, tensor_of = slot_of(f"model.layers.{index}.{name}"), attrgetter(name)
             found_Kn = _met(gradient, tensor_of(base), [tensor_of(expert) for expert in experts], slot)
             if slot is None:
@@ -258,7 +247,23 @@ class Gradient:
         of_heads_KH, of_neurons_KF = torch.autograd.grad(total, (heads_KH, neurons_KF))
         self.heads_KLH[:, index] += of_heads_KH
         self.neurons_KLF[:, index] += of_neurons_KF
-        self._sums = {}
+        self._held.clear()
+
+    def _summed(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, dS/d(parameter) summed over the batches kept) of all parameters of a layer; each matrix is formed when
+        its turn comes, so that one is there at a time."""
+        mlp, dtype = self.merged.tower.layers[index].mlp, self.merged.dtype
+        for key in _FITTED:
+            total = None
+            for record in self._held:
+                read = record.mlp_activation(mlp) if key == "down" else record.inputs[key]
+                gradient = weight_gradient(record.grad_out[key], read, dtype).div_(record.scale)
+                total = gradient if total is None else total.add_(gradient)
+            assert total is not None
+            yield f"{PROJECTIONS[key]}.weight", total
+        for name in self._held[0].grad_parameters:
+            parts = [record.grad_parameters[name].float() / record.scale for record in self._held]
+            yield name, torch.stack(parts).sum(0)
 
     @torch.no_grad()
     def of_input(self, batch: Batch, gradient_BTD: torch.Tensor) -> None:
@@ -281,11 +286,17 @@ def _met(
     gradient: torch.Tensor, base: torch.Tensor, experts: Sequence[torch.Tensor], slot: TensorSlot | None = None
 ) -> torch.Tensor:
     """sum of gradient . (theta_k - theta_base) along the other axis than the slot's, float64 [K, n]; all, if 1-D."""
-    found = []
-    for expert in experts:
-        each = (expert.float() - base.float()).mul_(gradient)
-        found.append(each if each.ndim == 1 else each.sum(0 if slot is not None and slot.axis else 1))
-    return torch.stack(found).double()
+    if gradient.ndim == 1:
+        return torch.stack([(expert.float() - base.float()) * gradient for expert in experts]).double()
+    columns = slot is not None and slot.axis
+    found: list[list[torch.Tensor]] = [[] for _ in experts]
+    # Some rows at a time: what is formed of them stays in the processor's caches.
+    step = max(1, _MOST_MET // gradient.shape[1])
+    for rows in (slice(begin, begin + step) for begin in range(0, len(gradient), step)):
+        own = base[rows].float()
+        for of_expert, expert in zip(found, experts, strict=True):
+            of_expert.append((expert[rows].float() - own).mul_(gradient[rows]).sum(0 if columns else 1).double())
+    return torch.stack([torch.stack(parts).sum(0) if columns else torch.cat(parts) for parts in found])
 
 
 def _parts(count: int, vocabulary: int) -> Iterator[slice]:

@@ -381,7 +381,8 @@ def test_two_processes_write_what_one_writes(tmp_path, method):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Shared by 2 processes.") == done.stderr.count("Written:") == 1
     one, two = read_scores(alone), read_scores(together)
-    assert_same(two, one, 1e-6)
+    # Products of fewer components at a time may round otherwise: where a CPU has AVX-512, they do.
+    assert_same(two, one, 1e-5 if method == "exact" else 1e-6)
     assert json.dumps({k: str(v) for k, v in vars(one.meta.tasks["first"]).items() if k != "alpha"}) == json.dumps(
         {k: str(v) for k, v in vars(two.meta.tasks["first"]).items() if k != "alpha"}
     )
