@@ -66,24 +66,26 @@ def test_recipe_parses_and_its_scores_have_jobs(path):
             assert (job["base"], job["expert"]) == (TABLE["base"], str(model.model))
 
 
-def write_hollow_model(folder: Path, rows: int) -> None:
-    """A Llama-2-13B of 26 GB whose weights are a hole in the file: it takes a few pages of disk."""
+def write_hollow_model(folder: Path, rows: int, layers: int) -> int:
+    """A Llama-2-13B, of 26 GB if it has all 40 layers, whose weights are a hole in the file: it takes a few pages of
+    disk. Returns the bytes."""
     D, F = LLAMA_2_13B["hidden_size"], LLAMA_2_13B["intermediate_size"]
     shapes = {"model.embed_tokens.weight": (rows, D), "model.norm.weight": (D,), "lm_head.weight": (rows, D)}
-    for layer in range(LLAMA_2_13B["num_hidden_layers"]):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}self_attn.{x}_proj.weight": (D, D) for x in "qkvo"}
         shapes |= {f"{prefix}mlp.{x}_proj.weight": (F, D) for x in ("gate", "up")}
         shapes |= {f"{prefix}mlp.down_proj.weight": (D, F)}
         shapes |= {f"{prefix}{x}_layernorm.weight": (D,) for x in ("input", "post_attention")}
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**LLAMA_2_13B, "vocab_size": rows}))
+    (folder / "config.json").write_text(json.dumps({**LLAMA_2_13B, "vocab_size": rows, "num_hidden_layers": layers}))
     # Sharded, because safetensors maps a file whole, and the kernel refuses a mapping larger than its memory.
     shards = {f"model-{i}.safetensors": list(shapes)[i::16] for i in range(16)}
     for name, names in shards.items():
         write_hollow_file(folder / name, {tensor: shapes[tensor] for tensor in names})
     weight_map = {tensor: name for name, names in shards.items() for tensor in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return 2 * sum(map(math.prod, shapes.values()))
 
 
 def write_hollow_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -98,22 +100,31 @@ def write_hollow_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         stream.truncate(8 + len(text) + end)
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """The models as folders of their Hub names, and score files where the recipes look for them."""
-    root = tmp_path_factory.mktemp("13b")
-    write_hollow_model(root / TABLE["base"], 32000)
+def models(root: Path, layers: int) -> tuple[Path, int]:
+    """The models as folders of their Hub names, and score files where the recipes look for them; bytes of the base."""
+    size = write_hollow_model(root / TABLE["base"], 32000, layers)
     geometry = Checkpoint.open(str(root / TABLE["base"])).geometry
     (root / "scores").mkdir()
     for seed, expert in enumerate(TABLE["experts"].values()):
-        write_hollow_model(root / expert["model"], 32001)
+        write_hollow_model(root / expert["model"], 32001, layers)
         scores = root / "scores" / f"{expert['job']}.safetensors"
         write_random_scores(scores, str(root / TABLE["base"]), str(root / expert["model"]), seed, geometry)
-    return root
+    return root, size
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return models(tmp_path_factory.mktemp("13b"), 40)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """With a fifth of the layers: a plan and its checks take time by the tensor."""
+    return models(tmp_path_factory.mktemp("13b-shallow"), 8)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_dry_run_on_models_of_these_shapes(path, here, monkeypatch):
+def test_dry_run_on_models_of_these_shapes(path, request, monkeypatch):
     """Every recipe as it is, with folders for Hub names; no tensor is read, and nothing is written."""
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
     from mergekit.io.tasks import LoaderCache
@@ -123,6 +134,7 @@ def test_dry_run_on_models_of_these_shapes(path, here, monkeypatch):
     def read(*_, **__):
         raise AssertionError("a dry run reads no weights")
 
+    here, size = request.getfixturevalue("whole" if path.stem == "13b-all" else "shallow")
     monkeypatch.setattr(LazyTensorLoader, "get_tensor", read)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 0, 10**12))
@@ -131,16 +143,18 @@ def test_dry_run_on_models_of_these_shapes(path, here, monkeypatch):
     before = sorted(here.rglob("*"))
     result = CliRunner().invoke(main, [str(path), "merged", "--dry-run", "--quiet"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "all checks passed; the merge would write 26.03 GB" in result.output
+    assert f"all checks passed; the merge would write {size / 1e9:.2f} GB" in result.output
+    if path.stem == "13b-all":
+        assert f"{size / 1e9:.2f}" == "26.03"
     assert sorted(here.rglob("*")) == before
     assert sum(file.stat().st_blocks for file in here.rglob("*.safetensors")) * 512 < 2**26
 
 
-def test_dry_run_without_the_tokenizer_line(here, monkeypatch, tmp_path):
+def test_dry_run_without_the_tokenizer_line(shallow, monkeypatch, tmp_path):
     """What the recipes' `tokenizer:` is for."""
     from mergekit_wp.merge.cli import main
 
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(shallow[0])
     text = (ROOT / "recipes" / "13b-all-ties.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text("\n".join(x for x in text.split("\n") if not x.startswith("tokenizer")))
     result = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml"), "--dry-run"])
