@@ -61,6 +61,11 @@ _PACKAGES = ("mergekit", "lm-eval", "torch", "transformers")
 )
 @click.option("--device", help="Where models run, such as cuda; default: cpu, and auto for a pretrained model.")
 @click.option("--data", type=Path, help="Official files whose training rows a real world learns, see `make real`.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of products while models are graded; default: the suite's. Scores, fits and merges are as ever.",
+)
 def main(
     seeds: str,
     out: Path | None,
@@ -76,6 +81,7 @@ def main(
     kind: str,
     device: str | None,
     data: Path | None,
+    dtype: str | None,
 ) -> None:
     """The paper's table of merges on the miniature world: four combinations, each by many methods, several seeds.
 
@@ -87,7 +93,7 @@ def main(
     variants, combinations = _chosen(read_variants(file) if file else VARIANTS, only, file is None)
     search = validation_only or file is not None
     choices = tuple(name for name in CHOICES if name in choose)
-    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices, data)
+    setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices, data, dtype)
     left = expected(setup, numbers)
     minutes = sum(SECONDS[kind] * count for kind, count in left.items()) / workers / 60
     todo = ", ".join(f"{count} {kind}" for kind, count in left.items() if count) or "nothing"
@@ -136,6 +142,8 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
     table = RivalTable(seeds, tuple(entry for result in results for entry in result.test), "test")
     worlds = ", ".join(f"{result.seed}: {result.world['hash']}" for result in results)
     notes = [f"Worlds, by their configuration hash: {worlds}."]
+    if setup.dtype:
+        notes.append(f"Graded with products in {setup.dtype}.")
     notes += remarks(setup.variants, {name: COMBINATIONS[name] for name in setup.combinations})
     write_text(setup.out / "table3.md", to_markdown(table, notes))
     write_text(setup.out / "table3.csv", to_csv(table))

@@ -87,18 +87,22 @@ def prefix_of(task: str) -> str:
     return task.partition("_")[0]
 
 
-def grade_settings(world: Path) -> list[Any]:
-    """What of the suite decides an answer, for keys. The batch size rounds, so here it counts."""
+def grade_settings(world: Path, dtype: str | None = None) -> list[Any]:
+    """What of the suite decides an answer, for keys. The batch size rounds, so here it counts.
+
+    dtype: of products, in the place of the suite's.
+    """
     suite = suite_of("test", world)
     tasks = [[task.task, task.metric, task.apply_chat_template] for task in suite.tasks]
-    return [suite.dtype, suite.batch_size, tasks]
+    return [dtype or suite.dtype, suite.batch_size, tasks]
 
 
 def grade(
     model: Path, world: Path, split: str, capabilities: Sequence[str], cache: Path, allow_code: bool,
-    device: str = "cpu",
+    device: str = "cpu", dtype: str | None = None,
 ) -> Grade:  # fmt: skip
-    """Grade a model folder. Call it in a process of one thread whose lm-eval may be quietened and patched.
+    """Grade a model folder, with products in `dtype` (default: the suite's). Call it in a process of one thread whose
+    lm-eval may be quietened and patched.
 
     Raises `BadInput` as wp-eval does, also for `code` without `allow_code`.
     """
@@ -110,7 +114,7 @@ def grade(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     suite, tasks = suite_of(split, world), [_ready(world, split, name, allow_code) for name in capabilities]
     settings = Settings(
-        device=str(pick_device(device)), dtype=suite.dtype, batch_size=suite.batch_size, limit=None,
+        device=str(pick_device(device)), dtype=dtype or suite.dtype, batch_size=suite.batch_size, limit=None,
         allow_code=allow_code, trust_remote_code=False, progress_bars=False,
     )  # fmt: skip
     with _right_programs_remembered():

@@ -66,6 +66,7 @@ class Setup:
     validation_only: bool = False
     choose: tuple[str, ...] = CHOICES
     data: Path | None = None
+    dtype: str | None = None
 
 
 Cell = tuple[str, Variant, Point]
@@ -367,8 +368,9 @@ def _grading(
     title: str,
     about: Mapping[str, Any],
 ) -> TableJob:
-    full = grade_key(key, split, capabilities, world, grade_settings(world.folder))
+    full = grade_key(key, split, capabilities, world, grade_settings(world.folder, setup.dtype))
     result = setup.out / "grades" / f"seed{world.seed}" / split / f"{prefix}{full}.json"
     about = {**about, "seed": world.seed, "world": world.hash12, "world_content": world.digest}
-    task = Grading(result, model, world.folder, split, capabilities, setup.out / "cache", setup.allow_code, about)
+    cache = setup.out / "cache"
+    task = Grading(result, model, world.folder, split, capabilities, cache, setup.allow_code, about, setup.dtype)
     return TableJob(str(result), split, title, grade_model, (task,), lambda: read_grade(result, split))

@@ -48,7 +48,8 @@ class MergeJob:
 
 @dataclass(frozen=True)
 class Grading:
-    """One model on one split. `about` is kept with the result; `model` is a merge, or a folder that is there."""
+    """One model on one split. `about` is kept with the result; `model` is a merge, or a folder that is there; `dtype`:
+    of products, else the suite's."""
 
     result: Path
     model: MergeJob | Path
@@ -58,6 +59,7 @@ class Grading:
     cache: Path
     allow_code: bool
     about: Mapping[str, Any]
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def grade_model(task: Grading) -> Grade:
     started = time.monotonic()
     folder = merge(task.model) if isinstance(task.model, MergeJob) else task.model
     merged = time.monotonic()
-    found = grade(folder, task.world, task.split, task.capabilities, task.cache, task.allow_code, _device)
+    found = grade(folder, task.world, task.split, task.capabilities, task.cache, task.allow_code, _device, task.dtype)
     content = {
         **task.about,
         "split": task.split,

@@ -6,8 +6,9 @@ in.
       passes        both models forward; then, by method,
       first_order   attr, from gradients          patching   writeback, atp (first order); exact, ap (one by one)
       convert       wp-pairs: other people's rows become pairs
-    over sweep (layer by layer, with an activation cache), hooks (one layer and what is kept of it), metrics (what is
-    read, gaps), accumulator (sums of a task), resume (finished layers), distributed
+    over packing (prompts in one row, where nothing is kept by prompt), sweep (layer by layer, with an activation
+    cache), hooks (one layer and what is kept of it), metrics (what is read, gaps), accumulator (sums of a task), resume
+    (finished layers), distributed
 
 `models/` holds a model resident or streams its layers from disk.
 """

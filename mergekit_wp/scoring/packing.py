@@ -9,7 +9,7 @@ so every activation is that of the prompt by itself. The gradient at the prefix 
 what scores sum anyway; so a packed batch serves where nothing is kept apart by prompt.
 
 The row costs one thing: attention is a dense product over all of it. `pack` compares operations a layer, and packs
-where that saves a tenth or more. It leaves batches as they are where a layer's attention or positions depend on more
+where that saves a tenth or more, up to rows of `_LONGEST` tokens, whose mask is small. It leaves batches as they are where a layer's attention or positions depend on more
 than the order of a prompt's own tokens: a sliding window that a prompt is longer than, rotary embeddings that look at
 the length, and attention kernels that take no mask.
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _MASKED = ("sdpa", "eager")  # attention of transformers that any mask can be given to
 _WORTH = 0.9
+_LONGEST = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def pack(batch: Batch, *stacks: Stack) -> Batch:
     # Each prompt keeps one token of its own, its last: where it is read is never in the prefix.
     prefix = min(int(alike_T.sum()), int(batch.last_B.min()))
     row = prefix + int((own_B - prefix).sum())
-    if not all(_may(stack, int(own_B.max())) and _pays(stack, batch, row) for stack in stacks):
+    if row > _LONGEST or not all(_may(stack, int(own_B.max())) and _pays(stack, batch, row) for stack in stacks):
         return batch
     return _packed(batch, prefix, own_B.tolist())
 

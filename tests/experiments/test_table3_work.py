@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from experiments.miniature.world import build_world
 from experiments.table3 import __main__ as command
 from experiments.table3 import work
 from experiments.table3.frozen import TrainedWorld
-from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade
+from experiments.table3.grade import TestGrade, ValidationGrade, _right_programs_remembered, grade, grade_settings
 from experiments.table3.keys import recipe, score_key
 from experiments.table3.variants import Point
 from experiments.table3.work import (
@@ -172,6 +174,32 @@ def test_models_run_where_the_worker_was_told(
         write_score(world.folder, "maths", {}, tmp_path / "s.safetensors", False)
     with pytest.raises(BadInput, match="cuda:99"):
         grade(world.folder / "maths", world.folder, "test", ("maths",), tmp_path, False, "cuda:99")
+
+
+def test_models_are_graded_in_the_dtype_that_was_asked_for(
+    world: TrainedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_wp.eval import rows
+
+    seen: list[str] = []
+    evaluate = rows.evaluate_model
+
+    def watched(model: Any, tasks: Any, settings: rows.Settings, *rest: Any) -> Any:
+        seen.append(settings.dtype)
+        return evaluate(model, tasks, settings, *rest)
+
+    monkeypatch.setattr(rows, "evaluate_model", watched)
+    task = Grading(
+        tmp_path / "g.json", world.folder / "maths", world.folder, "test", ("maths",), tmp_path, False, {}, "bfloat16"
+    )
+    grade_model(task)
+    grade_model(replace(task, dtype=None))
+    assert seen == ["bfloat16", "float32"]
+    assert (
+        grade_settings(world.folder, "bfloat16")
+        != grade_settings(world.folder)
+        == grade_settings(world.folder, "float32")
+    )
 
 
 def test_code_is_not_run_without_consent(world: TrainedWorld, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def test_when_it_is_packed() -> None:
     assert not packed(batch(8, 1, 59), stack()), "nothing is shared or padded"
     assert not packed(batch(1, 40, 20), stack()), "alone"
     assert not packed(batch(400, 40, 20), stack()), "attention over the whole row costs more"
+    assert not packed(batch(8, 4000, 50), stack()), "a long row"
     assert not packed(batch(8, 40, 20), stack(), stack(window=59))
     assert not packed(batch(8, 40, 20), stack(rope="dynamic"))
     assert not packed(batch(8, 40, 20), stack(attention="flash_attention_2"))
