@@ -9,9 +9,9 @@ so every activation is that of the prompt by itself. The gradient at the prefix 
 what scores sum anyway; so a packed batch serves where nothing is kept apart by prompt.
 
 The row costs one thing: attention is a dense product over all of it. `pack` compares operations a layer, and packs
-where that saves a tenth or more, up to rows of `_LONGEST` tokens, whose mask is small. It leaves batches as they are where a layer's attention or positions depend on more
-than the order of a prompt's own tokens: a sliding window that a prompt is longer than, rotary embeddings that look at
-the length, and attention kernels that take no mask.
+where that saves a tenth or more, up to rows of `_LONGEST` tokens, whose mask is small. It leaves batches as they are
+where a layer's attention or positions depend on more than the order of a prompt's own tokens: a sliding window that a
+prompt is longer than, rotary embeddings that look at the length, and attention kernels that take no mask.
 
 Legend: B prompts in a batch, T padded length, A positions read of each, S length of the row.
 """
