@@ -66,7 +66,6 @@ def step(folder: Path, prompts: int, tokens: int, answer: int, dtype: str, devic
             lessons.append(Lesson(k, ids, said, torch.randn(answer, merged.geometry.d_model, generator=generator)))
     batches = batch_lessons(lessons, prompts, (merged.base, *merged.experts))
     weights_N = torch.full((len(lessons),), 1 / len(lessons), dtype=torch.float64)
-    merged.read_head()
     begun = time.perf_counter()
     loss_and_gradient(merged, batches, weights_N, ROWS["base"], ProcessGroup(), lambda _done: None)
     synchronize(merged.device)
