@@ -84,7 +84,7 @@ def main(study_file: str, out: str, only: str | None, plan_only: bool, allow_cod
     keys = {part.name: made_of(part, study, inputs) for part in parts}
     why = {part.name: why_due(part, folder, keys[part.name]) for part in parts}
     if study.prompts and any(why[part.name] is not None and "prompts" in part.settings for part in parts):
-        assert inputs.ready  # prompts that cannot be used are found before the first part, not after it
+        inputs.check_prompts()  # before the first part, not after it
     if not quiet or plan_only:
         for part in parts:
             due = why[part.name]

@@ -90,6 +90,10 @@ class Inputs:
         except BadInput as error:
             raise BadInput(f"prompts: {error.message}") from error
 
+    def check_prompts(self) -> None:
+        """Raise `BadInput` where the prompts cannot be used with these models."""
+        _ = self.ready
+
     @cached_property
     def code_is_graded(self) -> bool:
         """Whether grading an answer to any of the prompts runs it. Raises `BadInput`."""
