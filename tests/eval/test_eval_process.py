@@ -17,6 +17,7 @@ import pytest
 from eval_world import cells, make_model, ran, results, wp_eval, write_held_tasks, write_suite, write_tasks
 from tiny import random_model, save
 from waiting import wait_for
+from warm import COMMAND, Fork, warm
 
 from mergekit_wp.eval import process
 from mergekit_wp.eval.models import open_model
@@ -83,16 +84,20 @@ def test_when_wp_eval_is_killed_its_child_goes_and_the_rerun_does_what_is_missin
 def kill_at(held: Path, place: str) -> None:
     """Kill wp-eval where its child waits; the child and its helper must go, and nothing be written."""
     (held / "marks" / f"hold-{place}").touch()
-    command = [sys.executable, "-m", "mergekit_wp.eval.cli", *map(str, arguments(held))]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if place == "start":  # an interpreter of its own; the other is a fork, which has its imports behind it
+        command = [sys.executable, "-m", "mergekit_wp.eval.cli", *map(str, arguments(held))]
+        parent: subprocess.Popen[bytes] | Fork = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    else:
+        parent = warm().start(COMMAND.format("mergekit_wp.eval.cli"), *arguments(held))
     try:
         pids = pids_at(held, place)
         assert not any(map(is_gone, pids))
-        parent.kill()  # SIGKILL: nobody can tidy up
-        parent.wait()
-        wait_for(lambda: all(map(is_gone, pids)), "the child and its helper to end", GONE_S)
     finally:
-        parent.kill()
+        parent.send_signal(signal.SIGKILL)  # nobody can tidy up
+        parent.wait()
+    wait_for(lambda: all(map(is_gone, pids)), "the child and its helper to end", GONE_S)
     assert not (held / "out" / "results.json").exists()
     (held / "marks" / f"hold-{place}").unlink()
 
