@@ -6,7 +6,7 @@ padded.
 
 A token's position is the one that it has in its own prompt, and it attends to the prefix and to its own prompt alone,
 so every activation is that of the prompt by itself. The gradient at the prefix is the sum over the prompts, which is
-what scores sum anyway; so a packed batch serves where nothing is kept apart by prompt.
+what scores sum anyway; so a packed batch serves where no gradient is kept apart by prompt.
 
 The row costs one thing: attention is a dense product over all of it. `pack` compares operations a layer, and packs
 where that saves a tenth or more, up to rows of `_LONGEST` tokens, whose mask is small. It leaves batches as they are

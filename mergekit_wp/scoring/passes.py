@@ -226,13 +226,14 @@ class PatchPlan:
 
     def width(self, pair: ModelPair, batch: Batch) -> int:
         """Components to stack on this batch: as many as the room and the most useful tokens allow, at least one."""
-        shape, (prompts, tokens) = pair.geometry, batch.ids_BT.shape
+        shape, (rows, tokens) = pair.geometry, batch.ids_BT.shape
         attention = 4 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
         if pair.base.tower.config._attn_implementation == "eager":
             attention += 3 * shape.heads * tokens
         # Float32 numbers that live at once: of a token in a layer, of a prompt at the output head.
-        floats = tokens * (8 * shape.d_model + max(attention, 3 * shape.neurons)) + 4 * shape.vocabulary
-        return max(1, min(self.most_tokens // (prompts * tokens), self.room // (4 * prompts * floats)))
+        floats = rows * tokens * (8 * shape.d_model + max(attention, 3 * shape.neurons))
+        floats += 4 * len(batch.last_B) * shape.vocabulary
+        return max(1, min(self.most_tokens // (rows * tokens), self.room // (4 * floats)))
 
 
 @torch.no_grad()

@@ -310,13 +310,7 @@ def sweep_down(
     processes: ProcessGroup, start: StartProgress,
 ) -> None:  # fmt: skip
     """First order, into the tasks' `runs`: each process takes its share of the batches."""
-    models = (pair.base, pair.expert)
-    items = [
-        # What is kept by prompt needs each prompt's own gradients, also where it begins as the others do.
-        BatchState(r, b if job.per_prompt else pack(b, *models), numbers)
-        for t, r in zip(tasks, runs, strict=True)
-        for numbers, b in numbered_batches(t.scoring, job.batch_size, *models, answers=t.answers)
-    ]
+    items = [item for task, run in zip(tasks, runs, strict=True) for item in _items(job, pair, task, run)]
     tick = start(sum(len(task.scoring) for task in tasks), "Scoring", "prompt")
     logits = pair.vocabulary / (pair.base.width * pair.base.depth)  # kept of the expert's, in tokens' activations
 
@@ -332,6 +326,16 @@ def sweep_down(
         run.gather(processes)
 
 
+def _items(job: ScoringJob, pair: ModelPair, task: TaskTokens, run: TaskAccumulator) -> list[BatchState]:
+    """A task's prompts in batches, packed where that pays; by first order, what is kept by prompt needs each prompt's
+    own gradients, also where it begins as the others do."""
+    models, apart = (pair.base, pair.expert), job.per_prompt and job.method not in PATCHING
+    return [
+        BatchState(run, batch if apart else pack(batch, *models), numbers)
+        for numbers, batch in numbered_batches(task.scoring, job.batch_size, *models, answers=task.answers)
+    ]
+
+
 def _patch(
     job: ScoringJob, pair: ModelPair, tasks: Sequence[TaskTokens], runs: Sequence[TaskAccumulator], subset: Subset,
     processes: ProcessGroup, resume: Resume, start: StartProgress,
@@ -344,12 +348,7 @@ def _patch(
     tick = start(chosen * sum(len(task.scoring) for task in tasks), f"Patching {chosen:,} components", "patch")
     plan = patch_plan(pair, subset, processes, tick)
     for number, (task, run) in enumerate(zip(tasks, runs, strict=True)):
-        items = [
-            BatchState(run, batch, numbers)
-            for numbers, batch in numbered_batches(
-                task.scoring, job.batch_size, pair.base, pair.expert, answers=task.answers
-            )
-        ]
+        items = _items(job, pair, task, run)
         passes = Passes(pair, job.method, items, keep_graphs=False, write=job.object != "activation")
         done = processes.tell([resume.load(number, layer, run.of(layer)) for layer in range(pair.geometry.layers)])
         order = [layer for layer in reversed(seen) if any(len(subset.of(kind, layer)) for kind in subset.masks)]

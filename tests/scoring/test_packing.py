@@ -60,7 +60,16 @@ KINDS = (*tiny.ARCHITECTURES, *tiny.FAMILIES, *tiny.WRAPPERS)
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [*((kind, "writeback") for kind in KINDS), ("qwen3", "attr"), ("gemma2", "attr"), ("qwen3", "atp")],
+    [
+        *((kind, "writeback") for kind in KINDS),
+        ("qwen3", "attr"),
+        ("gemma2", "attr"),
+        ("qwen3", "atp"),
+        ("llama", "exact"),
+        ("gemma2", "exact"),
+        ("olmo2", "exact"),
+        ("qwen3", "ap"),
+    ],
 )
 def test_scores_are_those_of_each_prompt_by_itself(
     tmp_path: Path, started: list[Batch], kind: str, method: str
@@ -104,11 +113,17 @@ def test_in_sixteen_bits_the_mask_is_one_that_attention_takes(tmp_path: Path, st
         started.clear()
 
 
+def test_patched_one_by_one_and_kept_by_prompt(tmp_path: Path, started: list[Batch]) -> None:
+    job = replace(job_of(tmp_path, "qwen3", utility="kl"), method="exact", per_prompt=True)
+    together = score(replace(job, batch_size=7))
+    assert any(isinstance(batch, PackedBatch) for batch in started)
+    assert_close(together, score(replace(job, batch_size=1)))
+
+
 def test_left_as_they_are(tmp_path: Path, started: list[Batch]) -> None:
-    """By prompt, replaced one by one, under a window that a prompt is longer than."""
+    """First order by prompt, and under a window that a prompt is longer than."""
     job = replace(job_of(tmp_path, "llama", utility="kl"), batch_size=7)
     score(replace(job, per_prompt=True))
-    score(replace(job, method="exact", layers=0, components="heads"))
     (tmp_path / "window").mkdir()
     sliding = job_for(tmp_path / "window", "mistral", contrast=False, utility="kl", batch_size=7)
     score(replace(sliding, pairs=job.pairs))
