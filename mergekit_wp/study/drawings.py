@@ -48,6 +48,15 @@ class Shown(NamedTuple):
     scores: str = ""
 
 
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend over the panels, in as many columns as the picture is wide enough for."""
+    for columns in range(max(1, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
 def layer_bars(
     panels: Mapping[str, Mapping[str, Sequence[int]]], what: str, description: str, by_task: bool = False
 ) -> Markup:
@@ -72,7 +81,7 @@ def layer_bars(
         axes[0].set_ylabel(what)
         handles, labels = axes[0].get_legend_handles_labels()
         if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+            legend_above(figure, handles, labels)
     return to_svg(figure, description)
 
 
@@ -203,8 +212,7 @@ def dots(
             axes.xaxis.set_minor_formatter(lambda _value, _: "")
             axes.set_xlabel(what)
             axes.set_title(title, fontsize=10)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False)
+        legend_above(figure, *figure.axes[0].get_legend_handles_labels())
     return to_svg(figure, description)
 
 
@@ -254,7 +262,7 @@ def word_bars(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], d
             of_task(each, name)
         for each in axes[len(panels) :]:
             each.set_visible(False)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        legend_above(figure, *axes[0].get_legend_handles_labels())
         return to_svg(figure, description)
 
 
@@ -295,8 +303,7 @@ def set_curves(panels: Mapping[tuple[str, str], Sequence[Curve]], description: s
                 axes.set_xlabel("components in the set, %")
             if column == columns[0]:
                 axes.set_ylabel(label_of(row))
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        legend_above(figure, *grid[0][0].get_legend_handles_labels())
     return to_svg(figure, description)
 
 

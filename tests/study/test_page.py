@@ -17,6 +17,7 @@ import pytest
 import torch
 from chromium import launched, pixels
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from study_world import SHAPE, inputs_of, scores
 
 from mergekit_wp.page import figure, frame, grid, section
@@ -265,3 +266,16 @@ def test_the_page_forbids_requests_and_other_scripts(browser: Any, tmp_path: Pat
         page.close()
     server.shutdown()
     server.server_close()
+
+
+def test_a_legend_is_as_wide_as_its_picture_at_most() -> None:
+    labels = ["random", "random, as many a layer", "worst of the ranking", "top of the ranking"]
+    found = {}
+    for width in (4.4, 6.6, 20):
+        figure = Figure(figsize=(width, 3), layout="constrained", dpi=72)
+        lines = [figure.subplots().plot([0, 1], label=label)[0] for label in labels]
+        drawings.legend_above(figure, lines, labels)
+        (legend,) = figure.legends
+        assert legend.get_window_extent().width <= figure.bbox.width
+        found[width] = legend._ncols
+    assert 1 <= found[4.4] <= found[6.6] < found[20] == 4
