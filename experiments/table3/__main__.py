@@ -23,7 +23,7 @@ from experiments.table3.grid import read_variants
 from experiments.table3.jobs import CHOICES, SECONDS, SeedResult, Setup, expected, seed_plan
 from experiments.table3.schedule import TableProgress, pool, run
 from experiments.table3.table import RivalTable, by_setting
-from experiments.table3.variants import BASELINE, COMBINATIONS, VARIANTS, Variant
+from experiments.table3.variants import BASELINE, COMBINATIONS, FOR_PRETRAINED, VARIANTS, Variant
 from experiments.table3.work import prepare
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import check_writable_parent, write_text
@@ -90,7 +90,8 @@ def main(
     """
     numbers = _seeds(seeds)
     out = out or Path("runs/table3" if kind == "near" else f"runs/table3-{kind}")
-    variants, combinations = _chosen(read_variants(file) if file else VARIANTS, only, file is None)
+    known = (*VARIANTS, *FOR_PRETRAINED) if kind.startswith("real") else VARIANTS
+    variants, combinations = _chosen(read_variants(file) if file else known, only, file is None)
     search = validation_only or file is not None
     choices = tuple(name for name in CHOICES if name in choose)
     setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices, data, dtype)

@@ -206,6 +206,12 @@ VARIANTS: tuple[Variant, ...] = (
     _wp("writeback, staged", "The anchor up to its layer, the next token above.", "writeback", "staged", "utilities"),
 )  # fmt: skip
 
+FOR_PRETRAINED: tuple[Variant, ...] = (
+    _fit("fit, component, short", "A weight for every head and neuron, in 25 steps of 8 prompts an expert: wp-fit's 50 "
+         "steps of 32 take the best part of an hour on a CPU.", family="component", steps=25, prompts_a_step=8),
+)  # fmt: skip
+"""What only the tables of a pretrained model have beside those."""
+
 
 def slug(text: str) -> str:
     """Text as part of a file name."""
