@@ -140,7 +140,8 @@ def _write(results: list[SeedResult], setup: Setup, seeds: tuple[int, ...]) -> N
         return
     from experiments.table3.html import to_html
 
-    table = RivalTable(seeds, tuple(entry for result in results for entry in result.test), "test")
+    world = "a pretrained model" if setup.kind.startswith("real") else RivalTable.world
+    table = RivalTable(seeds, tuple(entry for result in results for entry in result.test), "test", world)
     worlds = ", ".join(f"{result.seed}: {result.world['hash']}" for result in results)
     notes = [f"Worlds, by their configuration hash: {worlds}."]
     if setup.dtype:

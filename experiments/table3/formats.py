@@ -64,7 +64,7 @@ def caption(table: RivalTable) -> list[str]:
     seeds = ", ".join(map(str, table.seeds))
     lines = [
         f"Percent of {table.split} items answered right, {items} a capability; mean over {n} "
-        f"{'seeds' if n > 1 else 'seed'} of the miniature world ({seeds})"
+        f"{'seeds' if n > 1 else 'seed'} of {table.world} ({seeds})"
         + (", ± the standard error over seeds." if n > 1 else "; one seed says nothing about the spread."),
         f"Differences are to {BASELINE}, seed by seed, so what a seed does to all methods alike cancels.",
         f"By the draw of items alone a cell of one seed has a standard error of up to {item_error(items):.1f} points, "
@@ -177,7 +177,7 @@ def to_text(table: RivalTable, notes: Sequence[str] = ()) -> str:
 
 def to_markdown(table: RivalTable, notes: Sequence[str] = ()) -> str:
     """GitHub tables: the summaries, then a section a combination; the best method of each column is bold."""
-    parts = ["# Merges on the miniature world"]
+    parts = [f"# Merges on {table.world}"]
     for column, title in SUMMARIES.items():
         parts += [f"{title}:", _markdown(summary(table, column))]
     parts.append(_star(" ".join([*caption(table), *notes])))

@@ -44,7 +44,7 @@ def to_html(table: RivalTable, notes: Sequence[str] = ()) -> str:
         groups = {group: title for group, title in GROUPS.items() if table.of(combination, group)}
         blocks = [(title, grid_of(table, combination, group)) for group, title in groups.items()]
         sections.append(section(combination, render_text(_BLOCKS, blocks=blocks, grid=grid)))
-    return frame("Merges on the miniature world", _LEAD, Markup("").join(sections))
+    return frame(f"Merges on {table.world}", _LEAD, Markup("").join(sections))
 
 
 def picture(table: RivalTable) -> Markup:

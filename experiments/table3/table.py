@@ -82,11 +82,12 @@ class RivalRow:
 
 @dataclass(frozen=True)
 class RivalTable:
-    """The rows of `entries`, in their order; only those that every seed has."""
+    """The rows of `entries`, in their order; only those that every seed has. `world`: what the models are."""
 
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
     split: str
+    world: str = "the miniature world"
 
     @cached_property
     def rows(self) -> list[RivalRow]:

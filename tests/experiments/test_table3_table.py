@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -184,6 +185,14 @@ def test_the_verdict_names_the_winner_where_wp_is_and_what_lies_between_even_whe
             for other, which in ((unlabelled, "without labels"), (4, "with them")):
                 paired = seeds[:, 2] - seeds[:, other]
                 assert f"less {titles[other]}, the best other {which}, {paired.mean():+.1f} ± " in said
+
+
+def test_a_table_says_what_its_models_are() -> None:
+    for write in (to_text, to_markdown, to_html):
+        for world, other in (("the miniature world", "pretrained"), ("a pretrained model", "miniature")):
+            text = str(write(replace(make_table(), world=world)))
+            assert world in text
+            assert other not in text
 
 
 def test_markdown_marks_the_best_of_each_column() -> None:
