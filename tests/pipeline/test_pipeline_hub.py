@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 from loopback_hub import Fault, LoopbackHub
 from pipeline_world import build, pipeline_of, wp_run
 from push_world import TOKEN, front_matter, licence
+from waiting import wait_for
 from warm import WP_RUN, warm
 
 REPO = "alice/merged"
@@ -25,6 +26,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def still_there(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_one_run_scores_merges_grades_and_pushes(world: Path) -> None:
     """Killed in the middle of the upload, run again; then once more, which must send and commit nothing."""
     file = pipeline_of(world, "all", push={"merge": "wp", "to": REPO, "private": True, "parents": PARENTS})
@@ -35,11 +43,14 @@ def test_one_run_scores_merges_grades_and_pushes(world: Path) -> None:
         hub.faults.append(hold)
         run = warm().start(WP_RUN, file.name, cwd=world, **variables)
         assert hold.reached.wait(240), run.said()
+        steps = psutil.Process(run.pid).children(recursive=True)
+        assert steps
         run.send_signal(signal.SIGKILL)
         run.wait()
         said = run.said()
         hold.release.set()
-        time.sleep(0.5)
+        # What it started dies with it, and only then lets go of what it was writing.
+        wait_for(lambda: not any(map(still_there, steps)), "the step to end")
         assert not hub.repos[REPO].files.keys() & {"README.md", "config.json"}
 
         said += wp_run(world, file.name, **variables)
