@@ -42,6 +42,8 @@ real: .venv/real-ready
 	$(BIN)/python -m experiments.real --kind far $(if $(DATA),--data $(DATA))
 	$(BIN)/python -m experiments.table3 --kind real-far $(REAL) $(if $(DATA),--data $(DATA))
 
+# One thread: in CI it runs beside the tests, and two threads that wait for one another then take minutes a step.
+real-smoke: export OMP_NUM_THREADS := 1
 real-smoke: .venv/real-ready
 	$(BIN)/python -m experiments.real --kind smoke
 	$(BIN)/python -m experiments.table3 --kind real-smoke --seeds 0 --choose none --only "code + maths" --only "average" --only "WP (ours)" --allow-code-execution
