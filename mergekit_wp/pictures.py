@@ -277,9 +277,7 @@ def _draw_panels(
     panels = np.atleast_1d(figure.subplots(1, len(shares)))
     for axes, (components, share_KL) in zip(panels, shares.items(), strict=True):
         draw_shares(axes, share_KL, names, components, faint.get(components))
-    handles, labels = panels[0].get_legend_handles_labels()
-    columns = min(len(names), 3)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=1)
+    legend_above(figure, *panels[0].get_legend_handles_labels(), handlelength=1)
 
 
 def are_shares(weight_KL: np.ndarray) -> bool:
@@ -334,6 +332,15 @@ def recovery_lines(curve: RecoveryCurve, colour: str, name: str) -> Markup:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         figure.legend(loc="outside right center", frameon=False, handlelength=2)
     return to_svg(figure, f"How much of the capability of {name} steering recovers, by layer; chosen: {curve.chosen}")
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
+    """A legend over the panels, in as many columns as the picture is wide enough for."""
+    for columns in range(max(1, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, **style)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def label_of(name: str) -> str:

@@ -11,16 +11,16 @@ correlation over all. Printed are the means of the draws, and the lowest and hig
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 import torch
 
 from mergekit_wp.geometry import Kind
-from mergekit_wp.prompt_scores import PromptScores
+from mergekit_wp.intervals import rescored
 from mergekit_wp.ranking import spearman
-from mergekit_wp.scores import read_scores
+from mergekit_wp.scores import Scores, read_scores
+from mergekit_wp.study.sets import Shared, top_set
 
 JUDGES = 100
 SIZES = (5, 10, 25, 50, 100)
@@ -29,35 +29,27 @@ TOP = {Kind.HEAD: 10, Kind.NEURON: 50}
 
 def write_pairs(capability: str, count: int, seed: int, out: Path) -> None:
     """Prompts of the split that the real world scores with."""
+    from experiments.miniature.lm_eval_tasks import write_jsonl
     from experiments.real.real_items import graded_items, pairs_row
 
-    rows = [pairs_row(item) for item in graded_items(capability, "pairs", count, seed)]
-    out.write_text("".join(json.dumps({**row, "task": capability}) + "\n" for row in rows), encoding="utf-8")
+    items = graded_items(capability, "pairs", count, seed)
+    write_jsonl(out, [{**pairs_row(item), "task": capability} for item in items])
 
 
-def by(prompts: PromptScores, kind: Kind, chosen: torch.Tensor) -> torch.Tensor:
-    """Scores [L * n] by some of the prompts, numbered from 0."""
-    (used_P,) = prompts.used.values()
-    table_PLn = getattr(prompts, kind)
-    return (table_PLn[chosen].sum(0) / used_P[chosen].sum().clamp(min=1)).flatten()
-
-
-def overlap(one_n: torch.Tensor, other_n: torch.Tensor, k: int) -> float:
-    tops = [set(scores.topk(k).indices.tolist()) for scores in (one_n, other_n)]
-    return len(tops[0] & tops[1]) / k
-
-
-def compare(prompts: PromptScores, size: int, draws: int, seed: int) -> list[torch.Tensor]:
+def compare(scores: Scores, task: str, size: int, draws: int, seed: int) -> list[torch.Tensor]:
     """[draws] of each column: overlap and Spearman of heads, of neurons."""
-    generator, found = torch.Generator().manual_seed(seed), []
-    for _ in range(draws):
-        drawn = torch.randperm(len(prompts.heads), generator=generator)
-        row = []
-        for kind in Kind:
-            few, judges = (by(prompts, kind, part) for part in (drawn[JUDGES : JUDGES + size], drawn[:JUDGES]))
-            row += [overlap(few, judges, TOP[kind]), spearman(few, judges) or 0.0]
-        found.append(row)
-    return list(torch.tensor(found, dtype=torch.float64).T)
+    count, generator = len((scores.meta.prompt_ids or {})[task]), torch.Generator().manual_seed(seed)
+    order_DP = torch.stack([torch.randperm(count, generator=generator) for _ in range(draws)])
+    parts = order_DP[:, JUDGES : JUDGES + size], order_DP[:, :JUDGES]
+    counts = [torch.zeros(draws, count).scatter_(1, chosen, 1.0) for chosen in parts]
+    columns: list[torch.Tensor] = []
+    for kind in Kind:
+        layers = range(scores.meta.geometry.layers)
+        few_DN, judges_DN = (torch.cat([rescored(scores, task, kind, x, c) for x in layers], 1) for c in counts)
+        pairs = list(zip(few_DN, judges_DN, strict=True))
+        shared = [Shared.of(*(top_set(x, TOP[kind]) for x in pair)).share or 0.0 for pair in pairs]
+        columns += [torch.tensor(shared), torch.tensor([spearman(*pair) or 0.0 for pair in pairs])]
+    return columns
 
 
 @click.command()
@@ -76,7 +68,8 @@ def main(scores: Path | None, draws: int, seed: int, pairs: str | None, count: i
         return
     if scores is None:
         raise click.UsageError("give a score file that was made with --per-prompt, or --pairs")
-    for task, found in read_scores(scores).tasks.items():
+    file = read_scores(scores)
+    for task, found in file.tasks.items():
         if found.prompts is None:
             raise click.UsageError(f"{scores}: {task} has nothing by prompt; score with --per-prompt")
         sizes = [size for size in SIZES if JUDGES + size <= len(found.prompts.heads)]
@@ -85,7 +78,7 @@ def main(scores: Path | None, draws: int, seed: int, pairs: str | None, count: i
             "| prompts | top 10 heads | Spearman, heads | top 50 neurons | Spearman, neurons |\n|---|---|---|---|---|"
         )
         for size in sizes:
-            columns = compare(found.prompts, size, draws, seed)
+            columns = compare(file, task, size, draws, seed)
             cells = [f"{x.mean():.2f} ({x.min():.2f} to {x.max():.2f})" for x in columns]
             click.echo(f"| {size} | {' | '.join(cells)} |")
         click.echo(f"| by chance | {10 / found.heads.numel():.2f} | 0 | {50 / found.neurons.numel():.3f} | 0 |\n")

@@ -27,7 +27,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -46,7 +45,7 @@ from common import (
 
 from mergekit_wp.scoring.accumulator import TaskAccumulator
 from mergekit_wp.scoring.batching import Batch
-from mergekit_wp.scoring.metrics import CosineMetric, KLMetric, Metric, anchor_utility, kl_utility
+from mergekit_wp.scoring.metrics import CosineMetric, KLMetric, Metric
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.packing import pack
 from mergekit_wp.scoring.passes import BatchState, Passes, first_order
@@ -57,29 +56,15 @@ from mergekit_wp.subset import Subset
 METHODS = ("per-sample", "batched", "attr", "writeback", "packed")
 
 
-@dataclass(frozen=True)
-class Read:
-    """Where and how runs are read: above `layer`, against a direction [D] (anchor) or the expert's logits (kl)."""
-
-    utility: str
-    layer: int
-    direction_D: torch.Tensor
-
-    def metric(self, pair: ModelPair) -> Metric:
-        if self.utility == "kl":
-            return KLMetric("kl", self.layer, pair.vocabulary)
-        return CosineMetric("anchor", self.layer, self.direction_D)
-
-
 def residual_at(stack, batch: Batch, layer: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """z [B, D] of a plain run up to `layer`."""
     *_, (_layer, streams) = forward_sweep(stack, [stack.start(batch)], layer + 1)
     return batch.at_anchor(streams[0])
 
 
-def by_autograd(pair: ModelPair, batch: Batch, read: Read, per_sample: bool) -> None:
+def by_autograd(pair: ModelPair, batch: Batch, metric: Metric, per_sample: bool) -> None:
     """Every head's and neuron's share of sum(dtheta * dF/dtheta), by autograd on the weights of layers <= `layer`."""
-    model, expert, layer = pair.base.model, pair.expert.model, read.layer
+    model, expert, layer = pair.base.model, pair.expert.model, metric.layer
     layers = model.model.layers
     names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     owned = [(n, i) for i in range(layer + 1) for n in names]
@@ -95,13 +80,9 @@ def by_autograd(pair: ModelPair, batch: Batch, read: Read, per_sample: bool) -> 
         model.model(input_ids=part.ids_BT, use_cache=False)
         model.model.layers = whole
         handle.remove()
-        expert_BD, base_BD = residual_at(pair.expert, part, layer), part.at_anchor(found[0])
-        if read.utility == "kl":
-            with torch.no_grad():
-                wanted_BV = pair.expert.logits(expert_BD, pair.vocabulary)
-            kl_utility(pair.base.logits(base_BD, pair.vocabulary), wanted_BV).sum().backward()
-        else:  # where the gap alone needs the expert's run
-            anchor_utility(base_BD, read.direction_D).sum().backward()
+        with torch.no_grad():
+            target = metric.target(pair.expert, residual_at(pair.expert, part, layer))
+        metric.values(pair.base, part.at_anchor(found[0]), target).sum().backward()
         for (name, i), weight in zip(owned, weights, strict=True):
             assert weight.grad is not None
             delta = expert.model.layers[i].get_submodule(name).weight - weight.detach()
@@ -111,9 +92,9 @@ def by_autograd(pair: ModelPair, batch: Batch, read: Read, per_sample: bool) -> 
         weight.requires_grad_(False)
 
 
-def by_groups(method: str, pair: ModelPair, batch: Batch, read: Read, size: int) -> None:
+def by_groups(method: str, pair: ModelPair, batch: Batch, metric: Metric, size: int) -> None:
     packed, method = method == "packed", "writeback" if method == "packed" else method
-    run = TaskAccumulator("benchmark", method, pair.geometry, (read.metric(pair),), "mean", 0.0, pair.device)
+    run = TaskAccumulator("benchmark", method, pair.geometry, (metric,), "mean", 0.0, pair.device)
     for start in range(0, len(batch.last_B), size):
         rows = slice(start, start + size)
         part = Batch(batch.ids_BT[rows], batch.last_B[rows], batch.answer_B[rows])
@@ -200,13 +181,15 @@ def main(
 def works(
     pair: ModelPair, batch: Batch, batch_size: int, anchor: int, utility: str = "anchor"
 ) -> dict[str, Callable[[], None]]:
-    read = Read(utility, anchor, residual_at(pair.expert, batch, anchor).mean(0))
+    metric: Metric = KLMetric("kl", anchor, pair.vocabulary)
+    if utility == "anchor":
+        metric = CosineMetric("anchor", anchor, residual_at(pair.expert, batch, anchor).mean(0))
     found: dict[str, Callable[[], None]] = {
-        "per-sample": lambda: by_autograd(pair, batch, read, per_sample=True),
-        "batched": lambda: by_autograd(pair, batch, read, per_sample=False),
+        "per-sample": lambda: by_autograd(pair, batch, metric, per_sample=True),
+        "batched": lambda: by_autograd(pair, batch, metric, per_sample=False),
     }
     for method in ("attr", "writeback", "packed"):
-        found[method] = lambda method=method: by_groups(method, pair, batch, read, batch_size)  # type: ignore[misc]
+        found[method] = lambda method=method: by_groups(method, pair, batch, metric, batch_size)  # type: ignore[misc]
     return found
 
 

@@ -76,21 +76,16 @@ def pack(batch: Batch, *stacks: Stack) -> Batch:
 def _may(stack: Stack, longest: int) -> bool:
     config = stack.tower.config
     window = getattr(config, "sliding_window", None)
-    return (
-        config._attn_implementation in _MASKED
-        and stack.lengths.fixed
-        and (window is None or longest <= window)
-        and getattr(config, "attention_chunk_size", None) is None
-    )
+    return config._attn_implementation in _MASKED and stack.lengths.fixed and (window is None or longest <= window)
 
 
 def _pays(stack: Stack, batch: Batch, row: int) -> bool:
     """Whether the row takes fewer operations in a layer: those of its weights, and attention over all of it."""
     prompts, padded = batch.ids_BT.shape
-    config = stack.tower.config
-    weights = sum(p.numel() for p in stack.tower.layers[0].parameters() if p.ndim == 2)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attended = 2 * config.num_attention_heads * head_dim  # multiplications of a token with one that it attends to
+    layer = stack.tower.layers[0]
+    weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    # Multiplications of a token with one that it attends to: twice what all heads read.
+    attended = 2 * layer.self_attn.o_proj.weight.shape[1]
     cost = row * (weights + row * attended)
     return cost < _WORTH * prompts * padded * (weights + padded * attended)
 

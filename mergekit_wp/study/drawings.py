@@ -28,6 +28,7 @@ from mergekit_wp.pictures import (
     expert_colour,
     integer_ticks,
     label_of,
+    legend_above,
     of_task,
     shades,
     titled,
@@ -46,15 +47,6 @@ class Shown(NamedTuple):
     picture: Markup
     task: str = ""
     scores: str = ""
-
-
-def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend over the panels, in as many columns as the picture is wide enough for."""
-    for columns in range(max(1, len(labels)), 0, -1):
-        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            return
-        legend.remove()
 
 
 def layer_bars(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from eval_world import cells, make_model, ran, results, wp_eval, write_held_tasks, write_suite, write_tasks
 from tiny import random_model, save
-from waiting import wait_for
+from waiting import is_gone, wait_for
 from warm import COMMAND, Fork, warm
 
 from mergekit_wp.eval import process
@@ -38,10 +38,6 @@ def held(tmp_path: Path) -> Path:
 
 def arguments(held: Path, out: str = "out") -> list[object]:
     return [held / "suite.yaml", f"m={held / 'model'}", "--out", held / out]
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def pids_at(held: Path, place: str) -> list[int]:

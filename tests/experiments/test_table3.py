@@ -6,15 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
+from waiting import is_gone, wait_for
 
 from experiments.miniature.items import CAPABILITIES
 from experiments.miniature.training import WorldConfig
@@ -499,8 +498,4 @@ def test_a_killed_run_leaves_no_worker_behind() -> None:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         parent.kill()
-    for _ in range(100):
-        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"worker {worker} is still there")
+    wait_for(lambda: is_gone(worker), f"worker {worker} to end", 10)

@@ -11,7 +11,7 @@ import pytest
 from loopback_hub import Fault, LoopbackHub
 from pipeline_world import build, pipeline_of, wp_run
 from push_world import TOKEN, front_matter, licence
-from waiting import wait_for
+from waiting import is_gone, wait_for
 from warm import WP_RUN, warm
 
 REPO = "alice/merged"
@@ -24,13 +24,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("base", "one", "two"):
         licence(root / name, "apache-2.0")
     return root
-
-
-def still_there(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_one_run_scores_merges_grades_and_pushes(world: Path) -> None:
@@ -50,7 +43,7 @@ def test_one_run_scores_merges_grades_and_pushes(world: Path) -> None:
         said = run.said()
         hold.release.set()
         # What it started dies with it, and only then lets go of what it was writing.
-        wait_for(lambda: not any(map(still_there, steps)), "the step to end")
+        wait_for(lambda: all(map(is_gone, steps)), "the step to end")
         assert not hub.repos[REPO].files.keys() & {"README.md", "config.json"}
 
         said += wp_run(world, file.name, **variables)

@@ -133,11 +133,9 @@ def test_left_as_they_are(tmp_path: Path, started: list[Batch]) -> None:
 
 def stack(window: int | None = None, rope: str = "default", attention: str = "sdpa") -> Any:
     """What `pack` asks of a model: 64 wide, a token costs 40,000 operations in a layer's weights."""
-    config = SimpleNamespace(
-        sliding_window=window, _attn_implementation=attention, num_attention_heads=4, head_dim=16, hidden_size=64
-    )
+    config = SimpleNamespace(sliding_window=window, _attn_implementation=attention)
     lengths = Lengths({"rope_parameters": {"rope_type": rope}, "max_position_embeddings": 512})
-    layer = torch.nn.Linear(200, 200)
+    layer = torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"o_proj": torch.nn.Linear(64, 625)})})
     return SimpleNamespace(tower=SimpleNamespace(config=config, layers=[layer]), lengths=lengths)
 
 

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from study_world import SHAPE, inputs_of, scores
 
 from mergekit_wp.page import figure, frame, grid, section
+from mergekit_wp.pictures import legend_above
 from mergekit_wp.scores import Scores, TaskScores
 from mergekit_wp.study import drawings, maps, parts
 from mergekit_wp.study.parts import QUESTIONS, Answer, Note, Part, PartResult, write_page, write_part
@@ -274,7 +275,7 @@ def test_a_legend_is_as_wide_as_its_picture_at_most() -> None:
     for width in (4.4, 6.6, 20):
         figure = Figure(figsize=(width, 3), layout="constrained", dpi=72)
         lines = [figure.subplots().plot([0, 1], label=label)[0] for label in labels]
-        drawings.legend_above(figure, lines, labels)
+        legend_above(figure, lines, labels)
         (legend,) = figure.legends
         assert legend.get_window_extent().width <= figure.bbox.width
         found[width] = legend._ncols

@@ -14,19 +14,12 @@ import pytest
 from conftest import DEVICE, environment, wp_eval
 from eval_world import write_held_tasks, write_suite
 from tiny import random_model, save
-from waiting import wait_for
+from waiting import is_gone, wait_for
 from worlds import MODELS
 
 GONE_S = 20
 # Each worker of vLLM on a CPU is bound to cores: two of them on one node must be told which.
 CORES = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:  # `is_running` also tells a process from a later one with its number
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.fixture
@@ -65,7 +58,7 @@ def test_when_wp_eval_is_killed_no_process_of_vllm_stays_and_the_rerun_does_what
         assert len(spawned) == (workers if workers > 1 else 0)
         parent.kill()  # SIGKILL: nobody can tidy up
         parent.wait()
-        wait_for(lambda: not any(map(is_alive, everyone)), "vLLM to end", GONE_S)
+        wait_for(lambda: all(map(is_gone, everyone)), "vLLM to end", GONE_S)
     finally:
         parent.kill()
     assert not (held / "out" / "results.json").exists()
