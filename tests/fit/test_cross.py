@@ -74,6 +74,13 @@ def test_harm_is_shrunk_and_no_weight_is_below_nothing():
     assert found_K.min() >= 0
 
 
+def test_packed_prompts_are_no_input(tmp_path):
+    world = LessonWorld(tmp_path, "llama", alike=range(20, 30))
+    average = FusionWeights.uniform(world.geometry, [0.4, 0.6])
+    with pytest.raises(AssertionError):
+        cross_weights(world.merged, world.batches, torch.ones(5, dtype=torch.float64), average, V, ALONE, quiet)
+
+
 def test_what_is_no_component_keeps_the_average(tmp_path):
     world = LessonWorld(tmp_path, "llama")
     average = FusionWeights.uniform(world.geometry, [0.4, 0.6])

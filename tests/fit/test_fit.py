@@ -28,6 +28,7 @@ from mergekit_wp.fit.objective import Lesson, hold_out
 from mergekit_wp.fit_file import FittedPrompts, Kept, LossAt, read_fit
 from mergekit_wp.scoring.batching import batches
 from mergekit_wp.scoring.models.merged import MergedStack
+from mergekit_wp.scoring.packing import PackedBatch
 from mergekit_wp.scoring.pairs import read_pairs
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.sweep import forward_sweep
@@ -83,6 +84,20 @@ def test_the_fit_recovers_more_than_what_it_started_from_and_says_how(world):
     rows = [json.loads(line) for line in (world / "first.expert1.answers.jsonl").read_text().splitlines()]
     assert len(rows) == 1 + 8
     assert all(1 <= len(row["answer"]) <= 3 for row in rows[1:])
+
+
+def test_cross_effects_are_read_off_each_prompt_by_itself(world, monkeypatch):
+    asked, batched = [], module.batch_lessons
+
+    def watched(*args, by_prompt=False):
+        found = batched(*args, by_prompt=by_prompt)
+        asked.append((by_prompt, any(isinstance(each.batch, PackedBatch) for each in found)))
+        return found
+
+    monkeypatch.setattr(module, "batch_lessons", watched)
+    fit(job_of(world, family="cross", batch_size=8))
+    assert {(True, False), (False, True)} <= set(asked)
+    assert (True, True) not in asked
 
 
 @pytest.mark.parametrize("family", ["scale", "expert", "layer", "cross"])

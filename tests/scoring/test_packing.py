@@ -21,6 +21,7 @@ from mergekit_wp.scoring.batching import Batch, Lengths, pick
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.packing import PackedBatch, pack
+from mergekit_wp.scoring.passes import PatchPlan
 from mergekit_wp.scoring.score import score
 
 ALIKE = 12  # words that every prompt begins with, more than a prompt's own
@@ -181,8 +182,20 @@ def test_when_it_is_packed() -> None:
     assert packed(batch(8, 40, 20), stack(), stack(window=60))
     assert not packed(batch(8, 1, 59), stack()), "nothing is shared or padded"
     assert not packed(batch(1, 40, 20), stack()), "alone"
-    assert not packed(batch(400, 40, 20), stack()), "attention over the whole row costs more"
+    assert packed(batch(3, 10, 20), stack())
+    assert not packed(batch(150, 10, 20), stack()), "attention over the whole row costs more"
     assert not packed(batch(8, 4000, 50), stack()), "a long row"
     assert not packed(batch(8, 40, 20), stack(), stack(window=59))
     assert not packed(batch(8, 40, 20), stack(rope="dynamic"))
     assert not packed(batch(8, 40, 20), stack(attention="flash_attention_2"))
+
+
+def test_logits_of_all_prompts_of_a_row_fit_into_the_room() -> None:
+    ids_BT = torch.cat([torch.ones(8, 40), torch.arange(160).reshape(8, 20)], 1).long()
+    row = pack(Batch(ids_BT, torch.full((8,), 59), torch.ones(8, dtype=torch.long)), stack())
+    assert len(row.ids_BT) == 1
+    shape = SimpleNamespace(heads=1, head_dim=1, kv_heads=1, d_model=1, neurons=1, vocabulary=100_000)
+    pair: Any = SimpleNamespace(geometry=shape, base=stack())
+    logits = 4 * 8 * shape.vocabulary  # bytes, of one component
+    plan = PatchPlan(None, 20 * logits, 10**9, None, lambda _done: None)  # type: ignore[arg-type]
+    assert 1 < plan.width(pair, row) <= 20

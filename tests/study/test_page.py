@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from study_world import SHAPE, inputs_of, scores
 
+from mergekit_wp import page as page_module
 from mergekit_wp.page import figure, frame, grid, section
 from mergekit_wp.pictures import legend_above
 from mergekit_wp.scores import Scores, TaskScores
@@ -280,3 +281,14 @@ def test_a_legend_is_as_wide_as_its_picture_at_most() -> None:
         assert legend.get_window_extent().width <= figure.bbox.width
         found[width] = legend._ncols
     assert 1 <= found[4.4] <= found[6.6] < found[20] == 4
+
+
+def test_no_text_in_a_template_has_a_line_break() -> None:
+    """What is no markup is shown with its control characters as escapes, and so would that be."""
+    found = 0
+    for file in (Path(page_module.__file__).parent / "templates").glob("*.html"):
+        for block in re.findall(r"\{\{.*?\}\}", file.read_text(), re.DOTALL):
+            texts = re.findall(r'"[^"]*"', block)
+            assert not [text for text in texts if "\n" in text], file.name
+            found += len(texts)
+    assert found > 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from itertools import combinations
 
 import numpy as np
@@ -224,7 +223,6 @@ def test_odd_tokens_stay_text(tmp_path) -> None:
     assert set(ODD) <= said
     page = (tmp_path / "out/words/section.html").read_text()
     assert "<script" not in page
-    assert not [line for line in re.findall("<figcaption>.*?</figcaption>", page) if r"\n" in line]
     assert "alert(1)" in page
     assert "\u202e" not in page
     for table in (tmp_path / "out/words").glob("*.csv"):
