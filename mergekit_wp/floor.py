@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_wp.geometry import Kind
-from mergekit_wp.ranking import table_of, tasks_and_mean
+from mergekit_wp.ranking import percent, table_of, tasks_and_mean
 
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores
@@ -48,10 +48,10 @@ class Floor:
     @property
     def sentence(self) -> str:
         """For people."""
-        null = "" if self.by_shuffles is None else f", of another shuffle's {self.by_shuffles:.1%}"
+        null = "" if self.by_shuffles is None else f", of another shuffle's {percent(self.by_shuffles, 1)}"
         return (
-            f"Of {'all tasks' if self.task is None else self.task}, {self.above / self.components:.0%} of the "
-            f"{self.kind} ({self.above:,}) score above {self.share:.0%} of those of the shuffled update{null}."
+            f"Of {'all tasks' if self.task is None else self.task}, {percent(self.above / self.components)} of the "
+            f"{self.kind} ({self.above:,}) score above {percent(self.share)} of those of the shuffled update{null}."
         )
 
 

@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 
 from mergekit_wp.foreign import one_line, one_line_each
 from mergekit_wp.palette import themed, variables
+from mergekit_wp.ranking import percent
 
 
 @lru_cache(maxsize=1)
@@ -31,6 +32,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["percent"] = percent
     environment.filters["lines"] = lambda text: escape(one_line_each(str(text)))
     environment.globals |= {"figure": figure, "bullets": bullets}
     return environment

@@ -185,8 +185,10 @@ def check_comparable(files: Mapping[str, Scores], any_base: bool) -> None:
             )
 
 
-def percent(share: float) -> str:
-    """A share in whole percent that does not round to nothing or to all: `under 1 %`, `over 99 %`."""
+def percent(share: float, digits: int = 0) -> str:
+    """A share in percent; in whole ones it does not round to nothing or to all: `under 1 %`, `over 99 %`."""
+    if digits:
+        return f"{100 * share:.{digits}f} %"
     share = round(share, 9)  # shares that sum to 1 do so within float64's rounding
     if 0 < abs(share) < 0.005:
         return "under 1 %" if share > 0 else "above -1 %"

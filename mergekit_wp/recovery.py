@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mergekit_wp.documents import Count, Number, Text, strict
+from mergekit_wp.ranking import percent
 
 GRADINGS = ("behaviour", "kl", "none")
 
@@ -77,7 +78,7 @@ class RecoveryCurve:
     def summary(self) -> str:
         """A few lines for the terminal: every layer's mean, the chosen one marked, and what was not graded."""
         tried = ", ".join(
-            f"{'*' if layer == self.chosen else ''}{layer}: {value:.0%}"
+            f"{'*' if layer == self.chosen else ''}{layer}: {percent(value)}"
             for layer, value in zip(self.layers, self.mean, strict=True)
         )
         lines = [f"Recovery by layer: {tried}", *([self.note] if self.note else [])]

@@ -43,7 +43,7 @@ def of_tasks(scores: Scores) -> Grid:
     for task in tasks_and_mean(scores):
         each = [totals(scores, kind, task) for kind in Kind]
         sums = [*(t.total for t in each), sum(t.total for t in each), sum(t.negative for t in each)]
-        shown = [f"{100 * value:.1f} %" for value in sums]
+        shown = [percent(value, 1) for value in sums]
         if task is None:
             lines.append([ALL_TASKS, "", "", "", "", *shown])
             continue
@@ -59,7 +59,7 @@ def of_layers(scores: Scores) -> Grid:
     rows = zip(*(share_L.tolist() for share_L in shares.values()), strict=True)
     lines = [["layer", *shares, "both"]]
     for layer, row in enumerate(rows):
-        lines.append([str(layer), *(f"{100 * value:.1f} %" for value in (*row, sum(row)))])
+        lines.append([str(layer), *(percent(value, 1) for value in (*row, sum(row)))])
     return lines
 
 
@@ -92,9 +92,10 @@ def of_floors(scores: Scores) -> Grid:
     """A line for each task, kind and percentile of a file with shuffled updates (`floor`); nothing for another."""
     lines = [["task", "kind", "floor", "score there", "above it", "of other shuffles"]]
     for each in floors(scores):
-        where = [ALL_TASKS if each.task is None else each.task, str(each.kind), f"{each.share:.0%} of the shuffled"]
+        task = ALL_TASKS if each.task is None else each.task
+        where = [task, str(each.kind), f"{percent(each.share)} of the shuffled"]
         above = f"{each.above} of {each.components} ({percent(each.above / each.components)})"
-        null = "-" if each.by_shuffles is None else f"{100 * each.by_shuffles:.1f} %"
+        null = "-" if each.by_shuffles is None else percent(each.by_shuffles, 1)
         lines.append([*where, f"{each.threshold:.4f}", above, null])
     return lines if len(lines) > 1 else []
 

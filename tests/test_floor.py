@@ -72,13 +72,13 @@ def test_it_is_read_back_shown_and_part_of_a_study(tmp_path):
     assert again.meta == scores.meta
     assert list(floors(again)) == list(floors(scores))
     assert list(floors(again["b"])) == [x for x in floors(scores) if x.task == "b"]
-    assert "95% of the shuffled" in CliRunner().invoke(main, [str(path)]).output
+    assert "95 % of the shuffled" in CliRunner().invoke(main, [str(path)]).output
     data = json.loads(CliRunner().invoke(main, [str(path), "--json"]).output)
     assert len(data["files"][str(path)]["floors"]) == 3 * 2 * 2
     inputs = inputs_of({"x": scores, "plain": example()})
     part = certainty.work(inputs.study, inputs, no_progress)
     assert len(part.data["floors"]) == 2 * 2 * 2
-    assert "score above 95% of those of the shuffled update" in part.section
+    assert "score above 95 % of those of the shuffled update" in part.section
     assert not list(floors(example()))
 
 

@@ -35,7 +35,7 @@ def test_auto(monkeypatch, llama):
     enough = int(need / (1 - RESERVE)) + 1
     mode, why = pick(monkeypatch, llama, "auto", enough)
     assert mode == "none"
-    assert "fit into 75%" in why
+    assert "fit into 75 %" in why
     mode, why = pick(monkeypatch, llama, "auto", enough - 2)
     assert mode == "stream"
     assert "do not fit" in why

@@ -111,17 +111,17 @@ def test_lines_come_though_nothing_moves(monkeypatch, capsys):
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
-    assert all(line.startswith("measuring: 25%, about ") and line.endswith(" left") for line in lines)
+    assert all(line.startswith("measuring: 25 %, about ") and line.endswith(" left") for line in lines)
 
 
 def test_time_left():
     part = ProgressLines(10, "p", print)
     part.begun -= 60
-    assert part.line() == "p: 0%, time left not known yet"
+    assert part.line() == "p: 0 %, time left not known yet"
     part.advance(2.5)
-    assert part.line() == "p: 25%, about 3 min left"
+    assert part.line() == "p: 25 %, about 3 min left"
     part.advance(99)
-    assert part.line() == "p: 100%, about 0 s left"
+    assert part.line() == "p: 100 %, about 0 s left"
     part.close()
     assert [duration(s) for s in (12.4, 95, 3600 * 5 + 600)] == ["12 s", "2 min", "5 h 10 min"]
 

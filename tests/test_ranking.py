@@ -100,6 +100,7 @@ def test_percent_does_not_round_to_nothing_or_to_all():
     shown = {0: "0 %", 1e-4: "under 1 %", 0.184: "18 %", 0.9951: "over 99 %", 1: "100 %", 1 - 1e-15: "100 %",
              -1e-3: "above -1 %", -0.25: "-25 %", 1.124: "112 %"}  # fmt: skip
     assert {value: percent(value) for value in shown} == shown
+    assert [percent(0.0004, 2), percent(0.999, 1), percent(-0.5, 1)] == ["0.04 %", "99.9 %", "-50.0 %"]
 
 
 values = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=30)

@@ -23,6 +23,7 @@ from mergekit_wp.eval.measure import Settings
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.tasks import ReadyTask, check_word_lists
 from mergekit_wp.memory import free_memory
+from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.models.offload import parameter_bytes
 
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default
@@ -193,8 +194,8 @@ def check_memory(model: EvalModel, settings: Settings) -> None:
         share = settings.backend.options.get("gpu_memory_utilization", _VLLM_SHARE)
         if settings.backend.name == "vllm" and free < share * total:
             raise BadInput(
-                f"{place} has {_gb(free)} free of {_gb(total)}, and vLLM takes {share:.0%} of all at once; end what "
-                "else runs there, or set a smaller `gpu_memory_utilization` in the suite's backend_options."
+                f"{place} has {_gb(free)} free of {_gb(total)}, and vLLM takes {percent(share)} of all at once; end "
+                "what else runs there, or set a smaller `gpu_memory_utilization` in the suite's backend_options."
             )
         if need > free:
             raise BadInput(

@@ -22,6 +22,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo_lines
 from mergekit_wp.merge import register
 from mergekit_wp.outputs import check_file, claim, refuse_inputs, scratch
+from mergekit_wp.ranking import percent
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -176,7 +177,7 @@ class _Work:
             size = sum(file.stat().st_size for file in made.iterdir())
         self.say(table)
         whole = plan.nbytes()
-        self.say(f"wrote {target}: {size_text(size)}, {size / whole:.2%} of the model's {size_text(whole)}")
+        self.say(f"wrote {target}: {size_text(size)}, {percent(size / whole, 2)} of the model's {size_text(whole)}")
 
     def write_slices(self, recipient: str, donor: str) -> None:
         """The patch file, and how large it is beside the model; the models by the names that were given."""
@@ -196,7 +197,7 @@ class _Work:
                 return
             write_patch(cut(plan, recipient, donor), target)
         size, whole = os.path.getsize(target), plan.nbytes()
-        self.say(f"wrote {target}: {size_text(size)}, {size / whole:.2%} of the model's {size_text(whole)}")
+        self.say(f"wrote {target}: {size_text(size)}, {percent(size / whole, 2)} of the model's {size_text(whole)}")
 
     def _plan(self, out: Path, options: MergeOptions) -> MergePlan:
         """What is to be done, checked and said. Raises `BadInput`."""

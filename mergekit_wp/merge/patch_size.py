@@ -59,7 +59,7 @@ def size_line(subset: Subset, sizes: Sizes, geometry: Geometry) -> str:
     counts = {kind: int(mask.sum()) for kind, mask in subset.masks.items()}
     parts = [f"{counts[kind]:,} of {geometry.layers * geometry.count(kind):,} {kind}" for kind in Kind]
     share = sizes.share(counts[Kind.HEAD], counts[Kind.NEURON])
-    return f"{' and '.join(parts)}, {share:.2%} of the model's {sizes.total:,} weights"
+    return f"{' and '.join(parts)}, {percent(share, 2)} of the model's {sizes.total:,} weights"
 
 
 def budget_table(ranking: Ranking, sizes: Sizes) -> str:

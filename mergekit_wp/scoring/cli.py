@@ -22,6 +22,7 @@ from mergekit_wp.console import (
 from mergekit_wp.fields import groups, options, schema_option
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
+from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.config import FORM, ScoringJob, load_job
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def summary(scores: Scores) -> str:
         from mergekit_wp.missed import cost, every
 
         lines += [each.sentence for each in every(scores) if each.rest]
-        lines.append(f"Cost: {cost(scores):.1%} of scoring all of these one by one.")
+        lines.append(f"Cost: {percent(cost(scores), 1)} of scoring all of these one by one.")
     return "\n".join(lines)
 
 

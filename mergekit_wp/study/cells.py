@@ -15,8 +15,8 @@ def finite(value: Any) -> float | None:
 
 
 def cell(value: float | None, form: str = ".2f") -> str:
-    """A number in this form, a dash for none."""
-    return "-" if value is None else format(value, form)
+    """A number in this form, a dash for none. Before a percent sign stands a space, as in every text here."""
+    return "-" if value is None else format(value, form).replace("%", " %")
 
 
 def estimate(value: float | None, low: float | None, high: float | None, form: str = ".2f") -> str:

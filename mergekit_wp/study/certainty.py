@@ -37,7 +37,7 @@ from mergekit_wp.geometry import Kind
 from mergekit_wp.intervals import LEVEL, Bootstrap, Interval, differences, ends, rescored
 from mergekit_wp.missed import kept, missed
 from mergekit_wp.page import grid, render
-from mergekit_wp.ranking import spearman, strongest
+from mergekit_wp.ranking import percent, spearman, strongest
 from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, lines_of
@@ -195,7 +195,7 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         if rows:
             above = sum(row["above"] for row in rows) / sum(row["components"] for row in rows)
             found.append(
-                f"Of all scores of {kind}, {above:.0%} are surely above zero (2.5 % would be if none was); the "
+                f"Of all scores of {kind}, {percent(above)} are surely above zero (2.5 % would be if none was); the "
                 f"strongest is within rank {min(r['leaders'][0]['ranks'][0] for r in rows)} to "
                 f"{max(r['leaders'][0]['ranks'][1] for r in rows)} in every ranking."
             )
@@ -203,8 +203,8 @@ def findings(data: Mapping[str, Any]) -> list[str]:
             overlap, chance = fmean(h["overlap"] for h in halves), fmean(h["by_chance"] for h in halves)
             r = fmean(h["spearman"] for h in halves)
             found.append(
-                f"Half of the prompts find {overlap:.0%} of the top {kind} that the other half finds ({chance:.0%} by "
-                f"chance); their rankings correlate by {r:.2f}"
+                f"Half of the prompts find {percent(overlap)} of the top {kind} that the other half finds "
+                f"({percent(chance)} by chance); their rankings correlate by {r:.2f}"
                 + (f", which estimates {of_whole(r):.2f} for all prompts against as many others." if r > 0 else ".")
             )
     return [*found, *(row["sentence"] for row in (*_first(data["floors"]), *data["audits"]))]
@@ -268,7 +268,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
         rankings.append([row["scores"], row["task"], row["kind"], str(row["prompts"]), *shares,
                          cell(halves["overlap"]), cell(halves["by_chance"]), cell(halves["spearman"])])  # fmt: skip
     differ = [["files", "task", "kind", "surely differ", "by chance"]] + [
-        [f"{r['one']}, {r['other']}", r["task"], r["kind"], _share(r["differ"], r["components"]), f"{1 - LEVEL:.0%}"]
+        [f"{r['one']}, {r['other']}", r["task"], r["kind"], _share(r["differ"], r["components"]), percent(1 - LEVEL)]
         for r in data["differences"]
     ]
     audits = [["audit", "task", "kind", "top", "scored one by one", "found", "missed at most", "of the top of others"]]
@@ -279,8 +279,8 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
             [r["scores"], r["task"], r["kind"], str(r["k"]), scored, str(r["found"]), str(r["at_most"]), others]
         )
     floor = [["scores", "task", "kind", "floor", "score there", "above it", "of other shuffles"]] + [
-        [r["scores"], r["task"], r["kind"], f"{r['share']:.0%}", f"{r['threshold']:.4f}",
-         _share(r["above"], r["components"]), "-" if r["by_shuffles"] is None else f"{r['by_shuffles']:.1%}"]
+        [r["scores"], r["task"], r["kind"], percent(r["share"]), f"{r['threshold']:.4f}",
+         _share(r["above"], r["components"]), cell(r["by_shuffles"], ".1%")]
         for r in data["floors"]
     ]  # fmt: skip
     shown = [
@@ -295,7 +295,7 @@ def _section(data: Mapping[str, Any], pictures: Mapping[str, Any], study: Study)
 
 
 def _share(count: int | None, of: int) -> str:
-    return "-" if count is None or not of else f"{count / of:.0%} ({count})"
+    return "-" if count is None or not of else f"{percent(count / of)} ({count})"
 
 
 PART = Part(

@@ -24,7 +24,7 @@ from mergekit_wp.console import StartProgress
 from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import PROJECTIONS, Component, Kind
 from mergekit_wp.page import grid, render
-from mergekit_wp.ranking import table_of
+from mergekit_wp.ranking import percent, table_of
 from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, finite, lines_of
@@ -189,11 +189,12 @@ _SHOWN = ("all", "absolute", "relative")
 
 def findings(data: Mapping[str, Any]) -> list[str]:
     """What stands out, in sentences made from the numbers."""
-    means = {m: [v for v in data["modules"]["relative"][m] if v is not None] for m in PROJECTIONS}
-    ordered = sorted(means, key=lambda m: -float(np.mean(means[m])))
+    moved = data["modules"]["relative"]
+    means = {module: float(np.mean([v for v in moved[module] if v is not None])) for module in PROJECTIONS}
+    most, *_, least = sorted(means, key=lambda module: -means[module])
     found = [
-        f"Relative to its weights, {ordered[0]}_proj moved most ({np.mean(means[ordered[0]]):.3%} on average over "
-        f"layers) and {ordered[-1]}_proj least ({np.mean(means[ordered[-1]]):.3%})."
+        f"Relative to its weights, {most}_proj moved most ({percent(means[most], 3)} on average over layers) and "
+        f"{least}_proj least ({percent(means[least], 3)})."
     ]
     for kind in Kind:
         rows = [r for r in data["correlations"] if r["kind"] == kind and r["spearman"] is not None]

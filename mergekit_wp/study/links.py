@@ -26,7 +26,8 @@ from mergekit_wp.console import StartProgress
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
-from mergekit_wp.study.cells import lines_of
+from mergekit_wp.ranking import percent
+from mergekit_wp.study.cells import cell, lines_of
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.link_picture import circuit_svg
 from mergekit_wp.study.link_run import anchor_of, run
@@ -101,10 +102,11 @@ def findings(data: Mapping[str, Any]) -> list[str]:
     if not any(row["role"] == HEADS for row in data["flow"]):
         return ["No head gathers anything here: none has a positive score and below it what the expert changed for it."]
     shares = [row["share"] for row in data["flow"] if row["role"] == ATTENTION]
+    mean, least, most = (percent(of(shares), 1) for of in (fmean, min, max))
     found = [
         f"Of what the top {data['k']} neurons below a layer do for the anchor, all heads of the layer together pass on "
-        f"{fmean(shares):.1%} on average ({min(shares):.1%} to {max(shares):.1%} over layers and tasks); the rest "
-        "passes by them, on the stream of its own position.",
+        f"{mean} on average ({least} to {most} over layers and tasks); the rest passes by them, on the stream of its "
+        "own position.",
         _compared(data["flow"], "share", "One head passes on", ".2%"),
     ]
     rows = [row for row in data["overlaps"] if row["k"] == data["k"] and _is_shown(row)]
@@ -130,7 +132,7 @@ def _compared(rows: Sequence[Mapping[str, Any]], measure: str, what: str, form: 
         if pairs:
             sure = binomtest(more, pairs, alternative="greater").pvalue < _SURE
             verdicts.append(f"{'more' if sure else 'not surely more'} than {role} ({more} of {pairs} pairs)")
-    words = ", ".join(f"{mean:{form}} ({role})" for role, mean in means.items())
+    words = ", ".join(f"{cell(mean, form)} ({role})" for role, mean in means.items())
     return f"{what} {words}: {' and '.join(verdicts) or 'no control'}."
 
 
@@ -149,7 +151,7 @@ def _section(data: Mapping[str, Any], pictures: Sequence[tuple[str, str, Markup]
     shares = [["task", *(f"layer {layer}" for layer in layers)]]
     for task in dict.fromkeys(row["task"] for row in data["flow"]):
         own = {row["layer"]: row["share"] for row in data["flow"] if (row["task"], row["role"]) == (task, ATTENTION)}
-        shares.append([task, *(f"{own[layer]:.1%}" if layer in own else "-" for layer in layers)])
+        shares.append([task, *(cell(own.get(layer), ".1%") for layer in layers)])
     return render(
         "study_links.html", findings=said, pictures=pictures, table=grid([head, *lines]) if lines else None,
         shares=grid(shares) if len(shares) > 1 else None, anchor=data["anchor_layer"], k=data["k"],

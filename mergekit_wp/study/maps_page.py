@@ -14,6 +14,7 @@ from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
 from mergekit_wp.pictures import expert_colour, map_svg, scale_of, score_map
+from mergekit_wp.ranking import percent
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, draws
 from mergekit_wp.study.drawings import Shown
@@ -89,7 +90,7 @@ def _where(data: Mapping[str, Any]) -> str:
             first, last = half_in(count_L)
             share, chance = count_L[first : last + 1].sum() / count_L.sum(), (last + 1 - first) / len(count_L)
             where = f"layer {first}" if first == last else f"layers {first} to {last}"
-            found.append(f"{share:.0%} of the top {kind} lie in {where} ({chance:.0%} of all layers)")
+            found.append(f"{percent(share)} of the top {kind} lie in {where} ({percent(chance)} of all layers)")
     return f"By {name}, {' and '.join(found)}." if found else ""
 
 

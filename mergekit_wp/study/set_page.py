@@ -162,7 +162,7 @@ def _upstream(curves: Sequence[Row]) -> tuple[str, str] | None:
 def _section(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> Markup:
     return render(
         "study_sets.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
-        without_gap=data["without_gap"], shown=f"{SHOWN:.0%}",
+        without_gap=data["without_gap"], shown=percent(SHOWN),
         top=grid(_top_grid(data["means"])), ceilings=grid(_ceiling_grid(data["ceilings"])),
         branches=grid(_branch_grid(data["branches"])), tasks=grid(_task_grid(data["curves"])),
     )  # fmt: skip

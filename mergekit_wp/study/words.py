@@ -36,6 +36,7 @@ from mergekit_wp.errors import enough_memory
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render, render_text
+from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.models.load import load_pair
 from mergekit_wp.study import drawings
 from mergekit_wp.study.at_anchor import Activity, HalvedDirections, anchor_activity, halved_directions
@@ -153,7 +154,7 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         if halved:
             above = sum(row["peak"] > row["noise_peak"] for row in halved)
             found.append(
-                f"Two random halves of the prompts share {fmean(r['shared_by_halves'] for r in halved):.0%} of a "
+                f"Two random halves of the prompts share {percent(fmean(r['shared_by_halves'] for r in halved))} of a "
                 f"direction's words; {above} of {len(halved)} directions peak above the difference of the halves, "
                 "which no instruction made."
             )
@@ -171,12 +172,12 @@ def _of_rankings(file: str, kind: str, rows: Sequence[Mapping[str, Any]]) -> str
         if not own:
             return "does not move"
         higher, beyond = fmean(each["higher"] for each in own), sum(each["p"] < 0.05 for each in own)
-        return f"peaks higher than another's in {higher:.0%} of cases (surely so in {beyond} of {len(own)} tasks)"
+        return f"peaks higher than another's in {percent(higher)} of cases (surely so in {beyond} of {len(own)} tasks)"
 
     shared, others = (fmean(row[key] for row in rows) for key in ("shared_with_base", "shared_with_base_others"))
     return (
         f"{file}: what one of the top {kind} writes {compared('peak')}; its change {compared('change_peak')}; half is "
-        f"chance. In the base they write {shared:.0%} of these words already, others {others:.0%}."
+        f"chance. In the base they write {percent(shared)} of these words already, others {percent(others)}."
     )
 
 

@@ -85,7 +85,7 @@ def test_a_model_larger_than_the_free_memory_is_refused(world: Path, tmp_path: P
     ("backend", "free", "sentence"),
     [
         (Backend(), 1_000, "its weights take 0.00 GB in float32, and 0.00 GB of memory are free on cuda:0"),
-        (Backend("vllm"), 90 * 10**9, "cuda:0 has 90.00 GB free of 100.00 GB, and vLLM takes 92% of all at once"),
+        (Backend("vllm"), 90 * 10**9, "cuda:0 has 90.00 GB free of 100.00 GB, and vLLM takes 92 % of all at once"),
         (Backend("vllm", {"gpu_memory_utilization": 0.5}), 90 * 10**9, None),
         (Backend("hf", {"parallelize": True}), 1_000, None),
         (Backend(), 90 * 10**9, None),

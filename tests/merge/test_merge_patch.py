@@ -413,7 +413,7 @@ def test_the_part_of_the_weights_is_what_the_components_own(tmp_path):
     total = sum(tensor.numel() for tensor in base.values())
     owned = sum(t.numel() for name, t in base.items() if not any(part in name for part in nobody))
     owned -= 3 * 2 * 2 * 8 * 16  # keys and values: layers, both, groups, width, hidden
-    assert f"{owned / total:.2%} of the model's {total:,} weights" in said
+    assert f"{100 * owned / total:.2f} % of the model's {total:,} weights" in said
 
 
 def plan_of(world, config):

@@ -7,7 +7,7 @@ from mergekit_wp.study.cells import cell, draws, estimate, flat, lines_of
 
 
 def test_what_is_known_is_shown() -> None:
-    assert [cell(None), cell(0.126), cell(0.5, ".0%")] == ["-", "0.13", "50%"]
+    assert [cell(None), cell(0.126), cell(0.5, ".0%")] == ["-", "0.13", "50 %"]
     assert estimate(0.5, None, None) == "0.50"
     assert estimate(None, None, None) == "-"
     assert estimate(0.5, -0.25, 1, "+.1f") == "+0.5 (-0.2 to +1.0)"

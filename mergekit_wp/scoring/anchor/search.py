@@ -23,6 +23,7 @@ import torch
 from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
+from mergekit_wp.ranking import percent
 from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
@@ -272,8 +273,8 @@ class _Behaviour:
             )  # fmt: skip
         if expert - base < self.search.least_gap:
             note = (
-                f"judged by the next token: the expert passes {expert:.0%} of {prompts} checks, the base {base:.0%}, "
-                "which is no gap to recover"
+                f"judged by the next token: the expert passes {percent(expert)} of {prompts} checks, the base "
+                f"{percent(base)}, which is no gap to recover"
             )
             return TaskRecovery("none", prompts, base, expert, note=note)
         alpha_L, positions = along.alpha_L, self.search.positions

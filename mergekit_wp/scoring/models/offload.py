@@ -8,6 +8,7 @@ import torch
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.memory import free_memory
+from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.models.precision import held_dtype
 
 # Of the free memory, what `auto` leaves to activations, gradients and whoever else runs here. A share, not a number
@@ -30,7 +31,7 @@ def pick_offload(
     if asked != "auto":
         how = "layers are streamed" if asked == "stream" else f"{what} stay on the device"
         return asked, f"{how}, as asked ({sizes})."
-    share = f"{1 - RESERVE:.0%} of the {_size(free)} of free memory on {device}"
+    share = f"{percent(1 - RESERVE)} of the {_size(free)} of free memory on {device}"
     if need <= (1 - RESERVE) * free:
         return "none", f"{what}, {_size(need)}, fit into {share}: they stay there."
     return "stream", f"{what}, {_size(need)}, do not fit into {share}: streaming layers."
