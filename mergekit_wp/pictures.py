@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _FAINT = 0.25  # opacity
 _MOST_NAMES = 4
+LONGEST = 36  # characters of a name in a picture
 _CELLS = "cells"  # id of the group that the cells take the place of
 _SHADES = "shades"  # id of what the colours of a bar take the place of
 _MARK, _PANEL = "mark:", "panel:"  # what the ids begin with of what `titled` and `of_task` name
@@ -344,8 +345,14 @@ def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str], 
 
 
 def label_of(name: str) -> str:
-    """A name in a legend as it reads: matplotlib takes `$...$` for mathematics and leaves out what begins with `_`."""
-    text = one_line(name).replace("$", r"\$")
+    """A name in a picture as it reads: matplotlib takes `$...$` for mathematics and leaves out what begins with `_`.
+
+    Of a name longer than `LONGEST` the middle is left out: it would leave no room for what it names.
+    """
+    text = one_line(name)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]}…{text[-(LONGEST // 2 - 1) :]}"
+    text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

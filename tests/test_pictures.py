@@ -15,8 +15,19 @@ from matplotlib.figure import Figure
 
 from mergekit_wp.geometry import Geometry, Kind
 from mergekit_wp.merge.kernel import component_weights
-from mergekit_wp.pictures import draw_shares, map_svg, maps_png, rank_edges, scale_of, score_map, shares_svg
+from mergekit_wp.pictures import (
+    LONGEST,
+    draw_shares,
+    label_of,
+    map_svg,
+    maps_png,
+    rank_edges,
+    scale_of,
+    score_map,
+    shares_svg,
+)
 from mergekit_wp.scores import Scores, TaskScores
+from mergekit_wp.study.drawings import matrix_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -127,3 +138,15 @@ def test_ranks_are_each_in_one_cell(count: int) -> None:
     assert edges[-1] == count
     assert all(b > a for a, b in pairwise(edges))
     assert len(edges) <= 41
+
+
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_long_name_loses_its_middle_and_leaves_room_for_what_it_names(count) -> None:
+    names = [f"{number}: {'length_constraints/' * 9}sentences" for number in range(count)]
+    labels = [label_of(name) for name in names]
+    assert len(set(labels)) == count
+    assert all(len(label) == LONGEST and label.endswith("sentences") for label in labels)
+    assert label_of("length_constraints:number_sentences") == "length_constraints:number_sentences"
+    picture = matrix_svg({"heads": np.eye(count), "neurons": np.eye(count)}, names, "shared")
+    assert "…" in picture

@@ -101,7 +101,8 @@ def heads_svg(value_LH: np.ndarray, what: str, description: str) -> Markup:
 def matrix_svg(panels: Mapping[str, np.ndarray], names: Sequence[str], description: str) -> Markup:
     """A panel a name: a square of whole numbers, each written into its cell, shaded by its share of the largest."""
     with matplotlib.rc_context(FIGURE_STYLE):
-        size = min(max(2.2, 0.55 * len(names) + 1.2), 7.0)
+        labels = [label_of(name) for name in names]
+        size = min(max(2.2, 0.55 * len(names) + 0.7 + 0.07 * max(map(len, labels))), 8.5)  # inches
         figure = Figure(figsize=(size * len(panels) + 0.4, size), layout="constrained", dpi=72)
         for axes, (title, count_TT) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
             share_TT = count_TT / max(1, count_TT.max())
@@ -109,7 +110,7 @@ def matrix_svg(panels: Mapping[str, np.ndarray], names: Sequence[str], descripti
             for (row, column), count in np.ndenumerate(count_TT):
                 ink = "white" if share_TT[row, column] > 0.6 else INK
                 axes.text(column + 0.5, row + 0.5, f"{int(count)}", ha="center", va="center", color=ink, fontsize=9)
-            ticks, labels = np.arange(len(names)) + 0.5, [label_of(name) for name in names]
+            ticks = np.arange(len(names)) + 0.5
             axes.set_xticks(ticks, labels, rotation=60, ha="right")
             axes.set_yticks(ticks, labels)
             axes.invert_yaxis()
