@@ -30,6 +30,7 @@ from mergekit_wp.scoring.metrics import CosineMetric, GapLedger, KLMetric, Metri
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.scoring.packing import pack
 from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
 from mergekit_wp.study.sets import INTERVAL
 
@@ -86,7 +87,7 @@ def direction_of(
 ) -> Passage:
     """The task's prompts with what either model makes of them."""
     batches = numbered_batches(task.scoring, batch_size, recipient, donor, answers=task.answers)
-    found = Passage(metrics, [Asked(numbers, batch) for numbers, batch in batches])
+    found = Passage(metrics, [Asked(numbers, pack(batch, recipient, donor)) for numbers, batch in batches])
     found.of_donor, found.of_recipient = ({k: x[0] for k, x in found.empty(1).items()} for _ in range(2))
 
     def of_donor(name: str, metric: Metric, each: Asked, z_BAD: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from mergekit_wp.scoring.batching import TaskTokens
 from mergekit_wp.scoring.metrics import GapLedger
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair, load_pair
+from mergekit_wp.scoring.packing import PackedBatch
 from mergekit_wp.scoring.score import prepare, score
 from mergekit_wp.study.set_effects import RESAMPLES, Effects, direction_of, interval_of, metrics_of, values_of
 from mergekit_wp.study.set_plan import ceilings
@@ -49,7 +50,7 @@ def opened(folders, how=resident) -> tuple[ModelPair, ExchangedStack]:
     return pair, ExchangedStack(base, expert, geometry)
 
 
-def read_by_hand(folder, tensors):
+def read_by_hand(folder, tensors, prompts):
     """(stream above the anchor layer [N, D], next token's log-probabilities [N, V]) of every prompt, by itself."""
     config = AutoConfig.from_pretrained(folder)
     model = tiny.auto_class(config).from_config(config, attn_implementation="eager").eval()
@@ -60,23 +61,27 @@ def read_by_hand(folder, tensors):
         lambda _m, _a, out: streams.append((out[0] if isinstance(out, tuple) else out)[0, -1])
     )
     with torch.no_grad():
-        logits = [model(torch.tensor([prompt])).logits[0, -1, :97] for prompt in PROMPTS]
+        logits = [model(torch.tensor([prompt])).logits[0, -1, :97] for prompt in prompts]
     hook.remove()
     return torch.stack(streams), functional.log_softmax(torch.stack(logits), -1)
 
 
-@pytest.mark.parametrize("kind", PAIRED)
-def test_is_the_effect_of_slices_copied_by_hand(tmp_path, kind) -> None:
+@pytest.mark.parametrize(("kind", "alike"), [*((kind, 0) for kind in PAIRED), ("llama", 20), ("qwen3", 20)])
+def test_is_the_effect_of_slices_copied_by_hand(tmp_path, kind, alike) -> None:
     folders = tiny.save_pair(tmp_path, kind)
     pair, stack = opened(folders)
+    prompts = [[*range(20, 20 + alike), *own] for own in PROMPTS]
     v_D = torch.randn(24, generator=torch.Generator().manual_seed(0))
     metrics = metrics_of(pair, {"anchor of x": ("anchor", LAYER, v_D)})
-    plain = [read_by_hand(folder, tensors_of(folder)) for folder in folders]
+    plain = [read_by_hand(folder, tensors_of(folder), prompts) for folder in folders]
     sets = [(HEADS, []), ([], NEURONS), (HEADS[1:], NEURONS[:2])]
     for removed in (False, True):
         recipient, donor = (1, 0) if removed else (0, 1)
         stacks = [pair.base, pair.expert]
-        direction = direction_of(stacks[recipient], stacks[donor], TaskTokens("t", [], None, PROMPTS), metrics, 2)
+        task = TaskTokens("t", [], None, prompts)
+        direction = direction_of(stacks[recipient], stacks[donor], task, metrics, 3 if alike else 2)
+        if alike:
+            assert [type(each.batch) for each in direction.asked] == [PackedBatch]
         exchanges = [Exchange(set_of(pair.geometry, *places), removed) for places in sets]
         values = values_of(stack, exchanges, direction, quiet)
 
@@ -90,7 +95,7 @@ def test_is_the_effect_of_slices_copied_by_hand(tmp_path, kind) -> None:
             torch.testing.assert_close(direction.of_donor[name], want.double(), rtol=1e-4, atol=1e-5)
         for c, places in enumerate(sets):
             folder, other = folders[recipient], folders[donor]
-            by_hand = utilities(*read_by_hand(folder, plain_patch.patched(folder, other, *places)))
+            by_hand = utilities(*read_by_hand(folder, plain_patch.patched(folder, other, *places), prompts))
             for name, want in by_hand.items():
                 torch.testing.assert_close(values[name][c], want.double(), rtol=1e-4, atol=1e-5)
                 assert (values[name][c] - direction.of_recipient[name]).abs().max() > 1e-3
