@@ -20,7 +20,7 @@ import click
 from experiments.table3.formats import remarks, search_text, to_csv, to_markdown, to_text
 from experiments.table3.frozen import CHANGES, KINDS, Disjoint
 from experiments.table3.grid import read_variants
-from experiments.table3.jobs import CHOICES, SECONDS, SeedResult, Setup, expected, seed_plan
+from experiments.table3.jobs import CHOICES, SeedResult, Setup, expected, seconds_of, seed_plan
 from experiments.table3.schedule import TableProgress, pool, run
 from experiments.table3.table import RivalTable, by_setting
 from experiments.table3.variants import BASELINE, COMBINATIONS, FOR_PRETRAINED, VARIANTS, Variant
@@ -96,7 +96,8 @@ def main(
     choices = tuple(name for name in CHOICES if name in choose)
     setup = Setup(out, worlds, variants, combinations, kind, allow_code, keep, search, choices, data, dtype)
     left = expected(setup, numbers)
-    minutes = sum(SECONDS[kind] * count for kind, count in left.items()) / workers / 60
+    seconds = seconds_of(kind)
+    minutes = sum(seconds[what] * count for what, count in left.items()) / workers / 60
     todo = ", ".join(f"{count} {kind}" for kind, count in left.items() if count) or "nothing"
     echo(f"To do: {todo}; about {minutes:.0f} minutes on {workers} quiet cores", err=True)
     if plan_only:
@@ -112,7 +113,7 @@ def main(
     device = device or ("auto" if kind.startswith("real") else "cpu")
     with pool(workers, partial(prepare, device)) as runner:
         try:
-            results = run(plans, runner, TableProgress(SECONDS, dict(left), workers))
+            results = run(plans, runner, TableProgress(seconds, dict(left), workers))
         except BaseException:
             runner.shutdown(cancel_futures=True)
             raise

@@ -46,10 +46,26 @@ from mergekit_wp.fit.job import FitJob
 SECONDS = {"world": 230.0, "score": 3.0, "answers": 7.0, "fit": 120.0, "loss": 4.5, "validation": 3.5, "test": 6.0}
 """What a job of each kind takes on one quiet thread of the machine of experiments/benchmarks/RESULTS.md; answers, fits
 and losses in processor time of a busy one (a near world; of fits, between `scale` and two experts by `layer`)."""
+_REAL_SECONDS = {
+    "world": 3600.0,
+    "score": 27.0,
+    "answers": 26.0,
+    "fit": 500.0,
+    "loss": 40.0,
+    "validation": 150.0,
+    "test": 300.0,
+}
+"""The same of a pretrained model, on one thread with bfloat16 in hardware, beside another run (losses and validation
+items by their numbers of tokens)."""
 AUTHORS, LABELS, UNLABELLED, ONLY = "authors", "labels", "unlabelled", "only"
 """Roles of a graded point: the authors' setting, the best of the grid on validation items, the one with the least loss
 on unlabelled prompts, the only one there is."""
 CHOICES = (LABELS, UNLABELLED)
+
+
+def seconds_of(kind: str) -> dict[str, float]:
+    """What a job of each kind takes with worlds of this kind, until some have been measured."""
+    return _REAL_SECONDS if kind in ("real", "real-far") else SECONDS
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from experiments.table3 import jobs as plan_module
 from experiments.table3.frozen import FROZEN, KINDS, Disjoint, TrainedWorld, check_frozen
 from experiments.table3.grade import TestGrade, ValidationGrade, choose, choose_unlabelled, suite_of
 from experiments.table3.grid import read_variants
-from experiments.table3.jobs import AUTHORS, LABELS, ONLY, SECONDS, UNLABELLED, Setup, expected, seed_plan
+from experiments.table3.jobs import AUTHORS, LABELS, ONLY, SECONDS, UNLABELLED, Setup, expected, seconds_of, seed_plan
 from experiments.table3.keys import merge_key, recipe, score_key
 from experiments.table3.schedule import TableJob, TableProgress, run
 from experiments.table3.variants import (
@@ -499,3 +499,9 @@ def test_a_killed_run_leaves_no_worker_behind() -> None:
         worker = int(parent.stdout.readline())
         parent.kill()
     wait_for(lambda: is_gone(worker), f"worker {worker} to end", 10)
+
+
+def test_jobs_of_a_pretrained_model_are_not_reckoned_as_those_of_the_miniature() -> None:
+    small, large = seconds_of("far"), seconds_of("real-far")
+    assert small.keys() == large.keys()
+    assert all(large[what] > small[what] for what in small)
