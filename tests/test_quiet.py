@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -147,3 +148,62 @@ def test_wp_eval_tells_how_far_a_task_is(world, tmp_path, monkeypatch):
     measure.measure(open_model("m", str(world / "one"), False), tasks, settings, print, lambda *_: None)
     assert {what for what, _, _ in seen} == {f"m: {task.spec.task}" for task in tasks}
     assert all(done == total for _, done, total in seen), json.dumps(seen)
+
+
+class BatchEngine:
+    """Answers as vLLM's LLM does: all at once, with a bar that moves whenever one has ended."""
+
+    def __init__(self, ended):
+        self.ended = ended
+
+    def generate(self, prompts, use_tqdm=True):
+        ready = list(use_tqdm(prompts, desc="Rendering prompts"))
+        bar = use_tqdm(total=len(ready), desc="Processed prompts", dynamic_ncols=True, postfix="0.00 toks/s")
+        for number, _ in enumerate(ready, 1):
+            bar.postfix = f"{number / bar.format_dict['elapsed']:.2f} toks/s"
+            bar.update(1)
+            self.ended(number)
+        assert bar.n == len(ready)
+        bar.refresh()
+        bar.close()
+        return ready
+
+
+def test_by_vllm_an_answer_counts_when_it_ends_and_once(monkeypatch, capfd):
+    from mergekit_wp.eval import measure
+    from mergekit_wp.eval.backends import Backend
+
+    parts, moments, kept = [], [], []
+
+    class Told(ProgressLines):
+        def __init__(self, *about):
+            super().__init__(*about)
+            parts.append(self)
+
+    monkeypatch.setattr(measure, "ProgressLines", Told)
+
+    class Model:
+        cache_hook = SimpleNamespace(add_partial=lambda *answer: kept.append(answer))
+        loglikelihood_rolling = None
+
+        def __init__(self):
+            self.model = BatchEngine(lambda number: moments.append((number, parts[-1].done)))
+
+        def generate_until(self, requests):
+            for answer in self.model.generate(requests, use_tqdm=False):
+                self.cache_hook.add_partial("generate_until", answer)
+
+        loglikelihood = generate_until
+
+    settings = measure.Settings("cpu", "float32", 4, None, False, False, progress_bars=False, backend=Backend("vllm"))
+    model = Model()
+    with measure._told(model, "m: task", settings, print):
+        model.generate_until(["a", "b", "c"])
+        model.loglikelihood(["d", "e"])
+    assert moments == [(1, 1), (2, 2), (3, 3), (1, 1), (2, 2)]
+    assert [(part.done, part.total) for part in parts] == [(3, 3), (2, 2)]
+    assert len(kept) == 5
+    model.model.ended = lambda _number: None
+    with pytest.raises(TypeError):  # as it was: the bar that it is given, which is none
+        model.generate_until(["a"])
+    assert not capfd.readouterr().err

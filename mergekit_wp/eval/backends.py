@@ -10,8 +10,9 @@ lm-eval cuts prompts that do not fit a model's context, from the left and withou
 from __future__ import annotations
 
 import gc
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -247,6 +248,26 @@ def _show_only(device: str) -> None:
         return
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if visible else number
+
+
+def silent_bar(answered: Callable[[int], object]) -> type:
+    """What vLLM's `generate` takes as `use_tqdm`: a bar that shows nothing, and tells `answered` how many requests have
+    just ended. vLLM is handed all requests of a task at once, and whoever called it hears of none before the last ends.
+    """
+    from tqdm import tqdm
+
+    class Silent(tqdm):
+        monitor_interval = 0  # no thread that looks after a bar which nobody sees
+
+        def __init__(self, iterable: Any = None, **shown: Any) -> None:
+            super().__init__(iterable, **(shown | {"file": io.StringIO(), "mininterval": float("inf")}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.iterable is None:  # else one of the prompts that are made ready
+                answered(int(n or 0))
+            return super().update(n)
+
+    return Silent
 
 
 def describe(lm: Any, backend: Backend, *, device: str, dtype: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _by_vllm(
     tick: Tick, keep: Callable[[dict[int, list[int]]], object],
 ) -> None:  # fmt: skip
     """As `whole_answers.generate_answers`. `rows`: of the output head."""
-    from mergekit_wp.eval.backends import load
+    from mergekit_wp.eval.backends import load, silent_bar
 
     model = load(
         backend, folder, device=device, dtype=dtype, batch_size="auto", trust_remote_code=job.trust_remote_code
@@ -125,9 +125,9 @@ def _by_vllm(
             )
             for prompt in some
         ]  # fmt: skip
-        found = model.model.generate([{"prompt_token_ids": prompt} for prompt in some], how, use_tqdm=False)
+        bar = silent_bar(lambda ended: tick(ended * rules.max_tokens))
+        found = model.model.generate([{"prompt_token_ids": prompt} for prompt in some], how, use_tqdm=bar)
         keep({begin + i: rules.sayable(list(each.outputs[0].token_ids)) for i, each in enumerate(found)})
-        tick(len(some) * rules.max_tokens)
 
 
 @click.command(cls=GroupedCommand, groups=_GROUPS, epilog=_EPILOG)

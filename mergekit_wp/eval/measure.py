@@ -177,13 +177,19 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
     """Inside the block it is said now and then how far the model is with the requests of its task, and how much longer
     it takes; not where lm-eval's bars do.
 
-    lm-eval's models tell their `cache_hook` of every answer, as soon as there is one.
+    lm-eval's models tell their `cache_hook` of every answer, as soon as they have it; by vLLM they have all at once, so
+    there it is vLLM that tells.
     """
     if settings.progress_bars:
         yield
         return
     hook, asked = lm.cache_hook, {name: getattr(lm, name) for name in _REQUESTS}
-    counter = _AnswerCounter(hook)
+    engine = getattr(lm, "model", None) if settings.backend.name == "vllm" else None
+    counter = _AnswerCounter(hook, counts=engine is None)
+    if engine is not None:
+        generate = engine.generate
+        bar = backends.silent_bar(counter.answered)
+        engine.generate = lambda *prompts, **how: generate(*prompts, **(how | {"use_tqdm": bar}))
 
     def counting(ask: Callable[..., Any]) -> Callable[..., Any]:
         def counted(requests: Any, *rest: Any, **more: Any) -> Any:
@@ -204,18 +210,24 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
         lm.cache_hook = hook
         for name, ask in asked.items():
             setattr(lm, name, ask)
+        if engine is not None:
+            engine.generate = generate
 
 
 class _AnswerCounter:
-    """In the place of lm-eval's CacheHook, which it passes answers on to."""
+    """In the place of lm-eval's CacheHook, which it passes answers on to; counts: whether these are what is counted."""
 
-    def __init__(self, hook: Any) -> None:
-        self.hook = hook
+    def __init__(self, hook: Any, counts: bool) -> None:
+        self.hook, self.counts = hook, counts
         self.lines: ProgressLines | None = None
 
-    def add_partial(self, *answer: Any) -> None:
+    def answered(self, count: int) -> None:
         if self.lines is not None:
-            self.lines.advance(1)
+            self.lines.advance(count)
+
+    def add_partial(self, *answer: Any) -> None:
+        if self.counts:
+            self.answered(1)
         self.hook.add_partial(*answer)
 
 

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from click.testing import CliRunner
 from conftest import DEVICE
 from transformers import AutoModelForCausalLM
 from worlds import NEAR_TIE
 
+from mergekit_wp.eval import backends
 from mergekit_wp.eval.greedy_answers import main
 
 
@@ -34,8 +36,14 @@ def lead(model: Any, ids: list[int]) -> float:
     return float(first - second)
 
 
-def test_the_answers_are_the_same_but_for_ties(world: Path, tmp_path: Path) -> None:
+def test_the_answers_are_the_same_but_for_ties(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    silent_bar = backends.silent_bar
+    monkeypatch.setattr(
+        backends, "silent_bar", lambda answered: silent_bar(lambda ended: (told.append(ended), answered(ended)))
+    )
     by_layers, by_vllm = (said(world, tmp_path / f"{name}.jsonl", name) for name in ("hf", "vllm"))
+    assert told == [1] * len(by_vllm)  # one after the other, as they ended
     assert by_layers.keys() == by_vllm.keys()
     assert len({len(answer) for answer in by_layers.values()}) > 1  # some end by themselves
     model = AutoModelForCausalLM.from_pretrained(world / "instruction", dtype=torch.float32)
