@@ -14,6 +14,7 @@ from mergekit_wp.fit_file import Fit
 from mergekit_wp.merge.merging import merge
 from mergekit_wp.scoring.batching import batches
 from mergekit_wp.scoring.models.merged import MergedStack
+from mergekit_wp.scoring.models.streaming import StreamedStack
 from mergekit_wp.scoring.sweep import forward_sweep
 
 
@@ -113,3 +114,27 @@ def test_other_weights_make_another_merge(tmp_path):
     before = logits_of(base)
     merged.set(one.scaled(0.0))
     torch.testing.assert_close(logits_of(merged), before)
+
+
+def test_a_cpu_reads_the_layers_of_a_merge_when_their_turn_comes(tmp_path, monkeypatch):
+    """Of one model the next layer is read ahead; of all models of a merge that would be most of the memory."""
+    begun = []
+    begin = StreamedStack._begin_reading
+
+    def counted(self, upcoming, dtype):
+        found = begin(self, upcoming, dtype)
+        if found is not None:
+            begun.append(found.index)
+        return found
+
+    monkeypatch.setattr(StreamedStack, "_begin_reading", counted)
+    folders = save_experts(tmp_path, "llama")
+    geometry, (base, *experts) = geometry_of(folders[0]), map(streamed, folders)
+    merged = MergedStack(base, experts, geometry, random_weights(geometry, 2))
+    for order in (range(base.depth), range(base.depth)[::-1]):
+        begun.clear()
+        for turn, _layer in enumerate(merged.layers(order), 1):
+            assert begun == [index for index in order[:turn] for _ in folders]
+        begun.clear()
+        for turn, _layer in enumerate(base.layers(order), 1):
+            assert begun == list(order[: turn + 1])

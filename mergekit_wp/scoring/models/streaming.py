@@ -3,7 +3,7 @@
 Of what lies outside the layers, the final norm and the rotary tables are held. Of the embeddings the rows of the
 prompts are read, when these are (all of 256,000 rows would be more than a layer); the output head when logits are first
 asked for, as it is stored, to be widened where it is used. While one layer computes, a thread reads the next, so a
-sweep holds the weights of two layers.
+sweep holds the weights of two layers; of one, where that is not worth its memory (`stored_layers`).
 """
 
 from __future__ import annotations
@@ -96,20 +96,24 @@ class StreamedStack(Stack):
         """
         return self._sweep(order, self._held)
 
-    def stored_layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
+    def stored_layers(self, order: Sequence[int], ahead: bool = True) -> Generator[nn.Module, None, None]:
         """As `Stack.stored_layers`."""
-        return self._sweep(order, None)
+        return self._sweep(order, None, ahead)
 
-    def _sweep(self, order: Sequence[int], dtype: torch.dtype | None) -> Generator[nn.Module, None, None]:
-        """The layers, the next one being read meanwhile. dtype: as for `_read`."""
+    def _sweep(
+        self, order: Sequence[int], dtype: torch.dtype | None, ahead: bool = True
+    ) -> Generator[nn.Module, None, None]:
+        """The layers, the next one being read meanwhile if `ahead`. dtype: as for `_read`."""
         upcoming = iter(order)
-        reading = self._read_ahead(upcoming, dtype)
+        reading = self._begin_reading(upcoming, dtype)
         try:
             while reading is not None:
                 index, weights = reading.index, reading.result()
-                reading = self._read_ahead(upcoming, dtype)
+                reading = self._begin_reading(upcoming, dtype) if ahead else None
                 with self._holding(index, weights, dtype):
                     yield self.tower.layers[index]
+                if not ahead:
+                    reading = self._begin_reading(upcoming, dtype)
         finally:
             if reading is not None:
                 reading.cancel()
@@ -138,7 +142,7 @@ class StreamedStack(Stack):
         """Let the output head go; `logits` reads it again."""
         self.model.lm_head.to("meta")
 
-    def _read_ahead(self, upcoming: Iterator[int], dtype: torch.dtype | None) -> _Reading | None:
+    def _begin_reading(self, upcoming: Iterator[int], dtype: torch.dtype | None) -> _Reading | None:
         """Start to read the next layer of a sweep; None at its end."""
         index = next(upcoming, None)
         return None if index is None else _Reading(index, partial(self._read_layer, dtype=dtype))
