@@ -222,6 +222,18 @@ class ProgressLines:
             self.say(self.line())
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """A share in percent; in whole ones it does not round to nothing or to all: `under 1 %`, `over 99 %`."""
+    if digits:
+        return f"{100 * share:.{digits}f} %"
+    share = round(share, 9)  # shares that sum to 1 do so within float64's rounding
+    if 0 < abs(share) < 0.005:
+        return "under 1 %" if share > 0 else "above -1 %"
+    if 0.995 <= share < 1:
+        return "over 99 %"
+    return f"{100 * share:.0f} %"
+
+
 def duration(seconds: float) -> str:
     """In the two largest units that say something: 40 s, 3 min, 2 h 10 min."""
     minutes = round(seconds / 60)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mergekit_wp.console import percent
 from mergekit_wp.geometry import Kind
-from mergekit_wp.ranking import percent, table_of, tasks_and_mean
+from mergekit_wp.ranking import table_of, tasks_and_mean
 
 if TYPE_CHECKING:
     from mergekit_wp.scores import Scores

@@ -17,9 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
+from mergekit_wp.console import percent
 from mergekit_wp.foreign import one_line, one_line_each
 from mergekit_wp.palette import themed, variables
-from mergekit_wp.ranking import percent
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mergekit_wp.console import percent
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.geometry import Component, Kind
 
@@ -183,18 +184,6 @@ def check_comparable(files: Mapping[str, Scores], any_base: bool) -> None:
                 "model; a head of one need not be the same head of the other. Say --any-base to compare them all the "
                 "same."
             )
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """A share in percent; in whole ones it does not round to nothing or to all: `under 1 %`, `over 99 %`."""
-    if digits:
-        return f"{100 * share:.{digits}f} %"
-    share = round(share, 9)  # shares that sum to 1 do so within float64's rounding
-    if 0 < abs(share) < 0.005:
-        return "under 1 %" if share > 0 else "above -1 %"
-    if 0.995 <= share < 1:
-        return "over 99 %"
-    return f"{100 * share:.0f} %"
 
 
 def findings(scores: Scores, name: str = "", task: str | None = None) -> list[str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mergekit_wp.console import percent
 from mergekit_wp.documents import Count, Number, Text, strict
-from mergekit_wp.ranking import percent
 
 GRADINGS = ("behaviour", "kl", "none")
 

@@ -8,13 +8,14 @@ from dataclasses import asdict
 from itertools import combinations, zip_longest
 from typing import Any
 
+from mergekit_wp.console import percent
 from mergekit_wp.floor import floors
 from mergekit_wp.foreign import one_line
 from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.intervals import Bootstrap, Interval
 from mergekit_wp.missed import TopKept, audits, cost, every
 from mergekit_wp.page import aligned
-from mergekit_wp.ranking import about, compare, findings, layer_shares_of, percent, strongest, tasks_and_mean, totals
+from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, tasks_and_mean, totals
 from mergekit_wp.scores import Scores
 
 Grid = list[list[str]]

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_wp.console import percent
 from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Geometry, Kind
-from mergekit_wp.ranking import check_comparable, compare, findings, layer_shares_of, percent, spearman, strongest
+from mergekit_wp.ranking import check_comparable, compare, findings, layer_shares_of, spearman, strongest
 from mergekit_wp.scores import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats, write_scores
 from mergekit_wp.scores_cli import main
 

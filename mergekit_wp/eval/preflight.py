@@ -15,6 +15,7 @@ import torch
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.vocabulary import head_against_config
 from mergekit_wp.checkpoint.weights import strays
+from mergekit_wp.console import percent
 from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval import process
 from mergekit_wp.eval.backends import Backend, answer_tokens, context_length
@@ -23,7 +24,6 @@ from mergekit_wp.eval.measure import Settings
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.tasks import ReadyTask, check_word_lists
 from mergekit_wp.memory import free_memory
-from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.models.offload import parameter_bytes
 
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM 0.32's own default

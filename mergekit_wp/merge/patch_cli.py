@@ -17,12 +17,11 @@ import click
 
 from mergekit_wp import __version__
 from mergekit_wp.choices import RANKS
-from mergekit_wp.console import GroupedCommand, check_safetensors_name, quiet_option, say_nothing
+from mergekit_wp.console import GroupedCommand, check_safetensors_name, percent, quiet_option, say_nothing
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import echo_lines
 from mergekit_wp.merge import register
 from mergekit_wp.outputs import check_file, claim, refuse_inputs, scratch
-from mergekit_wp.ranking import percent
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions

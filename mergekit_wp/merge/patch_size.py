@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mergekit_wp.console import percent
 from mergekit_wp.geometry import Geometry, Kind, slot_of
 from mergekit_wp.merge.plan import MergePlan
-from mergekit_wp.ranking import percent
 from mergekit_wp.subset import Amount, Ranking, Subset
 
 _BUDGETS = (1, 2, 5)  # percent of the model's weights

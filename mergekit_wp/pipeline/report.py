@@ -17,7 +17,7 @@ from typing import Any
 import click
 import numpy as np
 
-from mergekit_wp.console import quiet_option
+from mergekit_wp.console import percent, quiet_option
 from mergekit_wp.eval.results import AVERAGE
 from mergekit_wp.eval.tables import Table, colour_note, read_results, results_html, stands
 from mergekit_wp.execute import Step
@@ -38,7 +38,7 @@ from mergekit_wp.pipeline.steps import (
     results_folder,
     score_files,
 )
-from mergekit_wp.ranking import findings, percent
+from mergekit_wp.ranking import findings
 from mergekit_wp.score_page import score_articles
 from mergekit_wp.scores import Scores, read_scores
 

@@ -16,13 +16,13 @@ from mergekit_wp.console import (
     ProgressBars,
     json_option,
     names_safetensors,
+    percent,
     quiet_option,
     take_terminal,
 )
 from mergekit_wp.fields import groups, options, schema_option
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.outputs import check_file, claim
-from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.config import FORM, ScoringJob, load_job
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from mergekit_wp.console import percent
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.page import grid, render
 from mergekit_wp.palette import INK, QUIET
 from mergekit_wp.pictures import expert_colour
-from mergekit_wp.ranking import percent
 from mergekit_wp.study import drawings
 from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, KIND_WORDS, KINDS
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, Row

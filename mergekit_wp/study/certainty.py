@@ -31,13 +31,13 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.console import StartProgress
+from mergekit_wp.console import StartProgress, percent
 from mergekit_wp.floor import SHARES, floors
 from mergekit_wp.geometry import Kind
 from mergekit_wp.intervals import LEVEL, Bootstrap, Interval, differences, ends, rescored
 from mergekit_wp.missed import kept, missed
 from mergekit_wp.page import grid, render
-from mergekit_wp.ranking import percent, spearman, strongest
+from mergekit_wp.ranking import spearman, strongest
 from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, lines_of

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergekit_wp.console import StartProgress
+from mergekit_wp.console import StartProgress, percent
 from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import PROJECTIONS, Component, Kind
 from mergekit_wp.page import grid, render
-from mergekit_wp.ranking import percent, table_of
+from mergekit_wp.ranking import table_of
 from mergekit_wp.scores import Scores
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, finite, lines_of

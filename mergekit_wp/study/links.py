@@ -22,11 +22,10 @@ from typing import Any
 from markupsafe import Markup
 from scipy.stats import binomtest
 
-from mergekit_wp.console import StartProgress
+from mergekit_wp.console import StartProgress, percent
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
-from mergekit_wp.ranking import percent
 from mergekit_wp.study.cells import cell, lines_of
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.link_picture import circuit_svg

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from mergekit_wp.console import percent
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
 from mergekit_wp.pictures import expert_colour, map_svg, scale_of, score_map
-from mergekit_wp.ranking import percent
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, draws
 from mergekit_wp.study.drawings import Shown

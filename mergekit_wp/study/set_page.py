@@ -8,12 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mergekit_wp.console import percent
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render
 from mergekit_wp.palette import QUIET
 from mergekit_wp.pictures import expert_colour
-from mergekit_wp.ranking import percent
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, draws, estimate, flat, lines_of
 from mergekit_wp.study.drawings import Shown

@@ -31,12 +31,11 @@ from markupsafe import Markup
 from mergekit_wp.checkpoint.folder import local_folder
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.checkpoint.vocabulary import load_tokenizer, tokenizer_in
-from mergekit_wp.console import StartProgress
+from mergekit_wp.console import StartProgress, percent
 from mergekit_wp.errors import enough_memory
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Kind
 from mergekit_wp.page import grid, render, render_text
-from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.models.load import load_pair
 from mergekit_wp.study import drawings
 from mergekit_wp.study.at_anchor import Activity, HalvedDirections, anchor_activity, halved_directions

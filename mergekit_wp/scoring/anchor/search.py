@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.console import StartProgress, Tick, no_progress
+from mergekit_wp.console import StartProgress, Tick, no_progress, percent
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
-from mergekit_wp.ranking import percent
 from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight

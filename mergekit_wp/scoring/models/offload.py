@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.console import percent
 from mergekit_wp.memory import free_memory
-from mergekit_wp.ranking import percent
 from mergekit_wp.scoring.models.precision import held_dtype
 
 # Of the free memory, what `auto` leaves to activations, gradients and whoever else runs here. A share, not a number
