@@ -21,7 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Minutes each: begun first, since one of these begun last is waited for by all other workers.
 LONG = {"test_kills", "test_score", "test_quiet", "test_score_engine", "test_table3_work", "test_eval_process",
-        "test_table3", "test_merge_widen_method", "test_eval", "test_fit", "test_answer_files", "test_merge_recipes"}  # fmt: skip
+        "test_table3", "test_merge_widen_method", "test_eval", "test_fit", "test_answer_files",
+        "test_merge_recipes"}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
