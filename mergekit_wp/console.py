@@ -215,7 +215,7 @@ class ProgressLines:
         share = min(self.done / self.total, 1.0) if self.total else 1.0
         elapsed = time.monotonic() - self.begun
         left = f"about {duration(elapsed / share * (1 - share))} left" if share else "time left not known yet"
-        return f"{self.what}: {100 * share:.0f} %, {left}"
+        return f"{self.what}: {percent(share)}, {left}"
 
     def _watch(self, seconds: float) -> None:
         while not self._over.wait(seconds):

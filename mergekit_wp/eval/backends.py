@@ -259,12 +259,12 @@ def silent_bar(answered: Callable[[int], object]) -> type:
     class Silent(tqdm):
         monitor_interval = 0  # no thread that looks after a bar which nobody sees
 
-        def __init__(self, iterable: Any = None, **shown: Any) -> None:
-            super().__init__(iterable, **(shown | {"file": io.StringIO(), "mininterval": float("inf")}))
+        def __init__(self, *over: Any, **shown: Any) -> None:
+            # It is never time to draw, so that a bar over prompts which are made ready never calls `update`.
+            super().__init__(*over, **(shown | {"file": io.StringIO(), "mininterval": float("inf")}))
 
         def update(self, n: float | None = 1) -> bool | None:
-            if self.iterable is None:  # else one of the prompts that are made ready
-                answered(int(n or 0))
+            answered(int(n or 0))
             return super().update(n)
 
     return Silent

@@ -184,11 +184,12 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
         yield
         return
     hook, asked = lm.cache_hook, {name: getattr(lm, name) for name in _REQUESTS}
+    counter = _AnswerCounter(hook)
     engine = getattr(lm, "model", None) if settings.backend.name == "vllm" else None
-    counter = _AnswerCounter(hook, counts=engine is None)
-    if engine is not None:
-        generate = engine.generate
-        bar = backends.silent_bar(counter.answered)
+    if engine is None:
+        lm.cache_hook = counter
+    else:
+        generate, bar = engine.generate, backends.silent_bar(counter.answered)
         engine.generate = lambda *prompts, **how: generate(*prompts, **(how | {"use_tqdm": bar}))
 
     def counting(ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,7 +202,6 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
 
         return counted
 
-    lm.cache_hook = counter
     for name, ask in asked.items():
         setattr(lm, name, counting(ask))
     try:
@@ -215,10 +215,10 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
 
 
 class _AnswerCounter:
-    """In the place of lm-eval's CacheHook, which it passes answers on to; counts: whether these are what is counted."""
+    """Tells how many answers there are; may take the place of lm-eval's CacheHook, which it passes them on to."""
 
-    def __init__(self, hook: Any, counts: bool) -> None:
-        self.hook, self.counts = hook, counts
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
         self.lines: ProgressLines | None = None
 
     def answered(self, count: int) -> None:
@@ -226,8 +226,7 @@ class _AnswerCounter:
             self.lines.advance(count)
 
     def add_partial(self, *answer: Any) -> None:
-        if self.counts:
-            self.answered(1)
+        self.answered(1)
         self.hook.add_partial(*answer)
 
 

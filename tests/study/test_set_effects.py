@@ -66,10 +66,13 @@ def read_by_hand(folder, tensors, prompts):
     return torch.stack(streams), functional.log_softmax(torch.stack(logits), -1)
 
 
-@pytest.mark.parametrize(("kind", "alike"), [*((kind, 0) for kind in PAIRED), ("llama", 20), ("qwen3", 20)])
-def test_is_the_effect_of_slices_copied_by_hand(tmp_path, kind, alike) -> None:
+@pytest.mark.parametrize(
+    ("kind", "alike", "how"),
+    [*((kind, 0, resident) for kind in PAIRED), ("llama", 20, resident), ("qwen3", 20, streamed)],
+)
+def test_is_the_effect_of_slices_copied_by_hand(tmp_path, kind, alike, how) -> None:
     folders = tiny.save_pair(tmp_path, kind)
-    pair, stack = opened(folders)
+    pair, stack = opened(folders, how)
     prompts = [[*range(20, 20 + alike), *own] for own in PROMPTS]
     v_D = torch.randn(24, generator=torch.Generator().manual_seed(0))
     metrics = metrics_of(pair, {"anchor of x": ("anchor", LAYER, v_D)})

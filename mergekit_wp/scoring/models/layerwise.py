@@ -73,9 +73,8 @@ class Stack(ABC):
     def layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
         """The decoder layers of `order`, one after the other; each holds its weights until the next is taken."""
 
-    def stored_layers(self, order: Sequence[int], ahead: bool = True) -> Generator[nn.Module, None, None]:
-        """As `layers`, but to be read and not to be run: streamed weights are in the dtype that they are stored in. If
-        `ahead`, the next layer's are read while this one has its turn."""
+    def stored_layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
+        """As `layers`, but to be read and not to be run: streamed weights are in the dtype that they are stored in."""
         return self.layers(order)
 
     @torch.no_grad()

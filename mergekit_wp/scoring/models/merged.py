@@ -94,10 +94,7 @@ class MergedStack(Stack):
         """
         with ExitStack() as sweeps:
             stacks = (self.base, *self.experts)
-            # Of this many models, layers that wait for their turn would be most of the memory, and a CPU computes far
-            # longer than it reads; a GPU does not.
-            ahead = self.device.type != "cpu"
-            sources = [sweeps.enter_context(closing(stack.stored_layers(order, ahead))) for stack in stacks]
+            sources = [sweeps.enter_context(closing(stack.stored_layers(order))) for stack in stacks]
             for index, *_held in zip(order, *sources, strict=True):
                 self._merged.discard(index)
                 try:

@@ -96,9 +96,10 @@ class StreamedStack(Stack):
         """
         return self._sweep(order, self._held)
 
-    def stored_layers(self, order: Sequence[int], ahead: bool = True) -> Generator[nn.Module, None, None]:
-        """As `Stack.stored_layers`."""
-        return self._sweep(order, None, ahead)
+    def stored_layers(self, order: Sequence[int]) -> Generator[nn.Module, None, None]:
+        """As `Stack.stored_layers`. On a CPU no layer is read before its turn: these are of the many models of a merge,
+        so that layers which wait would be most of the memory, and a CPU computes far longer than it reads."""
+        return self._sweep(order, None, ahead=self.device.type != "cpu")
 
     def _sweep(
         self, order: Sequence[int], dtype: torch.dtype | None, ahead: bool = True
