@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from click.testing import CliRunner
 from pipeline_world import build, content, pipeline_of
+from tqdm import tqdm
 
 from mergekit_wp import console
 from mergekit_wp.console import ProgressBars, ProgressLines, duration
@@ -173,6 +175,8 @@ def test_by_vllm_an_answer_counts_when_it_ends_and_once(monkeypatch, capfd):
     from mergekit_wp.eval import measure
     from mergekit_wp.eval.backends import Backend
 
+    # As TQDM_DISABLE has it, which is read when tqdm is imported.
+    monkeypatch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
     parts, moments, kept = [], [], []
 
     class Told(ProgressLines):

@@ -260,8 +260,10 @@ def silent_bar(answered: Callable[[int], object]) -> type:
         monitor_interval = 0  # no thread that looks after a bar which nobody sees
 
         def __init__(self, *over: Any, **shown: Any) -> None:
-            # It is never time to draw, so that a bar over prompts which are made ready never calls `update`.
-            super().__init__(*over, **(shown | {"file": io.StringIO(), "mininterval": float("inf")}))
+            # It is never time to draw, so that a bar over prompts which are made ready never calls `update`. A bar that
+            # TQDM_DISABLE has off knows no time, by which vLLM divides.
+            own = {"file": io.StringIO(), "mininterval": float("inf"), "disable": False}
+            super().__init__(*over, **(shown | own))
 
         def update(self, n: float | None = 1) -> bool | None:
             answered(int(n or 0))
