@@ -206,9 +206,15 @@ VARIANTS: tuple[Variant, ...] = (
     _wp("writeback, staged", "The anchor up to its layer, the next token above.", "writeback", "staged", "utilities"),
 )  # fmt: skip
 
+_SHORT: dict[str, Any] = {"steps": 25, "prompts_a_step": 8}
 FOR_PRETRAINED: tuple[Variant, ...] = (
-    _fit("fit, component, short", "A weight for every head and neuron, in 25 steps of 8 prompts an expert: wp-fit's 50 "
-         "steps of 32 take the best part of an hour on a CPU.", family="component", steps=25, prompts_a_step=8),
+    _fit("fit, expert, short", "A weight for each expert, in 25 steps of 8 prompts an expert: wp-fit's 50 steps of 32 "
+         "take the best part of an hour on a CPU.", family="expert", **_SHORT),
+    _fit("fit, layer, short", "A weight for the heads and one for the neurons of each layer, as short.", family="layer",
+         **_SHORT),
+    _fit("fit, component, short", "A weight for every head and neuron, as short.", family="component", **_SHORT),
+    _fit("fit, component, short, next token", "The same by the token after the prompt alone, not by whole answers.",
+         family="component", answer_tokens=0, **_SHORT),
 )  # fmt: skip
 """What only the tables of a pretrained model have beside those."""
 
