@@ -171,6 +171,47 @@ class BatchEngine:
         return ready
 
 
+def test_answers_on_the_way_make_way_for_those_that_are_known():
+    from mergekit_wp.eval.measure import _AnswerCounter
+
+    found, lines = [], []
+    counter = _AnswerCounter(SimpleNamespace(add_partial=lambda *answer: found.append(answer)))
+    for total in (3, 2):
+        lines.append(ProgressLines(total, "task", print))
+        counter.begin(lines[-1])
+        counter.on_the_way(0.5)
+        counter.on_the_way(1.5)
+        assert lines[-1].done == 1.5
+        counter.add_partial("generate_until", "answer")
+        assert lines[-1].done == 1
+        counter.add_partial("generate_until", "other")
+        counter.on_the_way(0.1)
+        assert lines[-1].done == 2.1
+        lines[-1].close()
+    assert len(found) == 4
+
+
+def test_by_transformers_tokens_count_until_their_batch_has_answered(world):
+    """Of a batch of 2 with room for 6 tokens: 2/6 of an answer a token, and the answers are what they were."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+
+    from mergekit_wp.eval.backends import telling_of_tokens
+
+    model = AutoModelForCausalLM.from_pretrained(world / "one", dtype=torch.float32)
+    asked = {"input_ids": torch.tensor([[1, 5, 7], [1, 6, 4]]), "max_length": 9, "pad_token_id": 0, "use_cache": True}
+    asked |= {"eos_token_id": [], "do_sample": False}
+    told, stopped = [], StoppingCriteriaList([MaxLengthCriteria(7)])
+    for criteria, tokens in ((StoppingCriteriaList(), 6), (stopped, 4)):
+        told.clear()
+        plain = model.generate(stopping_criteria=criteria, **asked)
+        found = telling_of_tokens(model.generate, told.append)(stopping_criteria=criteria, **asked)
+        assert torch.equal(found, plain)
+        assert found.shape == (2, 3 + tokens)
+        assert told == [pytest.approx(2 * n / 6) for n in range(1, tokens + 1)]
+
+
 def test_by_vllm_an_answer_counts_when_it_ends_and_once(monkeypatch, capfd):
     from mergekit_wp.eval import measure
     from mergekit_wp.eval.backends import Backend

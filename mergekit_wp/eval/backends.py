@@ -272,6 +272,24 @@ def silent_bar(answered: Callable[[int], object]) -> type:
     return Silent
 
 
+def telling_of_tokens(generate: Callable[..., Any], tell: Callable[[float], object]) -> Callable[..., Any]:
+    """transformers' `generate` as lm-eval calls it, that tells after every token how many answers that makes: of each
+    prompt of the batch the share of the longest that it may get, for most end before."""
+    import torch
+
+    def told(**how: Any) -> Any:
+        count, begun = how["input_ids"].shape
+        room = how["max_length"] - begun
+
+        def after_a_token(ids: Any, *_scores: Any, **_more: Any) -> Any:
+            tell(count * (ids.shape[1] - begun) / room)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        return generate(**how | {"stopping_criteria": [*how["stopping_criteria"], after_a_token]})
+
+    return told
+
+
 def describe(lm: Any, backend: Backend, *, device: str, dtype: str) -> dict[str, Any]:
     """How a loaded model really runs: dtype, device, context length in tokens, batch size."""
     if backend.name == "hf":

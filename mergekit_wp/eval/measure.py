@@ -177,28 +177,32 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
     """Inside the block it is said now and then how far the model is with the requests of its task, and how much longer
     it takes; not where lm-eval's bars do.
 
-    lm-eval's models tell their `cache_hook` of every answer, as soon as they have it; by vLLM they have all at once, so
-    there it is vLLM that tells.
+    lm-eval's models tell their `cache_hook` of every answer, as soon as they have it. By transformers they have a batch
+    at once, so that in between its `generate` tells of tokens; by vLLM they have all at once, so there it is vLLM that
+    tells.
     """
     if settings.progress_bars:
         yield
         return
     hook, asked = lm.cache_hook, {name: getattr(lm, name) for name in _REQUESTS}
     counter = _AnswerCounter(hook)
-    engine = getattr(lm, "model", None) if settings.backend.name == "vllm" else None
-    if engine is None:
-        lm.cache_hook = counter
-    else:
-        generate, bar = engine.generate, backends.silent_bar(counter.answered)
+    engine: Any = getattr(lm, "model", None)
+    generate: Any = getattr(engine, "generate", None)
+    if settings.backend.name == "vllm":
+        bar = backends.silent_bar(counter.answered)
         engine.generate = lambda *prompts, **how: generate(*prompts, **(how | {"use_tqdm": bar}))
+    else:
+        lm.cache_hook = counter
+        if generate is not None:
+            engine.generate = backends.telling_of_tokens(generate, counter.on_the_way)
 
     def counting(ask: Callable[..., Any]) -> Callable[..., Any]:
         def counted(requests: Any, *rest: Any, **more: Any) -> Any:
-            counter.lines = ProgressLines(len(requests), what, say)
+            counter.begin(lines := ProgressLines(len(requests), what, say))
             try:
                 return ask(requests, *rest, **more)
             finally:
-                counter.lines.close()
+                lines.close()
 
         return counted
 
@@ -210,7 +214,7 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
         lm.cache_hook = hook
         for name, ask in asked.items():
             setattr(lm, name, ask)
-        if engine is not None:
+        if generate is not None:
             engine.generate = generate
 
 
@@ -220,10 +224,19 @@ class _AnswerCounter:
     def __init__(self, hook: Any) -> None:
         self.hook = hook
         self.lines: ProgressLines | None = None
+        self.known = 0
+
+    def begin(self, lines: ProgressLines) -> None:
+        self.lines, self.known = lines, 0
 
     def answered(self, count: int) -> None:
+        self.known += count
+        self.on_the_way(0)
+
+    def on_the_way(self, count: float) -> None:
+        """So many answers' worth of tokens are there of those that are not known yet."""
         if self.lines is not None:
-            self.lines.advance(count)
+            self.lines.done = self.known + count
 
     def add_partial(self, *answer: Any) -> None:
         self.answered(1)
