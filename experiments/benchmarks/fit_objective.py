@@ -1,6 +1,6 @@
 """What does the fit owe to its objective? One thing of it changed at a time, on validation items of a miniature world.
 
-    python -m experiments.benchmarks.objective runs/worlds/023a35260726 --out runs/objective --allow-code-execution
+    python -m experiments.benchmarks.fit_objective runs/worlds/023a35260726 --out runs/objective --allow-code-execution
 
     own answers     wp-fit's defaults: experts' own answers, the loss in shares of the gaps, weights free in [0, 2]
     right answers   along the right answers in the place of the experts' own: labels, which the fit does without
