@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +35,7 @@ from experiments.miniature.corpus import CAPABILITIES, scoring_items
 from experiments.miniature.items import Item
 from experiments.miniature.world import scoring_row
 from experiments.table3.work import Grading, MergeJob, fit_job, grade_model, prepare, read_grade, write_answers
-from mergekit_wp.console import StartProgress
+from mergekit_wp.files import write_text
 from mergekit_wp.fit import fit as fitting
 from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.job import FitJob
@@ -53,16 +54,8 @@ class Change:
 
     name: str
     right: bool = False
-    replaced: Callable[[], Replacement] | None = None
+    replaced: Callable[[], Replacement] = nullcontext
     seed: int = 0
-
-    @contextmanager
-    def made(self) -> Iterator[None]:
-        if self.replaced is None:
-            yield
-        else:
-            with self.replaced():
-                yield
 
 
 def undivided() -> Replacement:
@@ -78,11 +71,9 @@ def undivided() -> Replacement:
 class TiedDescent(Descent):
     """A descent that is drawn back to its start: as hard as the first gradient's largest entry, `near` from it."""
 
-    near = 0.1
-
-    def __init__(self, number_P: torch.Tensor, *rest: object) -> None:
+    def __init__(self, number_P: torch.Tensor, *rest: object, near: float) -> None:
         super().__init__(number_P, *rest)  # type: ignore[arg-type]
-        self.first_P, self.largest = number_P.clone(), 0.0
+        self.first_P, self.largest, self.near = number_P.clone(), 0.0, near
 
     def advance(self, loss: float, gradient_P: torch.Tensor) -> None:
         self.largest = self.largest or float(gradient_P.abs().max())
@@ -106,7 +97,7 @@ class SummedDescent(Descent):
             number_KC.clamp_(0, MOST)  # a sum is missed where that cuts
 
 
-def descending(kind: type[Descent]) -> Callable[[], Replacement]:
+def descending(kind: Callable[..., Descent]) -> Callable[[], Replacement]:
     return lambda: mock.patch.object(fitting, "Descent", kind)
 
 
@@ -114,8 +105,7 @@ CHANGES = (
     Change("own answers"),
     Change("right answers", right=True),
     Change("no division", replaced=undivided),
-    Change("near the start, 0.1", replaced=descending(TiedDescent)),
-    Change("near the start, 0.3", replaced=descending(type("Nearer", (TiedDescent,), {"near": 0.3}))),
+    *(Change(f"near the start, {near}", replaced=descending(partial(TiedDescent, near=near))) for near in (0.1, 0.3)),
     Change("sum of start", replaced=descending(SummedDescent)),
     *(Change(f"other draws, seed {seed}", seed=seed) for seed in (1, 2)),
 )
@@ -134,7 +124,7 @@ def right_answers(world: Path, expert: str, own: Path, file: Path) -> Path:
         answer = _rest(item, row["prompt"], tokenizer)[:TOKENS]
         said = {"task": row["task"], "prompt": prompt, "answer": answer, "text": tokenizer.decode(answer)}
         rows.append(json.dumps(said))
-    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_text(file, "\n".join(rows) + "\n")
     return file
 
 
@@ -152,17 +142,14 @@ def right_share(world: Path, change: Change, own: Answers, right: Answers, out: 
     result, file = out / f"{name}.json", (out / f"{name}.safetensors").absolute()
     if (grade := read_grade(result, "validation")) is None:
         job = fit_job(world, CAPABILITIES, {"seed": change.seed}, right if change.right else own)
-        with change.made():
-            write_fit(fitting.fit(job, _silent), file)
+        with change.replaced():
+            write_fit(fitting.fit(job), file)
         listed: dict[str, dict[str, object]] = {str(world / expert): {} for expert in CAPABILITIES}
         recipe = build_recipe("wp", str(world / "base"), listed, shared={"fit": str(file)}, out_dtype="bfloat16")
         merging = MergeJob(recipe, out / f"{name}.yaml", out / name, 0, False)
         task = Grading(result, merging, world, "validation", CAPABILITIES, out / "cache", allow_code, {"row": name})
         grade = grade_model(task)
     return 100 * grade.mean(CAPABILITIES)
-
-
-_silent: StartProgress = lambda _total, _what, _unit: lambda _done: None  # noqa: E731
 
 
 @click.command()

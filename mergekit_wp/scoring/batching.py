@@ -243,15 +243,16 @@ class Lengths:
         group = self.group(length)
         return group if group == self.group(length + answer) else (*group, length)
 
-
-def forget_lengths(model: nn.Module) -> None:
-    """Give back the frequencies that `model` began with, which a longer batch may have replaced."""
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if name.endswith("original_inv_freq"):
-                setattr(module, name.replace("original_", ""), buffer)
-        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            setattr(module, name, module.original_max_seq_len)
+    def forget(self, model: nn.Module) -> None:
+        """Give back the frequencies that `model` began with, which a longer batch may have replaced."""
+        if self.fixed:  # nothing has; and looking at every module is a tenth of a small model's token, by a profile
+            return
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if name.endswith("original_inv_freq"):
+                    setattr(module, name.replace("original_", ""), buffer)
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, module.original_max_seq_len)
 
 
 def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

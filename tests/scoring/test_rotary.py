@@ -14,7 +14,7 @@ from streamed_world import resident, streamed
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.anchor.steering import Greedy
-from mergekit_wp.scoring.batching import Lengths, batches, forget_lengths, together
+from mergekit_wp.scoring.batching import Lengths, batches, together
 from mergekit_wp.scoring.models.layerwise import ResidentStack
 from mergekit_wp.scoring.sweep import forward_sweep
 
@@ -119,7 +119,7 @@ def test_frequencies_of_a_longer_batch_are_forgotten():
     before = model.model.rotary_emb.inv_freq.clone()
     model(torch.tensor([list(range(5, 20))]))
     assert not torch.equal(model.model.rotary_emb.inv_freq, before)
-    forget_lengths(model)
+    Lengths(model.config.to_dict()).forget(model)
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
     assert model.model.rotary_emb.max_seq_len_cached == 6
 

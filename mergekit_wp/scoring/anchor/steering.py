@@ -33,7 +33,7 @@ from mergekit_wp.console import Tick
 from mergekit_wp.errors import BadInput, enough_memory, shown
 from mergekit_wp.geometry import text_tower
 from mergekit_wp.scoring.anchor.graders import cut
-from mergekit_wp.scoring.batching import Lengths, forget_lengths, together
+from mergekit_wp.scoring.batching import Lengths, together
 
 POSITIONS = ("prompt", "all", "anchor", "answer")
 
@@ -157,7 +157,7 @@ class Greedy:
         sizes = list(map(len, prompts))
         groups = [lengths.group_answered(size, self.max_tokens) for size in sizes]
         for chosen in together(sizes, self.batch_size, groups):
-            forget_lengths(model)
+            lengths.forget(model)
             with _plain_greedy(model), nullcontext() if steering is None else steered(model, steering):
                 texts = self._batch(model, [prompts[i] for i in chosen], until)
             for i, text in zip(chosen, texts, strict=True):

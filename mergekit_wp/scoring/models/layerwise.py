@@ -25,7 +25,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mergekit_wp.geometry import FUSED, Geometry, text_tower
-from mergekit_wp.scoring.batching import Batch, Lengths, forget_lengths
+from mergekit_wp.scoring.batching import Batch, Lengths
 from mergekit_wp.scoring.hooks import Constant, InFloat32, separate, substituted
 from mergekit_wp.scoring.models.precision import run_in
 
@@ -80,7 +80,7 @@ class Stack(ABC):
     @torch.no_grad()
     def start(self, batch: Batch) -> Start:
         """Embed the prompts and find out what the architecture's own forward pass hands to each layer."""
-        self._forget_lengths()
+        self.lengths.forget(self.model)
         embedded_BTD = self._embed(batch.ids_BT)
         options = batch.options(self.tower.config._attn_implementation)
         # Padded batches carry no mask, and a packed one is one row: one row's arguments are every row's.
@@ -91,7 +91,7 @@ class Stack(ABC):
     def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache) -> Start:
         """As `start`, for tokens that stand behind those in `cache`, S with these; mask_BS: 0 where padding is, on the
         left. Calls are of this batch alone, and put its keys and values into the cache."""
-        self._forget_lengths()
+        self.lengths.forget(self.model)
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
         probes = self._probe(
             self._embed(ids_BT), attention_mask=mask_BS, past_key_values=cache, use_cache=True,
@@ -103,10 +103,6 @@ class Stack(ABC):
     def entering(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """What enters layer 0 alone [B, T, D]; need not be the embedding: Granite multiplies it."""
         return self._probe(self._embed(ids_BT))[0].stream_BTD
-
-    def _forget_lengths(self) -> None:
-        if not self.lengths.fixed:  # where it is, looking through all modules takes a tenth of a small model's token
-            forget_lengths(self.model)
 
     def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
         embedded_BTD: torch.Tensor = run_in(self.dtype, self.tower.embed_tokens, ids_BT)
