@@ -105,7 +105,7 @@ def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Pat
         settings = {**settings, "at": str(average)}
     job = ScoringJob(
         str(world / "base"), str(world / expert), str(world / "pairs" / f"{expert}.jsonl"), device=_device,
-        offload="none", allow_code_execution=allow_code, **settings,
+        dtype="float32", offload="none", allow_code_execution=allow_code, **settings,
     )  # fmt: skip
     write_scores(score(job), file)
     return file
@@ -168,7 +168,9 @@ def fit_job(
         | {kind: str(of[name]) for kind, of in files.items() if name in of}
         for name in experts
     ]
-    return FitJob(base=str(world / "base"), experts=listed, device=_device, offload="none", **settings)
+    # On a GPU the default is the dtype that weights are stored in: a table would depend on the machine.
+    where = {"device": _device, "dtype": "float32", "offload": "none"}
+    return FitJob(base=str(world / "base"), experts=listed, **where, **settings)
 
 
 @lru_cache(maxsize=1)

@@ -85,7 +85,7 @@ def fit(
     """
     processes, resume, start = processes or ProcessGroup(), resume or Resume(), progress or no_progress
     ready = check(job)
-    with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {job.device}; lower it."):
+    with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pick_device(job.device)}; lower it."):
         merged = load(job, ready, processes)
         lessons = read_teachers(job, ready, merged, processes, start, out)
         run = FitRun(

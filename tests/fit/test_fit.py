@@ -245,7 +245,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(world, monkeypatch):
 def test_two_processes_fit_what_one_fits(world):
     """One step, whose direction Adam makes of the gradient's signs, and cross effects; sums differ by rounding."""
     keep = str(world / "neutral.jsonl")
-    changes = {"family": "layer", "keep": keep, "steps": 2, "look_every": 1, "batch_size": 2}
+    changes = {"family": "layer", "keep": keep, "steps": 2, "look_every": 1, "batch_size": 2, "device": "cpu"}
     job = world / "shared.yaml"
     job.write_text(yaml.safe_dump(asdict(job_of(world, **changes))))
     out = world / "shared.safetensors"
@@ -331,6 +331,14 @@ class TestRefusals:
         (world / "single.jsonl").write_text('{"task": "t", "prompt": "w1"}\n')
         experts = [one, {**other, "pairs": str(world / "single.jsonl")}]
         refused(run(world, "single", experts=experts), "experts, entry 2: has one prompt, which cannot be held out")
+
+    def test_out_of_memory_names_the_device_that_auto_is(self, world, monkeypatch):
+        def full(*_arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(module, "loss_and_gradient", full)
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        refused(run(world, "full", device="auto"), f"batch_size: 4 prompts do not fit on {where}; lower it")
 
     def test_one_expert_alone(self, world):
         with pytest.raises(BadInput, match="at least two"):

@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from score_jobs import job_for
+from where import DEVICE
 
 from mergekit_wp import score
 from mergekit_wp.checkpoint.folder import Checkpoint
@@ -20,8 +21,9 @@ ALL = (*tiny.VARIANTS, *tiny.FAMILIES, *tiny.WRAPPERS)
 
 
 def load(folder, **options):
+    """Where jobs run: models in memory are scored where they are."""
     auto = tiny.auto_class(transformers.AutoConfig.from_pretrained(folder))
-    return auto.from_pretrained(folder, **options)
+    return auto.from_pretrained(folder, **options).to(DEVICE)
 
 
 def assert_same(one, other):
@@ -94,12 +96,13 @@ def test_one_in_memory_and_one_in_a_folder(tmp_path):
 
 def test_a_model_without_a_folder_needs_a_tokenizer(tmp_path):
     base = tiny.random_model("llama", seed=1)
-    expert = tiny.fine_tuned(base, seed=2)
+    expert = tiny.fine_tuned(base, seed=2).to(DEVICE)
+    base.to(DEVICE)
     with pytest.raises(BadInput, match=r"base: no tokenizer .* give one with tokenizer="):
         score(base, expert, ["w1 w2"], progress=False)
     folders = tiny.save_pair(tmp_path, "llama")
     found = score(base, expert, ["w1 w2", "w3"], tokenizer=tiny.tokenizer(), progress=False, gap_floor=0.0)
-    again = score(*map(str, folders), ["w1 w2", "w3"], progress=False, gap_floor=0.0)
+    again = score(*map(str, folders), ["w1 w2", "w3"], device=DEVICE, progress=False, gap_floor=0.0)
     assert torch.equal(found.neurons, again.neurons)
     assert found.meta.base.name == "LlamaForCausalLM in memory"
     assert found.meta.expert.tensors == again.meta.expert.tensors

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from score_jobs import LAYER, Reference, assert_close, job_for
+from where import DEVICE
 
 from mergekit_wp.choices import METHODS
 from mergekit_wp.errors import BadInput
@@ -140,7 +141,7 @@ def test_out_of_memory_is_a_sentence(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(engine, "sweep_down", full)
-    with pytest.raises(BadInput, match="batch_size: 2 prompts do not fit on cpu; lower it"):
+    with pytest.raises(BadInput, match=f"batch_size: 2 prompts do not fit on {DEVICE}.*; lower it"):
         score(job_for(tmp_path, "llama"))
     monkeypatch.setattr(engine, "sweep_down", lambda *_args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

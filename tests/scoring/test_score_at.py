@@ -141,7 +141,7 @@ class TestIsTheWrittenMerge:
             for name, parameter in layer.named_parameters():
                 assert not parameter.requires_grad
                 wanted = tensors[f"model.layers.{index}.{name}"]
-                torch.testing.assert_close(parameter.data, wanted, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(parameter.data.cpu(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_is_the_sum_over_a_component_of_its_change_times_the_gradient(world):
@@ -165,7 +165,7 @@ def test_a_merge_that_takes_nothing_is_the_base(world):
 def test_models_in_memory(world):
     """By the API, on modules, is what the command writes of their folders."""
     at = job_of(world, at=str(world.recipe(RECIPES["task"](world))))
-    live = [AutoModelForCausalLM.from_pretrained(name) for name in (at.base, at.expert)]
+    live = [AutoModelForCausalLM.from_pretrained(name).to(DEVICE) for name in (at.base, at.expert)]
     fields = {"at": at.at, "method": "attr", "batch_size": 2, "gap_floor": 0, "device": DEVICE}
     got, wanted = in_memory(*live, at.pairs, progress=False, **fields), score(at)
     assert_same(got, wanted)
