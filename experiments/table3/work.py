@@ -169,8 +169,9 @@ def fit_job(
         for name in experts
     ]
     # On a GPU the default is the dtype that weights are stored in: a table would depend on the machine.
-    where = {"device": _device, "dtype": "float32", "offload": "none"}
-    return FitJob(base=str(world / "base"), experts=listed, **where, **settings)
+    return FitJob(
+        base=str(world / "base"), experts=listed, device=_device, dtype="float32", offload="none", **settings
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
