@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _device = "cpu"
 """Where this worker's models run, as `prepare` was told."""
+_DTYPE = "float32"
+"""Of products in scores and fits; their default on a GPU is that of the weights, so a table would depend on where."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def write_score(world: Path, expert: str, settings: Mapping[str, Any], file: Pat
         settings = {**settings, "at": str(average)}
     job = ScoringJob(
         str(world / "base"), str(world / expert), str(world / "pairs" / f"{expert}.jsonl"), device=_device,
-        dtype="float32", offload="none", allow_code_execution=allow_code, **settings,
+        dtype=_DTYPE, offload="none", allow_code_execution=allow_code, **settings,
     )  # fmt: skip
     write_scores(score(job), file)
     return file
@@ -168,10 +170,7 @@ def fit_job(
         | {kind: str(of[name]) for kind, of in files.items() if name in of}
         for name in experts
     ]
-    # On a GPU the default is the dtype that weights are stored in: a table would depend on the machine.
-    return FitJob(
-        base=str(world / "base"), experts=listed, device=_device, dtype="float32", offload="none", **settings
-    )  # fmt: skip
+    return FitJob(str(world / "base"), listed, device=_device, dtype=_DTYPE, offload="none", **settings)
 
 
 @lru_cache(maxsize=1)

@@ -40,6 +40,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.fit.job import FitJob
 from mergekit_wp.fit_file import read_fit
 from mergekit_wp.scores import read_scores
+from mergekit_wp.scoring.config import ScoringJob
 
 BOTH = ("instruction", "maths")
 
@@ -174,6 +175,20 @@ def test_models_run_where_the_worker_was_told(
         write_score(world.folder, "maths", {}, tmp_path / "s.safetensors", False)
     with pytest.raises(BadInput, match="cuda:99"):
         grade(world.folder / "maths", world.folder, "test", ("maths",), tmp_path, False, "cuda:99")
+
+
+def test_scores_and_fits_are_of_float32_on_any_device(
+    world: TrainedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_wp.scoring import score as engine
+
+    def stopped(job: ScoringJob) -> None:
+        raise BadInput(f"asked for {job.dtype}")
+
+    monkeypatch.setattr(engine, "score", stopped)
+    with pytest.raises(BadInput, match="asked for float32"):
+        write_score(world.folder, "maths", {}, tmp_path / "s.safetensors", False)
+    assert work.fit_job(world.folder, BOTH, {}).dtype == "float32"
 
 
 def test_models_are_graded_in_the_dtype_that_was_asked_for(

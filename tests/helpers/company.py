@@ -9,7 +9,7 @@ import sys
 
 from warm import COMMAND, warm
 
-# No GPU is shown: two processes cannot share one, and what several of them do is the same on any device.
+# No GPU is shown: two processes cannot share one.
 ENVIRONMENT = {"SOURCE_DATE_EPOCH": "1700000000", "CUDA_VISIBLE_DEVICES": ""}
 
 
