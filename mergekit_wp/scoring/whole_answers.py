@@ -55,6 +55,9 @@ LOG = logger(__name__)
 FORMAT = 1
 _MOST_BYTES = 1 << 30  # a million answers
 _MOST_LINE = 1 << 22
+_MOST_ROWS, _MOST_ROW_BYTES = 1024, 1 << 31
+_WIDTHS = 12  # of the stream, that a token takes while it is in a layer
+_WORTH_OPERATIONS = 600_000_000  # some 6 ms of products, where the calls of a layer take one
 
 Found = dict[int, list[int]]
 """Answers by the number of their prompt."""
@@ -97,16 +100,28 @@ def _bytes(stack: Stack, rules: Greedy, sizes: Sequence[int]) -> int:
     return 4 * len(sizes) * (max(sizes) + rules.max_tokens) * (2 * stack.depth * keys + 3 * stack.width)
 
 
+def rows_worth(stack: Stack, rules: Greedy, size: int) -> int:
+    """How many rows of `size` tokens at most a pass should have where there are enough: until, on a CPU, a layer's
+    products outweigh what its calls cost, and within `_MOST_ROW_BYTES`; never fewer than `batch_size`."""
+    of_row = _bytes(stack, rules, [size]) + 4 * (2 * stack.vocabulary + _WIDTHS * stack.width * size)
+    rows = min(_MOST_ROWS, _MOST_ROW_BYTES // of_row)
+    if stack.device.type == "cpu" and not stack.streamed:
+        operations = 2 * sum(parameter.numel() for parameter in stack.tower.layers[0].parameters())
+        rows = min(rows, _WORTH_OPERATIONS // operations)
+    return max(rules.batch_size, rows)
+
+
 @dataclass
 class _Growing:
-    """One batch of prompts while their answers grow: numbers of the prompts, what is fed next, and who is done."""
+    """One batch of prompts while their answers grow: numbers of the prompts, what is fed next, how many tokens each may
+    still have; and all answers, by number."""
 
     numbers: list[int]
     ids_BT: torch.Tensor
     mask_BS: torch.Tensor
     cache: DynamicCache
     room: list[int]
-    answers: list[list[int]]
+    answers: Found
 
     @classmethod
     def of(cls, stack: Stack, rules: Greedy, prompts: Tokens, numbers: list[int]) -> _Growing:
@@ -118,25 +133,33 @@ class _Growing:
         )
         # The last token of an answer is never fed.
         room = [min(rules.max_tokens, rules.context - len(row) + 1) for row in rows]
-        return cls(numbers, ids_BT, mask_BS, DynamicCache(config=stack.tower.config), room, [[] for _ in rows])
-
-    @property
-    def open(self) -> list[bool]:
-        """Whose answers go on."""
-        return [room > 0 for room in self.room]
+        return cls(numbers, ids_BT, mask_BS, DynamicCache(config=stack.tower.config), room, {i: [] for i in numbers})
 
     def take(self, next_B: torch.Tensor, rules: Greedy, ended: Ended) -> int:
         """One token more of each that is open; how many of `max_tokens` a prompt that makes in progress."""
         progress = 0
         for row, token in enumerate(next_B.tolist()):
             if self.room[row]:
-                self.answers[row].append(token)
-                stop = token in rules.eos or ended(self.numbers[row], self.answers[row])
+                answer = self.answers[self.numbers[row]]
+                answer.append(token)
+                stop = token in rules.eos or ended(self.numbers[row], answer)
                 self.room[row] = 0 if stop else self.room[row] - 1
-                progress += 1 if self.room[row] else rules.max_tokens - len(self.answers[row]) + 1
+                progress += 1 if self.room[row] else rules.max_tokens - len(answer) + 1
         self.ids_BT = next_B[:, None]
         self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(next_B), 1)], 1)
+        self._narrow()
         return progress
+
+    def _narrow(self) -> None:
+        """Go on without the rows that are done, once they are a quarter of all: one answer without an end would have
+        all others carried along."""
+        going = [row for row, room in enumerate(self.room) if room]
+        if not going or 4 * len(going) > 3 * len(self.room):
+            return
+        rows = torch.tensor(going, device=self.ids_BT.device)
+        self.cache.batch_select_indices(rows)
+        self.ids_BT, self.mask_BS = self.ids_BT[rows], self.mask_BS[rows]
+        self.numbers, self.room = [self.numbers[row] for row in going], [self.room[row] for row in going]
 
 
 def _answer_together(
@@ -145,15 +168,15 @@ def _answer_together(
     """The answers to batches that go through the layers together."""
     every = [_Growing.of(stack, rules, prompts, numbers) for numbers in group]
     barred = torch.tensor(rules.barred(stack.vocabulary), dtype=torch.long, device=stack.device)
-    while growing := [batch for batch in every if any(batch.open)]:
-        starts = [stack.go_on(batch.ids_BT, batch.mask_BS, batch.cache) for batch in growing]
+    while growing := [batch for batch in every if any(batch.room)]:
+        starts = [stack.go_on(batch.ids_BT, batch.mask_BS, batch.cache, batch.numbers) for batch in growing]
         ends = [torch.full_like(batch.ids_BT[:, :1], batch.ids_BT.shape[1] - 1) for batch in growing]
         *_below, (_top, streams) = forward_sweep(stack, starts, stack.depth, at=ends)
         for batch, stream_BTD in zip(growing, streams, strict=True):
             logits_BV = stack.logits(stream_BTD[:, -1], stack.vocabulary)
             logits_BV[:, barred] = -torch.inf
             tick(batch.take(logits_BV.argmax(-1), rules, ended))
-    return {i: rules.sayable(answer) for batch in every for i, answer in zip(batch.numbers, batch.answers, strict=True)}
+    return {i: rules.sayable(answer) for batch in every for i, answer in batch.answers.items()}
 
 
 @strict

@@ -4,7 +4,9 @@ A model with a set of the other's components is never written (`exchanged`): the
 slices. So without a component it is the recipient, with its own vocabulary and end tokens. Answers are greedy, end
 where base or expert would end, or at a text that the check names, and are graded by the pair's `check`, strictly.
 
-Answers and verdicts are kept a model and task at a time (`Resume`), so that a run goes on without one being made again.
+Small models answer many at a time, in the rows of one batch (`ExchangedRows`): there a pass of one is mostly calls.
+Answers and verdicts are kept a model and task at a time (`Resume`); models that answer together are asked again
+together, so that a run that goes on writes what an unbroken one does, to the byte.
 
 Legend: N prompts, A tokens of an answer.
 """
@@ -24,16 +26,16 @@ from mergekit_wp.scores import Scores
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
 from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.batching import Tokens
-from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
-from mergekit_wp.scoring.models.layerwise import Stack
+from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedRows
 from mergekit_wp.scoring.models.load import ModelPair, load_pair
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import pairs_of
-from mergekit_wp.scoring.whole_answers import generate_answers
+from mergekit_wp.scoring.whole_answers import generate_answers, rows_worth
 from mergekit_wp.study.answer_plan import Model
 from mergekit_wp.study.held_out import check_tasks, unseen
 from mergekit_wp.study.inputs import Inputs
 from mergekit_wp.study.study_spec import Answering
+from mergekit_wp.subset import Subset
 
 LOG = logger(__name__)
 CODE = (
@@ -147,17 +149,29 @@ class Speakers:
             "versions": versions(),
         }
 
-    def stack(self, removed: bool) -> ExchangedStack:
+    def stack(self, removed: bool) -> ExchangedRows:
         """What takes exchanges: the base, or the expert."""
         ends = (self.pair.expert, self.pair.base) if removed else (self.pair.base, self.pair.expert)
-        return ExchangedStack(*ends, self.pair.geometry)
+        return ExchangedRows(*ends, self.pair.geometry)
 
-    def answer(self, stack: Stack, question: GradedTask, tick: Tick) -> Tokens:
-        """What the model says to the prompts; `tick` hears of answers."""
-        return generate_answers(
-            stack, self.rules, question.prompts, lambda n: tick(n / self.rules.max_tokens),
-            ended=lambda number, answer: question.ended(self.rules, number, answer),
+    def rows(self, stack: ExchangedRows, question: GradedTask) -> int:
+        """How many prompts a pass takes, of whatever models."""
+        return rows_worth(stack, self.rules, max(map(len, question.prompts)))
+
+    def answer(
+        self, stack: ExchangedRows, question: GradedTask, sets: Sequence[Subset], tick: Tick = lambda _n: None
+    ) -> list[Tokens]:
+        """What the model with each of the sets says to the prompts; `tick` hears of answers."""
+        count = len(question.prompts)
+        stack.set_each(
+            [Exchange(subset) for subset in sets], [model for model in range(len(sets)) for _ in range(count)]
+        )
+        found = generate_answers(
+            stack, replace(self.rules, batch_size=max(self.rules.batch_size, len(sets) * count)),
+            [*question.prompts] * len(sets), lambda n: tick(n / self.rules.max_tokens),
+            ended=lambda number, answer: question.ended(self.rules, number % count, answer),
         )  # fmt: skip
+        return [found[begin : begin + count] for begin in range(0, len(found), count)]
 
     def texts(self, question: GradedTask, answers: Tokens) -> list[str]:
         return [self.rules.text(*both) for both in zip(question.prompts, answers, strict=True)]
@@ -171,7 +185,7 @@ def answered(
     speakers: Speakers, questions: Sequence[GradedTask], asked: Sequence[Asked], resume: Resume, progress: StartProgress
 ) -> list[dict[str, Said]]:
     """What each model said to each question, by its key. Raises `BadInput` where memory does not suffice."""
-    plan = [sorted(models) for models in asked]
+    plan = [_by_size(models) for models in asked]
     resume.begin({**speakers.decides(questions), "asked": plan}, now())
     resume.spare_others()
     total = sum(len(models) * len(each.prompts) for models, each in zip(asked, questions, strict=True))
@@ -180,21 +194,29 @@ def answered(
     for removed in (False, True):
         stack = speakers.stack(removed)
         for number, question in enumerate(questions):
-            for step, key in enumerate(plan[number]):
-                model = asked[number][key]
-                if model.removed != removed:
-                    continue
-                kept = resume.load(number, step, _packed(question, speakers.rules.max_tokens, [], []))
-                if kept is None:
-                    stack.set(Exchange(model.subset))
-                    answers = speakers.answer(stack, question, tick)
-                    passed = graders[number](speakers.texts(question, answers))
-                    resume.save(number, step, _packed(question, speakers.rules.max_tokens, answers, passed))
+            steps = [step for step, key in enumerate(plan[number]) if asked[number][key].removed == removed]
+            size = max(1, speakers.rows(stack, question) // len(question.prompts))
+            blank = _packed(question, speakers.rules.max_tokens, [], [])
+            for some in (steps[begin : begin + size] for begin in range(0, len(steps), size)):
+                kept = [resume.load(number, step, blank) for step in some]
+                if known := [each for each in kept if each is not None]:
+                    tick(len(known) * len(question.prompts))
+                if len(known) == len(some):
+                    said = [_unpacked(each) for each in known]
                 else:
-                    tick(len(question.prompts))
-                    answers, passed = _unpacked(kept)
-                found[number][key] = Said(answers, speakers.texts(question, answers), passed)
+                    sets = [asked[number][plan[number][step]].subset for step in some]
+                    answers = speakers.answer(stack, question, sets, tick)
+                    said = [(each, graders[number](speakers.texts(question, each))) for each in answers]
+                    for step, each in zip(some, said, strict=True):
+                        resume.save(number, step, _packed(question, speakers.rules.max_tokens, *each))
+                for step, (answers_N, passed) in zip(some, said, strict=True):
+                    found[number][plan[number][step]] = Said(answers_N, speakers.texts(question, answers_N), passed)
     return found
+
+
+def _by_size(asked: Asked) -> list[str]:
+    """Sets of about one size answer together: what only some of them have costs all of them."""
+    return sorted(asked, key=lambda key: (asked[key].subset.count, key))
 
 
 class _Grader:

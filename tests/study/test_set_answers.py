@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,12 +21,14 @@ from plain_answers import alone
 from streamed_world import PROMPTS, resident, streamed
 from study_run import goes_on, killed_at, run
 from test_set_effects import HEADS, NEURONS, PAIRED, set_of
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.anchor.steering import Greedy
-from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
+from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedRows, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.scoring.sweep import forward_sweep
+from mergekit_wp.scoring.whole_answers import generate_answers
 from mergekit_wp.study import answer_plan, answer_run
 from mergekit_wp.study.answer_run import GradedTask, Speakers
 
@@ -53,33 +56,60 @@ def by_hand(folder, tensors, eos):
     return [alone(model, prompt, eos or None, TOKENS) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("kind", PAIRED)
+@pytest.mark.parametrize("kind", [*PAIRED, "llama-biased"])
 def test_answers_are_those_of_slices_copied_by_hand(tmp_path, kind) -> None:
+    """Of models that answer one by one, and of several whose rows share batches."""
     folders = tiny.save_pair(tmp_path, kind)
     eos = [by_hand(folders[1], tensors_of(folders[1]), ())[0][2]]
     everything = [(layer, h) for layer in range(4) for h in range(4)], [(la, j) for la in range(4) for j in range(20)]
-    sets, heard = [(HEADS, NEURONS), ([], []), everything] if kind == "llama" else [(HEADS, NEURONS)], set()
-    for how in (resident, streamed) if kind == "gemma2" else (resident,):
+    sets, heard = [(HEADS, NEURONS), ([], []), (HEADS[:1], NEURONS[1:]), ([], NEURONS[:2])], set()
+    sets += [everything] if kind == "llama" else []
+    for how in (resident, streamed) if kind in ("gemma2", "llama-biased") else (resident,):
         speakers = speakers_of(folders, how, eos)
+        subsets = [set_of(speakers.pair.geometry, *each) for each in sets]
         for removed in (False, True):
             recipient, donor = folders[::-1] if removed else folders
-            stack = speakers.stack(removed)
-            for heads, neurons in sets:
-                stack.set(Exchange(set_of(speakers.pair.geometry, heads, neurons)))
-                told: list[float] = []
-                answers = speakers.answer(stack, question_of(), told.append)
-                assert answers == by_hand(recipient, plain_patch.patched(recipient, donor, heads, neurons), eos)
-                assert sum(told) == pytest.approx(len(PROMPTS))
-                heard.add(str(answers))
-    assert len(heard) >= 2 * len(sets) - 1, "sets change what is said"
+            want = [by_hand(recipient, plain_patch.patched(recipient, donor, *each), eos) for each in sets]
+            stack, told = speakers.stack(removed), list[float]()
+            alone_ = [speakers.answer(stack, question_of(), [subset])[0] for subset in subsets]
+            together = speakers.answer(stack, question_of(), subsets, told.append)
+            assert alone_ == together == want
+            assert sum(told) == pytest.approx(len(sets) * len(PROMPTS))
+            heard |= {str(answers) for answers in together}
+    assert len(heard) >= 2 * len(sets) - 3, "sets change what is said"
     if kind == "llama":
-        other = ExchangedStack(speakers.pair.base, speakers.pair.expert, speakers.pair.geometry)
-        for heads, neurons in sets:
-            subset = set_of(speakers.pair.geometry, heads, neurons)
-            stack.set(Exchange(subset))
-            other.set(Exchange(subset, in_expert=True))
-            both = [speakers.answer(each, question_of(), lambda _done: None) for each in (stack, other)]
-            assert both[0] == both[1], "embeddings of the expert, too, made from those of the base"
+        speakers = speakers_of(folders, resident, eos)
+        stack = speakers.stack(False)
+        other = ExchangedRows(speakers.pair.base, speakers.pair.expert, speakers.pair.geometry)
+        of_N = [model for model in range(len(subsets)) for _prompt in PROMPTS]
+        other.set_each([Exchange(subset, in_expert=True) for subset in subsets], of_N)
+        both = speakers.answer(speakers.stack(True), question_of(), subsets)
+        said = generate_answers(other, speakers.rules, PROMPTS * len(subsets))
+        assert said == [answer for answers in both for answer in answers], "the expert made from the base, too"
+
+
+def test_logits_of_rows_are_those_of_the_models_one_by_one(tmp_path) -> None:
+    """Whatever the rows' places, and with weights stored in 16 bits, which products in float32 widen."""
+    folders = tiny.save_pair(tmp_path, "llama-biased", dtype=torch.bfloat16)
+    geometry = geometry_of(folders[0])
+    subsets = [set_of(geometry, *each) for each in ((HEADS, NEURONS), ([], []), (HEADS[1:], []), ([], NEURONS[1:]))]
+    prompts = [PROMPTS[1]] * 4
+    for how in (resident, streamed):
+        rows, single = (kind(*map(how, folders), geometry) for kind in (ExchangedRows, ExchangedStack))
+        rows.set_each([Exchange(subset) for subset in subsets], [2, 0, 3, 1])
+        found = first_logits(rows, prompts, [3, 0, 2, 1])
+        for place, number in enumerate((1, 2, 3, 0)):
+            single.set(Exchange(subsets[number]))
+            (want,) = first_logits(single, prompts[:1], [0])
+            torch.testing.assert_close(found[place], want, rtol=1e-5, atol=1e-5)
+        assert min(float((one - other).abs().max()) for one, other in itertools.combinations(found, 2)) > 1e-3
+
+
+def first_logits(stack, prompts, numbers):
+    ids = torch.tensor(prompts)
+    start = stack.go_on(ids, torch.ones_like(ids), DynamicCache(config=stack.tower.config), numbers)
+    *_below, (_top, (stream,)) = forward_sweep(stack, [start], stack.depth)
+    return stack.logits(stream[:, -1], 97)
 
 
 def test_the_expert_without_a_set_still_ends_by_a_token_of_its_own(tmp_path) -> None:
@@ -87,23 +117,23 @@ def test_the_expert_without_a_set_still_ends_by_a_token_of_its_own(tmp_path) -> 
     expert = tiny.add_rows(tiny.fine_tuned(base, seed=2), 2)
     speakers = speakers_of((tiny.save(base, tmp_path / "base"), tiny.save(expert, tmp_path / "expert")), eos=[97])
     stacks = speakers.stack(True), speakers.stack(False)
-    for stack in stacks:
-        stack.set(Exchange(set_of(speakers.pair.geometry, HEADS, NEURONS)))
-    free = speakers.answer(stacks[0], question_of(), lambda _done: None)
+    subset = set_of(speakers.pair.geometry, HEADS, NEURONS)
+    (free,) = speakers.answer(stacks[0], question_of(), [subset])
     assert len(free[0]) == TOKENS
     with torch.no_grad():
         rows = speakers.pair.expert.model.lm_head.weight
         rows[97] = 3 * rows[free[0][1]]
-    short = [len(speakers.answer(stack, question_of(), lambda _done: None)[0]) < TOKENS for stack in stacks]
+    short = [len(speakers.answer(stack, question_of(), [subset])[0][0]) < TOKENS for stack in stacks]
     assert short == [True, False], "only the expert has the row"
 
 
 def test_an_answer_ends_at_a_text_of_its_check(tmp_path) -> None:
     speakers = speakers_of(tiny.save_pair(tmp_path, "llama"))
     stack = speakers.stack(False)
-    free = speakers.answer(stack, question_of(), lambda _done: None)
+    nothing = set_of(speakers.pair.geometry, [], [])
+    (free,) = speakers.answer(stack, question_of(), [nothing])
     end = speakers.rules.tokenizer.decode([free[0][1]])
-    cut = speakers.answer(stack, question_of([end]), lambda _done: None)
+    (cut,) = speakers.answer(stack, question_of([end]), [nothing])
     assert len(cut[0]) == 2
     for one, other in zip(cut, free, strict=True):
         assert one == other[: len(one)]
@@ -118,10 +148,12 @@ def world(tmp_path_factory):
 def test_a_killed_run_goes_on_to_the_same_answers(world, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(answer_plan, "KINDS", {kinds: answer_plan.KINDS[kinds] for kinds in ("neurons", "both")})
     made: list[int] = []
+    monkeypatch.setattr(answer_run, "rows_worth", lambda *_about: 18)
     monkeypatch.setattr(answer_run, "generate_answers", killed_at(9, answer_run.generate_answers, made, 2))
     planned = run(world, "--out", tmp_path / "out", "--only", "answers", "--plan")
     out, pieces = goes_on(world, "answers", tmp_path, made, 9)
-    assert f"{sum(pieces)} answers of at most 2 tokens, by {len(pieces)} models" in planned
+    assert f"{sum(pieces)} answers of at most 2 tokens, by " in planned
+    assert max(pieces) == 18, "two models at a time"
     consented = run(world, "--out", out, "--only", "answers", "--plan", "--allow-code-execution")
     assert consented.startswith("answers: to do (`--allow-code-execution` is another one): ")
     _says_what_was_found(out, yaml.safe_load(world.read_text())["prompts"]["pairs"])

@@ -88,9 +88,10 @@ class Stack(ABC):
         return Start(self._probe(embedded_BTD, **options)[0].stream_BTD, calls)
 
     @torch.no_grad()
-    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache) -> Start:
+    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache, numbers: Sequence[int] = ()) -> Start:
         """As `start`, for tokens that stand behind those in `cache`, S with these; mask_BS: 0 where padding is, on the
-        left. Calls are of this batch alone, and put its keys and values into the cache."""
+        left. Calls are of this batch alone, and put its keys and values into the cache. numbers: of the rows' prompts,
+        for a stack that is not the same model to each (`exchanged.ExchangedRows`)."""
         self.lengths.forget(self.model)
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
         probes = self._probe(

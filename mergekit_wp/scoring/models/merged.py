@@ -142,7 +142,7 @@ class MergedStack(Stack):
         return self.starts(batch, [self.weights])[0]
 
     @torch.no_grad()
-    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache) -> Start:
+    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache, numbers: Sequence[int] = ()) -> Start:
         """As `Stack.go_on`. An expert of which nothing is taken outside of components need not have all tokens."""
         first = self.base.go_on(ids_BT, mask_BS, cache)
         stream_BTD = first.stream_BTD.clone()
