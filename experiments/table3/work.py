@@ -208,7 +208,20 @@ def merge(task: MergeJob) -> Path:
     shutil.rmtree(task.folder, ignore_errors=True)  # what a killed run left
     arguments = [str(task.recipe_file), str(task.folder), "--quiet", "--random-seed", str(task.random_seed)]
     command.main(arguments, standalone_mode=False)
+    if "base_model" not in task.recipe:
+        _take_ids(task.folder, Path(task.recipe["tokenizer"]["source"]))
     return task.folder
+
+
+def _take_ids(merged: Path, source: Path) -> None:
+    """Let the config name the special tokens of the tokenizer that was asked for.
+
+    Without a base, mergekit 0.1.5 takes the config of one of the models by chance (the first of a set); an expert's
+    may name a row that the merge does not have, and transformers then does not load it.
+    """
+    own, right = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (merged, source))
+    ids = {key: right.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_text(merged / "config.json", json.dumps({**own, **ids}, indent=2) + "\n")
 
 
 def grade_model(task: Grading) -> Grade:

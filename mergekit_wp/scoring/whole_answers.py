@@ -102,9 +102,10 @@ def _bytes(stack: Stack, rules: Greedy, sizes: Sequence[int]) -> int:
 
 def rows_worth(stack: Stack, rules: Greedy, size: int) -> int:
     """How many rows of `size` tokens at most a pass should have where there are enough: until, on a CPU, a layer's
-    products outweigh what its calls cost, and within `_MOST_ROW_BYTES`; never fewer than `batch_size`."""
+    products outweigh what its calls cost, and within 2 GB or a quarter of what is free; never fewer than
+    `batch_size`."""
     of_row = _bytes(stack, rules, [size]) + 4 * (2 * stack.vocabulary + _WIDTHS * stack.width * size)
-    rows = min(_MOST_ROWS, _MOST_ROW_BYTES // of_row)
+    rows = min(_MOST_ROWS, min(_MOST_ROW_BYTES, free_memory(stack.device) // 4) // of_row)
     if stack.device.type == "cpu" and not stack.streamed:
         operations = 2 * sum(parameter.numel() for parameter in stack.tower.layers[0].parameters())
         rows = min(rows, _WORTH_OPERATIONS // operations)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 from warm import script, warm
 
 from experiments.miniature import grading, sandbox
@@ -80,6 +82,23 @@ def test_a_merge_in_the_process_is_the_executables(world: TrainedWorld, tmp_path
     assert set(mine) == set(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert any(not torch.equal(mine[name], weights(world.folder / "base")[name]) for name in mine)
+
+
+@pytest.mark.parametrize("first", BOTH)
+def test_a_merge_without_a_base_loads_whichever_config_mergekit_takes(
+    world: TrainedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """One expert has a row for padding, which its config names and the merge does not have."""
+    plain = MergeConfiguration.referenced_models
+
+    def chosen(self: MergeConfiguration) -> list[Any]:
+        return sorted(plain(self), key=lambda model: not str(model).endswith(first))
+
+    monkeypatch.setattr(MergeConfiguration, "referenced_models", chosen)
+    folder = merge(merge_of(Point("karcher"), world, tmp_path))
+    config, base = (AutoConfig.from_pretrained(place) for place in (folder, world.folder / "base"))
+    assert config.pad_token_id == base.pad_token_id
+    AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_a_parameter_that_the_method_does_not_know_is_refused(world: TrainedWorld, tmp_path: Path) -> None:
