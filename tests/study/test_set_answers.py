@@ -27,6 +27,7 @@ from mergekit_wp.scoring.anchor.graders import parse_check
 from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedRows, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair
+from mergekit_wp.scoring.models.streaming import StreamedStack
 from mergekit_wp.scoring.sweep import forward_sweep
 from mergekit_wp.scoring.whole_answers import generate_answers
 from mergekit_wp.study import answer_plan, answer_run
@@ -103,6 +104,20 @@ def test_logits_of_rows_are_those_of_the_models_one_by_one(tmp_path) -> None:
             (want,) = first_logits(single, prompts[:1], [0])
             torch.testing.assert_close(found[place], want, rtol=1e-5, atol=1e-5)
         assert min(float((one - other).abs().max()) for one, other in itertools.combinations(found, 2)) > 1e-3
+
+
+def test_streamed_weights_are_read_once_a_token_for_all_models(tmp_path, monkeypatch) -> None:
+    read = []
+    plain = StreamedStack.stored_layers
+    monkeypatch.setattr(StreamedStack, "stored_layers", lambda self, order: read.append(self) or plain(self, order))
+    speakers = speakers_of(tiny.save_pair(tmp_path, "llama"), streamed)
+    subsets = [set_of(speakers.pair.geometry, *each) for each in ((HEADS, NEURONS), ([], []), (HEADS[1:], []))]
+    counts = []
+    for some in (subsets[:1], subsets):
+        read.clear()
+        speakers.answer(speakers.stack(False), question_of(), some)
+        counts.append(len(read))
+    assert counts == [2 * TOKENS] * 2, "of base and expert"
 
 
 def first_logits(stack, prompts, numbers):
