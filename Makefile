@@ -31,9 +31,10 @@ table3: .venv/ready
 table3-far: .venv/ready
 	$(BIN)/python -m experiments.table3 --kind far --allow-code-execution
 
-# The methods that the table of a pretrained model has, with a fit by component that ends early.
-REAL := --seeds 0 --only "average" --only "task arithmetic" --only "TIES" --only "DARE-TA" --only "WIDEN" \
-	--only "WP (ours)" --only "WP, scale: auto" --only "fit, scale" --only "fit, component, short" --allow-code-execution
+# What README's table of a pretrained model has: methods at their authors' settings, fits that end early, bfloat16 products.
+REAL := --seeds 0 --choose none --dtype bfloat16 --only "average" --only "task arithmetic" --only "TIES" --only "DARE-TA" \
+	--only "WIDEN" --only "WP (ours)" --only "WP, scale: auto" --only "fit, scale" --only "fit, expert, short" \
+	--only "fit, layer, short" --only "fit, component, short" --allow-code-execution
 
 # The official training rows are mixed in where DATA names a folder with gsm8k-train.jsonl and mbpp.jsonl.
 real: .venv/real-ready

@@ -256,3 +256,19 @@ def test_a_long_prompt_is_answered_as_far_as_the_context_goes(world):
     assert result.exit_code == 0, result.output
     rows = map(json.loads, (world / "out.answers.jsonl").read_text().splitlines()[1:])
     assert sorted((len(row["prompt"]), len(row["answer"])) for row in rows) == [(126, 3), (127, 2)]
+
+
+def test_rows_of_a_pass_are_as_many_as_are_worth_it_and_fit(tmp_path, monkeypatch):
+    folder = tiny.save(tiny.random_model("llama", seed=4), tmp_path / "m")
+    stack = resident(folder)
+    rules = rules_of(stack, 3)
+    assert whole_answers.rows_worth(stack, rules, 12) == 1024, "a layer of so small a model is calls"
+    wide = 2 * sum(parameter.numel() for parameter in stack.tower.layers[0].parameters())
+    monkeypatch.setattr(whole_answers, "_WORTH_OPERATIONS", 100 * wide)
+    assert whole_answers.rows_worth(stack, rules, 12) == 100
+    assert whole_answers.rows_worth(streamed(folder), rules, 12) == 1024, "reading is what costs there"
+    few = whole_answers._bytes(stack, rules, [12])
+    monkeypatch.setattr(whole_answers, "free_memory", lambda _device: 4 * 50 * few)
+    assert 3 < whole_answers.rows_worth(stack, rules, 12) < 50
+    monkeypatch.setattr(whole_answers, "free_memory", lambda _device: 0)
+    assert whole_answers.rows_worth(stack, rules, 12) == 3, "what was asked for"
