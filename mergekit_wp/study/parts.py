@@ -210,8 +210,8 @@ def write_page(out: Path, study: Study, inputs: Inputs) -> None:
         sections.append(section(part.title, Markup(body), part.name))  # ours, by the part's stamp
     meta = next(iter(inputs.scores.values())).meta
     foot = ", ".join(f"{name} {version}" for name, version in meta.versions.items())
-    title = f"What the fine-tune {_last_of(meta.expert.called)} changed"
-    lead = f"In its base {meta.base.called}, read off {', '.join(inputs.scores)} and the models' weights."
+    title = f"What the fine-tune {_last_of(study.expert)} changed"
+    lead = f"In its base {study.base}, read off {', '.join(inputs.scores)} and the models' weights."
     body = Markup("").join([_in_short(parts, out), *sections])
     data = _for_script(parts, out, inputs)
     write_text(out / PAGE, frame(title, lead, body, f"Scored {meta.date[:10]} with {foot}.", data))

@@ -98,7 +98,7 @@ class ExchangedStack(MergedStack):
 
 
 @dataclass(frozen=True)
-class Shared:
+class CommonExchange:
     """What several exchanges of one direction have in common, as weights of a merge."""
 
     exchanges: Sequence[Exchange]
@@ -122,7 +122,7 @@ class ExchangedRows(ExchangedStack):
 
     def set_each(self, exchanges: Sequence[Exchange], of_N: Sequence[int]) -> None:
         """Take other exchanges from here on, which must be of one direction; of_N: each prompt's place in them."""
-        self.set(Shared(exchanges))
+        self.set(CommonExchange(exchanges))
         self._of_N = torch.tensor(of_N)
         self._of_B: torch.Tensor | None = None
         self._either: dict[int, dict[str, _Either]] = {}
@@ -130,7 +130,7 @@ class ExchangedRows(ExchangedStack):
 
     def _differences(self, index: int) -> dict[str, tuple[Places, torch.Tensor]]:
         """Of the projections of a layer in which exchanges differ: where, and what each exchange has there, [M, C]."""
-        assert isinstance(self.weights, Shared)
+        assert isinstance(self.weights, CommonExchange)
         found: dict[str, tuple[Places, torch.Tensor]] = {}
         for path in (PROJECTIONS[key] for key in SCORED):
             each_Mn = self.weights.each(_slot(index, path), self.geometry).to(self.device)
