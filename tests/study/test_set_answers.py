@@ -115,9 +115,11 @@ def test_streamed_weights_are_read_once_a_token_for_all_models(tmp_path, monkeyp
     counts = []
     for some in (subsets[:1], subsets):
         read.clear()
-        speakers.answer(speakers.stack(False), question_of(), some)
+        stack = speakers.stack(False)
+        speakers.answer(stack, question_of(), some)
         counts.append(len(read))
     assert counts == [2 * TOKENS] * 2, "of base and expert"
+    assert not stack._kept, "what was read is let go"
 
 
 def first_logits(stack, prompts, numbers):

@@ -125,7 +125,7 @@ class ExchangedRows(ExchangedStack):
         self.set(CommonExchange(exchanges))
         self._of_N = torch.tensor(of_N)
         self._of_B: torch.Tensor | None = None
-        self._either: dict[int, dict[str, _Either]] = {}
+        self._kept: dict[int, dict[str, _Either]] = {}
         self._differs = [self._differences(index) for index in range(self.depth)]
 
     def _differences(self, index: int) -> dict[str, tuple[Places, torch.Tensor]]:
@@ -155,10 +155,11 @@ class ExchangedRows(ExchangedStack):
         """As `MergedStack.layers`; while a layer is told of, its projections run both models' slices."""
         with closing(super().layers(order)) as layers:
             for index, layer in zip(order, layers, strict=True):
-                if self.streamed or index not in self._either:
-                    self._either[index] = self._eithers(index, layer)
+                found = self._kept.get(index) or self._eithers(index, layer)
+                if not self.streamed:  # else they would hold the weights of all layers
+                    self._kept[index] = found
                 with ExitStack() as mixed:
-                    for path, either in self._either[index].items():
+                    for path, either in found.items():
                         parent, _, name = path.rpartition(".")
                         mixed.enter_context(substituted(layer.get_submodule(parent), **{name: either}))
                     yield layer
