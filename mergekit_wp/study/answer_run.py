@@ -159,16 +159,17 @@ class Speakers:
         return rows_worth(stack, self.rules, max(map(len, question.prompts)))
 
     def answer(
-        self, stack: ExchangedRows, question: GradedTask, sets: Sequence[Subset], tick: Tick = lambda _n: None
-    ) -> list[Tokens]:
-        """What the model with each of the sets says to the prompts; `tick` hears of answers."""
+        self, stack: ExchangedRows, question: GradedTask, sets: Sequence[Subset], rows: int,
+        tick: Tick = lambda _n: None,
+    ) -> list[Tokens]:  # fmt: skip
+        """What the model with each of the sets says to the prompts, `rows` a pass; `tick` hears of answers."""
         count = len(question.prompts)
         stack.set_each(
             [Exchange(subset) for subset in sets], [model for model in range(len(sets)) for _ in range(count)]
         )
         found = generate_answers(
-            stack, replace(self.rules, batch_size=max(self.rules.batch_size, len(sets) * count)),
-            [*question.prompts] * len(sets), lambda n: tick(n / self.rules.max_tokens),
+            stack, replace(self.rules, batch_size=rows), [*question.prompts] * len(sets),
+            lambda n: tick(n / self.rules.max_tokens),
             ended=lambda number, answer: question.ended(self.rules, number % count, answer),
         )  # fmt: skip
         return [found[begin : begin + count] for begin in range(0, len(found), count)]
@@ -195,17 +196,18 @@ def answered(
         stack = speakers.stack(removed)
         for number, question in enumerate(questions):
             steps = [step for step, key in enumerate(plan[number]) if asked[number][key].removed == removed]
-            size = max(1, speakers.rows(stack, question) // len(question.prompts))
+            rows = speakers.rows(stack, question)
+            size = max(1, rows // len(question.prompts))
             blank = _packed(question, speakers.rules.max_tokens, [], [])
             for some in (steps[begin : begin + size] for begin in range(0, len(steps), size)):
                 kept = [resume.load(number, step, blank) for step in some]
-                if known := [each for each in kept if each is not None]:
-                    tick(len(known) * len(question.prompts))
+                known = [each for each in kept if each is not None]
                 if len(known) == len(some):
+                    tick(len(known) * len(question.prompts))
                     said = [_unpacked(each) for each in known]
                 else:
                     sets = [asked[number][plan[number][step]].subset for step in some]
-                    answers = speakers.answer(stack, question, sets, tick)
+                    answers = speakers.answer(stack, question, sets, rows, tick)
                     said = [(each, graders[number](speakers.texts(question, each))) for each in answers]
                     for step, each in zip(some, said, strict=True):
                         resume.save(number, step, _packed(question, speakers.rules.max_tokens, *each))

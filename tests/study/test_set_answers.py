@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedRows, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.models.streaming import StreamedStack
+from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.sweep import forward_sweep
 from mergekit_wp.scoring.whole_answers import generate_answers
 from mergekit_wp.study import answer_plan, answer_run
@@ -72,19 +74,17 @@ def test_answers_are_those_of_slices_copied_by_hand(tmp_path, kind) -> None:
             recipient, donor = folders[::-1] if removed else folders
             want = [by_hand(recipient, plain_patch.patched(recipient, donor, *each), eos) for each in sets]
             stack, told = speakers.stack(removed), list[float]()
-            alone_ = [speakers.answer(stack, question_of(), [subset])[0] for subset in subsets]
-            together = speakers.answer(stack, question_of(), subsets, told.append)
-            assert alone_ == together == want
+            one_by_one = [speakers.answer(stack, question_of(), [subset], 2)[0] for subset in subsets]
+            together = speakers.answer(stack, question_of(), subsets, 100, told.append)
+            assert one_by_one == together == want
             assert sum(told) == pytest.approx(len(sets) * len(PROMPTS))
             heard |= {str(answers) for answers in together}
     assert len(heard) >= 2 * len(sets) - 3, "sets change what is said"
     if kind == "llama":
-        speakers = speakers_of(folders, resident, eos)
-        stack = speakers.stack(False)
         other = ExchangedRows(speakers.pair.base, speakers.pair.expert, speakers.pair.geometry)
         of_N = [model for model in range(len(subsets)) for _prompt in PROMPTS]
         other.set_each([Exchange(subset, in_expert=True) for subset in subsets], of_N)
-        both = speakers.answer(speakers.stack(True), question_of(), subsets)
+        both = speakers.answer(speakers.stack(True), question_of(), subsets, 100)
         said = generate_answers(other, speakers.rules, PROMPTS * len(subsets))
         assert said == [answer for answers in both for answer in answers], "the expert made from the base, too"
 
@@ -106,6 +106,37 @@ def test_logits_of_rows_are_those_of_the_models_one_by_one(tmp_path) -> None:
         assert min(float((one - other).abs().max()) for one, other in itertools.combinations(found, 2)) > 1e-3
 
 
+def test_passes_are_no_larger_than_was_asked_and_progress_ends_at_all(tmp_path, monkeypatch) -> None:
+    """Also where some of the models that answer together had been kept: they are asked again together."""
+    sizes, plain = [], ExchangedRows.go_on
+    monkeypatch.setattr(
+        ExchangedRows, "go_on", lambda self, ids, *rest: sizes.append(len(ids)) or plain(self, ids, *rest)
+    )
+    speakers = speakers_of(tiny.save_pair(tmp_path, "llama"))
+    speakers.inputs.fingerprints = {}
+    geometry = speakers.pair.geometry
+    sets = [set_of(geometry, *each) for each in ((HEADS, NEURONS), ([], []), (HEADS[1:], []), ([], NEURONS))]
+    asked = {model.key: model for model in (answer_plan.Model("top", subset, False) for subset in sets)}
+
+    def run_once() -> list[dict[str, answer_run.Said]]:
+        told.clear()
+        progress = lambda total, *_words: told.append(-total) or told.append  # noqa: E731
+        return answer_run.answered(speakers, [question_of()], [asked], Resume(tmp_path / "out", "run"), progress)
+
+    for rows in (1, 2, 2 * len(PROMPTS)):
+        monkeypatch.setattr(answer_run, "rows_worth", lambda *_about, rows=rows: rows)
+        told: list[float] = []
+        sizes.clear()
+        first = run_once()
+        assert max(sizes) == rows
+        assert sum(told) == pytest.approx(0)
+        (kept,) = (tmp_path / ".out.resume").glob("*/task-0-run-1.safetensors")
+        kept.unlink()
+        assert run_once() == first
+        assert sum(told) == pytest.approx(0)
+        shutil.rmtree(tmp_path / ".out.resume")
+
+
 def test_streamed_weights_are_read_once_a_token_for_all_models(tmp_path, monkeypatch) -> None:
     read = []
     plain = StreamedStack.stored_layers
@@ -116,7 +147,7 @@ def test_streamed_weights_are_read_once_a_token_for_all_models(tmp_path, monkeyp
     for some in (subsets[:1], subsets):
         read.clear()
         stack = speakers.stack(False)
-        speakers.answer(stack, question_of(), some)
+        speakers.answer(stack, question_of(), some, 100)
         counts.append(len(read))
     assert counts == [2 * TOKENS] * 2, "of base and expert"
     assert not stack._kept, "what was read is let go"
@@ -135,12 +166,12 @@ def test_the_expert_without_a_set_still_ends_by_a_token_of_its_own(tmp_path) -> 
     speakers = speakers_of((tiny.save(base, tmp_path / "base"), tiny.save(expert, tmp_path / "expert")), eos=[97])
     stacks = speakers.stack(True), speakers.stack(False)
     subset = set_of(speakers.pair.geometry, HEADS, NEURONS)
-    (free,) = speakers.answer(stacks[0], question_of(), [subset])
+    (free,) = speakers.answer(stacks[0], question_of(), [subset], 2)
     assert len(free[0]) == TOKENS
     with torch.no_grad():
         rows = speakers.pair.expert.model.lm_head.weight
         rows[97] = 3 * rows[free[0][1]]
-    short = [len(speakers.answer(stack, question_of(), [subset])[0][0]) < TOKENS for stack in stacks]
+    short = [len(speakers.answer(stack, question_of(), [subset], 2)[0][0]) < TOKENS for stack in stacks]
     assert short == [True, False], "only the expert has the row"
 
 
@@ -148,9 +179,9 @@ def test_an_answer_ends_at_a_text_of_its_check(tmp_path) -> None:
     speakers = speakers_of(tiny.save_pair(tmp_path, "llama"))
     stack = speakers.stack(False)
     nothing = set_of(speakers.pair.geometry, [], [])
-    (free,) = speakers.answer(stack, question_of(), [nothing])
+    (free,) = speakers.answer(stack, question_of(), [nothing], 2)
     end = speakers.rules.tokenizer.decode([free[0][1]])
-    (cut,) = speakers.answer(stack, question_of([end]), [nothing])
+    (cut,) = speakers.answer(stack, question_of([end]), [nothing], 2)
     assert len(cut[0]) == 2
     for one, other in zip(cut, free, strict=True):
         assert one == other[: len(one)]
