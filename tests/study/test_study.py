@@ -192,7 +192,10 @@ def test_without_an_instruction_there_is_nothing_to_look_at(small, tmp_path) -> 
 def test_maps_need_no_model(small, tmp_path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**small, "base": "./gone", "expert": "./gone-too"}))
     run(tmp_path / "s.yaml", "--out", tmp_path / "out", "--only", "maps", "--quiet")
-    assert (tmp_path / "out/study.html").read_text().count("<section id=") == 1
+    page = (tmp_path / "out/study.html").read_text()
+    assert page.count("<section id=") == 1
+    assert "<title>What the fine-tune gone-too changed</title>" in page
+    assert "In its base ./gone, read off ap " in page, "models are called as the study calls them"
     said = run(tmp_path / "s.yaml", "--out", tmp_path / "out", code=2)
     assert "./gone: no such model folder" in said
 
