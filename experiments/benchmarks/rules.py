@@ -41,15 +41,17 @@ from experiments.miniature.grading import grade
 from mergekit_wp.calibrate import cut, mean_inputs
 from mergekit_wp.geometry import Geometry, slot_of
 from mergekit_wp.scores import Scores, read_scores, write_scores
-from mergekit_wp.scoring.anchor.steering import Greedy
+from mergekit_wp.scoring.anchor.graders import cut as cut_answer
 from mergekit_wp.scoring.batching import batches
 from mergekit_wp.scoring.config import ScoringJob
+from mergekit_wp.scoring.greedy import Greedy, generate_answers
 from mergekit_wp.scoring.models.layerwise import ResidentStack
 from mergekit_wp.scoring.prompt_format import PromptFormat
 from mergekit_wp.scoring.score import score
 
 CAPABILITIES = ("instruction", "maths", "code")
 COMBINATIONS = (("code", "instruction"), ("code", "maths"), ("instruction", "maths"), CAPABILITIES)
+UNTIL = ("Request:",)
 INF = math.inf
 State = dict[str, torch.Tensor]
 
@@ -224,7 +226,11 @@ class World:
         self.model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in merged.items()})
         items = self.items[capability]
         prompts = [self.tokenizer(item["prompt"])["input_ids"] for item in items]
-        texts = self.greedy.answers(self.model, prompts, ("Request:",))
+        stack = ResidentStack(self.model, torch.device("cpu"), torch.bfloat16)
+        answers = generate_answers(
+            stack, self.greedy, prompts, ended=lambda _number, answer: self.greedy.holds(answer, UNTIL)
+        )
+        texts = [cut_answer(self.greedy.text(*both), UNTIL) for both in zip(prompts, answers, strict=True)]
         passed = (grade(capability, t, json.loads(item["grading"])) for t, item in zip(texts, items, strict=True))
         return 100 * sum(passed) / len(items)
 

@@ -34,8 +34,8 @@ from mergekit_wp.outputs import claim, refuse_inputs
 from mergekit_wp.scoring.config import FORM, ScoringJob, load_job
 
 if TYPE_CHECKING:
-    from mergekit_wp.scoring.anchor.steering import Greedy
     from mergekit_wp.scoring.batching import Tokens
+    from mergekit_wp.scoring.greedy import Greedy
 
 TOKENS = 32  # of an answer, where the job does not say
 _AT_ONCE = 256  # prompts that vLLM is handed together, after which their answers are kept
@@ -100,7 +100,7 @@ def _by_vllm(
     job: ScoringJob, backend: Any, folder: Path, device: str, dtype: str, rules: Greedy, rows: int, prompts: Tokens,
     tick: Tick, keep: Callable[[dict[int, list[int]]], object],
 ) -> None:  # fmt: skip
-    """As `whole_answers.generate_answers`. `rows`: of the output head."""
+    """As `greedy.generate_answers`. `rows`: of the output head."""
     from mergekit_wp.eval.backends import load, silent_bar
 
     model = load(

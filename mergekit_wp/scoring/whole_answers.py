@@ -1,8 +1,8 @@
-"""Whole answers: what a model says greedily to prompts, made once and kept in a file.
+"""Whole answers: what an expert says greedily to its prompts, made once and kept in a file.
 
-`generate_answers` makes them, `answers_for` keeps them beside the score file as they come, so that a run that was
-killed goes on and the next one finds them, and `given_answers` reads those that another machine made. The file is JSON
-lines. The first says whose answers they are:
+`greedy.generate_answers` makes them, `answers_for` keeps them beside the score file as they come, so that a run that
+was killed goes on and the next one finds them, and `given_answers` reads those that another machine made. The file is
+JSON lines. The first says whose answers they are:
 
     {"wp_answers": 1, "expert": {...}, "max_tokens": 32, "vocabulary": 32000, "dtype": ..., "device": ..., "versions":
      {...}, "date": ...}
@@ -13,12 +13,6 @@ is one prompt's, token ids and the answer as text, in any order:
     {"task": "maths", "prompt": [1, 415, 6], "answer": [306, 2], "text": "I"}
 
 An answer has at least one token and at most `max_tokens`. Its last is the end token where the model came to an end.
-
-Generation goes through the layers as scores do: a layer at a time, and where layers are streamed many batches with
-each, so that weights are read once a token; keys and values are in a cache of transformers'. Padding stands on the left
-here, under a mask, so that every row goes on at the same place.
-
-Legend: B prompts in a batch, T new tokens of each, S those and all before, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -32,152 +26,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from mergekit_wp.checkpoint.folder import Fingerprint
 from mergekit_wp.console import StartProgress, Tick, no_progress
 from mergekit_wp.documents import Count, Date, Positive, Text, Versions, now, parse_json, read_record, strict, versions
-from mergekit_wp.errors import BadInput, enough_memory
+from mergekit_wp.errors import BadInput
 from mergekit_wp.files import explained, open_file, write_text
 from mergekit_wp.foreign import logger
-from mergekit_wp.memory import free_memory
 from mergekit_wp.outputs import refuse_inputs
 from mergekit_wp.scores import ModelId
-from mergekit_wp.scoring.anchor.steering import Greedy
-from mergekit_wp.scoring.batching import TaskTokens, Tokens, together
+from mergekit_wp.scoring.batching import TaskTokens, Tokens
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.greedy import Found, Greedy, generate_answers
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.models.load import CheckedPair
-from mergekit_wp.scoring.sweep import forward_sweep, portions
 
 LOG = logger(__name__)
 FORMAT = 1
 _MOST_BYTES = 1 << 30  # a million answers
 _MOST_LINE = 1 << 22
-_MOST_ROWS, _MOST_ROW_BYTES = 1024, 1 << 31
-_WIDTHS = 12  # of the stream, that a token takes while it is in a layer
-_WORTH_OPERATIONS = 600_000_000  # some 6 ms of products, where the calls of a layer take one
-
-Found = dict[int, list[int]]
-"""Answers by the number of their prompt."""
-Ended = Callable[[int, Sequence[int]], bool]
-"""Told of the number of a prompt and its answer so far, at every token."""
-
-
-@torch.no_grad()
-def generate_answers(
-    stack: Stack, rules: Greedy, prompts: Tokens, tick: Tick = lambda _n: None, keep: Callable[[Found], object] = len,
-    ended: Ended = lambda _i, _answer: False,
-) -> Tokens:  # fmt: skip
-    """The greedy answer to each prompt: 1 to `rules.max_tokens` token ids, the end token among them.
-
-    Equal to the answer to the prompt alone, whatever it shares a batch with. tick: told of tokens, `max_tokens` of each
-    prompt in all; keep: told of answers as soon as they are known; ended: whether one is long enough without an end
-    token. Raises `BadInput` where memory does not suffice.
-    """
-    found: Found = {}
-    sizes = list(map(len, prompts))
-    groups = [stack.lengths.group_answered(size, rules.max_tokens) for size in sizes]
-    numbers = list(together(sizes, rules.batch_size, groups))
-    too_much = f"batch_size: {rules.batch_size} prompts do not fit on {stack.device} with their answers; lower it."
-    for group in portions(numbers, lambda chosen: _bytes(stack, rules, [sizes[i] for i in chosen]), _room(stack)):
-        with enough_memory(too_much):
-            new = _answer_together(stack, rules, prompts, group, tick, ended)
-        keep(new)
-        found |= new
-    return [found[i] for i in range(len(prompts))]
-
-
-def _room(stack: Stack) -> int:
-    """Bytes that batches may take which go through the layers together: one at a time where nothing is read for it."""
-    return free_memory(stack.device) // 2 if stack.streamed else 0
-
-
-def _bytes(stack: Stack, rules: Greedy, sizes: Sequence[int]) -> int:
-    """Of a batch: keys and values of all layers, and its streams."""
-    keys = int(stack.tower.layers[0].self_attn.k_proj.weight.shape[0])
-    return 4 * len(sizes) * (max(sizes) + rules.max_tokens) * (2 * stack.depth * keys + 3 * stack.width)
-
-
-def rows_worth(stack: Stack, rules: Greedy, size: int) -> int:
-    """How many rows of `size` tokens at most a pass should have where there are enough: until, on a CPU, a layer's
-    products outweigh what its calls cost, and within 2 GB or a quarter of what is free; never fewer than
-    `batch_size`."""
-    of_row = _bytes(stack, rules, [size]) + 4 * (2 * stack.vocabulary + _WIDTHS * stack.width * size)
-    rows = min(_MOST_ROWS, min(_MOST_ROW_BYTES, free_memory(stack.device) // 4) // of_row)
-    if stack.device.type == "cpu" and not stack.streamed:
-        operations = 2 * sum(parameter.numel() for parameter in stack.tower.layers[0].parameters())
-        rows = min(rows, _WORTH_OPERATIONS // operations)
-    return max(rules.batch_size, rows)
-
-
-@dataclass
-class _Growing:
-    """One batch of prompts while their answers grow: numbers of the prompts, what is fed next, how many tokens each may
-    still have; and all answers, by number."""
-
-    numbers: list[int]
-    ids_BT: torch.Tensor
-    mask_BS: torch.Tensor
-    cache: DynamicCache
-    room: list[int]
-    answers: Found
-
-    @classmethod
-    def of(cls, stack: Stack, rules: Greedy, prompts: Tokens, numbers: list[int]) -> _Growing:
-        rows = [prompts[i] for i in numbers]
-        length = max(map(len, rows))
-        ids_BT, mask_BS = (
-            torch.tensor([[0] * (length - len(row)) + of(row) for row in rows], device=stack.device)
-            for of in (list, lambda row: [1] * len(row))
-        )
-        # The last token of an answer is never fed.
-        room = [min(rules.max_tokens, rules.context - len(row) + 1) for row in rows]
-        return cls(numbers, ids_BT, mask_BS, DynamicCache(config=stack.tower.config), room, {i: [] for i in numbers})
-
-    def take(self, next_B: torch.Tensor, rules: Greedy, ended: Ended) -> int:
-        """One token more of each that is open; how many of `max_tokens` a prompt that makes in progress."""
-        progress = 0
-        for row, token in enumerate(next_B.tolist()):
-            if self.room[row]:
-                answer = self.answers[self.numbers[row]]
-                answer.append(token)
-                stop = token in rules.eos or ended(self.numbers[row], answer)
-                self.room[row] = 0 if stop else self.room[row] - 1
-                progress += 1 if self.room[row] else rules.max_tokens - len(answer) + 1
-        self.ids_BT = next_B[:, None]
-        self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(next_B), 1)], 1)
-        self._narrow()
-        return progress
-
-    def _narrow(self) -> None:
-        """Go on without the rows that are done, once they are a quarter of all: one answer without an end would have
-        all others carried along."""
-        going = [row for row, room in enumerate(self.room) if room]
-        if not going or 4 * len(going) > 3 * len(self.room):
-            return
-        rows = torch.tensor(going, device=self.ids_BT.device)
-        self.cache.batch_select_indices(rows)
-        self.ids_BT, self.mask_BS = self.ids_BT[rows], self.mask_BS[rows]
-        self.numbers, self.room = [self.numbers[row] for row in going], [self.room[row] for row in going]
-
-
-def _answer_together(
-    stack: Stack, rules: Greedy, prompts: Tokens, group: Sequence[list[int]], tick: Tick, ended: Ended
-) -> Found:
-    """The answers to batches that go through the layers together."""
-    every = [_Growing.of(stack, rules, prompts, numbers) for numbers in group]
-    barred = torch.tensor(rules.barred(stack.vocabulary), dtype=torch.long, device=stack.device)
-    while growing := [batch for batch in every if any(batch.room)]:
-        starts = [stack.go_on(batch.ids_BT, batch.mask_BS, batch.cache, batch.numbers) for batch in growing]
-        ends = [torch.full_like(batch.ids_BT[:, :1], batch.ids_BT.shape[1] - 1) for batch in growing]
-        *_below, (_top, streams) = forward_sweep(stack, starts, stack.depth, at=ends)
-        for batch, stream_BTD in zip(growing, streams, strict=True):
-            logits_BV = stack.logits(stream_BTD[:, -1], stack.vocabulary)
-            logits_BV[:, barred] = -torch.inf
-            tick(batch.take(logits_BV.argmax(-1), rules, ended))
-    return {i: rules.sayable(answer) for batch in every for i, answer in batch.answers.items()}
 
 
 @strict

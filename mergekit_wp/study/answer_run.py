@@ -24,13 +24,12 @@ from mergekit_wp.documents import now, versions
 from mergekit_wp.foreign import logger
 from mergekit_wp.scores import Scores
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
-from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.batching import Tokens
+from mergekit_wp.scoring.greedy import Greedy, generate_answers, rows_worth
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedRows
 from mergekit_wp.scoring.models.load import ModelPair, load_pair
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import pairs_of
-from mergekit_wp.scoring.whole_answers import generate_answers, rows_worth
 from mergekit_wp.study.answer_plan import Model
 from mergekit_wp.study.held_out import check_tasks, unseen
 from mergekit_wp.study.inputs import Inputs
@@ -40,8 +39,8 @@ from mergekit_wp.subset import Subset
 LOG = logger(__name__)
 CODE = (
     "study/answer_plan.py", "study/answer_run.py", "study/set_plan.py", "study/set_effects.py", "study/held_out.py",
-    "study/sets.py", "scoring/models/exchanged.py", "scoring/models/merged.py", "scoring/whole_answers.py",
-    "scoring/anchor/graders.py", "scoring/anchor/steering.py", "scoring/metrics.py", "geometry.py",
+    "study/sets.py", "scoring/models/exchanged.py", "scoring/models/merged.py", "scoring/greedy.py",
+    "scoring/anchor/graders.py", "scoring/metrics.py", "geometry.py",
 )  # fmt: skip
 """What answers and verdicts depend on, for the parts that have models answer."""
 _REPEATS = 4
@@ -57,16 +56,6 @@ class GradedTask:
     prompts: Tokens
     checks: list[Check]
     held_out: bool
-
-    def ended(self, rules: Greedy, number: int, answer: Sequence[int]) -> bool:
-        """Whether an answer holds a text at which its check cuts it."""
-        until = self.checks[number].until
-        if not until:
-            return False
-        # No token is shorter than a byte, so a text just completed lies within as many tokens.
-        tail = list(answer[-max(len(end.encode()) for end in until) :])
-        said = str(rules.tokenizer.decode(tail, skip_special_tokens=True))
-        return any(end in said for end in until)
 
 
 @dataclass(frozen=True)
@@ -170,7 +159,7 @@ class Speakers:
         found = generate_answers(
             stack, replace(self.rules, batch_size=rows), [*question.prompts] * len(sets),
             lambda n: tick(n / self.rules.max_tokens),
-            ended=lambda number, answer: question.ended(self.rules, number % count, answer),
+            ended=lambda number, answer: self.rules.holds(answer, question.checks[number % count].until),
         )  # fmt: skip
         return [found[begin : begin + count] for begin in range(0, len(found), count)]
 

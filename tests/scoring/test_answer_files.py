@@ -21,10 +21,9 @@ from mergekit_wp.push.card import scores_section
 from mergekit_wp.ranking import about
 from mergekit_wp.score_page import score_page
 from mergekit_wp.scores import read_scores
-from mergekit_wp.scoring import whole_answers
-from mergekit_wp.scoring.anchor.steering import Greedy
+from mergekit_wp.scoring import greedy, whole_answers
+from mergekit_wp.scoring.greedy import Greedy, generate_answers
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.whole_answers import generate_answers
 
 _DRAW = random.Random(0)
 PROMPTS = [[_DRAW.randrange(3, 97) for _ in range(length)] for length in (3, 7, 1, 2, 5, 9, 12, 4)]
@@ -262,13 +261,13 @@ def test_rows_of_a_pass_are_as_many_as_are_worth_it_and_fit(tmp_path, monkeypatc
     folder = tiny.save(tiny.random_model("llama", seed=4), tmp_path / "m")
     stack = resident(folder)
     rules = rules_of(stack, 3)
-    assert whole_answers.rows_worth(stack, rules, 12) == 1024, "a layer of so small a model is calls"
+    assert greedy.rows_worth(stack, rules, 12) == 1024, "a layer of so small a model is calls"
     wide = 2 * sum(parameter.numel() for parameter in stack.tower.layers[0].parameters())
-    monkeypatch.setattr(whole_answers, "_WORTH_OPERATIONS", 100 * wide)
-    assert whole_answers.rows_worth(stack, rules, 12) == 100
-    assert whole_answers.rows_worth(streamed(folder), rules, 12) == 1024, "reading is what costs there"
-    few = whole_answers._bytes(stack, rules, [12])
-    monkeypatch.setattr(whole_answers, "free_memory", lambda _device: 4 * 50 * few)
-    assert 3 < whole_answers.rows_worth(stack, rules, 12) < 50
-    monkeypatch.setattr(whole_answers, "free_memory", lambda _device: 0)
-    assert whole_answers.rows_worth(stack, rules, 12) == 3, "what was asked for"
+    monkeypatch.setattr(greedy, "_WORTH_OPERATIONS", 100 * wide)
+    assert greedy.rows_worth(stack, rules, 12) == 100
+    assert greedy.rows_worth(streamed(folder), rules, 12) == 1024, "reading is what costs there"
+    few = greedy._bytes(stack, rules, [12])
+    monkeypatch.setattr(greedy, "free_memory", lambda _device: 4 * 50 * few)
+    assert 3 < greedy.rows_worth(stack, rules, 12) < 50
+    monkeypatch.setattr(greedy, "free_memory", lambda _device: 0)
+    assert greedy.rows_worth(stack, rules, 12) == 3, "what was asked for"

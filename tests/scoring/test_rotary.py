@@ -13,8 +13,8 @@ from streamed_world import resident, streamed
 
 from mergekit_wp.errors import BadInput
 from mergekit_wp.scores import read_scores
-from mergekit_wp.scoring.anchor.steering import Greedy
 from mergekit_wp.scoring.batching import Lengths, batches, together
+from mergekit_wp.scoring.greedy import Greedy, generate_answers
 from mergekit_wp.scoring.models.layerwise import ResidentStack
 from mergekit_wp.scoring.sweep import forward_sweep
 
@@ -59,17 +59,6 @@ def test_logits_are_those_of_each_prompt_alone(tmp_path, kind, name, size):
     for again in (prompts, prompts[1:3]):  # a second time, after longer batches
         for ids, got in logits_batched(stack, again, size).items():
             torch.testing.assert_close(got, logits_alone(name, ids), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ROPES)
-@torch.no_grad()
-def test_greedy_answers_are_those_of_each_prompt_alone(name):
-    """Some prompts pass the threshold while they answer."""
-    model = rope_model(name)
-    rules = Greedy.of([model], tiny.tokenizer(), max_tokens=5, batch_size=8)
-    prompts = [list(range(5, 5 + n)) for n in (9, 2, 5, 6, 4, 3)] + [[40, 41, 42, 43]]
-    for prompt, answer in zip(prompts, rules.answers(model, prompts), strict=True):
-        assert rules.answers(rope_model(name), [prompt]) == [answer]
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 9), st.integers(0, 12), st.sampled_from(sorted(ROPES)))
@@ -143,8 +132,9 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path, method):
 
 
 def test_past_the_stretched_context_is_refused():
-    model = rope_model("dynamic")
-    rules = Greedy.of([model], tiny.tokenizer(), max_tokens=5, batch_size=8)
-    with pytest.raises(BadInput, match="24"):
-        rules.answers(model, [[5] * 24])
-    assert ResidentStack(model, CPU, torch.float32).lengths.limit == 24
+    stack = ResidentStack(rope_model("dynamic"), CPU, torch.float32)
+    rules = Greedy.of([stack.model], tiny.tokenizer(), max_tokens=5, batch_size=8)
+    assert stack.lengths.limit == rules.context == 24
+    with pytest.raises(BadInput, match="a prompt of 25 tokens leaves no room to answer in 24"):
+        generate_answers(stack, rules, [[5], [5] * 25])
+    ((_token,),) = generate_answers(stack, rules, [[5] * 24])  # is never fed

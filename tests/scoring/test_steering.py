@@ -18,9 +18,12 @@ from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor import search as recovery
 from mergekit_wp.scoring.anchor.cli import Anchor, write_pt
 from mergekit_wp.scoring.anchor.directions import Directions, extract_all
+from mergekit_wp.scoring.anchor.graders import cut
 from mergekit_wp.scoring.anchor.search import Search, candidate_layers, choose, find_anchor, kl_levels, locate
-from mergekit_wp.scoring.anchor.steering import Greedy, Steering, steered
+from mergekit_wp.scoring.anchor.steering import SteeredRows, Steering, steered
 from mergekit_wp.scoring.batching import TaskTokens
+from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.greedy import Greedy, generate_answers
 from mergekit_wp.scoring.models.layerwise import ResidentStack
 from mergekit_wp.scoring.models.load import check_pair, load_pair
 
@@ -41,7 +44,14 @@ def greedy(*models, **options):
     return dataclasses.replace(rules, **options)
 
 
-def alone(model, prompt, clamp, steer):
+def said(rules, model, prompts=PROMPTS, ways=(None,), of_N=None, until=()):
+    """Texts of the answers, each prompt steered in its way."""
+    rows = SteeredRows(stack(model), ways, of_N or [0] * len(prompts))
+    answers = generate_answers(rows, rules, prompts, ended=lambda _number, answer: rules.holds(answer, until))
+    return [cut(rules.text(*both), until) for both in zip(prompts, answers, strict=True)]
+
+
+def alone(model, prompt, clamp, steer, layer=LAYER):
     """Greedy ids of one prompt, without padding or a cache: `steer(position)` says where the stream is clamped."""
     ids = list(prompt)
 
@@ -52,7 +62,7 @@ def alone(model, prompt, clamp, steer):
             changed[0, position] = clamp(z[0, position])
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = model.model.layers[LAYER].register_forward_hook(hook)
+    handle = model.model.layers[layer].register_forward_hook(hook)
     for _ in range(LENGTH):
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         if ids[-1] == tiny.SHAPE["eos_token_id"]:
@@ -62,29 +72,34 @@ def alone(model, prompt, clamp, steer):
 
 
 @pytest.mark.parametrize("positions", ["prompt", "all", "anchor", "answer"])
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", tiny.VARIANTS)
 @torch.no_grad()
-def test_batched_steered_answers_are_those_of_each_prompt_alone(kind, positions):
-    model, v_D, alpha = tiny.random_model(kind), some_direction(), 30.0
-    unit_D = v_D / v_D.norm()
-
-    def clamp(z_D):
-        return z_D + (alpha - z_D @ unit_D) * unit_D
-
-    rules, wanted = greedy(model), []
-    for prompt in PROMPTS:
-        last = len(prompt) - 1
-        steer = {
-            "prompt": lambda t, last=last: t <= last,
-            "all": lambda t: True,
-            "anchor": lambda t, last=last: t == last,
-            "answer": lambda t, last=last: t >= last,
-        }[positions]
-        wanted.append(rules.text(prompt, alone(model, prompt, clamp, steer)))
-    steering = Steering(LAYER, v_D, alpha, positions)
-    assert rules.answers(model, PROMPTS, steering=steering) == wanted
-    assert rules.answers(model, PROMPTS) != wanted
-    assert not model.model.layers[LAYER]._forward_hooks
+def test_rows_steered_at_several_layers_answer_as_each_prompt_does_alone(kind, positions):
+    """Every prompt as it is, and steered at three layers, the last among them: all in ragged batches of seven rows."""
+    model, alpha = tiny.random_model(kind), 30.0
+    layers = [None, 0, LAYER, 3]
+    directions = {layer: some_direction(layer) for layer in layers[1:]}
+    rules, wanted = greedy(model, batch_size=7, tokenizer=tiny.tokenizer(), vocabulary=97), []
+    for layer in layers:
+        unit_D = directions.get(layer, torch.zeros(tiny.SHAPE["hidden_size"]))
+        unit_D = unit_D / unit_D.norm()
+        for prompt in PROMPTS:
+            last = len(prompt) - 1
+            steer = {
+                "prompt": lambda t, last=last: t <= last,
+                "all": lambda t: True,
+                "anchor": lambda t, last=last: t == last,
+                "answer": lambda t, last=last: t >= last,
+            }[positions] if layer is not None else lambda t: False  # fmt: skip
+            clamp = lambda z_D, unit_D=unit_D: z_D + (alpha - z_D @ unit_D) * unit_D  # noqa: E731
+            wanted.append(rules.text(prompt, alone(model, prompt, clamp, steer, layer or 0)))
+    ways = [None if layer is None else Steering(layer, directions[layer], alpha, positions) for layer in layers]
+    of_N = [way for way in range(len(ways)) for _prompt in PROMPTS]
+    shuffled = torch.randperm(len(of_N), generator=torch.Generator().manual_seed(1)).tolist()
+    every = PROMPTS * len(ways)
+    found = said(rules, model, [every[i] for i in shuffled], ways, [of_N[i] for i in shuffled])
+    assert found == [wanted[i] for i in shuffled]
+    assert len(set(wanted)) > len(PROMPTS)
 
 
 @pytest.mark.parametrize("kind", tiny.VARIANTS)
@@ -106,8 +121,10 @@ def test_the_pt_file_makes_lm_eval_steer_as_we_do_at_all_positions(tmp_path, kin
     generated = theirs._model_generate(
         ids, max_length=len(PROMPTS[0]) + LENGTH, stop=[], do_sample=False, attention_mask=torch.ones_like(ids)
     )[0, len(PROMPTS[0]) :]
-    assert rules.answers(model, PROMPTS[:1], steering=steering) == [rules.text(PROMPTS[0], generated.tolist())]
-    assert rules.answers(model, PROMPTS[:1]) != rules.answers(model, PROMPTS[:1], steering=steering)
+    (ours,) = said(rules, model, PROMPTS[:1], [steering])
+    assert ours == rules.text(PROMPTS[0], generated.tolist())
+    assert said(rules, model, PROMPTS[:1]) != [ours]
+    assert not model.model.layers[LAYER]._forward_hooks
 
 
 @torch.no_grad()
@@ -127,13 +144,13 @@ def test_steering_sets_the_projection_and_nothing_else():
 def test_answers_end_at_any_end_of_text_and_at_stop_texts():
     model = tiny.random_model("llama", seed=3)
     rules = greedy(model, eos=frozenset())
-    (whole,) = rules.answers(model, PROMPTS[:1])
+    (whole,) = said(rules, model, PROMPTS[:1])
     words = whole.split()
     assert len(words) > 3
     third = tiny.tokenizer().get_vocab()[words[2]]
     first = next(i for i, word in enumerate(words) if word == words[2])
-    ended = dataclasses.replace(rules, eos=frozenset({95, third})).answers(model, PROMPTS[:1])
-    stopped = rules.answers(model, PROMPTS[:1], until=[words[2]])
+    ended = said(dataclasses.replace(rules, eos=frozenset({95, third})), model, PROMPTS[:1])
+    stopped = said(rules, model, PROMPTS[:1], until=[words[2]])
     assert [text.split() for text in (*ended, *stopped)] == [words[:first]] * 2
 
 
@@ -151,23 +168,23 @@ def test_ids_unknown_to_the_tokenizer_are_never_chosen():
     model.lm_head.weight.data[-5:] = 50 * model.lm_head.weight.data[40]  # the new rows would always win or always lose
     model.lm_head.weight.data[-4:] *= -1
     rules = greedy(model)
-    assert all(text.split() for text in rules.answers(model, PROMPTS))
+    assert all(text.split() for text in said(rules, model))
     assert rules.vocabulary == 97
 
 
 def test_greedy_whatever_the_generation_config_says():
     model = tiny.random_model("llama", seed=3)
-    wanted = greedy(model).answers(model, PROMPTS)
+    wanted = said(greedy(model), model)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, max_new_tokens=2)
-    assert greedy(model).answers(model, PROMPTS) == wanted
+    assert said(greedy(model), model) == wanted
     assert model.generation_config.repetition_penalty == 9.0
 
 
 def test_a_prompt_that_fills_the_context_is_refused():
     model = tiny.random_model("llama")
     with pytest.raises(BadInput, match="leaves no room to answer"):
-        greedy(model).answers(model, [[5] * 128])
-    assert len(greedy(model, eos=frozenset()).answers(model, [[5] * 126])[0].split()) <= 2
+        said(greedy(model), model, [[5] * 129])
+    assert len(said(greedy(model, eos=frozenset()), model, [[5] * 126])[0].split()) <= 3
 
 
 def random_tasks(base, checks=True, names=("first", "second")):
@@ -245,15 +262,31 @@ def pair():
     return stack(base), stack(tiny.fine_tuned(base, seed=2, size=0.3))
 
 
+def answering(monkeypatch, tell):
+    """Replace generation: `tell(model, layer, number)` is what a model, steered at a layer or not, says to the prompt
+    of that number among those it is asked; returns how often each was."""
+    runs = Counter()
+
+    def answers(rows, rules, prompts, tick, ended):
+        tick(rules.max_tokens * len(prompts))
+        layers = [way and way.layer for way in rows.ways]
+        runs.update((rows.model, layers[way]) for way in rows.of_N)
+        counted = [rows.of_N[:n].count(way) for n, way in enumerate(rows.of_N)]
+        return [tell(rows.model, layers[way], number) for way, number in zip(rows.of_N, counted, strict=True)]
+
+    monkeypatch.setattr(recovery, "generate_answers", answers)
+    monkeypatch.setattr(recovery.Greedy, "text", lambda _rules, _prompt, answer: answer)
+    return runs
+
+
 def graded_by(monkeypatch, shares):
     """Replace generation: the run of each model, and of each steered layer, passes this share of 4 checks."""
 
-    def answers(self, model, prompts, until=(), steering=None, tick=lambda _n: None):
-        share = shares[steering.layer if steering else ("base" if model is shares["model"] else "expert")]
-        tick(len(prompts))
-        return ["The answer is: 1" if i < share * len(prompts) else "no" for i in range(len(prompts))]
+    def tell(model, layer, number):
+        share = shares[layer if layer is not None else ("base" if model is shares["model"] else "expert")]
+        return "The answer is: 1" if number < 4 * share else "no"
 
-    monkeypatch.setattr(recovery.Greedy, "answers", answers)
+    return answering(monkeypatch, tell)
 
 
 def test_the_layer_that_recovers_most_is_chosen(monkeypatch, pair):
@@ -274,8 +307,46 @@ def test_the_layer_that_recovers_most_is_chosen(monkeypatch, pair):
         assert (task.grading, task.prompts, task.base, task.expert) == ("behaviour", 4, 0.25, 0.75)
         assert task.steered == (0.25, 0.75, 0.5)
     assert len(directions[0].v_LD) == 4  # the usual layer, 3, is there as well
-    assert all(total == sum(told) for total, *told in done)
+    assert all(sum(told) == pytest.approx(total) for total, *told in done)
     assert read_record(RecoveryCurve, dataclasses.asdict(curve)) == curve
+
+
+@dataclasses.dataclass
+class Says:
+    """A check that an answer is this text, and that ends it at a text."""
+
+    text: str
+    until: tuple[str, ...] = ()
+
+    def passes(self, answer):
+        return cut(answer, self.until) == self.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@torch.no_grad()
+def test_every_answer_is_graded_by_the_check_of_its_own_prompt(pair, size):
+    """Right is what the base says steered at layer 1, cut at a text of its own: by hooks, a prompt at a time. Several
+    processes share answers."""
+    base, expert = pair
+    ways = [None, *(Steering(layer, some_direction(), 30.0) for layer in (1, 2))]
+    rules, rows = greedy(base.model, expert.model), []
+    for number, prompt in enumerate(PROMPTS * 2):
+        length = len(prompt)
+        answer = alone(base.model, prompt, ways[1].clamp, lambda at, length=length: at < length)
+        text = rules.text(prompt, answer)
+        until = tuple(text.split()[3:4]) if number % 2 else ()
+        rows.append((prompt, Says(cut(text, until) if number else "something else", until)))
+    told, parts = [], []
+    for rank in range(size):
+        run = recovery._Behaviour(base, expert, tiny.tokenizer(), Search(max_tokens=LENGTH), ProcessGroup(rank, size))
+        with pytest.MonkeyPatch.context() as alone_here:
+            alone_here.setattr(ProcessGroup, "add_up", lambda _self, tensor: tensor)
+            parts.append(run.levels(rows, base, ways, told.append))
+    plain, right, other = torch.tensor(parts).sum(0).tolist()
+    assert right == pytest.approx(5 / 6)
+    assert plain < right
+    assert other < right
+    assert sum(told) == pytest.approx(size * len(rows) * len(ways))
 
 
 @pytest.mark.parametrize("case", ["no gap", "no check", "streamed", "code"])
@@ -286,7 +357,7 @@ def test_without_behaviour_the_next_token_decides_and_the_curve_says_why(monkeyp
     if case == "no gap":
         graded_by(monkeypatch, shares)
     else:
-        monkeypatch.setattr(recovery.Greedy, "answers", lambda *_a, **_k: pytest.fail("nothing is to be generated"))
+        monkeypatch.setattr(recovery, "generate_answers", lambda *_a, **_k: pytest.fail("nothing is to be generated"))
     if case == "streamed":
         monkeypatch.setattr(base, "streamed", True, raising=False)
     if case == "code":
@@ -308,10 +379,10 @@ def test_code_runs_only_with_consent(monkeypatch, pair):
     code = {"python": "f", "kwargs": {"cases": [[2, 4]]}}
     tasks = [dataclasses.replace(task, checks=[code] * 4) for task in random_tasks(base, names=("code",))]
 
-    def answers(self, model, prompts, until=(), steering=None, tick=lambda _n: None):
-        return [f"def f(x):\n    return x * {1 if model is base.model and not steering else 2}"] * len(prompts)
+    def tell(model, layer, _number):
+        return f"def f(x):\n    return x * {1 if model is base.model and layer is None else 2}"
 
-    monkeypatch.setattr(recovery.Greedy, "answers", answers)
+    answering(monkeypatch, tell)
     directions = extract_all(base, expert, tasks, 4, 4)
     search = Search(layers=(2,), allow_code_execution=True, prompts=2)
     task = find_anchor(base, expert, tiny.tokenizer(), tasks, directions, search).tasks["code"]
@@ -388,21 +459,14 @@ def test_the_second_scan_takes_up_what_the_first_found_by_behaviour(monkeypatch)
     model = tiny.random_model("llama", seed=1, num_hidden_layers=18)
     base, expert = stack(model), stack(tiny.fine_tuned(model, seed=2, size=0.3))
     tasks = random_tasks(base)
-    runs = Counter()
-
-    def answers(self, model, prompts, until=(), steering=None, tick=lambda _n: None):
-        who = steering.layer if steering else ("base" if model is base.model else "expert")
-        runs[who] += 1
-        right = {"base": 0, "expert": 4, 7: 2, 10: 2, 8: 3}.get(who, 1)
-        tick(len(prompts))
-        return ["The answer is: 1" if i < right else "no" for i in range(len(prompts))]
-
-    monkeypatch.setattr(recovery.Greedy, "answers", answers)
+    shares = {"model": model, "base": 0, "expert": 1, 7: 0.5, 10: 0.5, 8: 0.75}
+    runs = graded_by(monkeypatch, shares | {layer: 0.25 for layer in range(18) if layer not in shares})
     directions = extract_all(base, expert, tasks, 18, 4)
     curve = find_anchor(base, expert, tiny.tokenizer(), tasks, directions, Search())
     assert curve.chosen == 8
-    assert (runs["base"], runs["expert"]) == (2, 2)
-    assert all(runs[layer] == 2 for layer in curve.layers)
+    answers = 4 * len(tasks)  # in each run
+    assert [runs[each, None] for each in (base.model, expert.model)] == [answers] * 2
+    assert all(runs[base.model, layer] == answers for layer in curve.layers)
     assert len(curve.layers) < 17
 
 

@@ -25,13 +25,12 @@ from test_set_effects import HEADS, NEURONS, PAIRED, set_of
 from transformers import AutoConfig, DynamicCache
 
 from mergekit_wp.scoring.anchor.graders import parse_check
-from mergekit_wp.scoring.anchor.steering import Greedy
+from mergekit_wp.scoring.greedy import Greedy, generate_answers
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedRows, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair
 from mergekit_wp.scoring.models.streaming import StreamedStack
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.sweep import forward_sweep
-from mergekit_wp.scoring.whole_answers import generate_answers
 from mergekit_wp.study import answer_plan, answer_run
 from mergekit_wp.study.answer_run import GradedTask, Speakers
 

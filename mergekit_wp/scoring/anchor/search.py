@@ -5,6 +5,8 @@ layer answer held-out prompts, and R is the share of the gap in right answers th
 no grader, no gap in behaviour, or no way to generate in sensible time (weights that stream), by the next token:
 R = (F(steered) - F(base)) / (0 - F(base)), F = -KL(expert || model), for all candidate layers in one sweep.
 
+All layers are tried in the rows of one batch, whose rows leave it as their answers end (`greedy`, `SteeredRows`).
+
 The next token of the base steered at many layers, in one sweep: above each candidate layer a steered copy of the base's
 stream branches off, and all branches go up together. So every layer is read once, and it works with weights that
 stream.
@@ -15,7 +17,7 @@ Legend: L layers, B prompts, T tokens, D residual width, V vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +28,10 @@ from mergekit_wp.foreign import logger
 from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
-from mergekit_wp.scoring.anchor.steering import Greedy, Steering, check_positions
+from mergekit_wp.scoring.anchor.steering import SteeredRows, Steering, check_positions
 from mergekit_wp.scoring.batching import Batch, TaskTokens, Tokens, batches
 from mergekit_wp.scoring.distributed import ProcessGroup
+from mergekit_wp.scoring.greedy import Greedy, generate_answers, rows_worth
 from mergekit_wp.scoring.hooks import at_reads
 from mergekit_wp.scoring.metrics import kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
@@ -261,7 +264,7 @@ class _Behaviour:
     ) -> TaskRecovery:  # fmt: skip
         """`behaviour`, or `none` where the expert answers no better than the base; `known` has the levels of both."""
         if known is None:
-            base, expert = self.levels(rows, [(self.base, None), (self.expert, None)], tick)
+            (base,), (expert,) = (self.levels(rows, stack, [None], tick) for stack in (self.base, self.expert))
         else:
             base, expert = known.base, known.expert
         prompts = len(rows)
@@ -278,28 +281,25 @@ class _Behaviour:
             return TaskRecovery("none", prompts, base, expert, note=note)
         alpha_L, positions = along.alpha_L, self.search.positions
         ways = [Steering(layer, along.v_LD[layer], float(alpha_L[layer]), positions) for layer in layers]
-        steered = self.levels(rows, [(self.base, way) for way in ways], tick)
+        steered = self.levels(rows, self.base, ways, tick)
         recovery = tuple((level - base) / (expert - base) for level in steered)
         return TaskRecovery("behaviour", prompts, base, expert, tuple(steered), recovery)
 
-    def levels(self, rows: Graded, runs: Sequence[tuple[Stack, Steering | None]], tick: Tick) -> list[float]:
-        """The share of right answers in each run; several processes share the runs."""
-        passed = torch.zeros(len(runs), dtype=torch.float64, device=self.base.device)
-        for i in self.processes.share(range(len(runs))):
-            passed[i] = self.share(rows, *runs[i], tick)
-        return [float(value) for value in self.processes.add_up(passed)]
-
-    def share(self, rows: Graded, stack: Stack, steering: Steering | None, tick: Tick) -> float:
-        search, until = self.search, dict.fromkeys(end for _ids, check in rows for end in check.until)
-        models = (self.base.model, self.expert.model)
-        greedy = Greedy.of(models, self.tokenizer, search.max_tokens, search.batch_size)
-        prompts = [ids for ids, _check in rows]
-        with stack.generating():
-            answers = greedy.answers(
-                stack.model, prompts, list(until), steering, lambda n: tick(n * self.processes.size)
-            )
-        right = [check.passes(answer) for (_ids, check), answer in zip(rows, answers, strict=True)]
-        return sum(right) / len(right)
+    def levels(self, rows: Graded, stack: Stack, ways: Sequence[Steering | None], tick: Tick) -> list[float]:
+        """The share of right answers with each of the ways; several processes share the answers."""
+        search, passed = self.search, torch.zeros(len(ways), dtype=torch.float64, device=self.base.device)
+        mine = self.processes.share([(way, row) for way in range(len(ways)) for row in range(len(rows))])
+        prompts, checks = [rows[row][0] for _way, row in mine], [rows[row][1] for _way, row in mine]
+        rules = Greedy.of((self.base.model, self.expert.model), self.tokenizer, search.max_tokens, search.batch_size)
+        rules = replace(rules, batch_size=rows_worth(stack, rules, max(map(len, prompts), default=0)))
+        answers = generate_answers(
+            SteeredRows(stack, ways, [way for way, _row in mine]), rules, prompts,
+            self.processes.ticking(lambda n: tick(n / rules.max_tokens)),
+            ended=lambda number, answer: rules.holds(answer, checks[number].until),
+        )  # fmt: skip
+        for (way, _row), check, prompt, answer in zip(mine, checks, prompts, answers, strict=True):
+            passed[way] += check.passes(rules.text(prompt, answer))
+        return [float(count) / len(rows) for count in self.processes.add_up(passed)]
 
 
 def _kl_recovery(level: tuple[float, tuple[float, ...]], prompts: int, search: Search, note: str) -> TaskRecovery:

@@ -91,7 +91,7 @@ class Stack(ABC):
     def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache, numbers: Sequence[int] = ()) -> Start:
         """As `start`, for tokens that stand behind those in `cache`, S with these; mask_BS: 0 where padding is, on the
         left. Calls are of this batch alone, and put its keys and values into the cache. numbers: of the rows' prompts,
-        for a stack that is not the same model to each (`exchanged.ExchangedRows`)."""
+        for a stack that is not the same model to each (`greedy`)."""
         self.lengths.forget(self.model)
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
         probes = self._probe(
@@ -148,10 +148,6 @@ class Stack(ABC):
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def generating(self) -> AbstractContextManager[Any]:
-        """Inside, the whole model of transformers runs in `dtype`, whatever its weights are held in."""
-        return nullcontext() if self.model.dtype == self.dtype else self.autocast()
 
 
 class ResidentStack(Stack):
