@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import plain_patch
 import pytest
 import tiny
@@ -13,7 +15,9 @@ from test_merged import logits_by_hand, logits_of
 from transformers import AutoConfig
 
 from mergekit_wp.scoring.batching import batches
+from mergekit_wp.scoring.models import merged
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
+from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.subset import Subset
 
 HEADS, NEURONS = [(0, 1), (2, 3), (3, 0)], [(0, 4), (1, 0), (1, 19), (3, 7)]
@@ -81,6 +85,47 @@ def test_some_slices_alone(tmp_path, parts) -> None:
     for name, tensor in stack.model.state_dict().items():
         if "layers" in name:
             assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("room", [1 << 40, 0])
+@pytest.mark.parametrize("how", [resident, streamed])
+def test_layers_below_a_set_are_its_recipients_and_run_once(tmp_path, monkeypatch, how, room) -> None:
+    """Sets that begin in any layer, in both directions, in any order: to the bit as each from the bottom."""
+    folders = tiny.save_pair(tmp_path, "llama", extra_rows=3)
+    stack = stack_of(folders, how)
+    monkeypatch.setattr(merged, "free_memory", lambda _device: room)
+    sets = [subset_of(stack.geometry, [], [(layer, 3)]) for layer in (2, 0, 3, 3, 1)]
+    sets += [subset_of(stack.geometry, [(2, 1)], [(3, 5)]), subset_of(stack.geometry, [], [])]
+    exchanges = [Exchange(each, in_expert) for each in sets for in_expert in (False, True)]
+    parts = list(batches(PROMPTS, 2, stack))
+    calls = Counter()
+    plain_call = stack.call
+    monkeypatch.setattr(
+        stack,
+        "call",
+        lambda layer, *rest: calls.update([list(stack.tower.layers).index(layer)]) or plain_call(layer, *rest),
+    )
+
+    def swept():
+        calls.clear()
+        rows = {}
+        for layer, branch, i, stream_BTD in stack.branch_sweep(exchanges, parts):
+            rows[layer, branch, i] = parts[i].at_anchor(stream_BTD).clone()
+            if layer == stack.depth - 1:
+                rows["logits", branch, i] = stack.logits(rows[layer, branch, i], 97)
+        return rows
+
+    found, run = swept(), dict(calls)
+    monkeypatch.setattr(ExchangedStack, "alike_below", MergedStack.alike_below)
+    wanted = swept()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], want) for key, want in wanted.items())
+    lowest = [0 if room == 0 and how is resident else each.lowest for each in exchanges]
+    assert [each.lowest for each in exchanges[::2]] == [2, 0, 3, 3, 1, 2, 4]
+    # In either direction one pass of the recipient's own layers for all, and each set's own from there.
+    own = [sum(low <= layer for low in lowest) + 2 * any(low > layer for low in lowest) for layer in range(3)]
+    assert [run[layer] for layer in range(3)] == [count * len(parts) for count in own]
+    assert run[3] == len(exchanges) * len(parts)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])

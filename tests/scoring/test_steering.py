@@ -341,7 +341,7 @@ def test_every_answer_is_graded_by_the_check_of_its_own_prompt(pair, size):
         run = recovery._Behaviour(base, expert, tiny.tokenizer(), Search(max_tokens=LENGTH), ProcessGroup(rank, size))
         with pytest.MonkeyPatch.context() as alone_here:
             alone_here.setattr(ProcessGroup, "add_up", lambda _self, tensor: tensor)
-            parts.append(run.levels(rows, base, ways, told.append))
+            parts.append(run.levels(base, [(rows, way) for way in ways], told.append))
     plain, right, other = torch.tensor(parts).sum(0).tolist()
     assert right == pytest.approx(5 / 6)
     assert plain < right

@@ -5,7 +5,7 @@ layer answer held-out prompts, and R is the share of the gap in right answers th
 no grader, no gap in behaviour, or no way to generate in sensible time (weights that stream), by the next token:
 R = (F(steered) - F(base)) / (0 - F(base)), F = -KL(expert || model), for all candidate layers in one sweep.
 
-All layers are tried in the rows of one batch, whose rows leave it as their answers end (`greedy`, `SteeredRows`).
+All tasks and layers are tried in the rows of large batches, which rows leave as their answers end (`SteeredRows`).
 
 The next token of the base steered at many layers, in one sweep: above each candidate layer a steered copy of the base's
 stream branches off, and all branches go up together. So every layer is read once, and it works with weights that
@@ -197,12 +197,11 @@ def _try(
             graded[task.task] = checked
     answers = sum(map(len, graded.values())) * (len(layers) + (0 if known else 2))
     tick = start(answers, f"Steering at {len(layers)} layers", "answer") if answers else lambda _n: None
-    for task, along in zip(tasks, directions, strict=True):
-        if task.task in graded:
-            got = run.task(task.task, graded[task.task], along, layers, known.get(task.task), tick)
-            notes[task.task] = got.note
-            if got.grading == "behaviour":
-                found[task.task] = got
+    along = {task.task: each for task, each in zip(tasks, directions, strict=True)}
+    for name, got in (run.tasks(graded, along, layers, known, tick) if graded else {}).items():
+        notes[name] = got.note
+        if got.grading == "behaviour":
+            found[name] = got
     left = [i for i, task in enumerate(tasks) if task.task not in found]
     prompts = [tasks[i].scoring[: search.prompts] for i in left]
     along_left = [directions[i] for i in left]
@@ -250,7 +249,7 @@ def _graded(task: TaskTokens, search: Search, streamed: bool) -> tuple[Graded, s
 
 @dataclass(frozen=True)
 class _Behaviour:
-    """Levels and recovery of one task by its checks."""
+    """Levels and recovery of tasks by their checks."""
 
     base: Stack
     expert: Stack
@@ -258,48 +257,70 @@ class _Behaviour:
     search: Search
     processes: ProcessGroup
 
-    def task(
-        self, name: str, rows: Graded, along: Directions, layers: tuple[int, ...], known: TaskRecovery | None,
-        tick: Tick,
-    ) -> TaskRecovery:  # fmt: skip
-        """`behaviour`, or `none` where the expert answers no better than the base; `known` has the levels of both."""
-        if known is None:
-            (base,), (expert,) = (self.levels(rows, stack, [None], tick) for stack in (self.base, self.expert))
-        else:
-            base, expert = known.base, known.expert
-        prompts = len(rows)
-        if known is None and base - expert >= self.search.least_gap:
+    def tasks(
+        self, graded: Mapping[str, Graded], along: Mapping[str, Directions], layers: tuple[int, ...],
+        known: Mapping[str, TaskRecovery], tick: Tick,
+    ) -> dict[str, TaskRecovery]:  # fmt: skip
+        """`behaviour` of each, or `none` where the expert answers no better than the base; those that are `known` have
+        the levels of both."""
+        found, asked, levels = dict[str, TaskRecovery](), list[tuple[Graded, Steering | None]](), self._plain_levels
+        for name, (base, expert) in levels(graded, known, tick).items():
+            if expert - base < self.search.least_gap:
+                found[name] = self._no_gap(name, len(graded[name]), base, expert)
+                continue
+            found[name] = TaskRecovery("behaviour", len(graded[name]), base, expert)
+            v_LD, alpha_L = along[name].v_LD, along[name].alpha_L
+            asked += [
+                (graded[name], Steering(layer, v_LD[layer], float(alpha_L[layer]), self.search.positions))
+                for layer in layers
+            ]
+        levels_of_all = iter(self.levels(self.base, asked, tick))
+        for name, task in found.items():
+            if task.grading == "behaviour":
+                steered = tuple(next(levels_of_all) for _layer in layers)
+                recovery = tuple((level - task.base) / (task.expert - task.base) for level in steered)
+                found[name] = replace(task, steered=steered, recovery=recovery)
+        return found
+
+    def _plain_levels(
+        self, graded: Mapping[str, Graded], known: Mapping[str, TaskRecovery], tick: Tick
+    ) -> dict[str, tuple[float, float]]:
+        """Of base and expert."""
+        new = [name for name in graded if name not in known]
+        ends = [self.levels(stack, [(graded[name], None) for name in new], tick) for stack in (self.base, self.expert)]
+        found = dict(zip(new, zip(*ends, strict=True), strict=True))
+        return {name: found[name] if name in found else (known[name].base, known[name].expert) for name in graded}
+
+    def _no_gap(self, name: str, prompts: int, base: float, expert: float) -> TaskRecovery:
+        if base - expert >= self.search.least_gap:
             LOG.warning(
                 "task %s: the base passes %.0f %% of %d checks, the expert %.0f %%; are base and expert swapped?",
                 name, 100 * base, prompts, 100 * expert,
             )  # fmt: skip
-        if expert - base < self.search.least_gap:
-            note = (
-                f"judged by the next token: the expert passes {percent(expert)} of {prompts} checks, the base "
-                f"{percent(base)}, which is no gap to recover"
-            )
-            return TaskRecovery("none", prompts, base, expert, note=note)
-        alpha_L, positions = along.alpha_L, self.search.positions
-        ways = [Steering(layer, along.v_LD[layer], float(alpha_L[layer]), positions) for layer in layers]
-        steered = self.levels(rows, self.base, ways, tick)
-        recovery = tuple((level - base) / (expert - base) for level in steered)
-        return TaskRecovery("behaviour", prompts, base, expert, tuple(steered), recovery)
+        note = (
+            f"judged by the next token: the expert passes {percent(expert)} of {prompts} checks, the base "
+            f"{percent(base)}, which is no gap to recover"
+        )
+        return TaskRecovery("none", prompts, base, expert, note=note)
 
-    def levels(self, rows: Graded, stack: Stack, ways: Sequence[Steering | None], tick: Tick) -> list[float]:
-        """The share of right answers with each of the ways; several processes share the answers."""
-        search, passed = self.search, torch.zeros(len(ways), dtype=torch.float64, device=self.base.device)
-        mine = self.processes.share([(way, row) for way in range(len(ways)) for row in range(len(rows))])
-        prompts, checks = [rows[row][0] for _way, row in mine], [rows[row][1] for _way, row in mine]
+    def levels(self, stack: Stack, asked: Sequence[tuple[Graded, Steering | None]], tick: Tick) -> list[float]:
+        """The share of right answers to each set of prompts, steered in its way; several processes share the
+        answers."""
+        search, passed = self.search, torch.zeros(len(asked), dtype=torch.float64, device=self.base.device)
+        every = [(number, ids, check) for number, (rows, _way) in enumerate(asked) for ids, check in rows]
+        mine = self.processes.share(every)
+        numbers, prompts = [number for number, _ids, _check in mine], [ids for _number, ids, _check in mine]
         rules = Greedy.of((self.base.model, self.expert.model), self.tokenizer, search.max_tokens, search.batch_size)
         rules = replace(rules, batch_size=rows_worth(stack, rules, max(map(len, prompts), default=0)))
         answers = generate_answers(
-            SteeredRows(stack, ways, [way for way, _row in mine]), rules, prompts,
+            SteeredRows(stack, [way for _rows, way in asked], numbers), rules, prompts,
             self.processes.ticking(lambda n: tick(n / rules.max_tokens)),
-            ended=lambda number, answer: rules.holds(answer, checks[number].until),
+            ended=lambda row, answer: rules.holds(answer, mine[row][2].until),
         )  # fmt: skip
-        for (way, _row), check, prompt, answer in zip(mine, checks, prompts, answers, strict=True):
-            passed[way] += check.passes(rules.text(prompt, answer))
-        return [float(count) / len(rows) for count in self.processes.add_up(passed)]
+        for (number, prompt, check), answer in zip(mine, answers, strict=True):
+            passed[number] += check.passes(rules.text(prompt, answer))
+        shares = zip(self.processes.add_up(passed), asked, strict=True)
+        return [float(count) / len(rows) for count, (rows, _way) in shares]
 
 
 def _kl_recovery(level: tuple[float, tuple[float, ...]], prompts: int, search: Search, note: str) -> TaskRecovery:

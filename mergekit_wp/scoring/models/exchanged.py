@@ -20,9 +20,10 @@ along the axis that components cut, C those along it in which exchanges differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -51,6 +52,12 @@ class Exchange:
     in_expert: bool = False
     parts: Collection[str] | None = None
 
+    @cached_property
+    def lowest(self) -> int:
+        """The lowest layer with one of the components; the number of layers where there is none."""
+        touched_L = torch.stack([mask.any(1) for mask in self.subset.masks.values()]).any(0)
+        return int(touched_L.float().argmax()) if touched_L.any() else len(touched_L)
+
     @property
     def rest_K(self) -> torch.Tensor:
         """As in `merged.TakenWeights`, of the one expert: 1 or 0."""
@@ -76,6 +83,11 @@ class ExchangedStack(MergedStack):
     def __init__(self, base: Stack, expert: Stack, geometry: Geometry):
         nothing = Subset(*(mask & False for mask in Subset.choose(geometry).masks.values()))
         super().__init__(base, [expert], geometry, Exchange(nothing), frozen=True)
+
+    def alike_below(self, weights: TakenWeights) -> tuple[Hashable, int]:
+        """As `MergedStack.alike_below`: below its lowest component an exchange is its recipient."""
+        assert isinstance(weights, Exchange)
+        return weights.in_expert, min(weights.lowest, self.depth - 1)
 
     @torch.no_grad()
     def _merge(

@@ -17,8 +17,9 @@ T tokens, D residual width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from transformers import Cache
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.geometry import Geometry, TensorSlot, slot_of
+from mergekit_wp.memory import free_memory
 from mergekit_wp.merge.kernel import merge_fitted
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.hooks import at_reads
@@ -112,25 +114,62 @@ class MergedStack(Stack):
         """The merge by every candidate on every batch: (layer, candidate, batch, the stream [B, T, D] above the layer).
 
         While a candidate is told of, its weights are set: norm and head are its own. Where layers are streamed, all go
-        through the layers together; else one after the other. The last layer is right where prompts are read.
+        through the layers together; else one after the other. Lowest layers that candidates have in common
+        (`alike_below`) are run once. The last layer is right where prompts are read.
         """
         if not self.streamed:
-            for branch, weights in enumerate(candidates):
-                self.set(weights)
-                for i, batch in enumerate(batches):
-                    sweep = forward_sweep(self, [self.start(batch)], self.depth, at=[batch.reads_BA])
-                    for index, (stream_BTD,) in sweep:
-                        yield index, branch, i, stream_BTD
+            yield from self._one_after_the_other(candidates, batches)
             return
         starts = [self.starts(batch, candidates) for batch in batches]
         streams = [[start[branch].stream_BTD for start in starts] for branch in range(len(candidates))]
         with closing(self.branches(range(self.depth), candidates)) as sweep_of_all:
             for index, branch, layer in sweep_of_all:
                 self.set(candidates[branch])
+                same = self._first_alike(candidates, branch, index)
                 for i, batch in enumerate(batches):
-                    with at_reads(layer, batch.reads_BA if index == self.depth - 1 else None):
-                        streams[branch][i] = self.call(layer, streams[branch][i], starts[i][branch].calls[index])
+                    if same < branch:
+                        streams[branch][i] = streams[same][i]
+                    else:
+                        with at_reads(layer, batch.reads_BA if index == self.depth - 1 else None):
+                            streams[branch][i] = self.call(layer, streams[branch][i], starts[i][branch].calls[index])
                     yield index, branch, i, streams[branch][i]
+
+    def _one_after_the_other(
+        self, candidates: Sequence[TakenWeights], batches: Sequence[Batch]
+    ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        """`branch_sweep` of resident models. Streams that others may begin from are kept, within a quarter of what is
+        free."""
+        room, kept = free_memory(self.device) // 4, dict[tuple[Hashable, int], list[torch.Tensor]]()
+        for branch, weights in enumerate(candidates):
+            self.set(weights)
+            whose, alike = self.alike_below(weights)
+            for i, batch in enumerate(batches):
+                known = kept.setdefault((whose, i), [])  # above layers 0, 1, ...
+                begin = min(len(known), alike)
+                for index in range(begin):
+                    yield index, branch, i, known[index]
+                start = self.start(batch)
+                if begin:
+                    start = replace(start, stream_BTD=known[begin - 1])
+                sweep = forward_sweep(self, [start], self.depth, at=[batch.reads_BA], below=begin)
+                for index, (stream_BTD,) in sweep:
+                    if index == len(known) and index < alike and stream_BTD.nbytes <= room:
+                        known.append(stream_BTD)
+                        room -= stream_BTD.nbytes
+                    yield index, branch, i, stream_BTD
+
+    def alike_below(self, weights: TakenWeights) -> tuple[Hashable, int]:
+        """A model, and up to which layer the merge by `weights` is that; 0: nothing is known. Never the last layer, of
+        which read positions alone are computed."""
+        return None, 0
+
+    def _first_alike(self, candidates: Sequence[TakenWeights], branch: int, index: int) -> int:
+        """The number of the first candidate that is the same as this one up to layer `index` at least."""
+        whose, alike = self.alike_below(candidates[branch])
+        if index >= alike:
+            return branch
+        others = enumerate(map(self.alike_below, candidates[:branch]))
+        return next((other for other, (who, up_to) in others if who == whose and index < up_to), branch)
 
     def sources(self, index: int) -> tuple[Any, list[Any]]:
         """Layer `index` of the base, and of every expert; of streamed models only while `layers` is at it, and as it is
