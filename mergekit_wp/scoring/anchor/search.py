@@ -261,35 +261,33 @@ class _Behaviour:
         self, graded: Mapping[str, Graded], along: Mapping[str, Directions], layers: tuple[int, ...],
         known: Mapping[str, TaskRecovery], tick: Tick,
     ) -> dict[str, TaskRecovery]:  # fmt: skip
-        """`behaviour` of each, or `none` where the expert answers no better than the base; those that are `known` have
-        the levels of both."""
-        found, asked, levels = dict[str, TaskRecovery](), list[tuple[Graded, Steering | None]](), self._plain_levels
-        for name, (base, expert) in levels(graded, known, tick).items():
-            if expert - base < self.search.least_gap:
-                found[name] = self._no_gap(name, len(graded[name]), base, expert)
-                continue
-            found[name] = TaskRecovery("behaviour", len(graded[name]), base, expert)
-            v_LD, alpha_L = along[name].v_LD, along[name].alpha_L
-            asked += [
-                (graded[name], Steering(layer, v_LD[layer], float(alpha_L[layer]), self.search.positions))
-                for layer in layers
-            ]
-        levels_of_all = iter(self.levels(self.base, asked, tick))
-        for name, task in found.items():
-            if task.grading == "behaviour":
-                steered = tuple(next(levels_of_all) for _layer in layers)
-                recovery = tuple((level - task.base) / (task.expert - task.base) for level in steered)
-                found[name] = replace(task, steered=steered, recovery=recovery)
+        """`behaviour` of each, or `none` where the expert answers no better than the base. known: of an earlier scan,
+        which has the levels of both."""
+        ends = {name: (known[name].base, known[name].expert) for name in graded} if known else self.ends(graded, tick)
+        found = {
+            name: self._no_gap(name, len(graded[name]), base, expert)
+            for name, (base, expert) in ends.items()
+            if expert - base < self.search.least_gap
+        }
+        left = [name for name in graded if name not in found]
+        asked = [(graded[name], way) for name in left for way in self._ways(along[name], layers)]
+        steered = iter(self.levels(self.base, asked, tick))
+        for name in left:
+            base, expert = ends[name]
+            levels = tuple(next(steered) for _layer in layers)
+            recovery = tuple((level - base) / (expert - base) for level in levels)
+            found[name] = TaskRecovery("behaviour", len(graded[name]), base, expert, levels, recovery)
         return found
 
-    def _plain_levels(
-        self, graded: Mapping[str, Graded], known: Mapping[str, TaskRecovery], tick: Tick
-    ) -> dict[str, tuple[float, float]]:
-        """Of base and expert."""
-        new = [name for name in graded if name not in known]
-        ends = [self.levels(stack, [(graded[name], None) for name in new], tick) for stack in (self.base, self.expert)]
-        found = dict(zip(new, zip(*ends, strict=True), strict=True))
-        return {name: found[name] if name in found else (known[name].base, known[name].expert) for name in graded}
+    def ends(self, graded: Mapping[str, Graded], tick: Tick) -> dict[str, tuple[float, float]]:
+        """Levels of base and expert as they are."""
+        plain = [(rows, None) for rows in graded.values()]
+        levels = [self.levels(stack, plain, tick) for stack in (self.base, self.expert)]
+        return dict(zip(graded, zip(*levels, strict=True), strict=True))
+
+    def _ways(self, along: Directions, layers: Sequence[int]) -> list[Steering]:
+        v_LD, alpha_L = along.v_LD, along.alpha_L
+        return [Steering(layer, v_LD[layer], float(alpha_L[layer]), self.search.positions) for layer in layers]
 
     def _no_gap(self, name: str, prompts: int, base: float, expert: float) -> TaskRecovery:
         if base - expert >= self.search.least_gap:
