@@ -87,7 +87,7 @@ class ExchangedStack(MergedStack):
     def alike_below(self, weights: TakenWeights) -> tuple[Hashable, int]:
         """As `MergedStack.alike_below`: below its lowest component an exchange is its recipient."""
         assert isinstance(weights, Exchange)
-        return weights.in_expert, min(weights.lowest, self.depth - 1)
+        return weights.in_expert, weights.lowest
 
     @torch.no_grad()
     def _merge(

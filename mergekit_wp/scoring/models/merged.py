@@ -159,8 +159,7 @@ class MergedStack(Stack):
                     yield index, branch, i, stream_BTD
 
     def alike_below(self, weights: TakenWeights) -> tuple[Hashable, int]:
-        """A model, and up to which layer the merge by `weights` is that; 0: nothing is known. Never the last layer, of
-        which read positions alone are computed."""
+        """A model, and up to which layer the merge by `weights` is that; 0: nothing is known."""
         return None, 0
 
     def _first_alike(self, candidates: Sequence[TakenWeights], branch: int, index: int) -> int:
