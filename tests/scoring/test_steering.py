@@ -152,6 +152,12 @@ def test_answers_end_at_any_end_of_text_and_at_stop_texts():
     ended = said(dataclasses.replace(rules, eos=frozenset({95, third})), model, PROMPTS[:1])
     stopped = said(rules, model, PROMPTS[:1], until=[words[2]])
     assert [text.split() for text in (*ended, *stopped)] == [words[:first]] * 2
+    over_two = " ".join(words[1:3])
+    answers = generate_answers(
+        stack(model), rules, PROMPTS[:1], ended=lambda _number, answer: rules.holds(answer, [over_two])
+    )
+    assert len(answers[0]) == 3
+    assert not rules.holds(answers[0], [words[0] + words[1]])
 
 
 def test_rules_come_from_both_models_and_the_tokenizer():
