@@ -31,6 +31,7 @@ from mergekit_wp.geometry import text_tower
 from mergekit_wp.scoring.models.layerwise import Call, ResidentStack, Stack, Start
 
 POSITIONS = ("prompt", "all", "anchor", "answer")
+_STEERED = "steered_rows"  # of a layer's call: ways, and the rows of each
 
 
 def check_positions(positions: str) -> None:
@@ -136,6 +137,3 @@ class SteeredRows(ResidentStack):
             last_B = torch.full((len(rows),), above_BTD.shape[1] - 1, device=above_BTD.device)
             above_BTD[rows] = steering.at(above_BTD[rows], last_B)
         return above_BTD
-
-
-_STEERED = "steered_rows"
