@@ -2,8 +2,8 @@
 
 Generation goes through the layers as scores do: a layer at a time, and where layers are streamed many batches with
 each, so that weights are read once a token; keys and values are in a cache of transformers'. Padding stands on the left
-here, under a mask, so that every row goes on at the same place. A stack may be another model to each row: with sets of
-another's components (`models.exchanged.ExchangedRows`), or steered (`anchor.steering.SteeredRows`).
+here, under a mask, so that every row goes on at the same place. Rows may be answered by different models: a stack may
+have other components for each (`models.exchanged.ExchangedRows`), and streams may be changed on their way (`Change`).
 
 Legend: B prompts in a batch, T new tokens of each, S those and all before, V vocabulary rows.
 """
@@ -33,6 +33,9 @@ Found = dict[int, list[int]]
 """Answers by the number of their prompt."""
 Ended = Callable[[int, Sequence[int]], bool]
 """Told of the number of a prompt and its answer so far, at every token."""
+Change = Callable[[int, Sequence[int], torch.Tensor, bool], object]
+"""Told of a layer, the numbers of a batch's prompts, the stream [B, T, D] above the layer, which it may change in
+place, and whether the tokens are those of the prompts; of the last layer only the last token is there."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,14 @@ class Greedy:
 @torch.no_grad()
 def generate_answers(
     stack: Stack, rules: Greedy, prompts: Tokens, tick: Tick = lambda _n: None, keep: Callable[[Found], object] = len,
-    ended: Ended = lambda _i, _answer: False,
+    ended: Ended = lambda _i, _answer: False, change: Change = lambda *_told: None,
 ) -> Tokens:  # fmt: skip
     """The greedy answer to each prompt: 1 to `rules.max_tokens` token ids, the end token among them.
 
     Equal to the answer to the prompt alone, whatever it shares a batch with. tick: told of tokens, `max_tokens` of each
     prompt in all; keep: told of answers as soon as they are known; ended: whether one is long enough without an end
-    token. Raises `BadInput` where memory does not suffice, and for a prompt that is longer than the context.
+    token; change: what is done to streams, which must not depend on other rows. Raises `BadInput` where memory does not
+    suffice, and for a prompt that is longer than the context.
     """
     found: Found = {}
     sizes = list(map(len, prompts))
@@ -115,7 +119,7 @@ def generate_answers(
     too_much = f"batch_size: {rules.batch_size} prompts do not fit on {stack.device} with their answers; lower it."
     for group in portions(numbers, lambda chosen: _bytes(stack, rules, [sizes[i] for i in chosen]), _room(stack)):
         with enough_memory(too_much):
-            new = _answer_together(stack, rules, prompts, group, tick, ended)
+            new = _answer_together(stack, rules, prompts, group, tick, ended, change)
         keep(new)
         found |= new
     return [found[i] for i in range(len(prompts))]
@@ -196,7 +200,7 @@ class _Growing:
 
 
 def _answer_together(
-    stack: Stack, rules: Greedy, prompts: Tokens, group: Sequence[list[int]], tick: Tick, ended: Ended
+    stack: Stack, rules: Greedy, prompts: Tokens, group: Sequence[list[int]], tick: Tick, ended: Ended, change: Change
 ) -> Found:
     """The answers to batches that go through the layers together."""
     every = [_Growing.of(stack, rules, prompts, numbers) for numbers in group]
@@ -204,7 +208,10 @@ def _answer_together(
     while growing := [batch for batch in every if any(batch.room)]:
         starts = [stack.go_on(batch.ids_BT, batch.mask_BS, batch.cache, batch.numbers) for batch in growing]
         ends = [torch.full_like(batch.ids_BT[:, :1], batch.ids_BT.shape[1] - 1) for batch in growing]
-        *_below, (_top, streams) = forward_sweep(stack, starts, stack.depth, at=ends)
+        reads_prompt = not growing[0].cache.get_seq_length()  # batches begin together
+        for layer, streams in forward_sweep(stack, starts, stack.depth, at=ends):
+            for batch, stream_BTD in zip(growing, streams, strict=True):
+                change(layer, batch.numbers, stream_BTD, reads_prompt)
         for batch, stream_BTD in zip(growing, streams, strict=True):
             logits_BV = stack.logits(stream_BTD[:, -1], stack.vocabulary)
             logits_BV[:, barred] = -torch.inf

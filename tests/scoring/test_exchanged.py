@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import plain_patch
 import pytest
+import test_steering
 import tiny
 import torch
 from fit_world import geometry_of
@@ -14,7 +16,9 @@ from streamed_world import PROMPTS, resident, streamed
 from test_merged import logits_by_hand, logits_of
 from transformers import AutoConfig
 
+from mergekit_wp.scoring.anchor.steering import SteeredRows, Steering
 from mergekit_wp.scoring.batching import batches
+from mergekit_wp.scoring.greedy import Greedy, generate_answers
 from mergekit_wp.scoring.models import merged
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
 from mergekit_wp.scoring.models.merged import MergedStack
@@ -85,6 +89,24 @@ def test_some_slices_alone(tmp_path, parts) -> None:
     for name, tensor in stack.model.state_dict().items():
         if "layers" in name:
             assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("how", [resident, streamed])
+def test_a_model_that_is_never_written_answers_steered_as_the_written_one(tmp_path, how) -> None:
+    """Whatever the stack is, streams are changed above its own layers: as `--layer auto` has it with `--at`."""
+    folders = tiny.save_pair(tmp_path, "llama")
+    stack, v_D = stack_of(folders, how), torch.randn(24, generator=torch.Generator().manual_seed(5))
+    stack.set(Exchange(subset_of(stack.geometry, HEADS, NEURONS), in_expert=True))
+    written = model_of(folders[1], plain_patch.patched(folders[1], folders[0], HEADS, NEURONS))
+    way = Steering(test_steering.LAYER, v_D, 30.0)
+    rules = replace(Greedy.of([stack.model], tiny.tokenizer(), test_steering.LENGTH, 2), vocabulary=97)
+    wanted = [
+        test_steering.alone(written, prompt, way.clamp, lambda at, length=length: at < length)
+        for prompt, length in zip(PROMPTS, map(len, PROMPTS), strict=True)
+    ]
+    found = generate_answers(stack, rules, PROMPTS, change=SteeredRows([way], [0] * len(PROMPTS)))
+    assert found == wanted
+    assert generate_answers(stack, rules, PROMPTS) != found
 
 
 @pytest.mark.parametrize("room", [1 << 40, 0])

@@ -46,8 +46,10 @@ def greedy(*models, **options):
 
 def said(rules, model, prompts=PROMPTS, ways=(None,), of_N=None, until=()):
     """Texts of the answers, each prompt steered in its way."""
-    rows = SteeredRows(stack(model), ways, of_N or [0] * len(prompts))
-    answers = generate_answers(rows, rules, prompts, ended=lambda _number, answer: rules.holds(answer, until))
+    rows = SteeredRows(ways, of_N or [0] * len(prompts))
+    answers = generate_answers(
+        stack(model), rules, prompts, ended=lambda _number, answer: rules.holds(answer, until), change=rows
+    )
     return [cut(rules.text(*both), until) for both in zip(prompts, answers, strict=True)]
 
 
@@ -272,12 +274,12 @@ def answering(monkeypatch, tell):
     of that number among those it is asked; returns how often each was."""
     runs = Counter()
 
-    def answers(rows, rules, prompts, tick, ended):
+    def answers(asked, rules, prompts, tick, ended, change):
         tick(rules.max_tokens * len(prompts))
-        layers = [way and way.layer for way in rows.ways]
-        runs.update((rows.model, layers[way]) for way in rows.of_N)
-        counted = [rows.of_N[:n].count(way) for n, way in enumerate(rows.of_N)]
-        return [tell(rows.model, layers[way], number) for way, number in zip(rows.of_N, counted, strict=True)]
+        layers = [way and way.layer for way in change.ways]
+        runs.update((asked.model, layers[way]) for way in change.of_N)
+        counted = [change.of_N[:n].count(way) for n, way in enumerate(change.of_N)]
+        return [tell(asked.model, layers[way], number) for way, number in zip(change.of_N, counted, strict=True)]
 
     monkeypatch.setattr(recovery, "generate_answers", answers)
     monkeypatch.setattr(recovery.Greedy, "text", lambda _rules, _prompt, answer: answer)

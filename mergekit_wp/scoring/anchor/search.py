@@ -311,9 +311,10 @@ class _Behaviour:
         rules = Greedy.of((self.base.model, self.expert.model), self.tokenizer, search.max_tokens, search.batch_size)
         rules = replace(rules, batch_size=rows_worth(stack, rules, max(map(len, prompts), default=0)))
         answers = generate_answers(
-            SteeredRows(stack, [way for _rows, way in asked], numbers), rules, prompts,
+            stack, rules, prompts,
             self.processes.ticking(lambda n: tick(n / rules.max_tokens)),
             ended=lambda row, answer: rules.holds(answer, mine[row][2].until),
+            change=SteeredRows([way for _rows, way in asked], numbers),
         )  # fmt: skip
         for (number, prompt, check), answer in zip(mine, answers, strict=True):
             passed[number] += check.passes(rules.text(prompt, answer))

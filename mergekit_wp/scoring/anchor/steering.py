@@ -12,7 +12,7 @@ two together).
 `steered` does it to a model of transformers, `SteeredRows` to every row of a batch in its own way, so that a base
 steered at many layers answers in one pass.
 
-Legend: B prompts, T tokens, S all tokens up to the last, N prompts answered, D residual width.
+Legend: B prompts, T tokens, N prompts answered, D residual width.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.geometry import text_tower
-from mergekit_wp.scoring.models.layerwise import Call, ResidentStack, Stack, Start
 
 POSITIONS = ("prompt", "all", "anchor", "answer")
-_STEERED = "steered_rows"  # of a layer's call: ways, and the rows of each
 
 
 def check_positions(positions: str) -> None:
@@ -106,34 +103,22 @@ def steered(model: Any, steering: Steering) -> Iterator[None]:
             handle.remove()
 
 
-class SteeredRows(ResidentStack):
-    """A resident model that answers every prompt steered in one of several ways, or not; for `Stack.go_on` alone, which
-    is told the numbers of the prompts.
+@dataclass(frozen=True)
+class SteeredRows:
+    """Steers prompts and their answers in the rows of a batch, each in one of several ways; a `greedy.Change`.
 
-    ways  None: as the model is
+    ways  None: not at all
     of_N  each prompt's place in them
     """
 
-    def __init__(self, stack: Stack, ways: Sequence[Steering | None], of_N: Sequence[int]):
-        super().__init__(stack.model, stack.device, stack.dtype)
-        self.ways, self.of_N = ways, of_N
+    ways: Sequence[Steering | None]
+    of_N: Sequence[int]
 
-    def go_on(self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, cache: Cache, numbers: Sequence[int] = ()) -> Start:
-        reads_prompt = not cache.get_seq_length()
-        start = super().go_on(ids_BT, mask_BS, cache)
-        rows: dict[int, list[int]] = {}
-        for row, number in enumerate(numbers):
-            rows.setdefault(self.of_N[number], []).append(row)
-        for way, of_way in rows.items():
-            steering = self.ways[way]
-            if steering is not None and steering.changes(reads_prompt):
-                start.calls[steering.layer].setdefault(_STEERED, []).append((steering, of_way))
-        return start
-
-    def call(self, layer: nn.Module, stream_BTD: torch.Tensor, call: Call) -> torch.Tensor:
-        above_BTD = super().call(layer, stream_BTD, {name: value for name, value in call.items() if name != _STEERED})
-        for steering, rows in call.get(_STEERED, ()):
-            # Prompts are padded on the left here, so the last token of each is the last of all.
-            last_B = torch.full((len(rows),), above_BTD.shape[1] - 1, device=above_BTD.device)
-            above_BTD[rows] = steering.at(above_BTD[rows], last_B)
-        return above_BTD
+    def __call__(self, layer: int, numbers: Sequence[int], stream_BTD: torch.Tensor, reads_prompt: bool) -> None:
+        for way, steering in enumerate(self.ways):
+            if steering is None or steering.layer != layer or not steering.changes(reads_prompt):
+                continue
+            if rows := [row for row, number in enumerate(numbers) if self.of_N[number] == way]:
+                # Prompts are padded on the left here, so the last token of each is the last of all.
+                last_B = torch.full((len(rows),), stream_BTD.shape[1] - 1, device=stream_BTD.device)
+                stream_BTD[rows] = steering.at(stream_BTD[rows], last_B)
