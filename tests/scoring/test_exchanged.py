@@ -93,7 +93,7 @@ def test_some_slices_alone(tmp_path, parts) -> None:
 
 @pytest.mark.parametrize("how", [resident, streamed])
 def test_a_model_that_is_never_written_answers_steered_as_the_written_one(tmp_path, how) -> None:
-    """Whatever the stack is, streams are changed above its own layers: as `--layer auto` has it with `--at`."""
+    """Whatever the stack is, streams are changed above its own layers."""
     folders = tiny.save_pair(tmp_path, "llama")
     stack, v_D = stack_of(folders, how), torch.randn(24, generator=torch.Generator().manual_seed(5))
     stack.set(Exchange(subset_of(stack.geometry, HEADS, NEURONS), in_expert=True))
