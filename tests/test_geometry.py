@@ -264,6 +264,8 @@ def test_content_digest_sees_what_a_fingerprint_only_samples(tmp_path):
     two = tiny.save(model, tmp_path / "two", max_shard_size="200KB")
     a, b = Checkpoint.open(str(one)), Checkpoint.open(str(two))
     assert a.fingerprint == b.fingerprint
+    assert a.fingerprint.files != b.fingerprint.files
+    assert Checkpoint.open(str(one)).fingerprint.files == a.fingerprint.files
     assert content_digest(a.tensors) != content_digest(b.tensors)
     assert open_model("x", str(one), False).fingerprint != open_model("x", str(two), False).fingerprint
     again = Checkpoint.open(str(tiny.save(tiny.random_model("llama", intermediate_size=2048), tmp_path / "again")))

@@ -7,6 +7,10 @@ what transformers builds from config.json (`model_config`), and `tensors` over e
 shape plus three 4 KiB windows of its data. The headers alone would not do: two fine-tunes of one base have
 equal headers. Sharding and tensor order do not enter, so a re-sharded copy keeps its fingerprint. The windows
 of a 13B model are about 4 MB of I/O.
+
+Windows are samples: two models that differ in a few neurons may have one fingerprint. Whether two models at hand are
+one is a question for `content_of`, and whether a model is still the one that kept work was begun with for `files`: the
+sizes and times of its files.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from mergekit_wp.checkpoint.weights import (
     INDEX_SUFFIX,
     MODEL,
     SUFFIX,
+    HeldTensor,
     TensorHeader,
     name_trouble,
     read_tensors,
@@ -44,12 +49,14 @@ _BLOCK_BYTES = 1 << 24
 class Fingerprint:
     """Hex SHA-256 of the config and of the tensors (names, dtypes, shapes, sampled bytes).
 
-    `spelled` is the config's hash as files made before 2026-11-25 have it; a fingerprint from a file has none.
+    `spelled` is the config's hash as files made before 2026-11-25 have it; `files` what `stamp_tensors` says of
+    the model here and now. A fingerprint from a file has neither.
     """
 
     config: str
     tensors: str
     spelled: str = field(default="", compare=False)
+    files: str = field(default="", compare=False)
 
     def has_config(self, hashed: str) -> bool:
         """Whether this is the hash, new or old, of the model's config."""
@@ -135,6 +142,7 @@ class Checkpoint:
             modelconfig.digest(self.resolved_config),
             fingerprint_tensors(self.tensors),
             spelled_digest(self.config, self.geometry),
+            stamp_tensors(self.tensors),
         )
 
     def lineage_differences(self, base: Checkpoint) -> list[str]:
@@ -158,7 +166,16 @@ def fingerprint_of(reference: str | Reference, cache: str | None = None) -> Fing
     tensors = read_tensors(folder, ADAPTER)
     keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     parts = [base.tensors, json.dumps([settings.get(key) for key in keys]), fingerprint_tensors(tensors)]
-    return Fingerprint(base.config, _digest(parts), base.spelled)
+    return Fingerprint(base.config, _digest(parts), base.spelled, _digest([base.files, stamp_tensors(tensors)]))
+
+
+def content_of(reference: str | Reference, cache: str | None = None) -> str:
+    """As `content_digest`, of a model or of a model with a LoRA, whose tensors are beside the base's."""
+    reference = read_reference(reference) if isinstance(reference, str) else reference
+    found = content_digest(Checkpoint.of(reference.model, cache).tensors)
+    if reference.lora is None:
+        return found
+    return _digest([found, content_digest(read_tensors(local_folder(reference.lora, cache), ADAPTER))])
 
 
 def content_digest(tensors: Mapping[str, TensorHeader]) -> str:
@@ -187,6 +204,19 @@ def fingerprint_tensors(tensors: Mapping[str, TensorHeader]) -> str:
         for first in sorted({0, last // 2, last}):
             digest.update(header.read(first, min(_WINDOW_BYTES, header.nbytes - first)))
     return digest.hexdigest()
+
+
+def stamp_tensors(tensors: Mapping[str, TensorHeader]) -> str:
+    """SHA-256 over names, sizes and times of modification of the files that tensors lie in; of none in memory.
+
+    A file of the Hub's cache is known by its name there, which is a digest of its content.
+    """
+    parts = []
+    for file in sorted({header.file for header in tensors.values() if not isinstance(header, HeldTensor)}):
+        real = file.resolve()
+        stat = real.stat()
+        parts.append(f"{file.name} {stat.st_size} {real.name if real.parent.name == 'blobs' else stat.st_mtime_ns}")
+    return _digest(parts)
 
 
 def local_folder(source: Source, cache: str | None = None) -> Path:

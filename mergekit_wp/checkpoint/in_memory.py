@@ -15,13 +15,13 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, local_folder
+from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, content_digest, local_folder
 from mergekit_wp.checkpoint.hub import is_tokenizer_file
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.checkpoint.weights import HeldTensor, TensorHeader
@@ -53,7 +53,7 @@ class LiveModel(Checkpoint):
         origin = _origin(self.model)
         if origin is not None and origin.resolved_config == self.resolved_config and _equal(origin, self):
             return origin.fingerprint
-        return super().fingerprint
+        return replace(super().fingerprint, files=content_digest(self.tensors))
 
 
 @contextmanager

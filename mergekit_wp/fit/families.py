@@ -55,17 +55,22 @@ class WeightFamily:
 
     def gather(self, gradient: FusionWeights) -> torch.Tensor:
         """dL/dnumber [P] from dL/dweight: the sum over the weights that a number is."""
-        return self._sum(gradient.heads_KLH, gradient.neurons_KLF, gradient.rest_K)
+        return self._sum(gradient).float()
 
     def mean(self, weights: FusionWeights) -> torch.Tensor:
         """The numbers [P] nearest to these weights: the mean of those that a number is."""
         ones = FusionWeights(*(torch.ones_like(x) for x in (weights.heads_KLH, weights.neurons_KLF, weights.rest_K)))
-        return self.gather(weights) / self.gather(ones)
+        return (self._sum(weights) / self._sum(ones)).float()
 
-    def _sum(self, heads_KLH: torch.Tensor, neurons_KLF: torch.Tensor, rest_K: torch.Tensor) -> torch.Tensor:
+    def nearest(self, weights: FusionWeights) -> FusionWeights:
+        """The weights of the family that are nearest to these."""
+        return self.spread(self.mean(weights))
+
+    def _sum(self, weights: FusionWeights) -> torch.Tensor:
+        """Of what every number is, float64 [P]."""
         total_P = torch.zeros(self.numbers, dtype=torch.float64)
         for index, values in (
-            (self.heads_KLH, heads_KLH), (self.neurons_KLF, neurons_KLF), (self.rest_K, rest_K)
+            (self.heads_KLH, weights.heads_KLH), (self.neurons_KLF, weights.neurons_KLF), (self.rest_K, weights.rest_K)
         ):  # fmt: skip
             total_P.index_add_(0, index.flatten(), values.double().flatten())
-        return total_P.float()
+        return total_P

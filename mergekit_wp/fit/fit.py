@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from mergekit_wp.checkpoint.folder import content_of
+from mergekit_wp.checkpoint.vocabulary import head_equals_embeddings, head_is_tied
 from mergekit_wp.console import StartProgress, no_progress
 from mergekit_wp.documents import now, versions
 from mergekit_wp.errors import BadInput, enough_memory
@@ -34,7 +36,7 @@ from mergekit_wp.fit.cross import cross_weights
 from mergekit_wp.fit.descent import Descent
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.gradient import loss_and_gradient
-from mergekit_wp.fit.job import FitJob
+from mergekit_wp.fit.job import FitExpert, FitJob
 from mergekit_wp.fit.objective import (
     Lesson,
     LessonBatch,
@@ -43,6 +45,7 @@ from mergekit_wp.fit.objective import (
     hold_out,
     loss_weights,
     losses,
+    mean_gaps,
     read_teachers,
     shared_vocabulary,
     teachers_of,
@@ -60,7 +63,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.load import CheckedPair, load_stack
 from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.models.offload import pick_offload
-from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
+from mergekit_wp.scoring.models.precision import not_finite, pick_device, pick_dtype, stored_dtype
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import Prepared, prepare
 
@@ -105,8 +108,13 @@ def check(job: FitJob) -> list[Prepared]:
             each = prepare(job.scoring(expert))
         except BadInput as error:
             raise BadInput(f"expert {expert.expert}: {error.message}") from error
-        if any(each.checked.expert_print == other.checked.expert_print for other in ready):
+        if any(_one_model(expert, each, *other) for other in zip(job.models, ready, strict=False)):
             raise BadInput(f"experts: {expert.expert} is listed twice; list each once.")
+        if head_is_tied(each.checked.base) and not head_equals_embeddings(each.checked.expert):
+            raise BadInput(
+                f"expert {expert.expert}: it has an output head of its own, which no merge into the base {job.base} "
+                "can hold, since that ties its to the embeddings; use an expert tuned from this base."
+            )
         ready.append(each)
     if job.keep is not None:
         base, base_print = ready[0].checked.base, ready[0].checked.base_print
@@ -119,6 +127,12 @@ def check(job: FitJob) -> list[Prepared]:
             where = f"experts, entry {j + 1}" if j < len(job.experts) else "keep"
             raise BadInput(f"{where}: has one prompt, which cannot be held out; give more, or hold_out: 0.")
     return _reading_each_other(ready)
+
+
+def _one_model(expert: FitExpert, each: Prepared, other: FitExpert, its: Prepared) -> bool:
+    """Equal fingerprints only sample the weights."""
+    same = each.checked.expert_print == its.checked.expert_print
+    return same and content_of(expert.expert) == content_of(other.expert)
 
 
 def _reading_each_other(ready: Sequence[Prepared]) -> list[Prepared]:
@@ -177,8 +191,17 @@ class FitRun:
         """What decides which weights are best: the prompts held out, if there are any."""
         return self.held or self.fitted
 
+    @property
+    def family(self) -> WeightFamily | None:
+        """Of the numbers that steps move; None where nothing is done in steps."""
+        if self.job.family in ("scale", "cross"):
+            return None
+        return WeightFamily.named(self.job.family, len(self.merged.experts), self.merged.geometry)
+
     def carry_out(self, shares: FusionWeights, resume: Resume) -> Found:
         """Phases 4 and 5."""
+        if self.family is not None:  # what is measured before the first step is then what that step begins at
+            shares = self.family.nearest(shares)
         first, scale, loss = self._scale(shares)
         name = "the plain average" if self.job.start == "average" else "the shares of score files"
         if self.job.family == "cross":
@@ -187,9 +210,9 @@ class FitRun:
         name = f"{name} times {scale:g}"
         before_J = self._look(first)
         point = LossAt(0, loss, float(before_J.mean()) if self.held else None)
-        if self.job.family in ("scale", "cross"):
+        if self.family is None:
             return Found(first, name, (point,), 0, before_J, before_J)
-        weights, curve, best_step = self._descend(first, point, resume)
+        weights, curve, best_step = self._descend(self.family, first, point, resume)
         return Found(weights, name, curve, best_step, before_J, self._look(weights))
 
     def _scale(self, shares: FusionWeights) -> tuple[FusionWeights, float, float]:
@@ -199,6 +222,9 @@ class FitRun:
         tick = self.start(len(lessons), f"Trying {len(SCALES)} scales", "prompt")
         kl_CN = branch_losses(self.merged, candidates, self._batches(lessons), self.vocabulary, self.processes, tick)
         loss_C = torch.stack([unrecovered(lessons, kl_N).mean() for kl_N in kl_CN])
+        loss_C[~loss_C.isfinite()] = torch.inf  # too large a merge, in float16: the others are to choose from
+        if not loss_C.isfinite().any():
+            raise not_finite("the loss, whatever the scale,", self.merged.dtype)
         best = int(loss_C.argmin())
         return candidates[best], SCALES[best], float(loss_C[best])
 
@@ -208,15 +234,14 @@ class FitRun:
         lessons = [lesson for lesson in self.fitted if lesson.teacher < len(self.merged.experts)]
         batches = batch_lessons(lessons, self.job.batch_size, teachers_of(self.merged), by_prompt=True)
         tick = self.start(len(lessons), "Reading cross effects", "prompt")
-        gaps = loss_weights(lessons) * len(lessons)
-        return cross_weights(self.merged, batches, gaps, average, self.vocabulary, self.processes, tick)
+        weights_N = 1 / mean_gaps(lessons)
+        return cross_weights(self.merged, batches, weights_N, average, self.vocabulary, self.processes, tick)
 
     def _descend(
-        self, first: FusionWeights, point: LossAt, resume: Resume
+        self, family: WeightFamily, first: FusionWeights, point: LossAt, resume: Resume
     ) -> tuple[FusionWeights, tuple[LossAt, ...], int]:
-        """Adam from the weights `first`; (the best, the curve, the best's step)."""
-        job, processes, K = self.job, self.processes, len(self.merged.experts)
-        family = WeightFamily.named(job.family, K, self.merged.geometry)
+        """Adam from the weights `first`, which the family has; (the best, the curve, the best's step)."""
+        job, processes = self.job, self.processes
         state = Descent(family.mean(first), point, job.steps, job.rate)
         if (saved := processes.tell(resume.load(0, 0, state.tensors()))) is not None:
             state.restore(saved)

@@ -31,7 +31,7 @@ from torch import nn
 
 from mergekit_wp.checkpoint.vocabulary import align_rows
 from mergekit_wp.console import Tick
-from mergekit_wp.fit.objective import LessonBatch, add_up, teachers_of
+from mergekit_wp.fit.objective import LessonBatch, add_up, finite, teachers_of
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.geometry import PROJECTIONS, TensorSlot, slot_of
 from mergekit_wp.memory import free_memory
@@ -57,10 +57,16 @@ def loss_and_gradient(
     processes: ProcessGroup,
     tick: Tick,
 ) -> tuple[torch.Tensor, FusionWeights]:
-    """(KL_t(x | merge) of every lesson, float64 [N]; the gradient of sum_x weights(x) KL(x)), on the CPU."""
+    """(KL_t(x | merge) of every lesson, float64 [N]; the gradient of sum_x weights(x) KL(x)), on the CPU.
+
+    Raises `BadInput` where one of them is not finite.
+    """
     gradient = Gradient(merged)
     found_N = passes(merged, batches, weights_N, vocabulary, gradient, processes, tick)
-    return found_N, gradient.total(processes)
+    total = gradient.total(processes)
+    for each_K in (total.heads_KLH, total.neurons_KLF, total.rest_K):
+        finite(each_K, merged)
+    return found_N, total
 
 
 def passes(
@@ -77,7 +83,7 @@ def passes(
     together = list(portions(processes.share(batches), lambda each: each.batch.ids_BT.numel(), SUMMED))
     for group in batch_groups(merged, together, _tokens):
         _pass(merged, group, weights_N, vocabulary, found_N, gradient, processes.ticking(tick))
-    return add_up(found_N, processes, merged)
+    return finite(add_up(found_N, processes, merged), merged)
 
 
 def _tokens(batches: Sequence[LessonBatch]) -> int:

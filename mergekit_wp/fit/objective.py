@@ -34,6 +34,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import KLMetric, kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
 from mergekit_wp.scoring.models.merged import MergedStack
+from mergekit_wp.scoring.models.precision import not_finite
 from mergekit_wp.scoring.packing import pack
 from mergekit_wp.scoring.score import Prepared
 from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
@@ -136,14 +137,17 @@ def losses(
     processes: ProcessGroup,
     tick: Tick,
 ) -> torch.Tensor:
-    """KL_t(x | stack) of every lesson, float64, by its number, on the CPU; each process reads some of the batches."""
+    """KL_t(x | stack) of every lesson, float64, by its number, on the CPU; each process reads some of the batches.
+
+    Raises `BadInput` for one that is not finite.
+    """
     found_N = torch.zeros(sum(len(each.numbers) for each in batches), dtype=torch.float64)
     for group in batch_groups(stack, processes.share(batches), lambda each: each.batch.ids_BT.numel()):
         streams = _final_streams(stack, [each.batch for each in group], processes.ticking(tick))
         for each, final_BTD in zip(group, streams, strict=True):
             found_N[each.numbers] = _loss_of(stack, teachers, each, final_BTD, vocabulary)
         _forget_heads(stack, *teachers)
-    return add_up(found_N, processes, stack)
+    return finite(add_up(found_N, processes, stack), stack)
 
 
 @torch.no_grad()
@@ -155,7 +159,8 @@ def branch_losses(
     processes: ProcessGroup,
     tick: Tick,
 ) -> torch.Tensor:
-    """As `losses`, of the merges by each of C weights: float64 [C, N]. Every layer is read once (but for memory)."""
+    """As `losses`, of the merges by each of C weights: float64 [C, N], finite or not. Every layer is read once (but for
+    memory)."""
     count, before = len(candidates), merged.weights
     found_CN = torch.zeros(count, sum(len(each.numbers) for each in batches), dtype=torch.float64)
     mine, told = processes.share(batches), processes.ticking(tick)
@@ -190,6 +195,13 @@ def _loss_of(
 def add_up(found_N: torch.Tensor, processes: ProcessGroup, stack: Stack) -> torch.Tensor:
     """Over the processes, which talk through the device's memory."""
     return processes.add_up(found_N.to(stack.device)).cpu()
+
+
+def finite(found: torch.Tensor, stack: Stack) -> torch.Tensor:
+    """What was found with `stack`. Raises `BadInput` where a number of it is none."""
+    if not found.isfinite().all():
+        raise not_finite("how far a model is from an expert's answer", stack.dtype)
+    return found
 
 
 def _final_streams(stack: Stack, batches: Sequence[Batch], tick: Tick) -> list[torch.Tensor]:
@@ -277,18 +289,29 @@ def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[L
     return fitted, held
 
 
+def mean_gaps(lessons: Sequence[Lesson]) -> torch.Tensor:
+    """Of each lesson, what R of its teacher divides by: the mean gap of the teacher's lessons here, float64 [N].
+
+    At least `LEAST_GAP`: the few prompts of a step, or those held out, may be ones to which the teacher says what the
+    base says, and would outweigh all others.
+    """
+    teachers = torch.tensor([lesson.teacher for lesson in lessons])
+    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
+    mean_N = torch.zeros(len(lessons), dtype=torch.float64)
+    for j in teachers.unique():
+        mean_N[teachers == j] = gap_N[teachers == j].mean().clamp(min=LEAST_GAP)
+    return mean_N
+
+
 def unrecovered(lessons: Sequence[Lesson], kl_N: torch.Tensor) -> torch.Tensor:
     """R of every teacher: its mean KL over its mean gap, float64 [J]."""
     teachers = torch.tensor([lesson.teacher for lesson in lessons])
-    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
-    return torch.stack([kl_N[teachers == j].mean() / gap_N[teachers == j].mean() for j in teachers.unique()])
+    gap_N = mean_gaps(lessons)
+    return torch.stack([kl_N[teachers == j].mean() / gap_N[teachers == j][0] for j in teachers.unique()])
 
 
 def loss_weights(lessons: Sequence[Lesson]) -> torch.Tensor:
     """Of KL(x) in the loss, float64 [N]: 1 / (J N_t mean gap of t)."""
     teachers = torch.tensor([lesson.teacher for lesson in lessons])
-    gap_N = torch.tensor([lesson.gap for lesson in lessons], dtype=torch.float64)
-    weights_N = torch.zeros(len(lessons), dtype=torch.float64)
-    for j in (found := teachers.unique()):
-        weights_N[teachers == j] = 1 / (len(found) * gap_N[teachers == j].sum())
-    return weights_N
+    _teachers, place_N, count_J = teachers.unique(return_inverse=True, return_counts=True)
+    return 1 / (len(count_J) * count_J[place_N] * mean_gaps(lessons))

@@ -196,9 +196,11 @@ def _remove(made: Sequence[Path]) -> None:
 def _merge_states(own: _Held, states: Sequence[_Held], kernel: _Kernel, dtype: str | None) -> State:
     for state in states:
         state.check_covered(own)
+        state.check_head(own)
     merged: State = {}
+    tied_head = _copied_head(own.tensors)
     for name, tensor in own.tensors.items():
-        inputs = [state.like(name, tensor) for state in states]
+        inputs = [state.like(name, tensor, tied_head) for state in states]
         out_dtype = tensor.dtype if dtype is None else getattr(torch, dtype)
         try:
             merged[name] = kernel(tensor, inputs, slot_of(name), out_dtype)
@@ -295,9 +297,27 @@ class _Held:
                 continue
             raise BadInput(f"{self.name}: has a tensor {name}, and the base has none; the merge would leave it out.")
 
-    def like(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """The tensor of this name with the base's rows, on its device. Raises `BadInput` where it does not fit."""
-        own = name if name in self.tensors else plain_tensors(self.tensors).get(text_name(name) or "")
+    def check_head(self, base: _Held) -> None:
+        """Raise `BadInput` for an output head of its own, where the base's is the very tensor of its embeddings."""
+        ours, theirs = plain_tensors(base.tensors), plain_tensors(self.tensors)
+        if HEAD not in ours or EMBEDDINGS not in ours or HEAD not in theirs:
+            return
+        tied = base.tensors[ours[HEAD]].data_ptr() == base.tensors[ours[EMBEDDINGS]].data_ptr()
+        if tied and _copied_head(self.tensors) is None:
+            raise BadInput(
+                f"{self.name}: has its own {theirs[HEAD]}, while the base ties it to its embeddings; the merge would "
+                "lose one of the two, so use an expert tuned from this base."
+            )
+
+    def like(self, name: str, base: torch.Tensor, tied_head: str | None) -> torch.Tensor:
+        """The tensor of this name with the base's rows, on its device. Raises `BadInput` where it does not fit.
+
+        tied_head: the name of the base's output head where that is its embeddings once more (`_copied_head`).
+        """
+        plain = plain_tensors(self.tensors)
+        own = name if name in self.tensors else plain.get(text_name(name) or "")
+        if own is None and name == tied_head:  # that is how a tied model is saved
+            own = plain.get(EMBEDDINGS)
         if own is None:
             raise BadInput(f"{self.name}: the tensor {name} is missing, and the merge needs it of every model.")
         tensor = self.tensors[own].to(base.device)

@@ -101,22 +101,28 @@ class Greedy:
 @torch.no_grad()
 def generate_answers(
     stack: Stack, rules: Greedy, prompts: Tokens, tick: Tick = lambda _n: None, keep: Callable[[Found], object] = len,
-    ended: Ended = lambda _i, _answer: False, change: Change = lambda *_told: None,
+    ended: Ended = lambda _i, _answer: False, change: Change = lambda *_told: None, rows: int = 0,
 ) -> Tokens:  # fmt: skip
     """The greedy answer to each prompt: 1 to `rules.max_tokens` token ids, the end token among them.
 
     Equal to the answer to the prompt alone, whatever it shares a batch with. tick: told of tokens, `max_tokens` of each
     prompt in all; keep: told of answers as soon as they are known; ended: whether one is long enough without an end
-    token; change: what is done to streams, which must not depend on other rows. Raises `BadInput` where memory does not
-    suffice, and for a prompt that is longer than the context.
+    token; change: what is done to streams, which must not depend on other rows; rows: prompts at a time, where that is
+    more than `rules.batch_size` (`rows_worth`). Raises `BadInput` where memory does not suffice, and for a prompt that
+    is longer than the context.
     """
     found: Found = {}
     sizes = list(map(len, prompts))
     if max(sizes, default=0) > rules.context:
         raise BadInput(f"a prompt of {max(sizes)} tokens leaves no room to answer in {rules.context}; shorten it.")
     groups = [stack.lengths.group_answered(size, rules.max_tokens) for size in sizes]
-    numbers = list(together(sizes, rules.batch_size, groups))
+    numbers = list(together(sizes, max(rows, rules.batch_size), groups))
     too_much = f"batch_size: {rules.batch_size} prompts do not fit on {stack.device} with their answers; lower it."
+    if rows > rules.batch_size:
+        too_much = (
+            f"{rows} prompts at a time, as many as seemed to fit, do not fit on {stack.device} with answers of up to "
+            f"{rules.max_tokens} tokens; make room there, or ask for shorter answers."
+        )
     for group in portions(numbers, lambda chosen: _bytes(stack, rules, [sizes[i] for i in chosen]), _room(stack)):
         with enough_memory(too_much):
             new = _answer_together(stack, rules, prompts, group, tick, ended, change)

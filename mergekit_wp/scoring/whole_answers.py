@@ -5,9 +5,11 @@ was killed goes on and the next one finds them, and `given_answers` reads those 
 JSON lines. The first says whose answers they are:
 
     {"wp_answers": 1, "expert": {...}, "max_tokens": 32, "vocabulary": 32000, "dtype": ..., "device": ..., "versions":
-     {...}, "date": ...}
+     {...}, "date": ..., "files": ...}
 
-expert: name and fingerprint, as in a score file; vocabulary: ids from there on were not to be chosen. Every other line
+expert: name and fingerprint, as in a score file; vocabulary: ids from there on were not to be chosen; files: sizes and
+times of the expert's files where answers were made (`Fingerprint.files`), so that a run goes on with what it kept only
+while these are as they were. Every other line
 is one prompt's, token ids and the answer as text, in any order:
 
     {"task": "maths", "prompt": [1, 415, 6], "answer": [306, 2], "text": "I"}
@@ -61,12 +63,12 @@ class AnswersMeta:
     device: Text
     versions: Versions
     date: Date
+    files: str = ""
 
     def goes_on(self, other: AnswersMeta) -> bool:
         """Whether `other` would have the same answers."""
-        return self.same_expert(other.expert) and all(
-            getattr(self, name) == getattr(other, name) for name in ("max_tokens", "vocabulary", "dtype", "wp_answers")
-        )
+        decide = ("max_tokens", "vocabulary", "dtype", "files", "wp_answers")
+        return self.same_expert(other.expert) and all(getattr(self, x) == getattr(other, x) for x in decide)
 
     def same_expert(self, print_: ModelId | Fingerprint) -> bool:
         return (self.expert.config, self.expert.tensors) == (print_.config, print_.tensors)
@@ -189,7 +191,7 @@ def made_answers(
     processes = processes or ProcessGroup()
     meta = AnswersMeta(
         FORMAT, ModelId.of(job.expert, checked.expert_print), rules.max_tokens, rules.vocabulary,
-        str(dtype).removeprefix("torch."), str(device), versions(), now(),
+        str(dtype).removeprefix("torch."), str(device), versions(), now(), checked.expert_print.files,
     )  # fmt: skip
     kept = AnswerFile(path if processes.first else None, meta)
     known: Known = processes.tell(kept.known)

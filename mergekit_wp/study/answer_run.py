@@ -157,9 +157,10 @@ class Speakers:
             [Exchange(subset) for subset in sets], [model for model in range(len(sets)) for _ in range(count)]
         )
         found = generate_answers(
-            stack, replace(self.rules, batch_size=rows), [*question.prompts] * len(sets),
+            stack, self.rules, [*question.prompts] * len(sets),
             lambda n: tick(n / self.rules.max_tokens),
             ended=lambda number, answer: self.rules.holds(answer, question.checks[number % count].until),
+            rows=rows,
         )  # fmt: skip
         return [found[begin : begin + count] for begin in range(0, len(found), count)]
 

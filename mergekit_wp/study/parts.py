@@ -147,7 +147,7 @@ def made_of(part: Part, study: Study, inputs: Inputs) -> dict[str, str]:
     """What decides the part's result: what it is, in words -> its digest."""
     found = {f"the score file {name}": digest(path) for name, path in inputs.files.items()}
     if part.models:
-        found |= {f"the {role}": str(print_) for role, print_ in inputs.fingerprints.items()}
+        found |= {f"the {role}": digest_of([str(print_), print_.files]) for role, print_ in inputs.fingerprints.items()}
     if "prompts" in part.settings and (pairs := study.prompts.get("pairs")) and Path(pairs).is_file():
         found["the file of prompts"] = digest(Path(pairs))
     if part.grades and inputs.code_is_graded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 
@@ -19,10 +20,11 @@ from streamed_world import resident
 from where import DEVICE
 
 import mergekit_wp.fit.fit as module
+from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.fit.cli import main
 from mergekit_wp.fit.descent import Descent
-from mergekit_wp.fit.fit import fit
+from mergekit_wp.fit.fit import check, fit
 from mergekit_wp.fit.job import FitJob, load_fit_job
 from mergekit_wp.fit.objective import Lesson, hold_out
 from mergekit_wp.fit_file import FittedPrompts, Kept, LossAt, read_fit
@@ -128,6 +130,32 @@ def test_shares_of_score_files_are_a_start(world):
     shares = component_weights([scores.neurons for scores in files])
     torch.testing.assert_close(found.neurons, (scale * shares).clamp(max=2))
     assert found.meta.start.startswith("the shares")
+
+
+@pytest.mark.parametrize("family", ["expert", "layer", "component"])
+def test_what_was_measured_before_the_first_step_is_what_it_begins_at(world, family):
+    """Shares are of components, and a merge by them is none that a smaller family has."""
+    found = fit(job_of(world, family=family, start="scores", steps=1, look_every=1, rate=1e-9))
+    for each in found.meta.unrecovered:
+        assert each.end == pytest.approx(each.start, rel=1e-5)
+    first, last = found.meta.curve
+    assert last.held_out == pytest.approx(first.held_out, rel=1e-5)
+
+
+def test_a_scale_that_is_too_large_for_the_dtype_is_not_chosen(world, monkeypatch):
+    real = module.branch_losses
+
+    def some(*args):
+        kl_CN = real(*args)
+        kl_CN[:broken] = torch.nan
+        return kl_CN
+
+    monkeypatch.setattr(module, "branch_losses", some)
+    broken = len(module.SCALES) - 1
+    assert fit(job_of(world, family="scale")).meta.start.endswith(f"times {module.SCALES[-1]:g}")
+    broken += 1
+    with pytest.raises(BadInput, match="the loss, whatever the scale, is not finite"):
+        fit(job_of(world, family="scale"))
 
 
 def test_no_answer_is_read_as_an_answer_of_one_token(world):
@@ -280,6 +308,42 @@ def test_prompts_held_out_decide_which_step_is_kept(world):
 
 
 class TestRefusals:
+    def test_logits_that_are_not_finite(self, world, tmp_path):
+        model = tiny.fine_tuned(tiny.random_model("llama", seed=1), seed=2)
+        model.model.norm.weight.data *= 1e7
+        model.lm_head.weight.data *= 1e33
+        tiny.save(model, tmp_path / "broken")
+        experts = [job_of(world).experts[0], {"expert": str(tmp_path / "broken"), "pairs": str(world / "pairs1.jsonl")}]
+        refused(run(world, "broken", experts=experts), "how far a model is from an expert's answer is not finite")
+        assert not (world / "broken.safetensors").exists()
+
+    def test_a_head_that_the_base_cannot_hold(self, world, tmp_path):
+        base = tiny.random_model("qwen2", seed=1)
+        own = tiny.random_model("qwen2", seed=1, tie_word_embeddings=False)
+        own.load_state_dict(tiny.fine_tuned(base, seed=4).state_dict())
+        own.lm_head.weight.data += 0.05
+        for name, model in {"tied": base, "fine": tiny.fine_tuned(base, seed=3), "own": own}.items():
+            tiny.save(model, tmp_path / name)
+        experts = [{"expert": str(tmp_path / f), "pairs": str(world / "pairs0.jsonl")} for f in ("fine", "own")]
+        result = run(world, "own-head", base=str(tmp_path / "tied"), experts=experts)
+        refused(result, "own: it has an output head of its own", "ties its to the embeddings")
+
+    def test_an_expert_twice_and_two_whose_samples_are_equal(self, world, tmp_path):
+        """What a fingerprint reads of two experts may be the same."""
+        base = tiny.random_model("llama", seed=1, intermediate_size=2048)
+        folders = [tiny.save(base, tmp_path / "base", max_shard_size="5GB")]
+        for row in (500, 501):
+            expert = copy.deepcopy(base)
+            expert.model.layers[1].mlp.gate_proj.weight.data[row] += 1.0
+            folders.append(tiny.save(expert, tmp_path / f"row{row}", max_shard_size="5GB"))
+        pairs = str(world / "pairs0.jsonl")
+        one, other = ({"expert": str(folder), "pairs": pairs} for folder in folders[1:])
+        assert len({Checkpoint.open(str(folder)).fingerprint.tensors for folder in folders}) == 1
+        job = {"base": str(folders[0])}
+        assert len(check(job_of(world, experts=[one, other], **job))) == 2
+        with pytest.raises(BadInput, match="row500 is listed twice"):
+            check(job_of(world, experts=[one, one], **job))
+
     def test_an_expert_without_a_gap(self, world):
         tiny.save(tiny.random_model("llama", seed=1), world / "same")
         from safetensors.torch import load_file, save_file

@@ -8,13 +8,25 @@ import pytest
 import tiny
 import torch
 from fit_world import ALONE, LessonWorld, V, quiet, random_weights
+from hypothesis import given
+from hypothesis import strategies as st
 from streamed_world import resident, streamed
 
 from mergekit_wp.console import no_progress
 from mergekit_wp.fit import gradient as of_loss
 from mergekit_wp.fit.families import WeightFamily
 from mergekit_wp.fit.gradient import loss_and_gradient, weight_gradient
-from mergekit_wp.fit.objective import batch_lessons, branch_losses, losses, teachers_of, unrecovered, with_gaps
+from mergekit_wp.fit.objective import (
+    LEAST_GAP,
+    Lesson,
+    batch_lessons,
+    branch_losses,
+    loss_weights,
+    losses,
+    teachers_of,
+    unrecovered,
+    with_gaps,
+)
 from mergekit_wp.fit_file import FusionWeights
 from mergekit_wp.scoring import sweep
 from mergekit_wp.scoring.packing import PackedBatch
@@ -131,6 +143,23 @@ def test_an_expert_leaves_nothing_of_its_own_gap_open_and_the_base_all(tmp_path)
     assert left_K[1] > 0.1
 
 
+def test_prompts_without_a_gap_do_not_outweigh_all_others():
+    """Those of a step, or those held out, may all be ones of which the expert knows nothing new."""
+    lessons = [Lesson(t, [1], [2], torch.zeros(1, 1), gap) for t, gap in ((0, 0.0), (0, 1e-6), (1, 2.0), (1, 1.0))]
+    kl_N = torch.tensor([0.0, 1e-6, 0.3, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(unrecovered(lessons, kl_N).tolist(), [0.5e-6 / LEAST_GAP, 0.1])
+    weights_N = loss_weights(lessons)
+    torch.testing.assert_close(float((weights_N * kl_N).sum()), float(unrecovered(lessons, kl_N).mean()))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.01, 9), st.floats(0, 5)), min_size=1, max_size=12))
+def test_the_weights_make_the_loss(seen):
+    """sum_x weight(x) KL(x) is the mean over teachers of R."""
+    lessons = [Lesson(teacher, [1], [2], torch.zeros(1, 1), gap) for teacher, gap, _kl in seen]
+    kl_N = torch.tensor([kl for _t, _gap, kl in seen], dtype=torch.float64)
+    assert float((loss_weights(lessons) * kl_N).sum()) == pytest.approx(float(unrecovered(lessons, kl_N).mean()))
+
+
 @pytest.mark.parametrize("opened", [resident, streamed])
 def test_the_base_is_as_far_from_itself_as_its_experts_are_on_average(tmp_path, opened):
     world = LessonWorld(tmp_path, "llama", opened, keep=True)
@@ -161,3 +190,5 @@ def test_a_family_adds_up_the_gradients_of_what_is_one_number(name):
     total.backward()
     torch.testing.assert_close(family.gather(gradient), number_P.grad)
     torch.testing.assert_close(family.mean(weights), number_P)
+    assert torch.equal(family.mean(weights), number_P.detach())
+    assert torch.equal(family.nearest(weights).neurons_KLF, weights.neurons_KLF)

@@ -97,6 +97,29 @@ def test_modules_of_every_kind(kind, tmp_path):
     same(states, found)
 
 
+@pytest.mark.parametrize("in_files", ["base", "a"])
+def test_a_tied_head_may_be_there_or_not(in_files, tmp_path):
+    """A module's state has it beside the embeddings, its file has not."""
+    world = World(tmp_path, "qwen2", experts=2).build()
+    base, experts = models(world, transformers.AutoModelForCausalLM.from_pretrained)
+    want = merge(base, experts, files(world))
+    if in_files == "base":
+        base = tensors_of(world.base)
+    else:
+        experts["a"] = tensors_of(world.expert(0))
+    found = merge(base, experts, files(world))
+    assert ("lm_head.weight" in found) == (in_files != "base")
+    same(found, {name: want[name] for name in found})
+
+
+def test_a_head_of_its_own_is_refused_where_the_base_ties_it(tmp_path):
+    world = World(tmp_path, "qwen2", experts=2).build()
+    base, experts = models(world, lambda f: transformers.AutoModelForCausalLM.from_pretrained(f).state_dict())
+    experts["b"] = experts["b"] | {"lm_head.weight": experts["b"]["lm_head.weight"] + 1}
+    with pytest.raises(BadInput, match=r"b: has its own lm_head\.weight, while the base ties it"):
+        merge(base, experts, files(world), allow_mismatch=True)
+
+
 def test_what_is_not_what_was_scored_is_refused(world, caplog):
     base, experts = models(world, tensors_of)
     changed = {**experts["a"], "model.norm.weight": experts["a"]["model.norm.weight"] + 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from test_rotary import ROPES, rope_model
 from transformers import AutoModelForCausalLM
 
 import mergekit_wp
+from mergekit_wp.errors import BadInput
 from mergekit_wp.push.card import scores_section
 from mergekit_wp.ranking import about
 from mergekit_wp.score_page import score_page
@@ -165,6 +167,29 @@ def test_without_answers_the_document_is_that_of_before(world):
     assert not (world / "out.answers.jsonl").exists()
 
 
+def asked_again(world, monkeypatch, out="out.safetensors"):
+    """The prompts that another run has answered."""
+    asked = []
+
+    def generate(stack, rules, prompts, *rest):
+        asked.extend(prompts)
+        return generate_answers(stack, rules, prompts, *rest)
+
+    monkeypatch.setattr(whole_answers, "generate_answers", generate)
+    result, _path = run(world, out=out, **FLAGS)
+    assert result.exit_code == 0, result.output
+    return asked
+
+
+def test_an_expert_that_was_written_anew_answers_anew(world, monkeypatch):
+    """Its fingerprint, which samples, may be the one of before."""
+    run(world, **FLAGS)
+    assert asked_again(world, monkeypatch) == []
+    shard = sorted((world / "expert").glob("*.safetensors"))[1]
+    os.utime(shard, ns=(1, 1))
+    assert len(asked_again(world, monkeypatch)) == 5
+
+
 @pytest.mark.parametrize(
     ("left", "answered"),
     [
@@ -180,20 +205,11 @@ def test_without_answers_the_document_is_that_of_before(world):
     ids=["whole", "killed", "cut", "cut late", "damaged", "longer", "dtype", "begun"],
 )
 def test_a_run_goes_on_with_the_answers_that_are_there(world, monkeypatch, left, answered):
-    result, path = run(world, **FLAGS)
+    _result, path = run(world, **FLAGS)
     wanted, file = tables(path), world / "out.answers.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(left(lines)))
-    asked = []
-
-    def generate(stack, rules, prompts, *rest):
-        asked.extend(prompts)
-        return generate_answers(stack, rules, prompts, *rest)
-
-    monkeypatch.setattr(whole_answers, "generate_answers", generate)
-    result, path = run(world, **FLAGS)
-    assert result.exit_code == 0, result.output
-    assert len(asked) == answered
+    assert len(asked_again(world, monkeypatch)) == answered
     assert same(tables(path), wanted)
     assert sorted(file.read_bytes().splitlines()[1:]) == sorted(line.rstrip() for line in lines[1:])
 
@@ -271,3 +287,16 @@ def test_rows_of_a_pass_are_as_many_as_are_worth_it_and_fit(tmp_path, monkeypatc
     assert 3 < greedy.rows_worth(stack, rules, 12) < 50
     monkeypatch.setattr(greedy, "free_memory", lambda _device: 0)
     assert greedy.rows_worth(stack, rules, 12) == 3, "what was asked for"
+
+
+def test_without_memory_for_the_rows_that_seemed_to_fit_nobody_is_told_to_lower_batch_size(tmp_path, monkeypatch):
+    stack = resident(tiny.save(tiny.random_model("llama", seed=4), tmp_path / "m"))
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(greedy, "_answer_together", full)
+    with pytest.raises(BadInput, match=r"batch_size: 3 prompts do not fit on .* lower it"):
+        generate_answers(stack, rules_of(stack, 3), [[5, 6]] * 9)
+    with pytest.raises(BadInput, match=r"7 prompts at a time, as many as seemed to fit, .* shorter answers"):
+        generate_answers(stack, rules_of(stack, 3), [[5, 6]] * 9, rows=7)

@@ -75,6 +75,8 @@ def test_prefix_and_until_belong_to_the_answer():
         ("97 of 100", False),
         ("ninety-seven", False),
         ("970", False),
+        (".97", False),
+        ("3.97", False),
     ],
 )
 def test_the_last_number_counts(answer, right):
@@ -84,6 +86,15 @@ def test_the_last_number_counts(answer, right):
 def test_thousands_are_read_with_and_without_their_separator():
     assert parse_check({"number": "1,200"}, "row").passes("1200")
     assert parse_check({"number": "-1200.5"}, "row").passes("-1,200.5 in all")
+
+
+def test_a_fraction_needs_no_nought():
+    check = parse_check({"number": "0.5"}, "row")
+    assert check.passes("It is .5.")
+    assert not check.passes("It is 5.")
+    assert not parse_check({"number": "5"}, "row").passes("It is .5")
+    assert parse_check({"number": "-.5"}, "row").passes("-0.5")
+    assert parse_check({"number": "7"}, "row").passes("and so on...7")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from mergekit_wp.sandbox import call_function
 GRADERS = ("ifeval", "number", "python")
 _FIELDS = ("kwargs", "prefix", "until")
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<![\d.])\.\d+)")
 # These two IFEval types look words and sentences up in data that NLTK downloads; no other needs them.
 _NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 

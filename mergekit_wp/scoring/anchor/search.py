@@ -17,7 +17,7 @@ Legend: L layers, B prompts, T tokens, D residual width, V vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from mergekit_wp.scoring.greedy import Greedy, generate_answers, rows_worth
 from mergekit_wp.scoring.hooks import at_reads
 from mergekit_wp.scoring.metrics import kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.sweep import forward_sweep
+from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
 
 LOG = logger(__name__)
 Graded = list[tuple[list[int], Check]]  # prompts and how their answers are graded
@@ -309,12 +309,12 @@ class _Behaviour:
         mine = self.processes.share(every)
         numbers, prompts = [number for number, _ids, _check in mine], [ids for _number, ids, _check in mine]
         rules = Greedy.of((self.base.model, self.expert.model), self.tokenizer, search.max_tokens, search.batch_size)
-        rules = replace(rules, batch_size=rows_worth(stack, rules, max(map(len, prompts), default=0)))
         answers = generate_answers(
             stack, rules, prompts,
             self.processes.ticking(lambda n: tick(n / rules.max_tokens)),
             ended=lambda row, answer: rules.holds(answer, mine[row][2].until),
             change=SteeredRows([way for _rows, way in asked], numbers),
+            rows=rows_worth(stack, rules, max(map(len, prompts), default=0)),
         )  # fmt: skip
         for (number, prompt, check), answer in zip(mine, answers, strict=True):
             passed[number] += check.passes(rules.text(prompt, answer))
@@ -347,20 +347,21 @@ def kl_levels(
     """For every set of prompts, the mean F = -KL(expert || model) of the base, and of it steered at each layer.
 
     In nats. Each set has its own `directions`; `layers` in rising order. Memory: (len(layers) + 1) float32 streams [B,
-    T, D] of every prompt, on the device, or in host memory where weights stream.
+    T, D] of a batch on the device, or, where weights stream, in host memory of as many batches as that holds.
     """
     if not sets:
         return []
     parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, base, expert)]
     vocabulary = min(base.vocabulary, expert.vocabulary)
-    targets = _expert_logits(expert, parts, vocabulary)
     totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
-    branched = _branches(base, parts, directions, layers, positions)
-    for (i, batch), branches, target_BV in zip(parts, branched, targets, strict=True):
-        for column, stream_BTD in enumerate(branches):
-            logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), vocabulary)
-            totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
-        tick(len(batch.last_B))
+    for group in batch_groups(base, parts, lambda part: (len(layers) + 1) * part[1].ids_BT.numel()):
+        targets = _expert_logits(expert, group, vocabulary)
+        branched = _branches(base, group, directions, layers, positions)
+        for (i, batch), branches, target_BV in zip(group, branched, targets, strict=True):
+            for column, stream_BTD in enumerate(branches):
+                logits_BV = base.logits(batch.at_anchor(stream_BTD.to(base.device)), vocabulary)
+                totals[i, column] += kl_utility(logits_BV, target_BV).double().sum()
+            tick(len(batch.last_B))
     means = [(total / len(prompts)).tolist() for total, prompts in zip(totals, sets, strict=True)]
     return [(mean[0], tuple(mean[1:])) for mean in means]
 
