@@ -5,7 +5,7 @@ t's prompt x (`attr` of the whole answer, Eq. 11, keys and values included). An 
 each component the weights are those with which the merge has, on everyone's prompts, the effect that each expert has on
 its own:
 
-    min over alpha(c) of   sum_t sum_x (sum_s alpha_s(c) J_ts(c, x) - J_tt(c, x))^2 + lambda |alpha(c) - alpha_0|^2
+    min over alpha(c) of   mean_t mean_x (sum_s alpha_s(c) J_ts(c, x) - J_tt(c, x))^2 + lambda |alpha(c) - alpha_0|^2
 
 Where nobody's component does anything to the others' answers that is the sum (alpha = 1), where all do the same the
 shares, and what does harm is shrunk. The ridge draws what has no effect towards the plain average at its best scale,
@@ -51,7 +51,8 @@ def cross_weights(
     """alpha of every head and neuron, from 0 up; `average` is alpha_0, and stays where there is no component.
 
     batches: none of them packed, since effects are each prompt's own.
-    weights_N: one over the mean gap of each prompt's expert, so that effects are shares of it.
+    weights_N: what effects on each prompt are multiplied by before they are squared: 1 / (g_t sqrt(K N_t)), with the
+    mean gap g_t and the number of prompts N_t of its expert.
     """
     assert not any(isinstance(each.batch, PackedBatch) for each in batches)
     merged.set(average.scaled(0.0))

@@ -234,7 +234,8 @@ class FitRun:
         lessons = [lesson for lesson in self.fitted if lesson.teacher < len(self.merged.experts)]
         batches = batch_lessons(lessons, self.job.batch_size, teachers_of(self.merged), by_prompt=True)
         tick = self.start(len(lessons), "Reading cross effects", "prompt")
-        weights_N = 1 / mean_gaps(lessons)
+        # Squared, effects are to be the mean over each expert's prompts of shares of its gap: experts count alike.
+        weights_N = (loss_weights(lessons) / mean_gaps(lessons)).sqrt()
         return cross_weights(self.merged, batches, weights_N, average, self.vocabulary, self.processes, tick)
 
     def _descend(

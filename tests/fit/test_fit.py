@@ -102,6 +102,17 @@ def test_cross_effects_are_read_off_each_prompt_by_itself(world, monkeypatch):
     assert (True, True) not in asked
 
 
+def test_by_cross_effects_experts_count_alike_however_many_prompts_they_have(world):
+    (world / "thrice.jsonl").write_text((world / "pairs0.jsonl").read_text() * 3)
+    experts = job_of(world).experts
+    more = [{**experts[0], "pairs": str(world / "thrice.jsonl")}, experts[1]]
+    one, other = (fit(job_of(world, family="cross", hold_out=0.0, experts=given)) for given in (experts, more))
+    assert other.meta.prompts[0].fitted == 3 * one.meta.prompts[0].fitted
+    assert one.meta.start == other.meta.start
+    for name, tensor in one.tensors().items():
+        torch.testing.assert_close(other.tensors()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["scale", "expert", "layer", "cross"])
 def test_families_have_the_freedom_that_they_say(world, family):
     found = fit(job_of(world, family=family, keep=str(world / "neutral.jsonl") if family == "cross" else None))
