@@ -22,13 +22,14 @@ from mergekit_wp.checkpoint.weights import HeldTensor, TensorHeader
 from mergekit_wp.console import ProgressBars
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.geometry import Component, Geometry, text_name
+from mergekit_wp.memory import pick_device
 from mergekit_wp.outputs import check_file, claimed, scratch
 from mergekit_wp.scores import METADATA_KEY, Scores
 from mergekit_wp.scoring.anchor.cli import anchor_of
 from mergekit_wp.scoring.anchor.steering import Steering, steered
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import check_pair, load_models
-from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
+from mergekit_wp.scoring.models.precision import pick_dtype, stored_dtype
 from mergekit_wp.scoring.prompts import prompts_of
 from mergekit_wp.scoring.score import InMemory
 from mergekit_wp.scoring.score import score as score_job

@@ -93,11 +93,12 @@ def main(base: str, texts: str, documents: int, tokens: int | None, out: str, qu
     from mergekit_wp.checkpoint.vocabulary import load_tokenizer
     from mergekit_wp.console import ProgressBars, take_terminal
     from mergekit_wp.documents import now
+    from mergekit_wp.memory import pick_device
     from mergekit_wp.merge.activations import METADATA_KEY, Activations, Calibration, write_activations
     from mergekit_wp.scores import ModelId
     from mergekit_wp.scoring.batching import batches, check_rows
     from mergekit_wp.scoring.models.load import load_one
-    from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
+    from mergekit_wp.scoring.models.precision import pick_dtype, stored_dtype
     from mergekit_wp.scoring.prompt_format import alone
 
     target = check_file(out, METADATA_KEY, "activations", [base, texts])
@@ -191,7 +192,8 @@ def cut(
     if not blocks:
         raise BadInput(
             f"{where}: {used} of {seen} documents have at most {length} tokens, {len(tokens)} in all; at least "
-            f"{length} are needed, so give more texts, or blocks of fewer --tokens."
+            f"{length} are needed, so give "
+            + ("more texts, or blocks of fewer --tokens." if used else "shorter texts, or blocks of more --tokens.")
         )
     return used, blocks
 

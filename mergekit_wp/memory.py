@@ -1,4 +1,5 @@
-"""How many bytes this process may still take: of a GPU, of the machine, of its control group."""
+"""Which devices this machine has, and how many bytes a process may still take: of a GPU, of the machine, of its control
+group."""
 
 from __future__ import annotations
 
@@ -7,7 +8,22 @@ from pathlib import Path
 import psutil
 import torch
 
+from mergekit_wp.errors import BadInput, reason_of
+
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises `BadInput` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = reason_of(error)
+        raise BadInput(f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda:N.") from error
+    return device
 
 
 def free_memory(device: torch.device) -> int:

@@ -91,6 +91,8 @@ def test_documents_are_put_end_to_end():
     # The second is longer than a block, the last one too many, and not looked at.
     assert cut(tokenizer, texts, 3, 4, "f") == (3, [[1, 5, 6, 1], [7, 7, 7, 1]])
     assert cut(tokenizer, texts, 2, 7, "f") == (2, [[1, 5, 6, 1, 7, 7, 7]])
+    with pytest.raises(BadInput, match=r"f: 0 of 2 documents .* shorter texts, or blocks of more"):
+        cut(tokenizer, ["a b c", "a " * 9], 3, 3, "f")
     with pytest.raises(BadInput, match=r"f: 2 of 3 documents have at most 8 tokens, 7 in all; at least 8 are needed"):
         cut(tokenizer, texts, 2, 8, "f")
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -426,6 +428,20 @@ def test_the_first_commands_of_readme(tmp_path: Path, monkeypatch: pytest.Monkey
             ran.append(name)
     assert ran == ["wp-score", "wp-score", "wp-merge"]
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_shell_completion_is_set_up_by_the_lines_that_say_so() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    block = next(code for code in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "_COMPLETE" in code)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", f"{block}\ncomplete -p"], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    set_up = {line.split()[-1] for line in done.stdout.splitlines()}
+    assert {f"wp-{name}" for name in ("score", "fit", "merge", "eval", "run")} <= set_up
+    assert len(set_up) == 14
 
 
 def test_versions_are_the_same_everywhere() -> None:

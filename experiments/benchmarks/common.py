@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from mergekit_wp.memory import pick_device
 from mergekit_wp.scoring.batching import Batch
 from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import ModelPair, check_pair, load_pair
-from mergekit_wp.scoring.models.precision import pick_device
 
 Shape = tuple[int, int, int, int, int]
 """(hidden, MLP, layers, heads, KV heads)"""

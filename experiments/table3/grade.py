@@ -108,7 +108,7 @@ def grade(
     """
     from mergekit_wp.eval.models import open_model
     from mergekit_wp.eval.rows import Settings, evaluate_model
-    from mergekit_wp.scoring.models.precision import pick_device
+    from mergekit_wp.memory import pick_device
 
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"

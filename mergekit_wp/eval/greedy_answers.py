@@ -65,9 +65,10 @@ def write_answers(job: ScoringJob, backend: str | None, path: Path, start: Start
     """
     from mergekit_wp.checkpoint.references import read_reference
     from mergekit_wp.eval.backends import choose_backend
+    from mergekit_wp.memory import pick_device
     from mergekit_wp.scoring.models.load import load_stack
     from mergekit_wp.scoring.models.offload import pick_offload
-    from mergekit_wp.scoring.models.precision import pick_device, pick_dtype, stored_dtype
+    from mergekit_wp.scoring.models.precision import pick_dtype, stored_dtype
     from mergekit_wp.scoring.score import prepare
     from mergekit_wp.scoring.whole_answers import answer_rules, answers_for, made_answers
 

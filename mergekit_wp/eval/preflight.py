@@ -90,20 +90,28 @@ def _check_head(model: EvalModel, backend: Backend) -> None:
         raise BadInput(trouble)
 
 
-def _check_template(model: EvalModel, task: ReadyTask, tokenizer: Any) -> None:
-    """The tokenizer has a template, and it takes the messages that the task will put into it."""
-    templates, spec = tokenizer.chat_template, task.spec
-    either = "or set `apply_chat_template: false` in the suite"
+_NO_TEMPLATE = "or set `apply_chat_template: false` in the suite"
+
+
+def check_has_template(name: str, tokenizer: Any, task: str) -> None:
+    """Raise `BadInput` where there is no template that the task could apply; `name`: the model's."""
+    templates = tokenizer.chat_template
     if not templates:
         raise BadInput(
-            f"{model.reference}: its tokenizer has no chat template, which task {spec.task} applies; put a "
-            f"chat_template.jinja into the folder, {either}."
+            f"{name}: its tokenizer has no chat template, which task {task} applies; put a chat_template.jinja into "
+            f"the folder, {_NO_TEMPLATE}."
         )
     if isinstance(templates, dict) and "default" not in templates:
         raise BadInput(
-            f"{model.reference}: its tokenizer has chat templates named {', '.join(sorted(templates))} and none named "
-            f"default, which task {spec.task} applies; name one of them so in the folder, {either}."
+            f"{name}: its tokenizer has chat templates named {', '.join(sorted(templates))} and none named default, "
+            f"which task {task} applies; name one of them so in the folder, {_NO_TEMPLATE}."
         )
+
+
+def _check_template(model: EvalModel, task: ReadyTask, tokenizer: Any) -> None:
+    """The tokenizer has a template, and it takes the messages that the task will put into it."""
+    check_has_template(model.reference, tokenizer, task.spec.task)
+    spec = task.spec
     few = any(leaf.get_config("num_fewshot") for leaf in task.loaded["tasks"].values())
     turn = [{"role": "user", "content": "a question"}]
     shots = [*turn, {"role": "assistant", "content": "an answer"}] if spec.multiturn and few else []
@@ -113,7 +121,7 @@ def _check_template(model: EvalModel, task: ReadyTask, tokenizer: Any) -> None:
     if trouble := _template_error(tokenizer, [*shots, *turn]):
         raise BadInput(
             f"{model.reference}: its chat template cannot be applied to the messages of task {spec.task} ({trouble}); "
-            f"mend it in the folder, {either}."
+            f"mend it in the folder, {_NO_TEMPLATE}."
         )
     # lm-eval would leave the instruction out, and the figure would say that it was there.
     raise BadInput(

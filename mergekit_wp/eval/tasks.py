@@ -8,7 +8,7 @@ configurations behind a task, a group or a tag.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -169,6 +169,8 @@ def find_tasks(
     manager = task_manager(names, include_path)
     configs = {name: list(leaves(manager, name)) for name in names}
     boxed = _check_code(configs, allow_code)
+    for spec in suite.tasks:
+        _check_metric(spec, _listed_metrics(manager, spec.task))
     for name, found in configs.items():
         for config in found:
             check_data(name, config, data)
@@ -220,11 +222,7 @@ def _ready(
         raise BadInput(
             f"task {spec.task} is a tag, which has no value of its own; name its tasks: {', '.join(found['tasks'])}."
         )
-    metrics = _metrics(named)
-    if metrics and spec.metric not in metrics:
-        raise BadInput(
-            f"task {spec.task} has no metric `{spec.metric}`; it has {', '.join(f'`{m}`' for m in metrics)}."
-        )
+    _check_metric(spec, _metrics(named))
     gen_kwargs = {**({"max_gen_toks": suite.max_gen_toks} if suite.max_gen_toks else {}), **spec.gen_kwargs}
     for task in found["tasks"].values():
         # A task that names no number of shots has none; the suite's number wins even where a task says 0.
@@ -235,6 +233,27 @@ def _ready(
     loaded = list(found["tasks"].values())
     record = data.record(loaded) if data else {}
     return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs, loaded, record.get("files", {})), record)
+
+
+def _check_metric(spec: SuiteTask, metrics: Sequence[str]) -> None:
+    """Raise `BadInput` unless the suite's metric is one of these, if they are known."""
+    if metrics and spec.metric not in metrics:
+        raise BadInput(
+            f"task {spec.task} has no metric `{spec.metric}`; it has {', '.join(f'`{m}`' for m in metrics)}."
+        )
+
+
+def _listed_metrics(manager: TaskManager, name: str) -> list[str]:
+    """What a task of a YAML file says that it reports; empty where only lm-eval can tell once it is loaded: groups,
+    tags, tasks in Python, metrics that are functions or report under other names."""
+    entry = manager.task_index.get(name)
+    config = (entry.cfg if entry else None) or {}
+    listed = config.get("metric_list") or []
+    plain = all(isinstance(each.get("metric"), str) and "k" not in each for each in listed)
+    if not plain or members(config) or "class" in config or "include" in config:
+        return []
+    filters = [str(each.get("name")) for each in config.get("filter_list") or []] or ["none"]
+    return [f"{each['metric']},{filter_}" for each in listed for filter_ in filters]
 
 
 def _metrics(loaded: Any) -> list[str]:

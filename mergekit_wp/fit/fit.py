@@ -54,6 +54,7 @@ from mergekit_wp.fit.objective import (
 from mergekit_wp.fit_file import MOST, Fit, FitMeta, FittedPrompts, FusionWeights, Kept, LossAt, Unrecovered
 from mergekit_wp.foreign import logger
 from mergekit_wp.hashing import digest
+from mergekit_wp.memory import pick_device
 from mergekit_wp.merge.kernel import component_weights
 from mergekit_wp.merge.made_for import check_fingerprint
 from mergekit_wp.merge.shares import check_complete
@@ -63,11 +64,12 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.load import CheckedPair, load_stack
 from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.models.offload import pick_offload
-from mergekit_wp.scoring.models.precision import not_finite, pick_device, pick_dtype, stored_dtype
+from mergekit_wp.scoring.models.precision import not_finite, pick_dtype, stored_dtype
 from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import Prepared, prepare
 
 LOG = logger(__name__)
+_FEW = 4  # prompts held out of a teacher: fewer are hardly a sample
 SCALES = tuple(0.25 * i for i in range(2, 17))  # of the start; at 4, the average of four experts is their sum
 
 
@@ -94,10 +96,22 @@ def fit(
         run = FitRun(
             job, merged, shared_vocabulary(ready), *hold_out(lessons, job.hold_out, job.seed), processes, start
         )
+        _warn_of_few(job, run)
         date = resume.begin(_inputs(job, ready, run), now())
         resume.spare_others()
         found = run.carry_out(_start_shares(job, ready), resume)
     return _fit_of(job, ready, run, found, date)
+
+
+def _warn_of_few(job: FitJob, run: FitRun) -> None:
+    for j, teacher in enumerate(job.teachers):
+        few = sum(lesson.teacher == j for lesson in run.held)
+        if run.family is not None and job.hold_out and few < _FEW:
+            LOG.warning(
+                "%s: %d of its prompts decide%s which weights are best, which so few can hardly tell; give it %d or "
+                "more (from 64 on fits were at their best).",
+                teacher.expert, few, "s" if few == 1 else "", int(_FEW / job.hold_out),
+            )  # fmt: skip
 
 
 def check(job: FitJob) -> list[Prepared]:

@@ -39,8 +39,11 @@ def chosen(parameters: Mapping[str, Any], geometry: Geometry) -> Subset:
         return load_patch(path).subset
     words = tuple(str(parameters[name]) for name in _CHOOSING)
     listed = parameters["components"] not in ("", *COMPONENTS)
-    files = [parameters["scores"], parameters["components"] if listed else ""]
-    return _chosen(words, geometry, tuple(stamp(path, "file", "mend the path") for path in files if path))
+    files = [(parameters["scores"], "score file", "mend the path")] if parameters["scores"] else []
+    if listed:
+        remedy = "components are all, heads, neurons or a file that names some, such as L5H3 L5N97"
+        files.append((parameters["components"], "file of components", remedy))
+    return _chosen(words, geometry, tuple(stamp(*file) for file in files))
 
 
 @lru_cache(maxsize=8)
@@ -118,8 +121,11 @@ def check_one_set(plan: MergePlan) -> None:
 
 def _check_together(given: Mapping[str, Any]) -> None:
     if ("top" in given) != ("scores" in given):
-        has, lacks = ("top", "scores") if "top" in given else ("scores", "top")
-        raise BadInput(f"{has}: goes with `{lacks}`: the highest (top) components of a score file (scores); give both.")
+        if "top" in given:
+            raise BadInput("top: goes with `scores`, the score file whose highest components are taken; give both.")
+        raise BadInput(
+            "scores: goes with `top`, how many of its highest components are taken, such as 5% or heads=20; give both."
+        )
     for name in ("rank", "task"):
         if name in given and "top" not in given:
             raise BadInput(f"{name}: says how `top` ranks, and there is no top; give one, or leave `{name}` out.")

@@ -24,7 +24,7 @@ from mergekit_wp.errors import BadInput, enough_memory
 from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.merge import register
-from mergekit_wp.merge.mergekit_options import GROUPS, merge_options, mergekit_options
+from mergekit_wp.merge.mergekit_options import GROUPS, check_options, merge_options, mergekit_options
 from mergekit_wp.outputs import claim, refuse_inputs
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def main(
     from mergekit_wp.merge.recipe import read_recipe
 
     options = merge_options(typed)
+    check_options(options)
     options.apply_global_options()
     register()
     loaded = read_recipe(recipe)

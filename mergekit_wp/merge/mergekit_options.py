@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_wp.console import hush
+from mergekit_wp.errors import BadInput
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -94,3 +95,17 @@ def merge_options(typed: Mapping[str, Any]) -> MergeOptions:
     from mergekit.options import MergeOptions
 
     return MergeOptions(**{name: typed[name] for name in NAMES})
+
+
+def check_options(options: MergeOptions) -> None:
+    """Raise `BadInput` for a device that is not here, and for threads that are none."""
+    import torch
+
+    from mergekit_wp.memory import pick_device
+
+    pick_device(str(options.device))
+    if (options.multi_gpu or options.gpu_rich) and not torch.cuda.is_available():
+        raise BadInput(f"{'gpu_rich' if options.gpu_rich else 'multi_gpu'}: there is no GPU here; leave it out.")
+    for name in ("num_threads", "write_threads"):
+        if (threads := getattr(options, name)) is not None and threads < 1:
+            raise BadInput(f"{name}: found {threads}, expected a whole number of at least 1.")

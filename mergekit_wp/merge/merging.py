@@ -145,6 +145,7 @@ def _merge_folders(
 
     from mergekit_wp.merge import register
     from mergekit_wp.merge.cli import carry_out, refuse_existing
+    from mergekit_wp.merge.mergekit_options import check_options
     from mergekit_wp.merge.recipe import read_recipe
 
     if unknown := sorted(set(options) - set(MergeOptions.model_fields)):
@@ -160,7 +161,9 @@ def _merge_folders(
         loaded = read_recipe(f"{out}, recipe", recipe.text(paths, fit_path))
         refuse_inputs(out, loaded.reads())
         refuse_existing(out, overwrite)
-        carry_out(loaded, out, MergeOptions(**{"quiet": True, **options}), audit, LOG.info)
+        asked = MergeOptions(**{"quiet": True, **options})
+        check_options(asked)
+        carry_out(loaded, out, asked, audit, LOG.info)
         undo.pop_all()
     return out
 

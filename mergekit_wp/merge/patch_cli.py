@@ -61,7 +61,7 @@ more options.
 @click.option("--components", metavar="all|heads|neurons|FILE", help="Of this kind, or this list, alone.")
 @click.option("--remove", is_flag=True, help="Write EXPERT with BASE's components, not BASE with EXPERT's.")
 @click.option("--apply", "patch", metavar="FILE", help="In the place of EXPERT: slices that --sparse wrote for BASE.")
-@click.option("--out", required=True, metavar="DIR|FILE", help="Folder to write; with --sparse, the file.")
+@click.option("--out", metavar="DIR|FILE", help="Folder to write; with --sparse, the file.")
 @click.option("--as-lora", type=click.IntRange(1), metavar="R", help="Write a LoRA of rank R, and say what it loses.")
 @click.option("--sparse", is_flag=True, help="Write the set's slices alone, as one small file for --apply.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder that is there.")
@@ -73,7 +73,7 @@ more options.
 def main(
     base: str,
     expert: str | None,
-    out: str,
+    out: str | None,
     as_lora: int | None,
     sparse: bool,
     overwrite: bool,
@@ -90,6 +90,10 @@ def main(
     """
     if expert is None and asked["patch"] is None:
         raise click.UsageError("Missing argument 'EXPERT' (only --apply goes without).")
+    if out is None:
+        if not dry_run:
+            raise click.UsageError("Missing option '--out' (only --dry-run goes without).")
+        out = "patched.safetensors" if sparse else "patched"
     forms = ["--sparse"] * sparse + ["--as-lora"] * (as_lora is not None)
     if asked["patch"] is not None and (expert is not None or forms):
         what = forms[0] if expert is None else f"the expert {expert}"

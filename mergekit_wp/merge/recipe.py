@@ -112,16 +112,24 @@ class Recipe:
         download_alike()
         cache = LoaderCache()
         cache.setup(options)
+        kinds: dict[str, str] = {}
         for model in self.config().referenced_models():
             reference = meaning_of(model)
             reference.check()
-            Checkpoint.of(reference.model, options.transformers_cache)  # refuses what cannot be merged
+            found = Checkpoint.of(reference.model, options.transformers_cache)  # refuses what cannot be merged
+            kinds.setdefault(", ".join(map(str, found.config.get("architectures") or ["?"])), reference.text)
             if model.lora and merge_loras:
                 merged_folder(model, Path(cache.lora_cache_dir or ""), cache.trust_remote_code, cache.lora_merge_dtype)
                 self._by_mergekit(lambda model=model: cache.get(model))  # type: ignore[misc]
             elif model.lora:
                 bare = ModelReference(model=model.model)
                 cache.loaders[model] = bare.lazy_loader(cache_dir=options.transformers_cache)
+        if len(kinds) > 1 and self.method in (WP, WIDEN, AIM, PATCH) and not options.allow_crimes:
+            (one, of_one), (other, of_other), *_ = kinds.items()  # mergekit would advise --allow-crimes, to no avail
+            raise BadInput(
+                f"{self.path}: {of_one} is a {one} and {of_other} a {other}; {self.method} merges models that were "
+                "tuned from one base, so list such alone."
+            )
 
     def plan(self, out: Path, options: MergeOptions) -> MergePlan:
         """What mergekit would do, by whatever method. Reads headers only."""

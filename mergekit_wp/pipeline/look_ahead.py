@@ -96,7 +96,7 @@ def _merge(step: Step, ahead: Ahead) -> None:
     from mergekit_wp.merge import register
     from mergekit_wp.merge.checks import check_plan, check_room
     from mergekit_wp.merge.cli import main
-    from mergekit_wp.merge.mergekit_options import merge_options
+    from mergekit_wp.merge.mergekit_options import check_options, merge_options
     from mergekit_wp.merge.plan import meaning_of
     from mergekit_wp.merge.recipe import read_recipe
 
@@ -108,6 +108,7 @@ def _merge(step: Step, ahead: Ahead) -> None:
     if not ahead.at_hand(*(str(source) for model in models for source in model.sources)):
         return
     options = merge_options(typed)
+    check_options(options)
     recipe.prepare(options, merge_loras=False)
     known = recipe.without_scores(ahead.made)
     awaited = known.score_files() != recipe.score_files()
@@ -121,14 +122,25 @@ def _merge(step: Step, ahead: Ahead) -> None:
 
 
 def _evaluate(step: Step, ahead: Ahead) -> None:
+    from transformers import AutoTokenizer
+
     from mergekit_wp.checkpoint.folder import Checkpoint
     from mergekit_wp.eval.cli import check_asked, main
+    from mergekit_wp.eval.preflight import check_has_template
+    from mergekit_wp.eval.suite import read_suite
 
-    for model in check_asked(_typed(main, step)).values():
+    typed = _typed(main, step)
+    templated = [task.task for task in read_suite(typed["suite_file"]).tasks if task.apply_chat_template]
+    for model in check_asked(typed).values():
         meaning = read_reference(model)
         if ahead.at_hand(*map(str, meaning.sources)):
             meaning.check()
-            Checkpoint.of(meaning.model)
+            found = Checkpoint.of(meaning.model)
+            if templated:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(found.folder), trust_remote_code=typed["trust_remote_code"]
+                )
+                check_has_template(model, tokenizer, templated[0])
 
 
 def _push(step: Step, ahead: Ahead) -> None:

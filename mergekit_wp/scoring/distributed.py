@@ -38,7 +38,7 @@ class ProcessGroup:
             return cls()
         from accelerate import PartialState
 
-        from mergekit_wp.scoring.models.precision import pick_device
+        from mergekit_wp.memory import pick_device
 
         # Unless it is told to use the CPU, accelerate makes a group of accelerators only: where there are none, every
         # process would be a group of its own, do the whole job, and write the same file.

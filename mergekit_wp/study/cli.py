@@ -124,7 +124,7 @@ def _scored(
     if due:
         there = with_files(study, made, [steps[step] for step in due])
         if there.scores:
-            read_inputs(there)
+            _ = read_inputs(there).fingerprints  # of this study's models, before hours go into others
         check_jobs([steps[step] for step in due])
         if study.prompts:
             assert Inputs(study, {}, {}, {}).ready

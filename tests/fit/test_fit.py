@@ -153,6 +153,17 @@ def test_what_was_measured_before_the_first_step_is_what_it_begins_at(world, fam
     assert last.held_out == pytest.approx(first.held_out, rel=1e-5)
 
 
+def test_few_prompts_held_out_are_pointed_out_where_they_decide(world, caplog):
+    fit(job_of(world, steps=1))
+    assert caplog.text.count("2 of its prompts decide which weights are best") == 2
+    assert "give it 16 or more" in caplog.text
+    caplog.clear()
+    fit(job_of(world, family="scale"))
+    fit(job_of(world, steps=1, hold_out=0.0))
+    fit(job_of(world, steps=1, hold_out=0.5))
+    assert "decide" not in caplog.text
+
+
 def test_a_scale_that_is_too_large_for_the_dtype_is_not_chosen(world, monkeypatch):
     real = module.branch_losses
 

@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import tiny
 import torch
 import yaml
 from merge_checks import assert_merged, change, files_under, make_lora, plan_of, run
@@ -13,6 +14,8 @@ from merge_world import World, reference, tensors_of
 from safetensors.torch import save_file
 
 from mergekit_wp.merge.audit import AuditFailed, audit
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture
@@ -190,6 +193,37 @@ def test_bad_recipes(world, content, text):
     assert text in run(recipe, world.root / "out", code=2)
     assert not (world.root / "out").exists()
     assert not list(world.root.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--device", "cdua"], "device: 'cdua' cannot be used here"),
+        (["--device", "cuda:77"], "device: 'cuda:77' cannot be used here"),
+        (["--num-threads", "0"], "num_threads: found 0, expected a whole number of at least 1"),
+        (["--write-threads", "-1"], "write_threads: found -1"),
+        pytest.param(["--cuda"], "device: 'cuda' cannot be used here", marks=NO_GPU),
+        pytest.param(["--gpu-rich"], "device: 'cuda' cannot be used here", marks=NO_GPU),
+        pytest.param(["--multi-gpu"], "multi_gpu: there is no GPU here", marks=NO_GPU),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_this_machine_does_not_have(world, flags, text, more):
+    assert text in run(world.recipe(), world.root / "out", *flags, *more, code=2)
+    assert not (world.root / "out").exists()
+
+
+def test_an_expert_of_another_architecture(world):
+    """mergekit would advise --allow-crimes."""
+    tiny.save(tiny.random_model("qwen2"), world.root / "qwen")
+    config = world.config()
+    config["models"][1] = {"model": str(world.root / "qwen")}
+    text = run(world.recipe(config), world.root / "out", code=2)
+    assert "a LlamaForCausalLM" in text
+    assert f"{world.root / 'qwen'} " in text
+    assert "a Qwen2ForCausalLM" in text
+    assert "wp merges models that were tuned from one base" in text
+    assert "allow-crimes" not in text
 
 
 def test_no_recipe_and_no_output(world):

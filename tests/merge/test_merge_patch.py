@@ -318,7 +318,7 @@ def ranked(heads, neurons):
         ({"top": 2, "rank": "best"}, "rank: found 'best', expected one of mean, task"),
         ({"top": [1, 5]}, "a set is one for the whole patch"),
         ({"components": [{"filter": "q_proj", "value": "heads"}, {"value": "neurons"}]}, "a set is one for the whole"),
-        ({"components": "none.txt"}, "components: found 'none.txt'|cannot read this file"),
+        ({"components": "L5H3"}, "L5H3: cannot read this file of components|components are all, heads, neurons or"),
         ({"layers": "4"}, "layers: 4 is out of range"),
         ({"top": 2, "remove": True}, "leave `remove` out, or exchange the two"),
     ],
@@ -328,7 +328,7 @@ def test_parameters_that_say_nothing_clear(parameters, said, world):
     config["parameters"] |= parameters
     if config["parameters"].get("scores") == "FILE":
         config["parameters"]["scores"] = str(world.score(0))
-    assert any(words in refused(world, config) for words in said.split("|"))
+    assert all(words in refused(world, config) for words in said.split("|"))
 
 
 def test_scores_of_other_models_or_of_the_two_exchanged(world):
@@ -634,6 +634,15 @@ def test_only_a_bias_differs(tmp_path):
     plain, got = merged_by_peft(world.base, world.root / "lora")
     assert {key for key in got if not torch.equal(got[key], plain[key])} == {name}
     assert torch.equal(got[name], plain[name] + 1)
+
+
+def test_a_dry_run_needs_no_output(world):
+    asked = [world.base, world.expert(0), "--components", "heads"]
+    before = sorted(world.root.rglob("*"))
+    assert "Nothing was written" in run(*asked, "--dry-run")
+    assert "Nothing was written" in run(*asked, "--dry-run", "--sparse")
+    assert "Missing option '--out' (only --dry-run goes without)" in run(*asked, code=2)
+    assert sorted(world.root.rglob("*")) == before
 
 
 def test_an_adapter_that_would_say_nothing_and_what_does_not_go_together(world):

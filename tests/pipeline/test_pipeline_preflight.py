@@ -29,6 +29,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_suite(root / "unknown.yaml", tasks=[{**TASKS[0], "task": "tiny_gne"}])
     write_suite(root / "nodata.yaml", tasks=[{**TASKS[0], "task": "tiny_nodata"}])
     write_suite(root / "folder.yaml", include_path="taskz")
+    write_suite(root / "metric.yaml", tasks=[{**TASKS[0], "metric": "exact_match"}])
+    write_suite(root / "chat.yaml", tasks=[{**TASKS[0], "apply_chat_template": True}])
     official = {"task": "wp_gsm8k", "column": "GSM8K", "metric": "exact_match,none"}
     write_suite(root / "official.yaml", include_path=None, tasks=[official])
     (root / "bad.safetensors").write_bytes(b"no scores")
@@ -125,6 +127,8 @@ def test_a_merge_that_is_scored_at_is_an_input(world: Path, monkeypatch: pytest.
         ("evaluate", graded(suite="unsafe.yaml"), "`evaluate`: tiny_unsafe: this runs Python"),
         ("evaluate", graded(suite="nodata.yaml"), "`evaluate`: task tiny_nodata: its data file"),
         ("evaluate", graded(suite="folder.yaml"), "`evaluate`: taskz: the suite's include_path is not a folder"),
+        ("evaluate", graded(suite="metric.yaml"), "`evaluate`: task tiny_gen has no metric `exact_match`; it has"),
+        ("evaluate", graded(suite="chat.yaml"), "`evaluate`: base: its tokenizer has no chat template, which task"),
         (
             "evaluate",
             graded(suite="official.yaml", data="tasks"),

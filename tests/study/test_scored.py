@@ -132,6 +132,16 @@ def test_bad_jobs_are_found_before_any_runs(world, tmp_path, ran, changes, sente
     assert not (tmp_path / "out").exists()
 
 
+def test_a_score_file_of_another_expert_is_found_before_any_runs(world, tmp_path, ran) -> None:
+    tiny.save(tiny.fine_tuned(tiny.random_model("llama", seed=1), seed=9), tmp_path / "other")
+    result = CliRunner().invoke(
+        main, [str(study_in(tmp_path, world, expert=str(tmp_path / "other"))), "--out", str(tmp_path / "study")]
+    )
+    assert result.exit_code == 2, result.output
+    assert "`expert`: the score files are of" in result.output
+    assert ran == []
+
+
 def test_the_schema_takes_what_the_study_takes(world, tmp_path) -> None:
     from jsonschema import Draft202012Validator
 

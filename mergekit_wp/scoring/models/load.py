@@ -20,7 +20,7 @@ from mergekit_wp.checkpoint.vocabulary import head_against_config, head_equals_e
 from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.foreign import logger
 from mergekit_wp.geometry import Geometry, auto_class
-from mergekit_wp.memory import free_memory
+from mergekit_wp.memory import free_memory, pick_device
 from mergekit_wp.merge.weighed import WeighedMerge, read_weighed
 from mergekit_wp.outputs import scratch
 from mergekit_wp.scoring.batching import Lengths
@@ -29,7 +29,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.models.layerwise import ResidentStack, Stack
 from mergekit_wp.scoring.models.merged import MergedStack
 from mergekit_wp.scoring.models.offload import RESERVE, parameter_bytes, pick_offload
-from mergekit_wp.scoring.models.precision import held_dtype, pick_device, pick_dtype, stored_dtype
+from mergekit_wp.scoring.models.precision import held_dtype, pick_dtype, stored_dtype
 from mergekit_wp.scoring.models.streaming import move_buffers, open_streamed, skeleton
 from mergekit_wp.scoring.prompt_format import prompt_ids
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mergekit_wp.checkpoint.weights import TensorHeader
-from mergekit_wp.errors import BadInput, reason_of
+from mergekit_wp.errors import BadInput
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -60,7 +60,9 @@ def pick_dtype(name: str, device: torch.device, stored: Iterable[torch.dtype]) -
         return short.pop() if len(short) == 1 else torch.bfloat16
     dtype: torch.dtype = getattr(torch, name)
     if dtype == torch.float16 and device.type == "cpu":
-        raise BadInput("dtype: float16 is far slower than bfloat16 on a CPU; use bfloat16 or float32.")
+        raise BadInput(
+            "dtype: float16 is far slower than bfloat16 on a CPU; use float32, or bfloat16, which is faster and blurs."
+        )
     return dtype
 
 
@@ -86,16 +88,3 @@ def loss_scale(gradient: torch.Tensor) -> torch.Tensor:
     """
     largest = gradient.abs().amax().float().clamp(min=2.0**-100)
     return torch.exp2(3 - torch.floor(torch.log2(largest)))
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises `BadInput` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = reason_of(error)
-        raise BadInput(f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda:N.") from error
-    return device
