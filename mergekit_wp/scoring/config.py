@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import click
+
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.choices import (
     ACTIVATION_SIDE,
@@ -41,6 +43,19 @@ PLAIN = "{prompt}"
 _MODELS, _METHOD, _COMPONENTS = "Models and Prompts", "Method", "Components"
 _PERFORMANCE, _DANGEROUS = "Performance", "Dangerous Options"
 _LAYERS = ValueKind("text such as 0-5,7", lambda value: type(value) in (str, int), {"type": ["string", "integer"]})
+
+
+class _FileOfTop(click.ParamType):
+    """The second value of --top, which would swallow the next flag where it is forgotten."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if str(value).startswith("--"):
+            self.fail(f"K and FILE are wanted, and {value} follows K; name the score file that ranks.", param, ctx)
+        return str(value)
+
+
 _TOP = ValueKind(
     "a number of at least 1 and a score file: [20, FILE]",
     lambda value: (
@@ -56,7 +71,7 @@ _TOP = ValueKind(
         "minItems": 2,
         "maxItems": 2,
     },
-    (int, str),
+    (int, _FileOfTop()),
 )
 _SAMPLE = ValueKind(
     "a number or a percentage, such as 500, 10% or heads=100%,neurons=5%",
@@ -114,7 +129,11 @@ class ScoringJob:
     )
     system: str | None = described(text(), "System prompt of every chat.", None, group=_MODELS, metavar="TEXT")
     samples: int | None = described(
-        whole(1), "Pairs a task, drawn by `seed`.", None, unset="all; 100 of a built-in set", group=_MODELS
+        whole(1),
+        "Pairs a task, drawn by `seed`; one with fewer is refused.",
+        None,
+        unset="all; 100 of a built-in set",
+        group=_MODELS,
     )
     seed: int = described(whole(0), "Seed of the draw and of the split.", 0, group=_MODELS)
 

@@ -95,6 +95,8 @@ def _check_out(out: str, source: Path) -> Path:
     if os.path.isdir(out):
         raise BadInput(f"{out}: this is a folder; name a file, such as {Path(out) / 'pairs.jsonl'}.")
     refuse_inputs(out, [source], holds=False)
+    if Path(out).suffix in (".csv", ".tsv", ".parquet"):
+        raise BadInput(f"{out}: pairs are JSON lines; name a file such as {Path(out).with_suffix('.jsonl')}.")
     if os.path.lexists(out):
         try:
             read_pairs(out)

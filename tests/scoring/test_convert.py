@@ -227,6 +227,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
         (source, "is itself what is read"),
         (tmp_path, "this is a folder; name a file, such as"),
         (tmp_path / "notes.txt", "there is a file of this name that is no file of pairs"),
+        (tmp_path / "new.csv", "new.csv: pairs are JSON lines; name a file such as"),
     ):
         done = wp_pairs(source, "--prompt", "q", "--out", out)
         assert (done.exit_code, said in done.stderr) == (2, True), done.output

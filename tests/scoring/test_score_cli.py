@@ -288,3 +288,9 @@ def test_model_names_in_the_score_file(name, wanted):
 
     model = ModelId.of(name, Fingerprint("c", "t"))
     assert (model.name, model.revision) == wanted
+
+
+def test_a_forgotten_file_of_top_does_not_swallow_the_next_flag():
+    done = CliRunner().invoke(main, ["--method", "exact", "--top", "200", "--out", "x.safetensors"])
+    assert done.exit_code == 2
+    assert "K and FILE are wanted, and --out follows K; name the score file that ranks" in done.output
