@@ -249,7 +249,7 @@ def _listed_metrics(manager: TaskManager, name: str) -> list[str]:
     entry = manager.task_index.get(name)
     config = (entry.cfg if entry else None) or {}
     listed = config.get("metric_list") or []
-    plain = all(isinstance(each.get("metric"), str) and "k" not in each for each in listed)
+    plain = all(str(each.get("metric")).isidentifier() and "k" not in each for each in listed)  # else a function's path
     if not plain or members(config) or "class" in config or "include" in config:
         return []
     filters = [str(each.get("name")) for each in config.get("filter_list") or []] or ["none"]

@@ -453,7 +453,8 @@ def judge_pairs(content: bytes, value: Any) -> str | None:
 def judge_answers(content: bytes, value: Any) -> str | None:
     first, *rows = [json.loads(line) for line in content.decode().split("\n") if line]
     meta, known = value
-    wrong = not _same(json.loads(json.dumps(asdict(meta))), first) or any(len(r) != 4 or not r["answer"] for r in rows)
+    told = {"files": "", **first}  # which may be left out
+    wrong = not _same(json.loads(json.dumps(asdict(meta))), told) or any(len(r) != 4 or not r["answer"] for r in rows)
     said = {tuple(row["prompt"]): row["answer"] for row in rows}
     return "takes other answers than are in the file" if wrong or not _same(known, said) else None
 
@@ -599,7 +600,8 @@ def formats(root: Path) -> list[Format]:
     pairs = [{"task": "t", "prompt": "p", "contrast": "c", "check": {"ifeval": "x:y", "kwargs": {"n": 1}}},
              {"task": "u", "prompt": "q"}]  # fmt: skip
     answers = [{"wp_answers": 1, "expert": asdict(one.meta.expert), "max_tokens": 3, "vocabulary": 97, "device": "cpu",
-                "dtype": "float32", "versions": {"torch": "2"}, "date": "2026-11-25T00:00:00+00:00"},
+                "dtype": "float32", "versions": {"torch": "2"}, "date": "2026-11-25T00:00:00+00:00",
+                "files": "b"},
                {"task": "t", "prompt": [5, 6], "answer": [7, 2], "text": " w3"},
                {"task": "u", "prompt": [8], "answer": [9, 9, 9], "text": " w5 w5 w5"}]  # fmt: skip
     chats = [{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]},

@@ -122,7 +122,7 @@ def test_passes_are_no_larger_than_was_asked_and_progress_ends_at_all(tmp_path, 
         progress = lambda total, *_words: told.append(-total) or told.append  # noqa: E731
         return answer_run.answered(speakers, [question_of()], [asked], Resume(tmp_path / "out", "run"), progress)
 
-    for rows in (1, 2, 2 * len(PROMPTS)):
+    for rows in (2, 3, 2 * len(PROMPTS)):  # two are asked for, and `rows_worth` is never less
         monkeypatch.setattr(answer_run, "rows_worth", lambda *_about, rows=rows: rows)
         told: list[float] = []
         sizes.clear()
