@@ -23,6 +23,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -205,7 +206,7 @@ class FitRun:
         """What decides which weights are best: the prompts held out, if there are any."""
         return self.held or self.fitted
 
-    @property
+    @cached_property
     def family(self) -> WeightFamily | None:
         """Of the numbers that steps move; None where nothing is done in steps."""
         if self.job.family in ("scale", "cross"):

@@ -9,7 +9,7 @@ from mergekit_wp.scores import ModelId
 
 LOG = logger(__name__)
 
-OR_ALLOW = "or set `allow_mismatch: true` (--allow-mismatch) to take them all the same"
+OR_ALLOW = "or set `allow_mismatch: true` (of wp-patch: --allow-mismatch) to take them all the same"
 OF_A_FIT = ("weights", f"fit these models with wp-fit, {OR_ALLOW}")
 """The last words of `check_fingerprint`."""
 

@@ -104,8 +104,8 @@ def check_options(options: MergeOptions) -> None:
     from mergekit_wp.memory import pick_device
 
     pick_device(str(options.device))
-    if (options.multi_gpu or options.gpu_rich) and not torch.cuda.is_available():
-        raise BadInput(f"{'gpu_rich' if options.gpu_rich else 'multi_gpu'}: there is no GPU here; leave it out.")
+    if options.multi_gpu and not torch.cuda.is_available():
+        raise BadInput("multi_gpu: there is no GPU here; leave it out.")
     for name in ("num_threads", "write_threads"):
         if (threads := getattr(options, name)) is not None and threads < 1:
             raise BadInput(f"{name}: found {threads}, expected a whole number of at least 1.")

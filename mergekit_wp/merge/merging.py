@@ -317,10 +317,11 @@ class _Held:
 
         tied_head: the name of the base's output head where that is its embeddings once more (`_copied_head`).
         """
-        plain = plain_tensors(self.tensors)
-        own = name if name in self.tensors else plain.get(text_name(name) or "")
-        if own is None and name == tied_head:  # that is how a tied model is saved
-            own = plain.get(EMBEDDINGS)
+        own: str | None = name
+        if name not in self.tensors:
+            plain = plain_tensors(self.tensors)
+            # Of a tied model the embeddings alone are saved.
+            own = plain.get(text_name(name) or "") or (plain.get(EMBEDDINGS) if name == tied_head else None)
         if own is None:
             raise BadInput(f"{self.name}: the tensor {name} is missing, and the merge needs it of every model.")
         tensor = self.tensors[own].to(base.device)

@@ -9,8 +9,7 @@ JSON lines. The first says whose answers they are:
 
 expert: name and fingerprint, as in a score file; vocabulary: ids from there on were not to be chosen; files: sizes and
 times of the expert's files where answers were made (`Fingerprint.files`), so that a run goes on with what it kept only
-while these are as they were. Every other line
-is one prompt's, token ids and the answer as text, in any order:
+while these are as they were. Every other line is one prompt's, token ids and the answer as text, in any order:
 
     {"task": "maths", "prompt": [1, 415, 6], "answer": [306, 2], "text": "I"}
 

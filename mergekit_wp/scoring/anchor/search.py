@@ -25,6 +25,7 @@ import torch
 from mergekit_wp.console import StartProgress, Tick, no_progress, percent
 from mergekit_wp.errors import BadInput
 from mergekit_wp.foreign import logger
+from mergekit_wp.memory import free_memory
 from mergekit_wp.recovery import RecoveryCurve, TaskRecovery
 from mergekit_wp.scoring.anchor.directions import Directions, check_present, extract_all
 from mergekit_wp.scoring.anchor.graders import Check, parse_check, preflight
@@ -35,7 +36,7 @@ from mergekit_wp.scoring.greedy import Greedy, generate_answers, rows_worth
 from mergekit_wp.scoring.hooks import at_reads
 from mergekit_wp.scoring.metrics import kl_utility
 from mergekit_wp.scoring.models.layerwise import Stack
-from mergekit_wp.scoring.sweep import batch_groups, forward_sweep
+from mergekit_wp.scoring.sweep import forward_sweep, portions
 
 LOG = logger(__name__)
 Graded = list[tuple[list[int], Check]]  # prompts and how their answers are graded
@@ -354,7 +355,9 @@ def kl_levels(
     parts = [(i, batch) for i, prompts in enumerate(sets) for batch in batches(prompts, batch_size, base, expert)]
     vocabulary = min(base.vocabulary, expert.vocabulary)
     totals = torch.zeros(len(sets), len(layers) + 1, dtype=torch.float64, device=base.device)
-    for group in batch_groups(base, parts, lambda part: (len(layers) + 1) * part[1].ids_BT.numel()):
+    token_bytes = 4 * base.width * (len(layers) + 1)
+    room = free_memory(torch.device("cpu")) // 2 if base.streamed else 0  # nothing is read of what is in memory
+    for group in portions(parts, lambda part: token_bytes * part[1].ids_BT.numel(), room):
         targets = _expert_logits(expert, group, vocabulary)
         branched = _branches(base, group, directions, layers, positions)
         for (i, batch), branches, target_BV in zip(group, branched, targets, strict=True):
