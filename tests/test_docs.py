@@ -426,8 +426,8 @@ def test_the_first_commands_of_readme(tmp_path: Path, monkeypatch: pytest.Monkey
             for line in lines:  # a bar may stand before one
                 assert line == "..." or any(found.endswith(_shape(line)) for found in printed), line
             ran.append(name)
-    assert ran == ["wp-score", "wp-score", "wp-merge"]
-    assert (tmp_path / "merged" / "config.json").is_file()
+    assert ran == ["wp-score", "wp-score", "wp-merge", "wp-fit", "wp-merge"]
+    assert all((tmp_path / name / "config.json").is_file() for name in ("merged", "merged-by-fit"))
 
 
 def test_shell_completion_is_set_up_by_the_lines_that_say_so() -> None:
