@@ -28,8 +28,10 @@ _LOCK = ".lock"
 _INSIDE_A_MODEL = "wp"  # the folder of a model where what belongs to it may lie, such as its scores
 
 
-def refuse_inputs(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *, holds: bool = True) -> None:
-    """Refuse an output that is one of the inputs, lies inside one, or (`holds`) has one inside it.
+def refuse_inputs(
+    out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *, holds: bool = True, inside: bool = True
+) -> None:
+    """Refuse an output that is one of the inputs, (`inside`) lies inside one, or (`holds`) has one inside it.
 
     Whatever the spelling: links are followed, and hard links are the same file. Inputs that are not here (Hub names)
     are passed over, and a model's own `wp/` is a place to write to. Raises `BadInput` naming both.
@@ -42,13 +44,17 @@ def refuse_inputs(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLik
         found = Path(os.path.realpath(source))
         if found == real or (os.path.exists(target) and os.path.samefile(target, source)):
             how = "is itself what is read"
-        elif os.path.isdir(found) and found in real.parents and real.relative_to(found).parts[0] != _INSIDE_A_MODEL:
+        elif inside and os.path.isdir(found) and _lies_inside(real, found):
             how = f"lies inside what is read, {source}"
         elif holds and real in found.parents:
             how = f"holds what is read, {source}"
         else:
             continue
         raise BadInput(f"{out}: this output {how}; name another place to write to.")
+
+
+def _lies_inside(path: Path, folder: Path) -> bool:
+    return folder in path.parents and path.relative_to(folder).parts[0] != _INSIDE_A_MODEL
 
 
 def check_file(

@@ -48,6 +48,13 @@ def test_what_lies_beside_an_input_is_taken(spelling: str, tmp_path: Path, monke
     refuse_inputs(spelling, ["model", "user/model-of-the-hub"])
 
 
+def test_a_folder_of_tasks_may_hold_the_output(tmp_path: Path) -> None:
+    tree(tmp_path)
+    refuse_inputs(tmp_path / "model" / "runs", [tmp_path / "model"], inside=False)
+    with pytest.raises(BadInput, match="is itself what is read"):
+        refuse_inputs(tmp_path / "model" / ".", [tmp_path / "model"], inside=False)
+
+
 def test_a_hard_link_is_the_same_file(tmp_path: Path) -> None:
     tree(tmp_path)
     os.link(tmp_path / "pairs.jsonl", tmp_path / "out.safetensors")

@@ -110,6 +110,8 @@ def main(
 
     folders = [suite.data] if suite.data else []
     refuse_inputs(out, [suite_file, *folders, *prompts, *name_models(models).values()], holds=False)
+    if tasks := include_path or suite.include_path:  # results may lie below: often it is the whole working directory
+        refuse_inputs(out, [tasks], holds=False, inside=False)
     texts = read_prompts(prompts)
     bars = not quiet and sys.stderr.isatty()  # only where somebody watches; lines of ours say what runs
     quieten(bars)

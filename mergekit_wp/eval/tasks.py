@@ -88,6 +88,26 @@ def members(config: dict[str, Any]) -> list[Any]:
     return config["task"] if isinstance(config.get("task"), list) else []
 
 
+def entries(manager: TaskManager, name: str) -> Iterator[Any]:
+    """What lm-eval's index has on a task, a group or a tag, and on all that belong to it."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    yield entry
+    below = sorted(entry.tags) if entry.cfg is None else _names(members(entry.cfg))
+    for member in below:
+        yield from entries(manager, member)
+
+
+def _names(listed: Sequence[Any]) -> Iterator[str]:
+    for member in listed:
+        if isinstance(member, dict):
+            yield from _names(members(member))
+            member = member.get("task") or member.get("group")
+        if isinstance(member, str):
+            yield member
+
+
 def leaves(manager: TaskManager, name: str) -> Iterator[dict[str, Any]]:
     """The configurations of the tasks behind a task, group or tag, functions unresolved."""
     entry = manager.task_index.get(name)
@@ -231,8 +251,9 @@ def _ready(
         if gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
     loaded = list(found["tasks"].values())
+    groups = [entry.cfg for entry in entries(manager, spec.task) if members(entry.cfg or {})]
     record = data.record(loaded) if data else {}
-    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs, loaded, record.get("files", {})), record)
+    return ReadyTask(spec, found, task_key(spec, gen_kwargs, configs, groups, loaded, record.get("files", {})), record)
 
 
 def _check_metric(spec: SuiteTask, metrics: Sequence[str]) -> None:

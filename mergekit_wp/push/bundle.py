@@ -1,8 +1,8 @@
 """The suite and the task files behind a results table, published so that its command runs in a copy of the repository.
 
 A suite NAME becomes `wp/eval/NAME.yaml`, its tasks `wp/eval/NAME/`: of the suite's `include_path` those files that
-define or grade one of its tasks, in their folders. Files that these name elsewhere (data, an `include:`) go to
-`wp/eval/NAME/outside/N/`, and the YAML that names them is rewritten: a path in it is one of this machine.
+one of its tasks is made of (see `files_read`), in their folders. Files that these name elsewhere (data, an `include:`)
+go to `wp/eval/NAME/outside/N/`, and the YAML that names them is rewritten: a path in it is one of this machine.
 """
 
 from __future__ import annotations
@@ -10,21 +10,18 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.eval.datafiles import data_files, files_read
 from mergekit_wp.eval.suite import Suite, suite_text
-from mergekit_wp.eval.tasks import members
+from mergekit_wp.eval.tasks import entries, leaves
 from mergekit_wp.files import inside
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 
 @dataclass
@@ -68,11 +65,10 @@ class _Gatherer:
 
         manager = TaskManager(include_path=[str(self._folder)], include_defaults=False)
         for name in dict.fromkeys(names):
-            for entry in _entries(manager, name):
+            for entry in entries(manager, name):
                 if entry.yaml_path is not None:
                     self._add_yaml(Path(entry.yaml_path))
-                for path in files_read(entry.cfg or {}):
-                    self._copy(path)
+            self._copy_files(list(leaves(manager, name)))
 
     def _add_yaml(self, path: Path) -> None:
         """A task's YAML and those that it includes, the paths in them as they are in the repository."""
@@ -91,8 +87,6 @@ class _Gatherer:
             renamed[str(name)] = _relative(self._target(source), target)
             self._made.texts.setdefault(target, "")  # before what it includes: a circle ends here
             self._add_yaml(source)
-            for module in source.parent.glob("*.py"):  # what `!function` in it refers to
-                self._copy(module)
         for name in data_files(content):
             if "://" not in name and os.path.isdir((found := Path(name)).parent):
                 renamed[name] = self._target(found)
@@ -102,11 +96,14 @@ class _Gatherer:
         if isinstance(folder := content.get("dataset_path"), str) and os.path.isdir(folder):
             text = _replaced(text, r"(?<=dataset_path:)\s*[\"']?", folder, self._target(Path(folder)))
         self._made.texts[target] = text
+        self._copy_files([content])  # of an include also what is overridden: lm-eval reads it all the same
 
-    def _copy(self, path: Path) -> None:
-        if not path.name.startswith(".") and path.is_file():
+    def _copy_files(self, configs: Sequence[dict[str, Any]]) -> None:
+        for path in sorted(files_read(configs)):
             source = inside(self._folder, path) if self._folder in Path(path).absolute().parents else path
-            self._made.copies[self._target(path)] = source
+            target = self._target(path)
+            if "/." not in target:
+                self._made.copies[target] = source
 
     def _target(self, path: Path) -> str:
         """Where a file goes; a file of another folder keeps its neighbours."""
@@ -117,27 +114,6 @@ class _Gatherer:
             root = parent
             roots[root] = self._outside[root] = f"{self._place}/outside/{len(self._outside) + 1}"
         return "/".join([roots[root], *parent.relative_to(root).parts, path.name])
-
-
-def _entries(manager: TaskManager, name: str) -> Iterator[Any]:
-    """lm-eval's entries behind a task, a group or a tag that the folder defines."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return
-    yield entry
-    for tagged in sorted(entry.tags) if entry.cfg is None else []:
-        yield from _entries(manager, tagged)
-    for member in _names(members(entry.cfg or {})):
-        yield from _entries(manager, member)
-
-
-def _names(nested: Sequence[Any]) -> Iterator[str]:
-    for member in nested:
-        if isinstance(member, dict):
-            yield from _names(members(member))
-            member = member.get("task")
-        if isinstance(member, str):
-            yield member
 
 
 def _replaced(text: str, before: str, name: str, published: str) -> str:

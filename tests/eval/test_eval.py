@@ -229,6 +229,13 @@ def test_bad_input_is_one_sentence_and_no_output(
     assert not list((tmp_path / "out").rglob("*.*"))
 
 
+def test_results_go_below_the_tasks_but_not_among_them(world: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.yaml", include_path=str(world / "tasks"), tasks=_task(metric="acc,none"))
+    among, below = (wp_eval(suite, world / "one", "--out", out) for out in (world / "tasks", world / "tasks" / "run"))
+    assert "tasks: this output is itself what is read" in among.output
+    assert "it has `exact_match,none`" in below.output
+
+
 def test_an_unwritable_output_folder_is_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
     outcome = wp_eval(world / "suite.yaml", world / "one", "--out", tmp_path / "out")

@@ -15,11 +15,12 @@ from experiments.miniature.lm_eval_tasks import SUITE
 from mergekit_wp.errors import BadInput
 from mergekit_wp.eval import datafiles
 from mergekit_wp.eval.cli import main
+from mergekit_wp.eval.measure import cache_file
 from mergekit_wp.eval.models import EvalModel, _distinct_names, _split
 from mergekit_wp.eval.rows import Cell, Row, cell_of, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
 from mergekit_wp.eval.tables import Table, to_csv, to_json, to_markdown, to_text
-from mergekit_wp.eval.tasks import ReadyTask, leaves, task_manager
+from mergekit_wp.eval.tasks import ReadyTask, leaves, ready_tasks, task_manager
 from mergekit_wp.files import shipped
 
 TASK = {"task": "t", "column": "T", "metric": "acc,none"}
@@ -172,6 +173,73 @@ def test_a_data_set_that_is_nowhere_is_refused_at_once(monkeypatch: pytest.Monke
         datafiles.check_data("t", config)
     monkeypatch.setattr(datafiles, "_is_cached", lambda name: name == "nobody/nothing-of-that-name")
     datafiles.check_data("t", config)
+
+
+MADE_OF = {
+    "tasks/ask.py": """
+import json, sys
+import datasets, helper, words.lists
+from pathlib import Path
+HERE = Path(__file__).parent
+LISTED = {"test": HERE / "few.lst", "train": [HERE / f"part-{i}.json" for i in range(2)], "all": HERE / "extra"}
+SHOWN = "{}.csv".format("rows"), ".secret", "one", "run", "../above.json", "/etc/passwd", "prod", "data:", ""
+""",
+    "tasks/beside.py": "UNUSED = 'notes.txt'",
+    "tasks/helper.py": "FILE = 'helped.json'",
+    "tasks/words/lists.py": "FILE = 'spelt.txt'",
+    **dict.fromkeys(["words/spelt.txt", "few.lst", "part-7.json", "extra/deep/b.jsonl", "helped.json", "rows.csv"], ""),
+}
+NOT_OF_IT = (
+    ".git/config", ".secret", "prod.env", "notes.txt", "results.json", "words/other.txt", "extra/.env", "extra/key.pem",
+    "extra/.hidden/a.json", "other/pack.py", "above.json",
+    "one/config.json", "one/model.safetensors", "run/results.json",
+    "extra/lora/adapter_config.json", "extra/lora/adapter_model.safetensors",
+)  # fmt: skip
+
+
+def test_what_a_task_is_made_of(tmp_path: Path) -> None:
+    """Its Python with what this names; nothing hidden, no model, no results, nothing that only lies beside it."""
+    tasks = tmp_path / "tasks"
+    made = {tmp_path / name if name.startswith("tasks") else tasks / name: text for name, text in MADE_OF.items()}
+    model = EvalModel("one", "one", tasks / "one", "f" * 64)
+    foreign = [*(tasks / name for name in NOT_OF_IT), cache_file(tasks / "run" / "cache", model, "a" * 64)]
+    for path, text in (made | dict.fromkeys(foreign, "{}")).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert datafiles.files_read([{"doc_to_text": f"{tasks}/ask.ask"}]) == set(made)
+    nested = datafiles.files_read([{"doc_to_text": f"{tasks}/words.lists.ask"}])
+    assert nested == {tasks / "words" / name for name in ("lists.py", "spelt.txt")}
+    (tasks / "ask.py").write_text("not Python")
+    assert datafiles.files_read([{"process_docs": f"{tasks}/ask.ask"}]) == {*tasks.glob("*.py")}
+
+    (tmp_path / "set").mkdir()
+    for name in ("a.json", "b.csv", ".c.json", "d.env"):
+        (tmp_path / "set" / name).write_text("{}")
+    assert datafiles.files_read([{"dataset_path": str(tmp_path / "set")}]) == {
+        tmp_path / "set" / name for name in ("a.json", "b.csv")
+    }
+
+
+def test_how_a_group_puts_values_together_is_part_of_its_key(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('{"q": "w1", "a": "w2"}\n')
+    for name in "ab":
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/d.json"}},
+                "test_split": "test", "doc_to_text": "q", "doc_to_target": "a", "output_type": "generate_until",
+                "generation_kwargs": {"until": ["w1"]}, "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+    def keys(weighted: bool) -> list[str]:
+        inner = {"group": "inner", "task": ["a", "b"]}
+        inner["aggregate_metric_list"] = [{"metric": "exact_match", "weight_by_size": weighted}]
+        outer = {"group": "outer", "task": ["inner"], "aggregate_metric_list": [{"metric": "exact_match"}]}
+        for group in (inner, outer):
+            (tmp_path / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+        asked = tuple(SuiteTask(name, name, "exact_match,none") for name in ("inner", "outer", "a"))
+        return [task.key for task in ready_tasks(Suite("s", asked), tmp_path, False)]
+
+    before, after = keys(True), keys(False)
+    assert before[2] == after[2]
+    assert not set(before[:2]) & set(after[:2])
 
 
 def test_help_groups_the_options() -> None:

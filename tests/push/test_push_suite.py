@@ -79,7 +79,7 @@ def test_files_of_groups_tags_includes_and_modules(tmp_path: Path) -> None:
     write(far / "d2.jsonl", "{}")
     write(far / "unrelated.txt", "x")
     write(tasks / "deep" / "one.yaml", f"include: {far}/common.yaml\ntask: one\ntag: all\ndoc_to_text: !function m.f\n")
-    write(tasks / "deep" / "m.py", "import json\ndef f(doc): return 'x'\n")
+    write(tasks / "deep" / "m.py", "from pathlib import Path\ndef f(doc): return Path('data', 'words.txt')\n")
     write(tasks / "deep" / "data" / "words.txt", "w")
     write(tasks / "base.yaml", "dataset_path: json\n")
     write(tasks / "two.yaml", "include: base.yaml\ntask: two\ndoc_to_text: see base.yaml and d*.jsonl\n")
@@ -126,10 +126,24 @@ def test_a_local_data_set_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_task_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     secret = write(tmp_path / "secret.txt", "diary")
     write(tmp_path / "tasks" / "one.yaml", "task: one\ndoc_to_text: !function m.f\n")
-    write(tmp_path / "tasks" / "m.py", "def f(doc): return 'x'\n")
+    write(tmp_path / "tasks" / "m.py", "def f(doc): return open('notes.txt').read()\n")
     (tmp_path / "tasks" / "notes.txt").symlink_to(secret)
     with pytest.raises(BadInput, match=r"notes\.txt: a link to .*outside of its folder"):
         made_by(tmp_path / "tasks", "one")
+
+
+def test_of_a_working_directory_only_what_a_task_is_made_of_is_published(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.yaml", "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: gen.json}}\n"
+          "doc_to_text: !function utils.ask\n")  # fmt: skip
+    write(tmp_path / "utils.py", "def ask(doc): return 'q'\n")
+    for name in ("gen.json", "prod.env", "notes.txt", ".git/config", "wp/config.json", "wp/model.safetensors"):
+        write(tmp_path / name, "{}")
+    made = bundle("s", Suite("s", (SuiteTask("mine", "Mine", "acc,none"),)), Path())
+    assert {*made.copies, *made.texts} == {
+        "wp/eval/s.yaml",
+        *(f"wp/eval/s/{n}" for n in ("mine.yaml", "utils.py", "gen.json")),
+    }
 
 
 @pytest.mark.parametrize("name", ["eval/paper.yaml", "eval/lm-eval.yaml"])
