@@ -212,6 +212,19 @@ def test_by_transformers_tokens_count_until_their_batch_has_answered(world):
         assert told == [pytest.approx(2 * n / 6) for n in range(1, tokens + 1)]
 
 
+def test_copies_of_a_model_by_vllm_are_asked_without_a_count(capfd):
+    """With `data_parallel_size`, lm-eval's class has no engine in this process."""
+    from mergekit_wp.eval import measure
+    from mergekit_wp.eval.backends import Backend
+
+    lm = SimpleNamespace(cache_hook=None, **dict.fromkeys(measure._REQUESTS, lambda requests: requests))
+    backend = Backend("vllm", {"data_parallel_size": 2})
+    settings = measure.Settings("cuda", "auto", "auto", None, False, False, progress_bars=False, backend=backend)
+    with measure._told(lm, "m: task", settings, print):
+        assert lm.generate_until(["a"]) == ["a"]
+    assert capfd.readouterr().out == ""
+
+
 def test_by_vllm_an_answer_counts_when_it_ends_and_once(monkeypatch, capfd):
     from mergekit_wp.eval import measure
     from mergekit_wp.eval.backends import Backend

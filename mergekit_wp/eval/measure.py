@@ -181,12 +181,12 @@ def _told(lm: Any, what: str, settings: Settings, say: Say) -> Iterator[None]:
     at once, so that in between its `generate` tells of tokens; by vLLM they have all at once, so there it is vLLM that
     tells.
     """
-    if settings.progress_bars:
+    engine: Any = getattr(lm, "model", None)  # vLLM's copies of a model are in processes of their own
+    if settings.progress_bars or engine is None:
         yield
         return
     hook, asked = lm.cache_hook, {name: getattr(lm, name) for name in _REQUESTS}
     counter = _AnswerCounter(hook)
-    engine: Any = getattr(lm, "model", None)
     generate: Any = getattr(engine, "generate", None)
     if settings.backend.name == "vllm":
         bar = backends.silent_bar(counter.answered)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,6 @@ from mergekit_wp.checkpoint.references import Reference, read_reference
 from mergekit_wp.checkpoint.weights import ADAPTER, TensorHeader, read_tensors
 from mergekit_wp.errors import BadInput, reason_of
 from mergekit_wp.files import check_writable_parent, open_file
-
-# Beside the weights, the files that change what a model answers: the Hub's names for config, generation
-# defaults, tokenizer and chat template.
-_ANSWERING_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.py")
 
 
 @dataclass(frozen=True)
@@ -106,18 +102,27 @@ def _digest(tensors: Mapping[str, TensorHeader], folder: Path) -> str:
     """SHA-256 of all that changes what a model answers."""
     # Every byte, not the samples of a fingerprint: two merges may differ in the rows of one head.
     digest = hashlib.sha256(content_digest(tensors).encode())
-    for path in sorted({path for pattern in _ANSWERING_FILES for path in folder.glob(pattern)}):
-        if not path.name.endswith(".index.json"):  # a re-sharded copy is the same model
-            with open_file(path) as stream:
-                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
+    for name in sorted(_answering_files(folder)):
+        with open_file(folder / name) as stream:
+            digest.update(name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _answering_files(folder: Path) -> Iterator[str]:
+    """Beside the weights, the files that may change what a model answers, by their paths there: configs, generation
+    defaults, tokenizer and chat templates, code. Not texts such as a licence, which an owner may add."""
+    for path in [*folder.iterdir(), *folder.glob("*/*.jinja")]:
+        name = path.relative_to(folder).as_posix()
+        # Without the index: a re-sharded copy is the same model.
+        config = path.parent == folder and path.suffix in (".json", ".py") and not name.endswith(".index.json")
+        if (config or is_tokenizer_file(name)) and path.is_file():
+            yield name
 
 
 def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
     """The folder below `loras` of a LoRA merged into its base, merged now unless it was before.
 
-    The weights are those that are scored. The tokenizer is the LoRA's own where it has one (with it come a chat
-    template and added tokens), else the base's, as for an expert that is a whole model.
+    The weights are those that are scored.
     """
     assert meaning.lora is not None
     base, lora = Checkpoint.of(meaning.model), local_folder(meaning.lora)
@@ -127,7 +132,7 @@ def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
     if target.is_dir():
         return target
     check_writable_parent(target)
-    owner = lora if (lora / "tokenizer_config.json").is_file() else base.folder
+    owner = tokenizer_folder(base.folder, lora)
     for left in loras.glob(".partial-*"):  # by a killed run: this one has the output folder to itself
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=loras, prefix=".partial-") as work:
@@ -137,6 +142,12 @@ def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
                 shutil.copyfile(path, merged / path.name)
         os.replace(merged, target)
     return target
+
+
+def tokenizer_folder(base: Path, lora: Path) -> Path:
+    """Whose tokenizer a LoRA over a base is used with: its own where it has one (with it come a chat template and added
+    tokens), else the base's, as for an expert that is a whole model."""
+    return lora if (lora / "tokenizer_config.json").is_file() else base
 
 
 def _check_loadable(reference: str, folder: Path, trust_remote_code: bool) -> None:

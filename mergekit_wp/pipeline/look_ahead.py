@@ -124,8 +124,9 @@ def _merge(step: Step, ahead: Ahead) -> None:
 def _evaluate(step: Step, ahead: Ahead) -> None:
     from transformers import AutoTokenizer
 
-    from mergekit_wp.checkpoint.folder import Checkpoint
+    from mergekit_wp.checkpoint.folder import Checkpoint, local_folder
     from mergekit_wp.eval.cli import check_asked, main
+    from mergekit_wp.eval.models import tokenizer_folder
     from mergekit_wp.eval.preflight import check_has_template
     from mergekit_wp.eval.suite import read_suite
 
@@ -135,11 +136,10 @@ def _evaluate(step: Step, ahead: Ahead) -> None:
         meaning = read_reference(model)
         if ahead.at_hand(*map(str, meaning.sources)):
             meaning.check()
-            found = Checkpoint.of(meaning.model)
+            folder = Checkpoint.of(meaning.model).folder
             if templated:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    str(found.folder), trust_remote_code=typed["trust_remote_code"]
-                )
+                own = folder if meaning.lora is None else tokenizer_folder(folder, local_folder(meaning.lora))
+                tokenizer = AutoTokenizer.from_pretrained(str(own), trust_remote_code=typed["trust_remote_code"])
                 check_has_template(model, tokenizer, templated[0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -54,6 +56,26 @@ def test_another_lora_is_another_model_and_brings_its_own_tokenizer(pair, tmp_pa
     a, b = (load_file(next(m.folder.glob("*.safetensors"))) for m in (one, two))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(a[name], b[name])
+
+
+def test_a_model_is_known_by_what_changes_its_answers(pair, tmp_path):
+    base, _ = pair
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+
+    def known() -> str:
+        return open_model("x", str(folder), False).fingerprint
+
+    seen = [known()]
+    for name in ("LICENSE.txt", "USE_POLICY.md", "notes.txt", "wp/scores.safetensors", "cache.model/x"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        assert known() == seen[0], name
+    for name in ("spiece.model", "qwen.tiktoken", "merges.txt", "additional_chat_templates/tools.jinja", "code.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+        seen.append(known())
+    assert len(set(seen)) == 6
 
 
 def test_a_lora_alone(pair):

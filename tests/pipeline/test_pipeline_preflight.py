@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import lora_files
 import pytest
+import tiny
 import yaml
 from click.testing import CliRunner
 from eval_world import TASKS, write_suite
@@ -152,6 +154,16 @@ def test_what_would_stop_a_later_stage_is_said_at_once(
     assert code == 2, printed
     (line,) = [line for line in printed.splitlines() if said in line]
     assert line.startswith(f"Error: {file.name}: `")
+
+
+def test_a_lora_with_a_chat_template_of_its_own_is_graded(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = lora_files.write(world / "lora", world / "base")
+    tiny.tokenizer().save_pretrained(lora)
+    (lora / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    own = {"experts": {"lora": {"model": "base+lora"}}, "merges": {}, "score": None}
+    file = pipeline_of(world, **own, evaluate={"suite": "chat.yaml", "models": ["lora"]})
+    code, printed = run(world, monkeypatch, file, "--plan", "--until", "evaluate")
+    assert code == 0, printed
 
 
 def test_a_run_is_refused_as_its_plan_is(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
