@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 from mergekit_wp.documents import Count, Date, Number, Positive, Sha256, Text, Versions, strict
 
 AVERAGE = "Average"
-_MEAN_TOLERANCE = 1e-9
 
 
 @strict
@@ -53,6 +51,9 @@ class StoredMeasured(TypedDict, total=False):
 
     task: Text
     metric: Text
+    higher_is_better: bool
+    share: bool
+    subtasks: list[Text]
     limit: Positive | None
     dtype: Text | None
     device: Text | None
@@ -114,8 +115,3 @@ class StoredResults:
         for row in self.rows:
             if foreign := sorted(set(row.cells) - {*columns, AVERAGE}):
                 raise ValueError(f"the row {row.name} has the cell {foreign[0]}, which is no column")
-            values = [row.cells[column].value for column in columns if column in row.cells]
-            if AVERAGE in row.cells and len(values) == len(columns):
-                mean = sum(values) / len(values)
-                if not math.isclose(row.cells[AVERAGE].value, mean, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
-                    raise ValueError(f"the average of the row {row.name} is not the mean of its columns")

@@ -23,7 +23,7 @@ from mergekit_wp.eval.measure import (
     write_cache,
 )
 from mergekit_wp.eval.models import EvalModel
-from mergekit_wp.eval.tasks import ReadyTask
+from mergekit_wp.eval.tasks import ReadyTask, about_metric
 
 __all__ = ["Cell", "Row", "Settings", "cell_of", "evaluate_model", "missing_tasks", "plain", "versions"]
 
@@ -109,8 +109,11 @@ def _about(model: EvalModel, task: ReadyTask, settings: Settings, entry: Entry) 
     log = samples_file(model, task, settings)
     logged = {"samples_file": "/".join(log.parts[-3:])} if log else {}
     about = {name: value for name, value in entry.items() if name != "results"}
-    return {**about, "metric": task.spec.metric, "fingerprint": model.fingerprint, **logged}
+    about |= {"metric": task.spec.metric, **about_metric(task)}
+    return {**about, "fingerprint": model.fingerprint, **logged}
 
 
 def _show(model: EvalModel, task: ReadyTask, done: dict[str, Entry]) -> str:
-    return f"{task.spec.column} {100 * cell_of(model, task, done[task.key]).value:.1f}"
+    value = cell_of(model, task, done[task.key]).value
+    percent = about_metric(task)["share"] and abs(value) <= 1
+    return f"{task.spec.column} {100 * value:.1f}" if percent else f"{task.spec.column} {value:.4g}"

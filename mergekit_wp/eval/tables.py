@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from mergekit_wp.files import read_json_mapping, write_text
 from mergekit_wp.foreign import csv_cell, markdown, one_line
 from mergekit_wp.page import aligned, frame, grid, markdown_grid, render, render_text, section
 
+# lm-eval's own metrics of this kind, for results that were written before `higher_is_better` was.
+_LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -45,25 +49,83 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        return [*self.suite.columns, AVERAGE]
+        return [*self.suite.columns, *([AVERAGE] if self.averaged else [])]
+
+    @cached_property
+    def averaged(self) -> list[str]:
+        """The columns that `Average` is of: shares of which more is better."""
+        return [c for c in self.suite.columns if self.is_share(c) and self.more_is_better(c)]
+
+    def is_share(self, column: str) -> bool:
+        """Whether a column's values are shares, to be shown in percent."""
+        return column not in self._other_scales
+
+    def more_is_better(self, column: str) -> bool:
+        return column not in self._lower_is_better
+
+    @cached_property
+    def _other_scales(self) -> set[str]:
+        about = self._recorded("share")
+        beyond = {column for row in self.rows for column, cell in row.cells.items() if abs(cell.value) > 1}
+        return {column for column in self.suite.columns if column in beyond or about[column] is False}
+
+    @cached_property
+    def _lower_is_better(self) -> set[str]:
+        about = self._recorded("higher_is_better")
+        for task in self.suite.tasks:  # files of before do not say so
+            if about[task.column] is None and task.metric.partition(",")[0] in _LOWER_IS_BETTER:
+                about[task.column] = False
+        return {column for column, higher in about.items() if higher is False}
+
+    def _recorded(self, name: str) -> dict[str, bool | None]:
+        """What the rows say of each column's metric, False if one does; None if none does."""
+        said = {c: [a[name] for row in self.rows if name in (a := row.measured.get(c, {}))] for c in self.suite.columns}
+        return {column: all(found) if found else None for column, found in said.items()}
 
     def has(self, row: Row, column: str) -> bool:
-        """Whether this row has the column; `Average` is there only where all others are."""
-        return all(c in row.cells for c in self.suite.columns) if column == AVERAGE else column in row.cells
+        """Whether this row has the column; `Average` is there only where all that it is of are."""
+        if column == AVERAGE:
+            return bool(self.averaged) and all(c in row.cells for c in self.averaged)
+        return column in row.cells
 
     def value(self, row: Row, column: str) -> float:
-        """A cell as a fraction; `Average` is the plain mean of the columns. Raises `KeyError` where `has` is false."""
-        if column == AVERAGE:
-            return sum(row.cells[c].value for c in self.suite.columns) / len(self.suite.columns)
+        """A cell as lm-eval has it; `Average` is the plain mean of `averaged`. Raises `KeyError` where `has` is not."""
+        if column == AVERAGE and self.averaged:
+            return sum(row.cells[c].value for c in self.averaged) / len(self.averaged)
         return row.cells[column].value
 
     def stderr(self, row: Row, column: str) -> float | None:
-        """The standard error of a cell; of the mean, from those of its columns, which are independent."""
+        """The standard error of a cell; of the mean, from those of its columns.
+
+        Columns with the same items rise and fall together: their errors are added, which is the most that it can be.
+        Others are independent.
+        """
         if column != AVERAGE:
             return row.cells[column].stderr if column in row.cells else None
-        errors = [row.cells[c].stderr if c in row.cells else None for c in self.suite.columns]
-        known = [error for error in errors if error is not None]
-        return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
+        sums = []
+        for family in self._families:
+            errors = [row.cells[c].stderr if c in row.cells else None for c in family]
+            known = [error for error in errors if error is not None]
+            if len(known) < len(errors):
+                return None
+            sums.append(sum(known))
+        return math.hypot(*sums) / len(self.averaged) if sums else None
+
+    @cached_property
+    def _families(self) -> list[list[str]]:
+        """The columns of the average, those together that are of one task, or of a group and a task of it."""
+        found: list[tuple[set[str], list[str]]] = []
+        for task in self.suite.tasks:
+            if task.column in self.averaged:
+                below = (row.measured.get(task.column, {}).get("subtasks", ()) for row in self.rows)
+                tasks, columns, apart = {task.task}.union(*below), [task.column], []
+                for family in found:
+                    if tasks & family[0]:
+                        tasks, columns = tasks | family[0], family[1] + columns
+                    else:
+                        apart.append(family)
+                found = [*apart, (tasks, columns)]
+        return [columns for _, columns in found]
 
     def difference(self, row: Row, column: str) -> float | None:
         """The cell less the baseline's; None on the baseline's own row and where either is missing."""
@@ -79,8 +141,7 @@ class Table:
 
     @cached_property
     def _best(self) -> dict[str, float]:
-        found = {c: [self.value(row, c) for row in self.rows if self.has(row, c)] for c in self.columns}
-        return {column: max(values) for column, values in found.items() if values}
+        return self.best_of(self.rows)
 
     def limit_of(self, row: Row) -> int | None:
         """How many items of each task this row was measured on; None is all of them."""
@@ -93,14 +154,25 @@ class Table:
 
     def notes(self, differences: str = "In brackets") -> list[str]:
         """What the numbers are; sentences. `differences` is how they are set."""
-        notes = [f"Suite {self.suite.name}; percent \u00b1 standard error."]
+        unit = "percent" if any(map(self.is_share, self.suite.columns)) else "value"
+        notes = [f"Suite {self.suite.name}; {unit} \u00b1 standard error."]
         if self.baseline:
             notes.append(f"{differences}: points of difference to {self.baseline}.")
+        notes += [self._odd(column) for column in self.suite.columns if column not in self.averaged]
         if limits := sorted({limit for row in self.rows if (limit := self.limit_of(row))}):
             notes.append(f"* Only the first {', '.join(map(str, limits))} items of each task: not comparable.")
-        if any(not self.has(row, AVERAGE) for row in self.rows):
+        if self.averaged and any(not self.has(row, AVERAGE) for row in self.rows):
             notes.append("Blank: not in the suite of that row, which therefore has no average.")
+        elif any(column not in row.cells for row in self.rows for column in self.suite.columns):
+            notes.append("Blank: not in the suite of that row.")
         return notes
+
+    def _odd(self, column: str) -> str:
+        """How a column differs from a share of items that are right; a sentence."""
+        how = [] if self.is_share(column) else ["not in percent"]
+        how += [] if self.more_is_better(column) else ["lower is better"]
+        how += [f"not in {AVERAGE}"] if self.averaged else []
+        return f"{column}: {', '.join(how)}."
 
     def warnings(self) -> list[str]:
         """What a reader must know before comparing rows; sentences, none when all were measured alike."""
@@ -142,16 +214,33 @@ class Table:
         if not self.has(row, column):
             return ""
         error = self.stderr(row, column)
-        return f"{100 * self.value(row, column):.2f}" + ("" if error is None else f" \u00b1{100 * error:.2f}")
+        text = self._figure(row, column, self.value(row, column))
+        return text + ("" if error is None else f" \u00b1{self._figure(row, column, error)}")
+
+    def _figure(self, row: Row, column: str, number: float, sign: str = "") -> str:
+        """A value, error or difference of a cell: in percent of a share, else with 4 places up to a value of 10."""
+        if self.is_share(column):
+            return f"{100 * number:{sign}.2f}"
+        return f"{number:{sign}.{4 if abs(self.value(row, column)) < 10 else 2}f}"
 
     def cell_text(self, row: Row, column: str) -> str:
         """The number and, in brackets, the difference to the baseline."""
+        difference = self.difference_text(row, column)
+        return self.number(row, column) + (f" ({difference})" if difference else "")
+
+    def difference_text(self, row: Row, column: str) -> str:
+        """The difference to the baseline with its sign; empty where there is none."""
         difference = self.difference(row, column)
-        return self.number(row, column) + ("" if difference is None else f" ({100 * difference:+.2f})")
+        return "" if difference is None else self._figure(row, column, difference, "+")
 
     def best(self, column: str) -> float | None:
-        """The highest value of a column; None where no row has it."""
+        """The best value of a column; None where no row has it."""
         return self._best.get(column)
+
+    def best_of(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The best value of each column among some rows: the lowest where lower is better."""
+        found = {c: [self.value(row, c) for row in rows if self.has(row, c)] for c in self.columns}
+        return {c: max(values) if self.more_is_better(c) else min(values) for c, values in found.items() if values}
 
 
 def to_text(table: Table) -> str:
@@ -177,7 +266,10 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Percent, then points of difference to the baseline, then standard errors; empty where unknown."""
+    """Percent, then points of difference to the baseline, then standard errors; empty where unknown.
+
+    Columns that are no shares are as lm-eval has them.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     differences = [f"{column} - {table.baseline}" for column in table.columns] if table.baseline else []
@@ -187,7 +279,8 @@ def to_csv(table: Table) -> str:
         values = [table.value(row, column) if table.has(row, column) else None for column in table.columns]
         values += [table.difference(row, column) for column in table.columns] if table.baseline else []
         values += [table.stderr(row, column) for column in table.columns]
-        numbers = ["" if value is None else f"{100 * value:.4f}" for value in values]
+        units = [100 if table.is_share(column) else 1 for column in table.columns]
+        numbers = ["" if v is None else f"{unit * v:.4f}" for v, unit in zip(values, cycle(units), strict=False)]
         writer.writerow(
             [csv_cell(row.model.name), *numbers, table.limit_of(row) or "", csv_cell(" ".join(table.warnings_of(row)))]
         )
@@ -230,6 +323,9 @@ def to_json(table: Table, about: dict[str, Any]) -> str:
     return json.dumps(plain(content), indent=2) + "\n"
 
 
+_MEAN_TOLERANCE = 1e-9
+
+
 def read_results(path: Path) -> Table:
     """The table in a results.json. Raises `BadInput` when it is missing or not one of ours."""
     content = read_json_mapping(path, "results.json of wp-eval")
@@ -237,9 +333,22 @@ def read_results(path: Path) -> Table:
         stored = read_record(StoredResults, content)
         tasks = tuple(SuiteTask(column.task, column.column, column.metric) for column in stored.columns)
         rows = [_read_row(row, tasks) for row in stored.rows]
-        return Table(Suite(stored.suite_content.name, tasks), rows, stored.baseline, stored.limit)
+        table = Table(Suite(stored.suite_content.name, tasks), rows, stored.baseline, stored.limit)
+        _check_averages(table, stored)
+        return table
     except (ValueError, BadInput) as error:
         raise BadInput(f"{path}: not a results.json of wp-eval ({error}); evaluate again.") from error
+
+
+def _check_averages(table: Table, stored: StoredResults) -> None:
+    """Raises `ValueError` where `Average` is not what it is of: of all columns in files before 2026-11-27."""
+    for row, kept in zip(table.rows, stored.rows, strict=True):
+        if AVERAGE in kept.cells and all(column in row.cells for column in table.suite.columns):
+            means = [sum(cell.value for cell in row.cells.values()) / len(row.cells)]
+            means += [table.value(row, AVERAGE)] if table.averaged else []
+            found = kept.cells[AVERAGE].value
+            if not any(math.isclose(found, mean, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE) for mean in means):
+                raise ValueError(f"the average of the row {row.model.name} is not the mean of its columns")
 
 
 def _read_row(row: StoredRow, tasks: Sequence[SuiteTask]) -> Row:
@@ -293,7 +402,11 @@ def stands(table: Table, row: Row, other: Row, column: str) -> bool:
 
 def colour_note(table: Table) -> list[str]:
     """What the colours of `results_html` are; a sentence, or none."""
-    return ["Green and red: a difference beyond 1.96 standard errors of the two values."] if table.baseline else []
+    return (
+        ["Green (better) and red (worse): a difference beyond 1.96 standard errors of the two values."]
+        if table.baseline
+        else []
+    )
 
 
 def results_html(table: Table, marked: Sequence[str] = ()) -> Markup:
@@ -302,18 +415,19 @@ def results_html(table: Table, marked: Sequence[str] = ()) -> Markup:
     A difference has a colour only where it `stands`.
     """
     among = [row for row in table.rows if row.model.name in marked] or table.rows
-    best = {c: max((table.value(row, c) for row in among if table.has(row, c)), default=None) for c in table.columns}
+    best = table.best_of(among)
     rows = []
     for row in table.rows:
         cells = []
         for column in table.columns:
             difference = table.difference(row, column)
             coloured = table.base_row is not None and stands(table, row, table.base_row, column)
+            better = ((difference or 0) > 0) == table.more_is_better(column)
             cells.append({
                 "number": table.number(row, column),
                 "best": row in among and table.has(row, column) and table.value(row, column) == best[column],
-                "difference": "" if difference is None else f"{100 * difference:+.2f}",
-                "colour": ("up" if difference and difference > 0 else "down") if coloured else "",
+                "difference": table.difference_text(row, column),
+                "colour": ("up" if better else "down") if coloured else "",
             })  # fmt: skip
         rows.append({"label": table.label(row), "marked": row.model.name in marked, "cells": cells})
     return render("results.html", columns=table.columns, rows=rows, baseline=table.baseline)

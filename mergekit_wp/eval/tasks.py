@@ -161,6 +161,24 @@ class ReadyTask:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+_NO_SHARES = ("perplexity", "weighted_perplexity", "bits_per_byte", "bleu", "chrf", "chrf++", "ter", "brier_score")
+
+
+def about_metric(task: ReadyTask) -> dict[str, Any]:
+    """What the number of a task is: `higher_is_better`; `share`, whether it lies between 0 and 1; of a group, the
+    `subtasks` whose items it shares."""
+    from lm_eval.api.registry import get_aggregation
+
+    metric, leaves = task.spec.metric.partition(",")[0], task.loaded["tasks"]
+    others = {get_aggregation(name) for name in _NO_SHARES}
+    subtasks = {"subtasks": sorted(leaves)} if task.spec.task in task.loaded.get("groups", ()) else {}
+    return {
+        "higher_is_better": all(leaf.higher_is_better().get(metric) is not False for leaf in leaves.values()),
+        "share": not any(leaf.aggregation().get(metric) in others for leaf in leaves.values()),
+        **subtasks,
+    }
+
+
 def ready_tasks(suite: Suite, include_path: Path | None, allow_code: bool) -> list[ReadyTask]:
     """Find, check and load every task of the suite.
 

@@ -46,7 +46,8 @@ def examples_of(table: Table, results: Path, experts: Sequence[str], merges: Seq
         able = [rows[name] for name in experts if name in rows and column in rows[name].cells]
         if BASE not in rows or not able:
             continue
-        expert = max(able, key=lambda row: table.value(row, column))
+        best = table.best_of(able)[column]
+        expert = next(row for row in able if table.value(row, column) == best)
         shown = [rows[BASE], expert, *(rows[name] for name in merges if name in rows)]
         logs = [_log(row, column, results) for row in shown]
         item = next((key for key, a in logs[0].items() if not a.right and key in logs[1] and logs[1][key].right), None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from mergekit_wp.eval.measure import cache_file
 from mergekit_wp.eval.models import EvalModel, _distinct_names, _split
 from mergekit_wp.eval.rows import Cell, Row, cell_of, plain
 from mergekit_wp.eval.suite import Suite, SuiteTask, read_suite
-from mergekit_wp.eval.tables import Table, to_csv, to_json, to_markdown, to_text
-from mergekit_wp.eval.tasks import ReadyTask, leaves, ready_tasks, task_manager
+from mergekit_wp.eval.tables import Table, read_results, results_html, to_csv, to_json, to_markdown, to_text
+from mergekit_wp.eval.tasks import ReadyTask, about_metric, leaves, ready_tasks, task_manager
 from mergekit_wp.files import shipped
 
 TASK = {"task": "t", "column": "T", "metric": "acc,none"}
@@ -123,6 +125,71 @@ def test_text_is_aligned_and_a_limit_is_marked() -> None:
     assert "first 5 items" in lines[-1]
 
 
+ERRORS = {"base": (0.5, 0.02), "wp": (0.25, 0.02)}
+
+
+def with_perplexity(recorded: bool) -> Table:
+    """Two rows: a perplexity of which less is better, and a share."""
+    tasks = (SuiteTask("wikitext", "Wiki", "word_perplexity,none"), SuiteTask("a", "A", "acc,none"))
+    said = {"Wiki": {"higher_is_better": False, "share": False}, "A": {"higher_is_better": True, "share": True}}
+    values = {"base": (12.5, 0.5), "wp": (9.25, 0.375)}
+    rows = [
+        Row(
+            EvalModel(name, name, Path(name), "f" * 64),
+            {t.column: Cell(v, e, 100) for t, v, e in zip(tasks, found, ERRORS[name], strict=True)},
+            said if recorded else {},
+        )
+        for name, found in values.items()
+    ]
+    return Table(Suite("s", tasks), rows, "base", None)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_is_no_share_or_better_when_lower(tmp_path: Path, recorded: bool) -> None:
+    table = with_perplexity(recorded)
+    lines = to_markdown(table).splitlines()
+    assert lines[2] == "| base | 12.50 ±0.50 | **50.00** ±2.00 | **50.00** ±2.00 |"
+    assert lines[3].startswith("| wp | **9.2500** ±0.2500 (-3.2500) | 37.50 ±2.00 (-12.50) | 37.50 ±2.00")
+    assert "Wiki: not in percent, lower is better, not in Average." in table.notes()
+    assert to_csv(table).splitlines()[2].startswith("wp,9.2500,37.5000,37.5000,-3.2500,-12.5000,-12.5000,0.2500,2.0000")
+    page = results_html(table)
+    assert re.findall(r"<strong>([\d.]+) ", page) == ["50.00", "50.00", "9.2500"]
+    assert re.findall(r'class="(\w+)">([-+.\d]+)<', page) == [("up", "-3.2500"), ("down", "-12.50"), ("down", "-12.50")]
+    content = json.loads(to_json(table, {"suite_content": {"name": "s"}}))
+    path = tmp_path / "results.json"
+    for average in (0.5, (12.5 + 0.5) / 2):  # the second as files of before have it
+        content["rows"][0]["cells"]["Average"]["value"] = average
+        path.write_text(json.dumps(content))
+        assert to_markdown(read_results(path)) == to_markdown(table)
+    content["rows"][0]["cells"]["Average"]["value"] = 0.6
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="the average of the row base is not the mean of its columns"):
+        read_results(path)
+
+
+def test_without_a_share_there_is_no_average() -> None:
+    table = with_perplexity(True)
+    alone = Table(replace(table.suite, tasks=table.suite.tasks[:1]), table.rows, "base", None)
+    assert to_markdown(alone).splitlines()[0] == "| model | Wiki |"
+    assert "value ±" in alone.notes()[0]
+
+
+def test_errors_of_columns_with_the_same_items_are_added() -> None:
+    names = {"prompt": "ifeval", "instruction": "ifeval", "mmlu": "mmlu", "law": "mmlu_law", "gsm8k": "gsm8k"}
+    tasks = tuple(SuiteTask(task, column, "acc,none") for column, task in names.items())
+
+    def error(*columns: str) -> float | None:
+        cells = {column: Cell(0.5, 0.125, 8) for column in columns}
+        row = Row(EvalModel("m", "m", Path(), "f" * 64), cells, {"mmlu": {"subtasks": ["mmlu_art", "mmlu_law"]}})
+        return Table(Suite("s", tuple(t for t in tasks if t.column in columns)), [row], None, None).stderr(
+            row, "Average"
+        )
+
+    assert error("prompt", "instruction") == error("law", "mmlu") == 0.125
+    assert error("prompt", "gsm8k") == pytest.approx(0.125 / math.sqrt(2))
+    assert error(*names) == pytest.approx(0.125 * 3 / 5)  # 2, 2 and 1 of them
+
+
 def test_csv_and_json() -> None:
     header, linear, wp = to_csv(table()).splitlines()
     assert header.startswith("model,A,B,Average,A - linear,B - linear,Average - linear,A stderr")
@@ -220,7 +287,7 @@ def test_what_a_task_is_made_of(tmp_path: Path) -> None:
     }
 
 
-def test_how_a_group_puts_values_together_is_part_of_its_key(tmp_path: Path) -> None:
+def test_how_values_are_put_together_is_known(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('{"q": "w1", "a": "w2"}\n')
     for name in "ab":
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/d.json"}},
@@ -228,18 +295,31 @@ def test_how_a_group_puts_values_together_is_part_of_its_key(tmp_path: Path) -> 
                 "generation_kwargs": {"until": ["w1"]}, "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
-    def keys(weighted: bool) -> list[str]:
+    def tasks_of(weighted: bool) -> list[ReadyTask]:
         inner = {"group": "inner", "task": ["a", "b"]}
         inner["aggregate_metric_list"] = [{"metric": "exact_match", "weight_by_size": weighted}]
         outer = {"group": "outer", "task": ["inner"], "aggregate_metric_list": [{"metric": "exact_match"}]}
         for group in (inner, outer):
             (tmp_path / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
         asked = tuple(SuiteTask(name, name, "exact_match,none") for name in ("inner", "outer", "a"))
-        return [task.key for task in ready_tasks(Suite("s", asked), tmp_path, False)]
+        asked += (SuiteTask("ppl", "ppl", "word_perplexity,none"), SuiteTask("low", "low", "exact_match,none"))
+        return ready_tasks(Suite("s", asked), tmp_path, False)
 
-    before, after = keys(True), keys(False)
-    assert before[2] == after[2]
+    rolling = {**task, "task": "ppl", "output_type": "loglikelihood_rolling", "doc_to_target": "q"}
+    rolling["metric_list"] = [{"metric": "word_perplexity"}]
+    lower = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": False}
+    for each in (rolling, {**task, "task": "low", "metric_list": [lower]}):
+        (tmp_path / f"{each['task']}.yaml").write_text(yaml.safe_dump(each))
+    tasks = tasks_of(True)
+    before, after = [task.key for task in tasks], [task.key for task in tasks_of(False)]
+    assert before[2:] == after[2:]
     assert not set(before[:2]) & set(after[:2])
+
+    share = {"higher_is_better": True, "share": True}
+    group = {**share, "subtasks": ["a", "b"]}
+    found = [about_metric(task) for task in tasks]
+    assert found[:3] == [group, group, share]
+    assert found[3:] == [{"higher_is_better": False, "share": is_share} for is_share in (False, True)]
 
 
 def test_help_groups_the_options() -> None:
