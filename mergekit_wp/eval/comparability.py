@@ -17,9 +17,9 @@ _NOT_RECORDED = "not recorded"
 def differences(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """A sentence for everything in which rows differ, such as `dtype is float32 for a, b; bfloat16 for c (in Gen).`
 
-    Compared are what was asked (the suite), the files that stood in for the Hub's data, the backend with its version
-    and the options that change answers, dtype, chat template, limit, shots and package versions; not the device, the
-    batch size or the number of GPUs, which move an answer now and then by rounding.
+    Compared are what was asked (the suite), the data of the Hub or the files that stood in for it, the backend with
+    its version and the options that change answers, dtype, chat template, limit, shots and package versions; not the
+    device, the batch size or the number of GPUs, which move an answer now and then by rounding.
     """
     found: dict[tuple[str, str], list[str]] = {}  # (what, who has which) -> columns
     for column in columns:
@@ -28,8 +28,8 @@ def differences(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
         for what in dict.fromkeys(name for one in described.values() for name in one):
             groups: dict[str, list[str]] = {}
             for row, one in described.items():
-                if what.startswith("version of") and what not in one:
-                    continue  # its backend does not use that package
+                if what.startswith(("version of", "revision of")) and what not in one:
+                    continue  # its backend does not use that package; the data came from elsewhere
                 absent = "not set" if what in OPTIONS else _NOT_RECORDED
                 groups.setdefault(one.get(what, absent), []).append(row)
             if len(groups) > 1:
@@ -58,6 +58,8 @@ def _described(row: Row, column: str) -> Iterator[tuple[str, str]]:
     cell = row.cells[column]
     yield "items", _NOT_RECORDED if cell.samples is None else str(cell.samples)
     yield "data", _files(measured.get("data") or {})
+    for dataset, commit in sorted((measured.get("revisions") or {}).items()):
+        yield f"revision of {dataset}", commit[:12]
     options = measured.get("backend_options") or {}
     for name in sorted(options):
         if OPTIONS[name].answers if name in OPTIONS else True:

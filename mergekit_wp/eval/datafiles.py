@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +97,20 @@ def _check_hub(task: str, dataset: str) -> None:
             f"task {task}: its data set {dataset} is not cached and the Hub cannot be reached "
             f"({reason(error)}); {advice}."
         ) from error
+
+
+def revisions(tasks: Iterable[Any]) -> dict[str, str]:
+    """The commits of the Hub's data sets that these tasks, as loaded, read, by data set: `datasets` keeps the rows of
+    one in a folder of that name. Not there is what came from elsewhere."""
+    found = {}
+    for task in tasks:
+        splits = task.dataset if isinstance(getattr(task, "dataset", None), dict) else {}
+        for split in splits.values():
+            for file in getattr(split, "cache_files", ()):
+                commit = Path(file["filename"]).parent.name
+                if re.fullmatch("[0-9a-f]{40}", commit):
+                    found[str(task.get_config("dataset_path"))] = commit
+    return found
 
 
 def task_key(

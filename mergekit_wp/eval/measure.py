@@ -30,6 +30,7 @@ from mergekit_wp.errors import BadInput, out_of_memory
 from mergekit_wp.eval import backends
 from mergekit_wp.eval import standard_error as stderr
 from mergekit_wp.eval.backends import Backend, count_cut, resolve_dtype
+from mergekit_wp.eval.datafiles import revisions
 from mergekit_wp.eval.models import EvalModel
 from mergekit_wp.eval.tasks import ReadyTask
 from mergekit_wp.files import read_text, write_text
@@ -286,6 +287,7 @@ def _evaluate(lm: Any, model: EvalModel, task: ReadyTask, settings: Settings) ->
         "num_fewshot": plain(output["n-shot"].get(spec.task)),
         "cut_prompts": count_cut(lm, leaves, settings.backend.name),
         **({"data": task.data} if task.data else {}),
+        **({"revisions": found} if (found := revisions(leaves)) else {}),
         **_how(lm, model, task, settings),
         "seconds": round(time.monotonic() - started, 1),
         "date": now(),

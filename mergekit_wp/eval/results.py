@@ -62,6 +62,7 @@ class StoredMeasured(TypedDict, total=False):
     cut_prompts: Count | None
     seen_items: StoredSeen
     data: StoredData
+    revisions: dict[Text, Text]
     chat_template: Text | None
     system_instruction: str | None
     versions: Versions | None

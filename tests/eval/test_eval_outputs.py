@@ -142,7 +142,7 @@ def test_a_metric_that_lm_eval_has_no_error_for_gets_one(tmp_path: Path) -> None
 # --- wp-compare, on results written here ---
 
 COMMON = {"task": "t", "metric": "acc,none", "limit": None, "num_fewshot": 0, "dtype": "bfloat16", "backend": "hf",
-          "backend_options": {}, "chat_template": None, "system_instruction": None,
+          "backend_options": {}, "revisions": {"d/s": "1" * 40}, "chat_template": None, "system_instruction": None,
           "versions": {"lm-eval": "0.4.13", "torch": "2.13.0"}}  # fmt: skip
 
 
@@ -199,6 +199,7 @@ def test_rows_of_several_runs_in_one_table_with_differences(tmp_path: Path) -> N
         ({"dtype": "float16"}, "dtype is bfloat16 for linear; float16 for wp"),
         ({"backend_options": {"max_model_len": 99}}, "max_model_len is not set for linear; 99 for wp"),
         ({"num_fewshot": 5}, "num_fewshot is 0 for linear; 5 for wp"),
+        ({"revisions": {"d/s": "2" * 40}}, f"revision of d/s is {'1' * 12} for linear; {'2' * 12} for wp"),
     ],
 )  # fmt: skip
 def test_rows_that_were_not_measured_alike_are_said_everywhere(tmp_path: Path, about: dict, said: str) -> None:
@@ -214,7 +215,13 @@ def test_rows_that_were_not_measured_alike_are_said_everywhere(tmp_path: Path, a
 
 @pytest.mark.parametrize(
     "about",
-    [{"device": "cuda"}, {"batch_size": 8}, {"backend_options": {"tensor_parallel_size": 2}}, {"seconds": 3}],
+    [
+        {"revisions": {}},
+        {"device": "cuda"},
+        {"batch_size": 8},
+        {"backend_options": {"tensor_parallel_size": 2}},
+        {"seconds": 3},
+    ],
 )
 def test_what_only_moves_rounding_is_no_warning(tmp_path: Path, about: dict) -> None:
     a = write_results(tmp_path / "a", {"linear": {"A": 0.5}})

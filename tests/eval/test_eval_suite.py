@@ -7,11 +7,13 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from experiments.miniature.lm_eval_tasks import SUITE
 from mergekit_wp.errors import BadInput
@@ -285,6 +287,18 @@ def test_what_a_task_is_made_of(tmp_path: Path) -> None:
     assert datafiles.files_read([{"dataset_path": str(tmp_path / "set")}]) == {
         tmp_path / "set" / name for name in ("a.json", "b.csv")
     }
+
+
+def test_the_commits_of_the_hubs_data_sets(tmp_path: Path) -> None:
+    """By the folders that `datasets` makes: .../NAME/CONFIG/VERSION/COMMIT/; those of local files are no commits."""
+    rows = Dataset.from_dict({"q": ["w1"]})
+    loaded = []
+    for source, kept in (("openai/gsm8k", "a" * 40), ("json", "b" * 64)):
+        rows.save_to_disk(tmp_path / kept)
+        splits = DatasetDict(test=load_from_disk(tmp_path / kept))
+        loaded.append(SimpleNamespace(dataset=splits, get_config={"dataset_path": source}.get))
+    loaded += [SimpleNamespace(dataset=DatasetDict(test=rows)), SimpleNamespace(dataset=None), SimpleNamespace()]
+    assert datafiles.revisions(loaded) == {"openai/gsm8k": "a" * 40}
 
 
 def test_how_values_are_put_together_is_known(tmp_path: Path) -> None:
