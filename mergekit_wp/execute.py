@@ -28,7 +28,8 @@ from mergekit_wp.files import read_text, write_text
 from mergekit_wp.hashing import Digests, digest_of
 
 _PACKAGE = Path(mergekit_wp.__file__).parent
-_CONSENT = "--allow-code-execution"
+# Words that decide whether there is an outcome, and not which: consent, and leave to replace what is there.
+_LEAVE = ("--allow-code-execution", "--overwrite")
 _DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 
 
@@ -49,8 +50,8 @@ class Step:
         return shlex.join(self.command)
 
     def identity(self) -> str:
-        """The command as far as it decides the outcome: consent to run code decides only whether there is one."""
-        return shlex.join(word for word in self.command if word != _CONSENT)
+        """The command as far as it decides the outcome."""
+        return shlex.join(word for word in self.command if word not in _LEAVE)
 
 
 class StepFailed(OneSentence):
@@ -109,11 +110,9 @@ class Stamps:
     def run(self, step: Step, quiet: bool = False) -> None:
         """Run the step's command, with --quiet if so, and stamp it.
 
+        What an earlier run left is the command's to replace, once it has something better to put there.
         Raises `StepFailed` when it fails or leaves no output, `KeyboardInterrupt` when it was interrupted.
         """
-        for output in step.outputs:  # a merge adds to a folder that is there; begin with none
-            if output.is_dir() and not output.is_symlink():
-                shutil.rmtree(output)
         inputs = self._digests(step.inputs)  # before the run: what changes while it runs makes it stale
         code = _run([*program(step.command[0]), *step.command[1:], *(["--quiet"] if quiet else [])])
         missing = [str(path) for path in step.outputs if not os.path.exists(path)]
@@ -168,11 +167,11 @@ def _run(command: list[str]) -> int:
         raise
 
 
-def die_with(parent: int) -> Callable[[], None]:
-    """For a new process to call: be told to end when the parent has ended, even by SIGKILL. On Linux; elsewhere it does
-    nothing."""
+def die_with(parent: int) -> Callable[[], None] | None:
+    """For a new process to call: be told to end when the parent has ended, even by SIGKILL. None where there is no such
+    thing, which is everywhere but on Linux (and `Popen` takes no `preexec_fn` on Windows)."""
     if sys.platform != "linux":
-        return lambda: None
+        return None
     libc = ctypes.CDLL(None)
 
     def ask() -> None:

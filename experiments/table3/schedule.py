@@ -124,7 +124,8 @@ def pool(workers: int, prepare: Callable[[], None]) -> ProcessPoolExecutor:
 
 
 def _begin(parent: int, prepare: Callable[[], None]) -> None:
-    die_with(parent)()
+    if ask := die_with(parent):
+        ask()
     prepare()
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.checkpoint.references import read_reference
+from mergekit_wp.choices import COMPONENTS
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.fields import (
     Form,
@@ -196,7 +197,7 @@ def read_pipeline(path: str | os.PathLike[str]) -> Pipeline:
         flags = {name: _flags(name, content.get(name)) for name in STAGES if name != "report"}
         pipeline = Pipeline(
             file=file,
-            out=Path(_text("out", content.get("out", f"runs/{file.stem}"))),
+            out=Path(_text("out", content.get("out", f"runs/{file.stem}"))).expanduser(),
             base=_model(_text("base", content.get("base")), file),
             experts={name: _expert(name, raw, file) for name, raw in _mapping("experts", content).items()},
             merges={name: _merge(name, raw, file) for name, raw in _mapping("merges", content).items()},
@@ -225,17 +226,25 @@ def _expert(name: str, raw: Any, file: Path) -> Expert:
         raise BadInput(f"`{where}` has both `scoring` and `scores`; keep the one that is to be used.")
     if scoring is not None:
         scoring = {key: value for key, value in scoring.items() if key not in ("base", "expert")}
-        for name, path in prompt_files(scoring).items():
-            scoring[name] = str(_found(path, file, f"{where}.scoring.{name}", must_exist=False))
+        for name, path in job_files(scoring).items():
+            found = str(_found(path, file, f"{where}.scoring.{name}", must_exist=False))
+            scoring[name] = [scoring[name][0], found] if name == "top" else found
         if isinstance(scoring.get("at"), str):
             scoring["at"] = str(_found(scoring["at"], file, f"{where}.scoring.at"))
     return Expert(_model(_text(f"{where}.model", model), file), scoring, scores)
 
 
-def prompt_files(job: Mapping[str, Any]) -> dict[str, str]:
-    """The files of prompts and answers that a scoring or fit job reads itself, by field; a built-in set is none."""
-    named = {name: job.get(name) for name in ("pairs", "answers", "keep")}
-    return {name: path for name, path in named.items() if isinstance(path, str) and ":" not in path}
+def job_files(job: Mapping[str, Any]) -> dict[str, str]:
+    """The files beside models and recipes that a scoring or fit job reads itself, by field: of prompts and answers, a
+    list of components, the scores that rank for `top`. A built-in set is none, nor is what lies on the Hub."""
+    named = {name: job.get(name) for name in ("pairs", "answers", "keep", "components")}
+    if isinstance(top := job.get("top"), list) and len(top) == 2:
+        named["top"] = top[1]
+    return {
+        name: path
+        for name, path in named.items()
+        if isinstance(path, str) and ":" not in path and not (name == "components" and path in COMPONENTS)
+    }
 
 
 def _merge(name: str, raw: Any, file: Path) -> Merge:
@@ -248,7 +257,7 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
     merge = Merge(**{**values, "experts": tuple(values.get("experts", ()))})
     if merge.fit is not None:
         _check_fit(f"{where}.fit", merge.fit)
-        named = prompt_files(merge.fit).items()
+        named = job_files(merge.fit).items()
         files = {name: str(_found(path, file, f"{where}.fit.{name}", must_exist=False)) for name, path in named}
         merge = replace(merge, fit={**merge.fit, **files})
     if merge.merge_method == "wp" and merge.parameters.get("scale") == "auto":
@@ -258,10 +267,11 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
         merge = replace(merge, parameters=rest, fit={"family": "scale", "start": "scores"})
     if merge.fit is not None and (merge.merge_method != "wp" or "fit" in merge.parameters):
         raise BadInput(f"`{where}.fit` is for merge_method wp without a fit file of its own; leave one of them out.")
-    if merge.fitted and isinstance(fit := merge.parameters.get("fit"), str):
-        merge = replace(
-            merge, parameters={**merge.parameters, "fit": str(_found(fit, file, f"{where}.parameters.fit"))}
-        )
+    from mergekit_wp.merge.plan import names_file
+
+    named = {name: value for name, value in merge.parameters.items() if names_file(name, value)}
+    found = {name: str(_found(path, file, f"{where}.parameters.{name}")) for name, path in named.items()}
+    merge = replace(merge, parameters={**merge.parameters, **found})
     return merge
 
 

@@ -19,12 +19,13 @@ from mergekit_wp.checkpoint.hub import folder_of
 from mergekit_wp.checkpoint.references import Reference, Source, read_reference, recipe_models
 from mergekit_wp.checkpoint.weights import TensorHeader
 from mergekit_wp.errors import BadInput
+from mergekit_wp.eval.suite import read_suite
 from mergekit_wp.execute import Step
 from mergekit_wp.files import read_yaml_mapping, write_text
 from mergekit_wp.merge.certificate import CERTIFICATE
 from mergekit_wp.merge.plan import WP
 from mergekit_wp.merge.recipe import files_of
-from mergekit_wp.pipeline.spec import BASE, Merge, Pipeline, prompt_files
+from mergekit_wp.pipeline.spec import BASE, Evaluate, Merge, Pipeline, job_files
 from mergekit_wp.scoring.models.precision import stored_dtype
 
 
@@ -211,7 +212,7 @@ def _score_step(pipeline: Pipeline, name: str, allow_code: bool) -> Step:
     if allow_code and (expert.scoring or {}).get("layer") == "auto":
         command.append("--allow-code-execution")
     inputs = [job, *_folders(map(read_reference, (pipeline.base, expert.model)))]
-    inputs += map(Path, prompt_files(expert.scoring or {}).values())
+    inputs += map(Path, job_files(expert.scoring or {}).values())
     if (at := (expert.scoring or {}).get("at")) is not None:
         try:
             inputs += _of_recipe(Path(at), _read_recipe(Path(at)))
@@ -231,7 +232,7 @@ def _fit_step(pipeline: Pipeline, name: str) -> Step:
     for entry in job["experts"]:
         inputs += [Path(entry["pairs"])] if ":" not in entry["pairs"] else []
         inputs += [Path(entry[kind]) for kind in ("answers", "scores") if kind in entry]
-    inputs += map(Path, prompt_files(job).values())
+    inputs += map(Path, job_files(job).values())
     return _step(f"fit-{name}", "fit", f"Fit the weights of {name}", command, inputs, (weights,), ("scoring", "fit"))
 
 
@@ -242,7 +243,7 @@ def _merge_step(pipeline: Pipeline, name: str) -> Step:
         content: Mapping[str, Any] = _read_recipe(merge.recipe) if merge.recipe else _recipe(pipeline, name)
     except BadInput as error:
         raise BadInput(f"{pipeline.file}: `merges.{name}`: {error.message}") from error
-    command = ["wp-merge", str(recipe), str(merged), "--quiet", *pipeline.flags["merge"]]
+    command = ["wp-merge", str(recipe), str(merged), "--overwrite", "--quiet", *pipeline.flags["merge"]]
     title = f"Merge {name} by {content.get('merge_method')}"
     return _step(f"merge-{name}", "merge", title, command, _of_recipe(recipe, content), (merged,), ("merge",))
 
@@ -264,22 +265,36 @@ def _eval_step(pipeline: Pipeline, allow_code: bool) -> Step:
     command += [word for file in prompts for word in ("--prompts", file)]
     command += ["--allow-code-execution"] if allow_code else []
     command += ["--out", str(out), *pipeline.flags["evaluate"]]
-    inputs = [
-        how.suite,
-        *([how.include_path] if how.include_path else []),
-        *([how.data] if how.data else []),
-        *map(Path, prompts),
-        *_folders(map(read_reference, rows.values())),
-    ]
+    inputs = [how.suite, *(path for folder in _read_by(how) for path in _all_but(pipeline.out, folder))]
+    inputs += [*map(Path, prompts), *_folders(map(read_reference, rows.values()))]
     outputs = tuple(out / f"results.{kind}" for kind in ("json", "csv", "md", "html"))
     return _step("evaluate", "evaluate", "Grade every model", command, inputs, outputs, ("eval", "sandbox"))
+
+
+def _read_by(how: Evaluate) -> list[Path]:
+    """The folders of tasks and of data that are read: the pipeline's, else the suite's own."""
+    try:
+        suite = read_suite(how.suite)
+    except BadInput:  # said when the step is looked at, which an edited suite is
+        return [folder for folder in (how.include_path, how.data) if folder]
+    return [folder for folder in (how.include_path or suite.include_path, how.data or suite.data) if folder]
+
+
+def _all_but(out: Path, folder: Path) -> list[Path]:
+    """A folder that is read; where `out` lies in it (tasks beside the pipeline), what else is there, since every run
+    writes to `out`."""
+    if folder.resolve() not in out.resolve().parents:
+        return [folder]
+    beside = [path for path in sorted(folder.iterdir()) if path.resolve() != out.resolve()]
+    return [found for path in beside for found in _all_but(out, path)]
 
 
 def _prompts_used(pipeline: Pipeline) -> list[str]:
     """Files of prompts that something is made from before it is evaluated."""
     jobs = [expert.scoring or {} for expert in pipeline.experts.values()]
     jobs += [merge.fit or {} for merge in pipeline.merges.values()]
-    return list(dict.fromkeys(path for job in jobs for name, path in prompt_files(job).items() if name != "answers"))
+    named = [file for job in jobs for file in job_files(job).items()]
+    return list(dict.fromkeys(path for name, path in named if name in ("pairs", "keep")))
 
 
 def _report_step(pipeline: Pipeline) -> Step:

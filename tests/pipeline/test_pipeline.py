@@ -77,6 +77,7 @@ def test_a_run_does_everything_and_again_nothing_and_then_what_depends_on_a_chan
     printed = wp_run(world, file.name)
     assert printed.count("done before") == 2
     assert (world / "out/merges/linear/model.safetensors").stat().st_mtime_ns == before
+    assert not list((world / "out/merges").glob(".*")), "a merge takes the place of the one before"
     assert set(states(wp_run(world, file.name, "--plan")).values()) == {"done"}
 
 
@@ -173,14 +174,16 @@ def test_a_merge_by_a_fit_needs_no_scores_and_is_due_again_with_another_file(tmp
         "parameters": {"fit": "fit.safetensors"},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
-    merges = {"fit": {"parameters": {"fit": "fit.safetensors", "scale": 0.9}}, "mine": {"recipe": "mine.yaml"}}
+    aim = {"merge_method": "aim", "parameters": {"activations": "fit.safetensors"}}
+    own = {"fit": {"parameters": {"fit": "fit.safetensors", "scale": 0.9}}, "aim": aim}
+    merges = {**own, "mine": {"recipe": "mine.yaml"}}
     pipeline = read_pipeline(write(tmp_path, {**MINIMAL, "merges": merges}))
     (text,) = [text for path, text in derived_files(pipeline).items() if path.name == "fit.yaml"]
     found = yaml.safe_load(text)
     assert found["models"] == [{"model": "user/a"}, {"model": "user/b"}]
     assert found["parameters"] == {"fit": str(tmp_path / "fit.safetensors"), "scale": 0.9}
     steps = [step for step in pipeline_steps(pipeline) if step.stage == "merge"]
-    assert [tmp_path / "fit.safetensors" in step.inputs for step in steps] == [True, True]
+    assert [tmp_path / "fit.safetensors" in step.inputs for step in steps] == [True, True, True]
 
 
 def test_a_merge_may_be_fitted_first(tmp_path: Path) -> None:
@@ -243,15 +246,51 @@ def test_a_recipe_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
     assert "x/lora" in map(str, hub_models(pipeline))
 
 
-def test_answers_lie_beside_the_pipeline_and_are_an_input_of_the_scores(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("")
-    content = {**MINIMAL}
-    scoring = {"pairs": "builtin:code", "answer_tokens": 8, "answers": "a.jsonl"}
-    content["experts"] = {"a": {"model": "user/a", "scoring": scoring}, "b": {"model": "user/b"}}
-    pipeline = read_pipeline(write(tmp_path, content))
-    assert pipeline.experts["a"].scoring == {**scoring, "answers": str(tmp_path / "a.jsonl")}
+def test_files_of_a_job_lie_beside_the_pipeline_and_are_inputs_of_the_scores(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "list.txt", "old.safetensors"):
+        (tmp_path / name).write_text("")
+    scoring = {
+        "pairs": "builtin:code",
+        "answer_tokens": 8,
+        "answers": "a.jsonl",
+        "components": "list.txt",
+        "top": [20, "old.safetensors"],
+    }
+    experts = {"a": {"model": "user/a", "scoring": scoring}, "b": {"model": "user/b"}}
+    pipeline = read_pipeline(write(tmp_path, {**MINIMAL, "experts": experts}))
     step = next(step for step in pipeline_steps(pipeline) if step.stage == "score")
-    assert tmp_path / "a.jsonl" in step.inputs
+    assert set(step.inputs) >= {tmp_path / name for name in ("a.jsonl", "list.txt", "old.safetensors")}
+    for components in ("all", "heads", "neurons"):
+        experts["a"]["scoring"] = {**scoring, "components": components, "top": [20, "old.safetensors"]}
+        found = read_pipeline(write(tmp_path, {**MINIMAL, "experts": experts})).experts["a"].scoring
+        beside = {"answers": str(tmp_path / "a.jsonl"), "top": [20, str(tmp_path / "old.safetensors")]}
+        assert found == {**scoring, "components": components, **beside}
+
+
+def test_the_suites_own_folders_are_inputs_unless_the_pipeline_names_others(tmp_path: Path) -> None:
+    for name in ("tasks", "data", "others"):
+        (tmp_path / name).mkdir()
+    tasks = [{"task": "t", "column": "T", "metric": "acc,none"}]
+    suite = {"name": "s", "tasks": tasks, "include_path": "tasks", "data": "data"}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+
+    def watched(out: str = "out", **more: str) -> set[Path]:
+        content = {**MINIMAL, "out": str(tmp_path / out), "evaluate": {"suite": "suite.yaml", **more}}
+        step = next(s for s in pipeline_steps(read_pipeline(write(tmp_path, content))) if s.stage == "evaluate")
+        return {path for path in step.inputs if tmp_path in path.parents}
+
+    read = {tmp_path / name for name in ("suite.yaml", "tasks", "data")}
+    assert watched() >= read
+    assert watched(include_path="others") >= read - {tmp_path / "tasks"} | {tmp_path / "others"}
+    assert tmp_path / "tasks" not in watched(include_path="others")
+    # Where the run itself writes among the tasks, it does not make its own step stale.
+    (tmp_path / "tasks" / "one.yaml").touch()
+    (tmp_path / "tasks" / "runs" / "out").mkdir(parents=True)
+    (tmp_path / "tasks" / "runs" / "note.txt").touch()
+    assert watched("tasks/runs/out") & {*(tmp_path / "tasks").rglob("*"), tmp_path / "tasks"} == {
+        tmp_path / "tasks" / "one.yaml",
+        tmp_path / "tasks" / "runs" / "note.txt",
+    }
 
 
 def test_consent_reaches_the_commands_that_need_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import click
 import pytest
 
 from mergekit_wp import hashing as digests_module
-from mergekit_wp.execute import Stamps, Step, code_digest
+from mergekit_wp.execute import Stamps, Step, code_digest, die_with
 from mergekit_wp.hashing import Digests, digest
 
 COPY = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read().upper())"
@@ -55,7 +55,8 @@ def test_another_command_is_another_step(tmp_path: Path) -> None:
     step = copy_step(tmp_path)
     (tmp_path / "in.txt").write_text("abc")
     Stamps.below(tmp_path / ".steps").run(step)
-    for word, found in (("more", "its command is another one"), ("--allow-code-execution", None)):
+    leave = dict.fromkeys(("--allow-code-execution", "--overwrite"))
+    for word, found in {"more": "its command is another one", **leave}.items():
         other = Step(step.name, step.stage, step.title, (*step.command, word), step.inputs, step.outputs, step.code)
         assert why(other, tmp_path) == found
 
@@ -85,6 +86,24 @@ def test_a_failing_step_stops_and_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(click.ClickException, match=r"failed \(exit code 1\).*run the same command again"):
         Stamps.below(tmp_path / ".steps").run(step)
     assert why(step, tmp_path) == "not run yet"
+
+
+def test_a_step_that_fails_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
+    """A merge by hand under the name of one of the pipeline's, too."""
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "model.safetensors").write_text("by hand")
+    command = ("wp-merge", str(tmp_path / "no-recipe.yaml"), str(merged), "--overwrite")
+    with pytest.raises(click.ClickException, match=r"failed \(exit code 2\)"):
+        Stamps.below(tmp_path / ".steps").run(Step("m", "merge", "Merge", command, (), (merged,), ()), quiet=True)
+    assert (merged / "model.safetensors").read_text() == "by hand"
+
+
+@pytest.mark.parametrize(("platform", "asks"), [("linux", True), ("darwin", False), ("win32", False)])
+def test_only_linux_is_given_something_to_call_before_a_command(platform, asks, monkeypatch) -> None:
+    """Popen refuses any on Windows."""
+    monkeypatch.setattr("sys.platform", platform)
+    assert (die_with(os.getpid()) is not None) == asks
 
 
 def test_a_step_that_writes_nothing_failed(tmp_path: Path) -> None:
