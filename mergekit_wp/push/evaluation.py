@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from mergekit_wp.eval.suite import Suite
     from mergekit_wp.eval.tables import Table
 
-# Of wp-eval's flags, those without a value, and those that name folders; --quiet and logs decide no number.
-_SWITCHES = ("--log-samples", "--allow-code-execution", "--trust-remote-code", "--quiet")
-_PLACES = ("--out", "--include-path", "--data", "--quiet", "--log-samples")
+# Of wp-eval's flags, those that say where things lie on one machine, and those that decide no number.
+_NOT_REPEATED = ("--out", "--include-path", "--data", "--prompts", "--log-samples", "--quiet", "--json")
 
 
 @dataclass(frozen=True)
@@ -106,21 +105,24 @@ def command(content: dict[str, Any], names: Names, suite: str) -> list[str]:
     Rows are those of the table, under their published names; other flags are those that wp-eval wrote down.
     """
     rows = [f"{row['name']}={names.of(str(row['model']))}" for row in content.get("rows", [])]
-    words = ["wp-eval", suite, *rows, *_flags(content, names), "--out", "runs/eval"]
+    words = ["wp-eval", suite, *rows, *_flags(content), "--out", "runs/eval"]
     return [one_line(word) for word in words]
 
 
-def _flags(content: dict[str, Any], names: Names) -> list[str]:
-    """The flags of the command that was run, but those that say where things are on that machine."""
+def _flags(content: dict[str, Any]) -> list[str]:
+    """The flags of the command that was run, as they were given, but those of `_NOT_REPEATED`."""
+    from mergekit_wp.eval.cli import main
+
     words = _command(content)
     if not words:  # written by a wp-eval that did not write it down
         flags = ["--baseline", str(content["baseline"])] if content.get("baseline") else []
         return flags + (["--limit", str(content["limit"])] if content.get("limit") else [])
+    known = {name: option for option in main.params for name in option.opts if name.startswith("--")}
     flags, rest = [], iter(words)
     for word in rest:
-        if word.startswith("--"):
-            value = [] if word in _SWITCHES else [str(names.content(next(rest, "")))]
-            flags += [] if word in _PLACES else [word, *value]
+        if word in known:
+            value = [] if getattr(known[word], "is_flag", False) else [next(rest, "")]
+            flags += [] if word in _NOT_REPEATED else [word, *value]
     return flags
 
 

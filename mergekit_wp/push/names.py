@@ -20,6 +20,8 @@ _PATHS = re.compile(rf"(?<![\w./:~<}}\])-]){_ROOT}(?:[\w.@+-]+[\\/])+[\w.@+-]*")
 # In a model's JSON: fields whose text is a token or a template rather than a name.
 _TOKENS = re.compile(r"(token|tokens|content|template|pattern|regex)$", re.IGNORECASE)
 _FIELDS = re.compile(r"(name_or_path|path|file|dir|folder)$", re.IGNORECASE)
+# Fields of results.json whose text is a row's or a suite's name.
+_GIVEN = ("name", "baseline")
 MODEL_KEYS = ("model", "base_model", "lora", "path")
 
 
@@ -68,16 +70,20 @@ class Names:
             for key, value in node.items()
         }
 
-    def content(self, node: Any) -> Any:
-        """Any JSON document, its absolute paths and the references known here replaced."""
+    def content(self, node: Any, key: str = "") -> Any:
+        """Any JSON document, the models in it and its absolute paths replaced.
+
+        Names that somebody gave stay (a row `base`, a task), though a model may lie in a folder of that name.
+        """
         if isinstance(node, list):
-            return [self.content(item) for item in node]
+            return [self.content(item, key) for item in node]
         if isinstance(node, dict):
-            return {key: self.content(value) for key, value in node.items()}
+            return {name: self.content(value, name) for name, value in node.items()}
         if not isinstance(node, str):
             return node
         place = _DEEP.fullmatch(node) or (_PATH.fullmatch(node) and os.path.exists(node))
-        return self.of(node) if node in self._published or place else without_home(node)
+        known = "/" in node and node in self._published and key not in _GIVEN
+        return self.of(node) if key == "model" or known or place else without_home(node)
 
     def model_file(self, node: Any, key: str = "") -> Any:
         """A JSON file of the model (its config, say) without folders of any machine; tokens and templates stay.

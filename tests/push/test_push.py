@@ -731,6 +731,42 @@ def test_names_that_are_published(tmp_path, monkeypatch):
     }
 
 
+def test_rows_keep_the_names_that_they_were_given(tmp_path, monkeypatch):
+    """A row may be called as a parent's folder is; what names a place, or decides no number, is not repeated."""
+    from mergekit_wp.push.evaluation import command
+    from mergekit_wp.push.names import Names
+    from mergekit_wp.push.parents import find_parents
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "merged", "code"):
+        (tmp_path / name).mkdir()
+    parents = find_parents({"base_model": "base", "models": [{"model": "code"}]}, ["base=meta/base-1b"])
+    names = Names(Path("merged"), REPO, parents, {"s/code.safetensors": "wp/scores/code.safetensors"})
+    words = [
+        "wp-eval",
+        "s.yaml",
+        "base",
+        "merged",
+        "--baseline",
+        "base",
+        "--prompts",
+        "code.jsonl",
+        "--prompts",
+        "code",
+    ]
+    words += ["--trust-remote-code", "--batch-size", "4", "--log-samples", "--out", "runs/eval", "--json"]
+    rows = [{"name": name, "model": name} for name in ("base", "merged")]
+    content = {"rows": rows, "baseline": "base", "command": words, "columns": [{"task": "code"}]}
+    assert command(content, names, "wp/eval/s.yaml") == [
+        "wp-eval", "wp/eval/s.yaml", "base=meta/base-1b", f"merged={REPO}", "--baseline", "base",
+        "--trust-remote-code", "--batch-size", "4", "--out", "runs/eval",
+    ]  # fmt: skip
+    public = names.content(content)
+    assert public["rows"] == [{"name": "base", "model": "meta/base-1b"}, {"name": "merged", "model": REPO}]
+    assert (public["baseline"], public["columns"]) == ("base", [{"task": "code"}])
+    assert names.content({"top": [20, "s/code.safetensors"]}) == {"top": [20, "wp/scores/code.safetensors"]}
+
+
 def test_a_token_of_any_form_is_cleaned_away(monkeypatch):
     from mergekit_wp.push.retry import clean
 

@@ -25,9 +25,13 @@ def test_the_cards_command_runs_in_a_copy_of_the_repository(tmp_path: Path, monk
     tasks = write_tasks(tmp_path / "private", right=out)
     (tasks / "diary.yaml").write_text("task: not_of_the_suite\n")
     suite = write_suite(tmp_path / "suite.yaml", include_path="elsewhere", tasks=[*TASKS, {**TASKS[0], "column": "G"}])
+    prompts = write(tmp_path / "pairs.jsonl", json.dumps({"task": "t", "prompt": "w1 w2"}))
     first = wp_eval(
         suite,
         f"wp={out}",
+        "--json",
+        "--prompts",
+        prompts,
         "--include-path",
         tasks,
         "--data",
