@@ -20,11 +20,13 @@ from mergekit_wp.checkpoint.weights import ADAPTER, ADAPTER_CONFIG, INDEX_SUFFIX
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import disk_trouble
 
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder in a model's where a tokenizer has chat templates beside its default one (`tool_use.jinja`)."""
 # What transformers' AutoTokenizer looks for.
 _TOKENIZER = re.compile(
     r"tokenizer(?:_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(?:json|txt)|merges\.txt"
     r"|normalizer\.json|chat_template\.json|tekken\.json|[^/]+\.(?:jinja|tiktoken|model)"
-    r"|additional_chat_templates/[^/]+\.jinja"
+    rf"|{CHAT_TEMPLATES}/[^/]+\.jinja"
 )
 # And AutoConfig, GenerationConfig, processors, vLLM; a score file is an expert's own (see merge.shares).
 _OTHERS = re.compile(
@@ -44,6 +46,12 @@ _SCORES = re.compile(r"wp/scores/[^/]+\.safetensors")
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model's folder, by its path there, is the tokenizer's (chat templates included)."""
     return _TOKENIZER.fullmatch(name) is not None
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a model's folder."""
+    found = sorted([*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")])
+    return [path for path in found if is_tokenizer_file(path.relative_to(folder).as_posix()) and path.is_file()]
 
 
 def download(source: Source, cache: str | None = None) -> Path:

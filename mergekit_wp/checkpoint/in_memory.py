@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, content_digest, local_folder
-from mergekit_wp.checkpoint.hub import is_tokenizer_file
+from mergekit_wp.checkpoint.hub import tokenizer_files
 from mergekit_wp.checkpoint.references import read_reference
 from mergekit_wp.checkpoint.weights import HeldTensor, TensorHeader
 from mergekit_wp.errors import BadInput, shown
@@ -71,9 +71,9 @@ def held(model: Any, role: str, tokenizer: Any = None) -> Iterator[LiveModel]:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         elif (source := _home(model)) is not None:
-            for file in source.iterdir():
-                if is_tokenizer_file(file.name) and file.is_file():
-                    shutil.copy(file, folder)
+            for file in tokenizer_files(source):
+                (target := folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copy(file, target)
         yield LiveModel(name, folder, model)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from mergekit_wp.checkpoint.folder import content_digest
+from mergekit_wp.checkpoint.hub import CHAT_TEMPLATES
 from mergekit_wp.checkpoint.weights import read_header
 from mergekit_wp.documents import Count, Date, Number, Sha256, Text, Versions, now, read_record, strict
 from mergekit_wp.errors import BadInput, shown
@@ -90,7 +91,7 @@ def make_certificate(folder: Path, plan: MergePlan, checked: Iterable[str]) -> C
     return Certificate(
         method=plan.method,
         checked=tuple(line.removeprefix("audit: ") for line in checked),
-        files=dict(zip((path.name for path in paths), sha256_of(paths), strict=True)),
+        files=dict(zip((file_name(folder, path) for path in paths), sha256_of(paths), strict=True)),
         scores=tuple(certified_scores(path) for path in dict.fromkeys(used)),
         shares=mean_shares(plan),
         versions={name: version(name) for name in _VERSIONS},
@@ -158,9 +159,15 @@ def is_tensors(path: Path) -> bool:
 
 
 def certified_files(folder: Path) -> list[Path]:
-    """The files that a certificate covers, by name: all but hidden ones, the card and the certificate itself."""
+    """The files that a certificate covers, by name: all but hidden ones, the card and the certificate itself; of
+    folders inside, the chat templates."""
     return sorted(
         path
-        for path in folder.iterdir()
+        for path in (*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja"))
         if path.is_file() and not path.name.startswith(".") and path.name not in _UNCERTIFIED
     )
+
+
+def file_name(folder: Path, path: Path) -> str:
+    """A model's file as a certificate and a repository name it."""
+    return path.relative_to(folder).as_posix()

@@ -3,7 +3,8 @@
 mergekit writes the base's config.json, with another dtype and vocabulary size at most, and copies the files of its
 tokenizer. Here the rest is brought in line with what was written: the dtype is that of the tensors; an entry about
 quantised weights goes, since those that were merged are not quantised; code of its own that the base names (`auto_map`)
-comes along, or, where the base itself lacks it, is not named; and no folder of the machine that made the base is left.
+comes along, or, where the base itself lacks it, is not named; chat templates beside the default one come along; and no
+folder of the machine that made the base is left.
 
 A merged tensor with a NaN or an infinity comes of a damaged input, or of a value that the dtype does not hold
 (`why_not_finite`).
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.checkpoint.hub import CHAT_TEMPLATES, tokenizer_files
 from mergekit_wp.checkpoint.quantised import MARKS
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import inside, read_json_mapping, write_text
@@ -43,6 +45,7 @@ _NAMING_CODE = ("config.json", "tokenizer_config.json")
 def settle(folder: Path, plan: MergePlan) -> None:
     """Bring the merged folder's texts in line with its tensors; idempotent. Raises `BadInput` where one is not JSON."""
     base = plan.checkpoints[plan.tensors[0].base].folder
+    _bring_templates(base, folder)
     for name in _NAMING_CODE:
         path = folder / name
         if not path.is_file():
@@ -54,6 +57,26 @@ def settle(folder: Path, plan: MergePlan) -> None:
         _bring_code(content, base, folder)
         if content != json.loads(before):
             write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _bring_templates(base: Path, folder: Path) -> None:
+    """Copy the chat templates beside the default one, which mergekit leaves out where it copies the base's tokenizer
+    (one that it writes itself has them)."""
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        whose = [path.read_bytes() if (path := place / name).is_file() else None for place in (base, folder)]
+        if whose[0] != whose[1]:
+            return  # another tokenizer, or one template in the place of all
+    for path in tokenizer_files(base) if (folder / "tokenizer_config.json").is_file() else ():
+        target = folder / path.relative_to(base)
+        if path.parent.name != CHAT_TEMPLATES or target.exists():
+            continue
+        try:
+            source = inside(base, path)
+        except BadInput as error:  # the merge is made already, and goes without it
+            LOG.warning("%s The merged model does not have this chat template.", error.message)
+            continue
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def _stored(folder: Path, plan: MergePlan) -> Counter[str]:

@@ -11,7 +11,14 @@ import click
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import write_text
 from mergekit_wp.hashing import FileDigests
-from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, certified_files, make_certificate, read_certificate
+from mergekit_wp.merge.certificate import (
+    CERTIFICATE,
+    Certificate,
+    certified_files,
+    file_name,
+    make_certificate,
+    read_certificate,
+)
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.retry import first
 
@@ -59,7 +66,7 @@ def passed_audit(
 
 def _changes(folder: Path, certificate: Certificate, digests: FileDigests) -> str:
     """What of the model is not as the certificate says; empty when nothing."""
-    here = {path.name: path for path in certified_files(folder) if is_model_file(path)}
+    here = {file_name(folder, path): path for path in certified_files(folder) if is_model_file(path)}
     marked = {name: digest for name, digest in certificate.files.items() if is_model_file(Path(name))}
     if gone := sorted(set(marked) - set(here)):
         return f"{first(gone)} was there when it was audited and is gone"

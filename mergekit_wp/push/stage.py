@@ -19,13 +19,22 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mergekit_wp.checkpoint.hub import CHAT_TEMPLATES
 from mergekit_wp.documents import MOST_JSON_BYTES, parse_json
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_text, write_text
 from mergekit_wp.fit_file import METADATA_KEY as FIT_KEY
 from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.hashing import FileDigests, sha256_of
-from mergekit_wp.merge.certificate import CERTIFICATE, Certificate, CertifiedScores, certified_scores, is_tensors
+from mergekit_wp.merge.certificate import (
+    CERTIFICATE,
+    Certificate,
+    CertifiedScores,
+    certified_files,
+    certified_scores,
+    file_name,
+    is_tensors,
+)
 from mergekit_wp.merge.patch_file import METADATA_KEY as PATCH_KEY
 from mergekit_wp.merge.plan import OURS, WP
 from mergekit_wp.merge.recipe import files_of
@@ -241,8 +250,11 @@ def collect(
             continue
         if os.path.isfile(path) and (is_model_file(path) or is_licence_text(path)):
             published[path.name] = cleaned.get(path.name, inside(folder, path))
-        else:
+        elif path.name != CHAT_TEMPLATES:
             left_out.append(path.name)
+    for path in certified_files(folder):
+        if path.parent.name == CHAT_TEMPLATES:
+            published[file_name(folder, path)] = inside(folder, path)
     published |= {
         RECIPE: stage / RECIPE,
         "README.md": stage / "README.md",
@@ -256,7 +268,7 @@ def collect(
     items = [UploadFile(name, path, path.stat().st_size, found[path]) for name, path in sorted(published.items())]
     for item in items:
         if (
-            item.source.parent == folder
+            folder in item.source.parents
             and is_model_file(item.source)
             and certificate.files.get(item.path) != item.sha256
         ):

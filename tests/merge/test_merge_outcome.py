@@ -118,3 +118,20 @@ def test_code_that_a_base_only_links_to_does_not_come_along(tmp_path):
     _bring_code(config, base, merged)
     assert config == {"auto_map": {"AutoConfig": "own.Config"}}
     assert [path.name for path in merged.iterdir()] == ["own.py"]
+
+
+def test_chat_templates_beside_the_default_one_come_along(world, tmp_path, caplog):
+    """mergekit copies the files of the base's tokenizer one by one, and no folder."""
+    templates = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tool_use.jinja": "T"}
+    for name, text in templates.items():
+        (world.base / name).parent.mkdir(exist_ok=True)
+        (world.base / name).write_text(text)
+    (tmp_path / "secret").write_text("s")
+    (world.base / "additional_chat_templates" / "away.jinja").symlink_to(tmp_path / "secret")
+    out = merge(world)
+    assert {name: (out / name).read_text() for name in templates} == templates
+    assert sorted(path.name for path in (out / "additional_chat_templates").iterdir()) == ["tool_use.jinja"]
+    assert "outside of its folder" in caplog.text
+    # One template in the place of all, as the recipe wants it.
+    own = merge(world, {**world.config(), "chat_template": "{{ messages }} and no others"}, out="own")
+    assert not (own / "additional_chat_templates").exists()

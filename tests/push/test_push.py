@@ -540,6 +540,27 @@ def test_what_is_no_part_of_the_model_stays_here(world):
     assert "checkpoint, pytorch_model.bin, training.log" in publication.listing()
 
 
+def test_chat_templates_beside_the_default_one_are_part_of_the_model(world):
+    """A folder in the model's: certified, published, and no other model's after the audit."""
+    for name in ("tool_use", "rag"):
+        (world.base / "additional_chat_templates").mkdir(exist_ok=True)
+        (world.base / "additional_chat_templates" / f"{name}.jinja").write_text(f"{name} {{{{ messages }}}}")
+    out = merge(world, world.recipe(), "templates")
+    names = [f"additional_chat_templates/{name}.jinja" for name in ("rag", "tool_use")]
+    certificate = read_certificate(out / CERTIFICATE)
+    assert {name: certificate.files.get(name) for name in names} == {name: sha(out / name) for name in names}
+    publication = prepare(Request(out, REPO), None, lambda line: None)
+    assert {item.path: item.source for item in publication.items if "/chat" in item.path or "_chat" in item.path} == {
+        name: out / name for name in names
+    }
+    assert not publication.left_out
+    assert set(names) <= set(read_certificate(stage(world).parent / "templates.push/published" / CERTIFICATE).files)
+    (out / names[0]).write_text("another")
+    shutil.rmtree(world.expert(1))
+    with pytest.raises(BadInput, match=r"additional_chat_templates/rag\.jinja has changed since it was audited"):
+        prepare(Request(out, REPO, licence="mit"), None, print)
+
+
 # ---------------------------------------------------------------------- licences
 
 
