@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp.checkpoint.hub import CHAT_TEMPLATES
 from mergekit_wp.errors import BadInput
+from mergekit_wp.push.gate import is_model_file
 from mergekit_wp.push.retry import WAITS, first, passing, retry, status_of
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 # Smaller files need no line of progress and no request of their own.
 _LARGE = 10_000_000
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_OURS = ("wp/", "licences/", f"{CHAT_TEMPLATES}/")
+_PICKLED = (".bin", ".bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def upload(api: HfApi, repo_id: str, items: Sequence[UploadFile], *, private: bo
     for wait in (*WAITS, None):
         head, remote = _state(api, repo_id)
         missing = [item for item in items if not _is_there(item, remote.get(item.path))]
-        obsolete = _obsolete(items, remote)
+        if obsolete := _obsolete(items, remote):
+            say(f"no longer part of the model, and taken out of the repository: {', '.join(obsolete)}")
         if not missing and not obsolete:
             return f"{api.endpoint}/{repo_id}/commit/{head}"
         _send_large(api, repo_id, missing, additions, say)
@@ -127,13 +131,16 @@ def _is_there(item: UploadFile, entry: Any) -> bool:
 
 
 def _obsolete(items: Sequence[UploadFile], remote: dict[str, Any]) -> list[str]:
-    """What an earlier push left and the model must not have: transformers would load a stray weight file, or mix."""
+    """What the model must not have of an earlier push, or of whoever had the repository: transformers would load it as
+    well, and the model would be one that no audit saw. Licence texts and what is no file of a model stay."""
     ours = {item.path for item in items}
-    return sorted(
-        path
-        for path in remote
-        if path not in ours and (path.startswith(("wp/", "licences/")) or ("/" not in path and path.endswith(_WEIGHTS)))
-    )
+    return sorted(path for path in remote if path not in ours and _belongs_to_a_model(path))
+
+
+def _belongs_to_a_model(path: str) -> bool:
+    if "/" in path:
+        return path.startswith(_OURS)
+    return is_model_file(Path(path)) or path.endswith(_PICKLED)
 
 
 def _send_large(

@@ -132,13 +132,21 @@ def test_a_changed_file_is_the_only_one_sent_and_stray_weights_go(hub, api, item
     assert hub.bytes_sent() == SIZES["wp/scores/a.safetensors"]
 
 
-def test_files_that_others_put_there_stay(hub, api, items):
+def test_what_would_be_loaded_with_the_model_goes_and_what_others_put_there_stays(hub, api, items):
+    """Of another model, or another release of this one; no audit saw the mix."""
     repo = hub.add_repo(REPO)
-    mine = {"thumbnail.png": regular(b"p"), "gguf/q4.gguf": regular(b"g"), "model.safetensors": regular(b"old")}
-    repo.commit({**repo.files, **mine}, "by hand")
-    push(api, items)
-    assert {"thumbnail.png", "gguf/q4.gguf"} <= set(repo.files)
-    assert "model.safetensors" not in repo.files  # transformers would load it in place of the shards
+    kept = ("thumbnail.png", "gguf/q4.gguf", "LICENSE.txt", "notes.md", "onnx/config.json")
+    stale = (
+        "model.safetensors", "pytorch_model.bin", "chat_template.jinja", "added_tokens.json", "generation_config.json",
+        "tokenizer.model", "merges.txt", "modeling_acme.py", "adapter_config.json", "quantize_config.json",
+        "additional_chat_templates/tool_use.jinja", "wp/scores/old.safetensors",
+    )  # fmt: skip
+    repo.commit({**repo.files, **{name: regular(b"old") for name in (*kept, *stale)}}, "by hand")
+    said = []
+    push(api, items, say=said.append)
+    assert set(repo.files) == {*kept, ".gitattributes", *(item.path for item in items)}
+    (line,) = [line for line in said if "taken out of the repository" in line]
+    assert line.partition(": ")[2].split(", ") == sorted(stale)
 
 
 @pytest.mark.parametrize("private", [False, True])
