@@ -859,6 +859,54 @@ def test_a_token_in_a_file_stops_the_push(world, monkeypatch):
     assert TOKEN not in caught.value.message
 
 
+_ANOTHER = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        *((f"a{ending}", f"x={TOKEN}", "your Hub token")
+          for ending in (".csv", ".jsonl", ".env", ".cfg", ".toml", ".sh", ".model", ".png", "")),
+        ("a.csv", f"x={_ANOTHER}", "what looks like a Hub token"),
+        ("a.csv", "secret-of-another-form", "your Hub token"),
+        ("a.csv", "y" * 95 + f"={_ANOTHER}", "what looks like a Hub token"),  # across a border of chunks
+        ("a.csv", "y" * 95 + f"={TOKEN}", "your Hub token"),
+        ("a.csv", "y" * 99 + _ANOTHER, None),  # the border hides what stands before it
+        ("a.csv", "hf_hub_download hf_transfer hf_" + "a" * 29, None),
+        ("a.py", f"sha_{_ANOTHER}", None),
+    ],
+)  # fmt: skip
+def test_a_token_is_found_wherever_it_lies(tmp_path, monkeypatch, name, content, found):
+    from mergekit_wp.push import secrets
+    from mergekit_wp.push.upload import UploadFile
+
+    monkeypatch.setattr(secrets, "_CHUNK", 100)
+    monkeypatch.setattr(secrets, "_SMALL", 10)
+    (tmp_path / name).write_text(content)
+    items = [UploadFile(name, tmp_path / name, len(content), "0" * 64)]
+    token = "secret-of-another-form" if content.startswith("secret") else TOKEN
+    if found is None:
+        assert secrets.check_secrets(items, token) == {}
+        return
+    with pytest.raises(BadInput, match=rf"{name}: holds {found}") as caught:
+        secrets.check_secrets(items, token)
+    assert token not in caught.value.message
+    assert _ANOTHER not in caught.value.message
+
+
+def test_a_token_in_the_header_of_a_large_file_of_weights(tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from mergekit_wp.push.secrets import check_secrets
+    from mergekit_wp.push.upload import UploadFile
+
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(4, np.float32)}, path, metadata={"format": "pt", "note": TOKEN})
+    with pytest.raises(BadInput, match="holds your Hub token"):
+        check_secrets([UploadFile(path.name, path, 10**11, "0" * 64)], TOKEN)
+
+
 def test_help_names_and_network():
     assert "USER/NAME" in wp_push("--help")
     assert "expected USER/NAME" in wp_push(".", "just-a-name", code=2)
