@@ -26,6 +26,7 @@ from mergekit_wp.files import atomic_path, check_writable_parent, inside, read_t
 from mergekit_wp.fit_file import METADATA_KEY as FIT_KEY
 from mergekit_wp.foreign import file_parts, one_line
 from mergekit_wp.hashing import FileDigests, sha256_of
+from mergekit_wp.merge.activations import METADATA_KEY as AIM_KEY
 from mergekit_wp.merge.certificate import (
     CERTIFICATE,
     Certificate,
@@ -43,6 +44,7 @@ from mergekit_wp.push.gate import is_licence_text, is_model_file
 from mergekit_wp.push.names import Names, without_home
 from mergekit_wp.push.parents import Parent
 from mergekit_wp.push.upload import UploadFile
+from mergekit_wp.scores import METADATA_KEY as SCORES_KEY
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 DIGESTS = ".digests.json"
@@ -135,16 +137,37 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def stage_files(stage: Path, files: dict[str, Path], placed: dict[str, str], names: Names) -> None:
-    """Copy the files that a recipe names; where their metadata names folders of this machine, with public names."""
+    """Copy the files that a recipe names; where their metadata names folders of this machine, with public names.
+
+    Raises `BadInput` for one whose document is not JSON.
+    """
     for name, path in files.items():
         metadata = _metadata(path) if is_tensors(path) else {}
-        public = {key: json.dumps(_public(json.loads(text), names), sort_keys=True) for key, text in metadata.items()}
+        try:
+            public = {key: _public_text(key, text, names) for key, text in metadata.items()}
+        except ValueError as error:
+            raise BadInput(
+                f"{path}: its metadata is not the JSON that this package writes ({error}); make it again."
+            ) from error
         target = check_writable_parent(stage / placed[name])
-        if {key: json.loads(text) for key, text in public.items()} == {k: json.loads(t) for k, t in metadata.items()}:
+        if public == metadata:
             shutil.copyfile(path, target)
         else:
             with atomic_path(target) as partial:
                 save_file(load_file(path), partial, metadata=public)
+
+
+_DOCUMENTS = (SCORES_KEY, FIT_KEY, PATCH_KEY, AIM_KEY)
+
+
+def _public_text(key: str, text: str, names: Names) -> str:
+    """An entry of a file's metadata with published names: a document of ours, or what another program put there
+    (`format: pt`). Raises ValueError."""
+    if key not in _DOCUMENTS:
+        return str(names.content(text))
+    document = parse_json(text)
+    public = _public(document, names)
+    return text if public == document else json.dumps(public, sort_keys=True)
 
 
 _MODELS = ("base", "expert", "experts", "recipient", "donor")
