@@ -107,14 +107,15 @@ class Card:
         """The figures of this model in the form of the Hub's `model-index`.
 
         https://github.com/huggingface/hub-docs/blob/main/modelcard.md: a data set has an id there, for which lm-eval's
-        name of the task stands, in the characters that an id may have.
+        name of the task stands.
         """
         from huggingface_hub import EvalResult
 
         return [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=re.sub(r"[^\w.-]", "_", figure.task, flags=re.ASCII),
+                dataset_type=_dataset(figure.task),
+                dataset_config=self._column(results, figure),
                 dataset_name=one_line(figure.column),
                 metric_type=one_line(figure.metric.partition(",")[0]),
                 metric_name=one_line(figure.metric),
@@ -126,6 +127,18 @@ class Card:
             for results in self.results
             for figure in results.figures
         ]
+
+    def _column(self, results: CardResults, figure: Figure) -> str | None:
+        """Which column a figure is from, where several are of one task.
+
+        huggingface_hub would make one entry of them, which had the shots, the name and the table of the first.
+        """
+        data = _dataset(figure.task)
+        columns = [(r.path, f.column) for r in self.results for f in r.figures if _dataset(f.task) == data]
+        if len(columns) == 1:
+            return None
+        alone = [column for _, column in columns].count(figure.column) == 1
+        return one_line(figure.column if alone else f"{figure.column} ({results.path})")
 
     def _about(self) -> str:
         experts = [_link(parent) for parent in self.parents if parent.role != "base"]
@@ -316,6 +329,11 @@ def _put(style: PromptStyle) -> str:
     if style.system is not None:
         parts.append(f"with the system prompt {code(style.system)}")
     return ", ".join(parts)
+
+
+def _dataset(task: str) -> str:
+    """lm-eval's name of a task in the characters that a data set's id may have."""
+    return re.sub(r"[^\w.-]", "_", task, flags=re.ASCII)
 
 
 def _link(parent: Parent) -> str:

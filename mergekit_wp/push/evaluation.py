@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import read_json_mapping
 from mergekit_wp.foreign import one_line
@@ -62,10 +63,11 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
 
 
 def model_fingerprint(model: Path) -> str:
-    """wp-eval's fingerprint of a model folder (reads all of it)."""
-    from mergekit_wp.eval.models import open_model
+    """wp-eval's fingerprint of a model folder: all of it is read, and nothing loaded, since it may bring code."""
+    from mergekit_wp.eval.models import _digest
 
-    return open_model(model.name, str(model), False).fingerprint
+    checkpoint = Checkpoint.open(str(model))
+    return _digest(checkpoint.tensors, checkpoint.folder)
 
 
 def how_measured(content: dict[str, Any]) -> str:

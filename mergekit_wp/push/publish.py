@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Say = Callable[[str], None]
+_FINGERPRINT = "wp-eval's fingerprint, 2026-11-27"  # another name whenever it is made of other things
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _only_unasked(licences: Sequence[Licence]) -> bool:
 def _read_results(results: Path, folder: Path, digests: FileDigests) -> evaluations.Results:
     def fingerprint() -> str:
         files = certified_files(folder)
-        return digests.remember("wp-eval's fingerprint", files, lambda: evaluations.model_fingerprint(folder))
+        return digests.remember(_FINGERPRINT, files, lambda: evaluations.model_fingerprint(folder))
 
     return evaluations.read_folder(results, folder, fingerprint)
 

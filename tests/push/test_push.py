@@ -214,6 +214,67 @@ def test_the_card(world):
     assert {"wp/results/mine.json", "licences/meta--base-1b/NOTICE.txt", "mergekit_config.yml", CERTIFICATE} <= paths
 
 
+def test_every_column_of_a_task_has_an_entry_of_its_own(world):
+    """huggingface_hub groups by the data set and its config: one entry had the shots of the first."""
+    from mergekit_wp.push.card import Card, CardResults
+    from mergekit_wp.push.evaluation import Figure
+    from mergekit_wp.push.licences import Terms
+
+    tables = {
+        "wp/results/a.json": [Figure("GSM8K", "gsm8k", "em", 0.1, 0), Figure("GSM8K 8", "gsm8k", "em", 0.2, 8)],
+        "wp/results/b.json": [Figure("GSM8K", "gsm8k", "em", 0.3, 4), Figure("MMLU", "mmlu", "acc", 0.4, 5)],
+    }
+    results = [CardResults("", "wp", "", "", path, figures) for path, figures in tables.items()]
+    certificate = read_certificate(world.root / "out" / CERTIFICATE)
+    card = Card(REPO, (), (), Terms("mit"), "", certificate, "float32", results=results)
+    (index,) = front_matter(card.text())["model-index"]
+    assert [
+        (r["dataset"].get("config"), r["dataset"]["args"]["num_few_shot"], [m["value"] for m in r["metrics"]])
+        for r in index["results"]
+    ] == [
+        ("GSM8K (wp/results/a.json)", 0, [0.1]),
+        ("GSM8K 8", 8, [0.2]),
+        ("GSM8K (wp/results/b.json)", 4, [0.3]),
+        (None, 5, [0.4]),
+    ]
+
+
+def test_a_model_with_code_of_its_own_is_known_without_running_it(world, tmp_path):
+    from mergekit_wp.eval.models import open_model
+    from mergekit_wp.push.evaluation import model_fingerprint
+
+    folder = shutil.copytree(world.base, tmp_path / "own")
+    own = open_model("own", str(folder), False).fingerprint
+    assert model_fingerprint(folder) == own
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "acme", "auto_map": {"AutoConfig": "configuration_acme.AcmeConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_acme.py").write_text("raise SystemExit('it was run')\n")
+    assert model_fingerprint(folder) != own
+
+
+def test_metadata_of_other_programs_stays_with_a_score_file(world):
+    """`format: pt`, which many tools write, is no JSON."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = world.score(0)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    note = f"{world.root}/notes/x"
+    save_file(load_file(path), path, metadata={**metadata, "format": "pt", "note": note})
+    (item,) = [item for item in dry(world).items if item.path.startswith("wp/scores/e0")]
+    with safe_open(item.source, framework="pt") as file:
+        public = file.metadata()
+    assert (public["format"], public["note"]) == ("pt", "x")
+    assert json.loads(public["wp"])["expert"]["name"] == "e0"
+    save_file(load_file(path), path, metadata={**metadata, "wp": "{"})
+    with pytest.raises(
+        BadInput, match=r"e0\.scores\.safetensors: its metadata is not the JSON that this package writes"
+    ):
+        dry(world)
+
+
 def test_nothing_published_names_a_folder_of_this_machine(made, world, monkeypatch):
     monkeypatch.setenv("HOME", str(world.root))
     results = write_results(world.root / "eval", fingerprint(world), world.root / "out")
