@@ -269,8 +269,8 @@ def _merge(name: str, raw: Any, file: Path) -> Merge:
         raise BadInput(f"`{where}.fit` is for merge_method wp without a fit file of its own; leave one of them out.")
     from mergekit_wp.merge.plan import names_file
 
-    named = {name: value for name, value in merge.parameters.items() if names_file(name, value)}
-    found = {name: str(_found(path, file, f"{where}.parameters.{name}")) for name, path in named.items()}
+    paths = {name: value for name, value in merge.parameters.items() if names_file(name, value)}
+    found = {name: str(_found(path, file, f"{where}.parameters.{name}")) for name, path in paths.items()}
     merge = replace(merge, parameters={**merge.parameters, **found})
     return merge
 
