@@ -205,6 +205,13 @@ def check_files(folder: Path, what: str, below: bool = False) -> None:
             folders.clear()
 
 
+def expand_home(record: object, *fields: str) -> None:
+    """In these fields of a dataclass, a path that begins with `~` becomes one in the home directory, as in a shell."""
+    for name in fields:
+        if isinstance(value := getattr(record, name), str):
+            object.__setattr__(record, name, os.path.expanduser(value))
+
+
 def read_text(path: str | os.PathLike[str], most: int) -> str:
     """A UTF-8 text of at most `most` bytes. Raises OSError, or ValueError with a clause for what it holds."""
     with open_file(path) as stream:

@@ -20,10 +20,12 @@ from mergekit_wp.eval.cli import main as wp_eval
 from mergekit_wp.eval.options import OPTIONS
 from mergekit_wp.eval.suite import Suite, SuiteTask, parse_suite
 from mergekit_wp.fields import about, default_of, default_words, plain
+from mergekit_wp.fit.job import FitJob
 from mergekit_wp.pipeline.cli import main as wp_run
 from mergekit_wp.pipeline.spec import Evaluate, Expert, Merge, Push, read_pipeline
 from mergekit_wp.scoring.cli import main as wp_score
 from mergekit_wp.scoring.config import ScoringJob
+from mergekit_wp.study.study_spec import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = [
@@ -196,3 +198,26 @@ def test_the_page_of_formats_says_what_the_field_says(heading, head, kind):
         assert meaning == about(item).meaning
         value = default_of(item)
         assert default == (default_words(item) or {False: "false"}.get(value if value is False else "", default))
+
+
+def test_a_path_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    """In every file that a person writes: there no shell puts it in the place of `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    experts = [{"expert": "u/e", "pairs": "~/p", "answers": "~/a", "scores": "~/s"}] * 2
+    pipeline = {"base": "u/b", "experts": {"e": {"model": "u/e"}}, "merges": {}, "out": "~/out"}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    study = {"base": "u/b", "expert": "u/e", "scores": ["~/s"], "others": {"x": "~/o"}, "prompts": {"pairs": "~/p"}}
+    job = {"pairs": "~/p", "answers": "~/a", "answer_tokens": 2, "components": "~/c", "top": [3, "~/s"]}
+    suite = {"name": "s", "tasks": [{"task": "t", "column": "T", "metric": "m"}], "include_path": "~/t", "data": "~/d"}
+    read = {
+        "job": ScoringJob(base="u/b", expert="u/e", **job).reads(),
+        "others": [
+            *FitJob(base="u/b", experts=experts, keep="~/c").reads(),
+            *Study.from_mapping(study).reads(),
+            *(str(value) for value in vars(parse_suite(suite, Path("x"))).values() if isinstance(value, Path)),
+            str(read_pipeline(tmp_path / "pipeline.yaml").out),
+        ],
+    }
+    named = {name: {path for path in found if not path.startswith("u/")} for name, found in read.items()}
+    assert named["job"] == {str(tmp_path / name) for name in "pacs"}
+    assert named["others"] == {str(tmp_path / name) for name in (*"pascotd", "out")}

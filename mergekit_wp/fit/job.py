@@ -30,7 +30,7 @@ from mergekit_wp.fields import (
     text,
     whole,
 )
-from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.files import expand_home, read_yaml_mapping
 from mergekit_wp.scoring.config import ScoringJob
 
 _MODELS, _FIT, _PERFORMANCE = "Models and Prompts", "Fit", "Performance"
@@ -46,6 +46,9 @@ class FitExpert:
         text(), "Its answers to them, made on another machine.", None, unset="generated, and kept beside the fit file"
     )
     scores: str | None = described(text(), "Its score file, for `start: scores`.", None)
+
+    def __post_init__(self) -> None:
+        expand_home(self, "pairs", "answers", "scores")
 
 
 _EXPERTS = ValueKind(
@@ -119,6 +122,7 @@ class FitJob:
         if wrong := first_wrong(FitJob, vars(self)):
             name, kind = wrong
             raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected {kind.expected}.")
+        expand_home(self, "keep")
         for k, expert in enumerate(self.experts):
             self._check_expert(k, expert)
 

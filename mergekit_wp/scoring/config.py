@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -36,7 +37,7 @@ from mergekit_wp.fields import (
     text,
     whole,
 )
-from mergekit_wp.files import read_yaml_mapping
+from mergekit_wp.files import expand_home, read_yaml_mapping
 
 PLAIN = "{prompt}"
 
@@ -293,6 +294,9 @@ class ScoringJob:
         if wrong := first_wrong(ScoringJob, vars(self)):
             name, kind = wrong
             raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected {kind.expected}.")
+        expand_home(self, "pairs", "at", "answers", "components")
+        if self.top is not None:
+            object.__setattr__(self, "top", [self.top[0], os.path.expanduser(self.top[1])])
         self._check_together()
 
     @property

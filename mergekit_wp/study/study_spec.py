@@ -10,6 +10,7 @@ answers: {tokens: 256, shares: [0.05, 0.2]}
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -231,7 +232,7 @@ class Study:
     def reads(self) -> list[str]:
         """Everything that the study reads, models too, as it names them; what its jobs read is theirs to say."""
         models = [self.base, self.expert, *map(str, read_reference(self.expert).sources)]
-        pairs = [self.prompts["pairs"]] if self.prompts else []
+        pairs = [self.job().pairs] if self.prompts else []
         files = [entry for entry in (*self.scores.values(), *self.others.values()) if isinstance(entry, str)]
         return [*models, *files, *pairs]
 
@@ -244,11 +245,12 @@ class Study:
 
 
 def _named(field: str, files: Mapping[str, Any] | list[str]) -> dict[str, Any]:
-    """Files of a list are named as they are, without folder and ending. Raises `BadInput` for two of one name."""
+    """Files of a list are named as they are, without folder and ending; `~` is the home directory. Raises `BadInput`
+    for two of one name."""
     if isinstance(files, Mapping):
-        return dict(files)
+        return {name: os.path.expanduser(file) if isinstance(file, str) else file for name, file in files.items()}
     found: dict[str, str] = {}
-    for path in files:
+    for path in map(os.path.expanduser, files):
         name = Path(path).stem
         if name in found:
             raise BadInput(f"{field}: {found[name]} and {path} have one name; write a mapping, with a name for each.")
