@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_wp.checkpoint.adapters import merge_lora
 from mergekit_wp.checkpoint.folder import Checkpoint, content_digest, fingerprint_of, local_folder
-from mergekit_wp.checkpoint.hub import is_tokenizer_file
+from mergekit_wp.checkpoint.hub import is_tokenizer_file, tokenizer_files
 from mergekit_wp.checkpoint.references import Reference, read_reference
 from mergekit_wp.checkpoint.weights import ADAPTER, TensorHeader, read_tensors
 from mergekit_wp.errors import BadInput, reason_of
@@ -94,12 +94,13 @@ def open_model(name: str, reference: str, trust_remote_code: bool, loras: Path |
     else:
         checkpoint = Checkpoint.open(reference)
     _check_loadable(reference, checkpoint.folder, trust_remote_code)
-    digest = _digest(checkpoint.tensors, checkpoint.folder)
+    digest = answers_digest(checkpoint.tensors, checkpoint.folder)
     return EvalModel(name, reference, checkpoint.folder, digest)
 
 
-def _digest(tensors: Mapping[str, TensorHeader], folder: Path) -> str:
-    """SHA-256 of all that changes what a model answers."""
+def answers_digest(tensors: Mapping[str, TensorHeader], folder: Path) -> str:
+    """SHA-256 of all that changes what a model answers: every weight, and the files of `_answering_files`. No code
+    of the model is run for it."""
     # Every byte, not the samples of a fingerprint: two merges may differ in the rows of one head.
     digest = hashlib.sha256(content_digest(tensors).encode())
     for name in sorted(_answering_files(folder)):
@@ -127,7 +128,7 @@ def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
     assert meaning.lora is not None
     base, lora = Checkpoint.of(meaning.model), local_folder(meaning.lora)
     fingerprint_of(meaning)  # says what is wrong with either before the long work
-    parts = _digest(base.tensors, base.folder) + _digest(read_tensors(lora, ADAPTER), lora)
+    parts = answers_digest(base.tensors, base.folder) + answers_digest(read_tensors(lora, ADAPTER), lora)
     target = loras / hashlib.sha256(parts.encode()).hexdigest()[:32]
     if target.is_dir():
         return target
@@ -137,9 +138,10 @@ def _merged(meaning: Reference, loras: Path, trust_remote_code: bool) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=loras, prefix=".partial-") as work:
         merged = merge_lora(meaning, Path(work), trust_remote_code)
-        for path in owner.iterdir():
-            if is_tokenizer_file(path.name) and path.is_file():
-                shutil.copyfile(path, merged / path.name)
+        for path in tokenizer_files(owner):
+            copied = merged / path.relative_to(owner)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copied)
         os.replace(merged, target)
     return target
 

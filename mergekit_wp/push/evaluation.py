@@ -64,10 +64,10 @@ def read_folder(folder: Path, model: Path, fingerprint: Callable[[], str]) -> Re
 
 def model_fingerprint(model: Path) -> str:
     """wp-eval's fingerprint of a model folder: all of it is read, and nothing loaded, since it may bring code."""
-    from mergekit_wp.eval.models import _digest
+    from mergekit_wp.eval.models import answers_digest
 
     checkpoint = Checkpoint.open(str(model))
-    return _digest(checkpoint.tensors, checkpoint.folder)
+    return answers_digest(checkpoint.tensors, checkpoint.folder)
 
 
 def how_measured(content: dict[str, Any]) -> str:
