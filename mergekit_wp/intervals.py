@@ -3,7 +3,8 @@
 A score is a mean over prompts, as far as they can be told from one another; other prompts of the same kind would have
 given another. The paired bootstrap draws as many prompts as there are, with replacement, the same ones for every
 component, and scores again from what each prompt gives (`wp-score --per-prompt`); the interval holds the middle
-95 % of the draws (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). Two experts, or two methods,
+95 % of the draws (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). Draws of few prompts lie too
+near to the score, so all are moved away from it as far as Student's t asks (`widened`). Two experts, or two methods,
 that were scored on the same prompts are drawn together, so what is hard about a prompt cancels.
 
 What the interval does not hold is what the prompts share: how they were written, and what was held fixed, such as the
@@ -14,9 +15,11 @@ Legend: D draws, P prompts, L layers, n heads or neurons of a layer, C component
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -80,12 +83,17 @@ class Bootstrap:
             found[name] = kept_DP[: self.draws]
         return found
 
-    def layers(self, kind: Kind) -> Iterator[torch.Tensor]:
-        """The scores of every draw, a layer at a time: float32 [D, n]."""
-        return (self._layer(kind, layer) for layer in range(self.scores.meta.geometry.layers))
+    def layers(self, kind: Kind, level: float = LEVEL) -> Iterator[torch.Tensor]:
+        """The scores of every draw, widened for intervals of this level, a layer at a time: float32 [D, n]."""
+        return (self._layer(kind, layer, level) for layer in range(self.scores.meta.geometry.layers))
 
-    def _layer(self, kind: Kind, layer: int) -> torch.Tensor:
-        every = [rescored(self.scores, name, kind, layer, self._counts[name]) for name in self.tasks]
+    def _layer(self, kind: Kind, layer: int, level: float) -> torch.Tensor:
+        every = []
+        for name in self.tasks:
+            task, drawn_Dn = self.scores.tasks[name], rescored(self.scores, name, kind, layer, self._counts[name])
+            assert task.prompts is not None
+            used = int(task.prompts.used[self.scores.meta.metric_of(name, layer)].sum())
+            every.append(widened(drawn_Dn, getattr(task, kind)[layer], used, level))
         return torch.stack(every).mean(0)
 
     def intervals(self, components: Sequence[Component], level: float = LEVEL) -> list[Interval]:
@@ -101,10 +109,10 @@ class Bootstrap:
         drawn_DC = torch.empty(self.draws, len(mine))
         for layer in {c.layer for c in mine}:  # one at a time: a layer's draws are 55 MB for a 13B
             places = [place for place, c in enumerate(mine) if c.layer == layer]
-            drawn_DC[:, places] = self._layer(kind, layer)[:, [mine[place].index for place in places]]
+            drawn_DC[:, places] = self._layer(kind, layer, level)[:, [mine[place].index for place in places]]
         above_DC = torch.zeros(self.draws, len(mine), dtype=torch.long)
         seen_Ln = self.scores.seen(kind)
-        for layer, scores_Dn in enumerate(self.layers(kind)):
+        for layer, scores_Dn in enumerate(self.layers(kind, level)):
             ordered_Dn = scores_Dn[:, seen_Ln[layer]].sort(1).values.contiguous()
             above_DC += ordered_Dn.shape[1] - torch.searchsorted(ordered_Dn, drawn_DC, right=True)
         low_C, high_C = ends(drawn_DC, level)
@@ -152,9 +160,20 @@ def differences(
         raise BadInput("the files were scored on different prompts; score both with the same pairs, samples and seed.")
     if getattr(one, kind).shape != getattr(other, kind).shape:
         raise BadInput("the files are of models of different shapes, whose components cannot be compared.")
-    both = [ends(a - b, level) for a, b in zip(*(each.layers(Kind(kind)) for each in pair), strict=True)]
+    both = [ends(a - b, level) for a, b in zip(*(each.layers(Kind(kind), level) for each in pair), strict=True)]
     low_Ln, high_Ln = (torch.stack(side) for side in zip(*both, strict=True))
     return low_Ln, high_Ln
+
+
+def widened(drawn: Any, value: Any, prompts: int, level: float = LEVEL) -> Any:
+    """Draws of `value`, a mean over so many prompts (two at least), moved away from it, so that their middle `level`
+    is as wide as the interval of a mean by Student's t. For a mean over tasks each task's are, which is rather wide."""
+    from scipy.special import ndtri, stdtrit
+
+    # A resample's variance divides by P where an estimate divides by P - 1, and its quantiles are about the normal's.
+    upper = (1 + level) / 2
+    factor = math.sqrt(prompts / (prompts - 1)) * float(stdtrit(prompts - 1, upper) / ndtri(upper))
+    return value + factor * (drawn - value)
 
 
 def ends(drawn_DC: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from prompt_scores import made
+from scipy import stats
 from score_example import example
 
 from mergekit_wp.errors import BadInput
@@ -37,6 +38,7 @@ def test_intervals_and_ranks_are_those_of_a_loop_over_the_draws(gap, dropped):
                 tables.append(effects / sum(prompts.gaps["kl"][p] for p in rows))
         drawn.append(torch.stack(tables).mean(0))
     drawn_DLH = torch.stack(drawn)
+    drawn_DLH = scores.heads + by_t(30 - dropped) * (drawn_DLH - scores.heads)
     for layer, index in ((0, 0), (2, 3), (1, 2)):
         (found,) = sure.intervals([Component(Kind.HEAD, layer, index)])
         low, high = ends(drawn_DLH[:, layer, index, None], 0.95)
@@ -44,6 +46,29 @@ def test_intervals_and_ranks_are_those_of_a_loop_over_the_draws(gap, dropped):
         ranks_D = 1 + (drawn_DLH > drawn_DLH[:, layer, index, None, None]).sum((1, 2))
         assert (found.best_rank, found.worst_rank) == tuple(int(x) for x in ends(ranks_D[:, None].float(), 0.95))
         assert found.score == pytest.approx(float(scores.heads[layer, index]))
+
+
+def by_t(prompts):
+    """How much wider the interval of a mean is than that of a normal distribution with the variance of resamples."""
+    return math.sqrt(prompts / (prompts - 1)) * stats.t.ppf(0.975, prompts - 1) / 1.959964
+
+
+@pytest.mark.parametrize("prompts", [4, 8, 30])
+def test_where_no_score_is_above_zero_as_many_are_called_so_as_is_said(prompts):
+    """2.5 % on either side, and 5 % of differences; without widening it is 11 and 20 % of 4 prompts."""
+    sure, differ, count, compared = 0, 0, 0, 0
+    for seed in range(40):
+        scores = made(seed=seed, prompts=prompts, tasks=("a",))
+        for kind in Kind:
+            for drawn_Dn in Bootstrap(scores, draws=400).layers(kind):
+                low_n, high_n = ends(drawn_Dn, 0.95)
+                sure, count = sure + int(((low_n > 0) | (high_n < 0)).sum()), count + len(low_n)
+        low_Ln, high_Ln = differences(
+            scores, made(seed=1000 + seed, prompts=prompts, tasks=("a",)), "neurons", draws=400
+        )
+        differ, compared = differ + int(((low_Ln > 0) | (high_Ln < 0)).sum()), compared + low_Ln.numel()
+    assert 0.03 < sure / count < 0.075
+    assert 0.03 < differ / compared < 0.08
 
 
 def test_of_a_mean_the_interval_is_two_standard_errors_to_either_side():

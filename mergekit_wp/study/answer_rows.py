@@ -7,8 +7,9 @@ the matrix across tasks.
     beyond_matched  right beyond the mean of the sets drawn in the same layers
 
 Of a mean over tasks Wilson's interval is that of as many prompts as would give its variance. Intervals of differences
-are bootstraps over prompts, drawn for all models of a task together, so that what is hard about a prompt cancels. With
-few prompts they are narrower than they should be: one of 0 to 0 says that no prompt changed its verdict.
+are bootstraps over prompts, drawn for all models of a task together, so that what is hard about a prompt cancels; those
+beyond random sets hold what other sets would have given, too (`Beyond`), which two sets of one task hardly say. An
+interval of 0 to 0 says that no prompt changed its verdict.
 
 Legend: N prompts, R resamples, T tasks.
 """
@@ -24,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_wp.intervals import widened
 from mergekit_wp.scores import Scores
 from mergekit_wp.study.answer_plan import BASE, EXPERT, Model
 from mergekit_wp.study.answer_run import GradedTask, Said
-from mergekit_wp.study.set_effects import RESAMPLES, interval_of
+from mergekit_wp.study.set_effects import RESAMPLES, Beyond
 from mergekit_wp.study.set_plan import MATCHED, RANDOM, TOP, WHOLE
 from mergekit_wp.study.set_rows import REMOVED, RESTORED
 
@@ -75,7 +77,7 @@ class AnswerRows:
     seed: int
     models: list[Row] = field(default_factory=list)
     curves: list[Row] = field(default_factory=list)
-    _drawn: list[Row] = field(default_factory=list)
+    _drawn: list[dict[str, Beyond]] = field(default_factory=list)
 
     def add(self, answers: Answers) -> None:
         """Take the rows of a task."""
@@ -89,17 +91,17 @@ class AnswerRows:
             place = (model.removed, model.scores, model.kinds, model.share)
             drawn, matched = answers.find(RANDOM, *place), answers.find(MATCHED, *place)
             right_N, recipient_N = answers.passed_N(model), answers.passed_N(expert if model.removed else base)
-            parts_N = {"gained": right_N - recipient_N}
+            found = {"gained": _over(right_N, [recipient_N], drawn_RN, random_sets=False)}
             if matched:
-                parts_N["beyond_matched"] = right_N - np.mean([answers.passed_N(each) for each in matched], axis=0)
-            drawn_R = {name: drawn_RN @ part_N for name, part_N in parts_N.items()}
-            self._drawn.append(drawn_R)
+                others = [answers.passed_N(each) for each in matched]
+                found["beyond_matched"] = _over(right_N, others, drawn_RN, random_sets=True)
+            self._drawn.append(found)
             self.curves.append({
                 "task": question.task, **_where(model), "size": model.subset.count, "prompts": count,
                 "base": float(answers.passed_N(base).mean()), "expert": float(answers.passed_N(expert).mean()),
                 "right": float(right_N.mean()),
                 **dict(zip(("right_low", "right_high"), wilson(float(right_N.mean()), count), strict=True)),
-                **_estimates(parts_N, drawn_R), RANDOM: _rights(answers, drawn), MATCHED: _rights(answers, matched),
+                **_estimates(found), RANDOM: _rights(answers, drawn), MATCHED: _rights(answers, matched),
             })  # fmt: skip
 
     def means(self) -> list[Row]:
@@ -117,10 +119,8 @@ class AnswerRows:
         count = len(rows) ** 2 / sum(1 / row["prompts"] for row in rows)
         found |= dict(zip(("right_low", "right_high"), wilson(found["right"], count), strict=True))
         for name in ("gained", "beyond_matched"):
-            known = [n for n, row in enumerate(rows) if row[name] is not None]
-            value = fmean(rows[n][name] for n in known) if known else None
-            bounds = interval_of(np.mean([drawn[n][name] for n in known], axis=0)) if known else (None, None)
-            found |= {name: value, f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+            known = [each[name] for each in drawn if name in each]
+            found |= _estimate(name, Beyond.mean(known) if known else None)
         for name in (RANDOM, MATCHED):
             each = [row[name] for row in rows if row[name] is not None]
             found[name] = np.mean(each, axis=0).tolist() if each else None
@@ -145,14 +145,24 @@ def _model_row(answers: Answers, model: Model) -> Row:
     }  # fmt: skip
 
 
-def _estimates(parts_N: Mapping[str, np.ndarray], drawn_R: Mapping[str, np.ndarray]) -> Row:
+def _over(right_N: np.ndarray, others_DN: Sequence[np.ndarray], drawn_RN: np.ndarray, *, random_sets: bool) -> Beyond:
+    """Right answers beyond those of another model, or beyond the mean of models with random sets."""
+    part_N, count = right_N - np.mean(others_DN, axis=0), len(right_N)
+    # One prompt cannot be resampled.
+    drawn_R = widened(drawn_RN @ part_N, part_N.mean(), count) if count > 1 else np.full(len(drawn_RN), np.nan)
+    if random_sets:
+        return Beyond.of(float(right_N.mean()), np.mean(others_DN, axis=1), drawn_R)
+    return Beyond(float(part_N.mean()), drawn_R, (), ())
+
+
+def _estimates(found: Mapping[str, Beyond]) -> Row:
     """Differences, each with its interval."""
-    found: Row = {}
-    for name in ("gained", "beyond_matched"):
-        known, several = name in parts_N, name in parts_N and len(parts_N[name]) > 1  # one prompt cannot be resampled
-        low, high = interval_of(drawn_R[name]) if several else (None, None)
-        found |= {name: float(parts_N[name].mean()) if known else None, f"{name}_low": low, f"{name}_high": high}
-    return found
+    return _estimate("gained", found["gained"]) | _estimate("beyond_matched", found.get("beyond_matched"))
+
+
+def _estimate(name: str, found: Beyond | None) -> Row:
+    low, high = (None, None) if found is None else found.interval
+    return {name: None if found is None else found.value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _rights(answers: Answers, models: Sequence[Model]) -> list[float] | None:

@@ -31,6 +31,7 @@ from mergekit_wp.console import StartProgress
 from mergekit_wp.errors import enough_memory
 from mergekit_wp.foreign import file_parts
 from mergekit_wp.geometry import Component, Kind
+from mergekit_wp.intervals import widened
 from mergekit_wp.page import grid, render, render_text
 from mergekit_wp.ranking import table_of
 from mergekit_wp.scoring.models.load import load_pair
@@ -148,7 +149,8 @@ class HeadSets:
         known_Nh = np.isfinite(log_Nh)
         weight_Sh = drawn_SN @ known_Nh
         mean_Sh = drawn_SN @ np.where(known_Nh, log_Nh, 0.0) / np.where(weight_Sh > 0, weight_Sh, np.nan)
-        return _interval(_mean_over_prompts(mean_Sh.T))  # of the heads, of each draw
+        logs_S = _mean_over_prompts(mean_Sh.T)  # of the heads, of each draw
+        return _interval(widened(logs_S, _mean(log_Nh), count)) if count > 1 else (None, None)
 
     @property
     def _draws(self) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
@@ -223,7 +225,7 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             for test in (
                 lambda row: row["expert"] > row["expert_matched_high"],
                 lambda row: row["expert"] < row["expert_matched_low"],
-                lambda row: row["change_low"] > 1,
+                lambda row: row["change_low"] is not None and row["change_low"] > 1,
                 lambda row: row["change"] > row["change_matched_high"],
             )
         )
@@ -331,7 +333,7 @@ PART = Part(
     models=True,
     code=(
         "study/attention.py", "study/regions.py", "study/sets.py", "study/drawings.py", "scoring/hooks.py",
-        "scoring/sweep.py",
+        "scoring/sweep.py", "intervals.py",
     ),
     prompts=True,
 )  # fmt: skip

@@ -79,6 +79,7 @@ PART = Part(
         "study/answer_page.py",
         "study/set_rows.py",
         "study/drawings.py",
+        "intervals.py",
         *CODE,
     ),
 )

@@ -196,6 +196,7 @@ PART = Part(
     code=(
         "study/set_curves.py", "study/set_plan.py", "study/set_effects.py", "study/set_rows.py", "study/set_page.py",
         "study/held_out.py", "study/sets.py", "study/drawings.py", "scoring/models/exchanged.py",
-        "scoring/models/merged.py", "scoring/metrics.py", "geometry.py",
+        "scoring/models/merged.py", "scoring/metrics.py", "intervals.py",
+        "geometry.py",
     ),
 )  # fmt: skip

@@ -18,13 +18,16 @@ Legend: C sets, N prompts, B those of a batch, T tokens, A positions read of eac
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from mergekit_wp.console import Tick
+from mergekit_wp.intervals import widened
 from mergekit_wp.scoring.batching import Batch, TaskTokens, numbered_batches
 from mergekit_wp.scoring.metrics import CosineMetric, GapLedger, KLMetric, Metric
 from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
@@ -161,13 +164,61 @@ class Effects:
         drawn_RN = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn_RC = drawn_RN @ gained_CN.T / (drawn_RN @ gap_N)[:, None]
-        known = np.isfinite(drawn_RC) & (count > 1)
-        return cls(gained_CN.sum(1) / gap_N.sum(), np.where(known, drawn_RC, np.nan))
+        value_C, used = gained_CN.sum(1) / gap_N.sum(), int((weight_N != 0).sum())
+        drawn_RC = widened(drawn_RC, value_C, used) if used > 1 else np.full_like(drawn_RC, np.nan)
+        return cls(value_C, np.where(np.isfinite(drawn_RC), drawn_RC, np.nan))
 
-    def beyond(self, c: int, others: Sequence[int]) -> np.ndarray:
-        """What one set has over the mean of others on the same prompts, [R]."""
-        beyond_R: np.ndarray = self.drawn_RC[:, c] - self.drawn_RC[:, list(others)].mean(1)
-        return beyond_R
+    def beyond(self, c: int, others: Sequence[int]) -> Beyond:
+        """What one set has over the mean of others, which were drawn at random, on the same prompts."""
+        drawn, places = self.value_C[list(others)], list(others)
+        return Beyond.of(self.value_C[c], drawn, self.drawn_RC[:, c] - self.drawn_RC[:, places].mean(1))
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What sets have over random ones: of one task, or the mean over tasks.
+
+    Other prompts would have given another difference, and so would other draws of the random sets: were the set one of
+    them, it would differ from the mean of D by their standard deviation s times sqrt(1 + 1/D), and s is known of D - 1.
+
+    drawn_R: of resampled prompts; draw_T, degrees_T: by task, s^2 (1 + 1/D) and D - 1, none of a single draw
+    """
+
+    value: float
+    drawn_R: np.ndarray
+    draw_T: tuple[float, ...]
+    degrees_T: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: float, others_D: np.ndarray, drawn_R: np.ndarray) -> Beyond:
+        """Of one task: the set's own value, those of the random sets, and the difference by resampled prompts."""
+        count = len(others_D)
+        spread = float(np.var(others_D, ddof=1)) * (1 + 1 / count) if count > 1 else math.nan
+        return cls(float(value - np.mean(others_D)), drawn_R, (spread,), (count - 1,))
+
+    @classmethod
+    def mean(cls, every: Sequence[Beyond]) -> Beyond:
+        """Of tasks, whose prompts and random sets are drawn apart."""
+        drawn_R = np.mean([each.drawn_R for each in every], axis=0)
+        draws = tuple(draw / len(every) ** 2 for each in every for draw in each.draw_T)
+        return cls(
+            float(np.mean([each.value for each in every])), drawn_R, draws,
+            tuple(degrees for each in every for degrees in each.degrees_T),
+        )  # fmt: skip
+
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """95 % over prompts and random sets: the two half widths as legs of a right angle. (None, None) of a single
+        prompt, or of a single random set in some task, which does not say how far such sets differ."""
+        low, high = interval_of(self.drawn_R)
+        if low is None or high is None or not all(self.degrees_T):
+            return None, None
+        half = 0.0
+        if total := sum(self.draw_T):
+            # Degrees of freedom of a sum of variances that are known of a few draws each (Satterthwaite 1946).
+            squares = sum(draw**2 / degrees for draw, degrees in zip(self.draw_T, self.degrees_T, strict=True))
+            half = float(stdtrit(total**2 / squares, INTERVAL[1] / 100)) * math.sqrt(total)
+        return self.value - math.hypot(self.value - low, half), self.value + math.hypot(high - self.value, half)
 
 
 def interval_of(drawn_R: np.ndarray) -> tuple[float | None, float | None]:

@@ -4,7 +4,7 @@
     additive  effect of a set / sum of its components' own scores: 1 where effects add up
 
 Intervals (95 %) are bootstraps over prompts, of one task or of the mean over tasks; of random sets the spread over
-draws is given.
+draws is given, and what the top has beyond those of the same layers has an interval over prompts and draws (`Beyond`).
 
 Legend: C sets, N prompts, R resamples.
 """
@@ -27,7 +27,7 @@ from mergekit_wp.ranking import table_of
 from mergekit_wp.scores import ScoreMeta, Scores
 from mergekit_wp.scoring.metrics import GapLedger
 from mergekit_wp.study.inputs import UP
-from mergekit_wp.study.set_effects import KL, Effects, interval_of
+from mergekit_wp.study.set_effects import KL, Beyond, Effects, interval_of
 from mergekit_wp.study.set_plan import (
     BRANCH,
     BRANCH_SHARES,
@@ -94,7 +94,7 @@ class SetRows:
     ceilings: list[Row] = field(default_factory=list)
     branches: list[Row] = field(default_factory=list)
     without_gap: list[str] = field(default_factory=list)
-    _drawn: dict[int, tuple[np.ndarray, np.ndarray | None]] = field(default_factory=dict)
+    _drawn: dict[int, tuple[np.ndarray, Beyond | None]] = field(default_factory=dict)
 
     def add(self, scores: Scores, measured: Measured) -> None:
         """Take the rows of what was measured."""
@@ -135,13 +135,13 @@ class SetRows:
         trial, effect = measured.trials[top], float(effects.value_C[top])
         own = measured.called == own_metric(meta, side)
         summed = trial.expected if own and not measured.removed and _scores_are_effects(meta, side) else None
-        beyond_R = effects.beyond(top, matched) if matched else None
-        self._drawn[len(self.curves)] = effects.drawn_RC[:, top], beyond_R
+        beyond = effects.beyond(top, matched) if matched else None
+        self._drawn[len(self.curves)] = effects.drawn_RC[:, top], beyond
         self.curves.append({
             **measured.where, "kind": kind, "side": side, "k": k, "size": trial.size, "components": count, "own": own,
             **_estimate(effects, top), RANDOM: _spread(effects, drawn), MATCHED: _spread(effects, matched),
             WORST: float(effects.value_C[worst[0]]) if worst else None,
-            "beyond_matched": None if beyond_R is None else interval_of(beyond_R),
+            "beyond_matched": None if beyond is None else beyond.interval,
             "sum_of_scores": summed, "additive": effect / summed if summed else None,
         })  # fmt: skip
 
@@ -156,8 +156,8 @@ class SetRows:
 
     def _mean(self, numbers: Sequence[int]) -> Row:
         rows, drawn = [self.curves[n] for n in numbers], [self._drawn[n] for n in numbers]
-        beyond = [beyond_R for _drawn_R, beyond_R in drawn if beyond_R is not None]
-        low, high = interval_of(np.mean([drawn_R for drawn_R, _beyond in drawn], axis=0))
+        beyond = [each for _drawn_R, each in drawn if each is not None]
+        low, high = interval_of(np.mean([drawn_R for drawn_R, _each in drawn], axis=0))
         worst = [row[WORST] for row in rows if row[WORST] is not None]
         added = [row["additive"] for row in rows if row["additive"] is not None]
         return {
@@ -165,7 +165,7 @@ class SetRows:
             "effect": fmean(row["effect"] for row in rows), "low": low, "high": high,
             RANDOM: _mean_spread(rows, RANDOM), MATCHED: _mean_spread(rows, MATCHED),
             WORST: fmean(worst) if worst else None,
-            "beyond_matched": interval_of(np.mean(beyond, axis=0)) if beyond else None,
+            "beyond_matched": Beyond.mean(beyond).interval if beyond else None,
             "tasks_beyond_matched": sum(((row["beyond_matched"] or [None])[0] or 0.0) > 0 for row in rows),
             "additive": fmean(added) if added else None,
         }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import plain_patch
 import pytest
@@ -9,6 +11,7 @@ import tiny
 import torch
 from fit_world import geometry_of
 from merge_world import tensors_of
+from scipy import stats
 from score_jobs import job_for
 from streamed_world import PROMPTS, resident, streamed
 from torch.nn import functional
@@ -21,7 +24,7 @@ from mergekit_wp.scoring.models.exchanged import Exchange, ExchangedStack
 from mergekit_wp.scoring.models.load import ModelPair, load_pair
 from mergekit_wp.scoring.packing import PackedBatch
 from mergekit_wp.scoring.score import prepare, score
-from mergekit_wp.study.set_effects import RESAMPLES, Effects, direction_of, interval_of, metrics_of, values_of
+from mergekit_wp.study.set_effects import RESAMPLES, Beyond, Effects, direction_of, interval_of, metrics_of, values_of
 from mergekit_wp.study.set_plan import ceilings
 from mergekit_wp.study.sets import top_set
 from mergekit_wp.subset import Subset
@@ -180,6 +183,10 @@ def test_streamed_is_resident(tmp_path, kind) -> None:
     assert np.array(found[1]) == pytest.approx(np.array(found[0]), abs=1e-5)
 
 
+def by_t(prompts):
+    return math.sqrt(prompts / (prompts - 1)) * stats.t.ppf(0.975, prompts - 1) / 1.959964
+
+
 @pytest.mark.parametrize("gap", ["sample", "mean"])
 def test_intervals_are_those_of_resampled_prompts(gap) -> None:
     random = np.random.default_rng(1)
@@ -202,8 +209,45 @@ def test_intervals_are_those_of_resampled_prompts(gap) -> None:
     drawn_RC = np.array([[effect(c, numbers) for c in (0, 1)] for numbers in resamples])
     for c in (0, 1):
         assert found.value_C[c] == pytest.approx(effect(c, used))
+        drawn_RC[:, c] = effect(c, used) + by_t(len(used)) * (drawn_RC[:, c] - effect(c, used))
         np.testing.assert_allclose(interval_of(found.drawn_RC[:, c]), np.percentile(drawn_RC[:, c], [2.5, 97.5]))
     beyond = np.percentile(drawn_RC[:, 0] - drawn_RC[:, 1], [2.5, 97.5])
-    np.testing.assert_allclose(interval_of(found.beyond(0, [1])), beyond, atol=1e-12)
+    np.testing.assert_allclose(interval_of(found.beyond(0, [1]).drawn_R), beyond, atol=1e-12)
     one = Effects.of(*(x[..., :1] for x in tensors), GapLedger("kl", gap, 1e-3), "t", [5])
     assert interval_of(one.drawn_RC[:, 0]) == (None, None)
+    assert one.beyond(0, [1]).interval == (None, None)
+
+
+def exchangeable(random, sets, prompts, apart):
+    """Effects of sets of which none is better than another: they differ by `apart`, and from prompt to prompt."""
+    own_C1, hard_N = random.normal(0.2, apart, (sets, 1)), random.normal(0, 0.1, prompts)
+    values_CN = own_C1 + hard_N + random.normal(0, 0.05, (sets, prompts))
+    ends = torch.zeros(prompts, dtype=torch.float64), torch.ones(prompts, dtype=torch.float64)
+    return Effects.of(torch.tensor(values_CN), *ends, GapLedger("kl", "mean", 0.0), "t", [0])
+
+
+@pytest.mark.parametrize(("prompts", "apart", "draws", "tasks"), [(32, 0.05, 5, 1), (8, 0.05, 5, 1), (32, 0.05, 2, 3)])
+def test_a_random_set_is_seldom_more_than_others(prompts, apart, draws, tasks) -> None:
+    """Nominally in 2.5 %; where only prompts are resampled, in a third. Means of two draws are safer than that."""
+    random, worlds = np.random.default_rng(0), 200 // tasks
+    more = 0
+    for _world in range(worlds):
+        every = [exchangeable(random, draws + 1, prompts, apart).beyond(0, range(1, draws + 1)) for _ in range(tasks)]
+        more += (every[0] if tasks == 1 else Beyond.mean(every)).interval[0] > 0
+    assert more / worlds < 0.05
+
+
+def test_what_is_beyond_random_sets_is_told_from_them() -> None:
+    """By hand: five values, whose mean is known to s sqrt(1 + 1/5) with 4 degrees of freedom; of tasks, by all."""
+    drawn_D, sure_R = np.array([0.1, 0.2, 0.15, 0.12, 0.18]), np.full(10, 0.45)
+    one = Beyond.of(0.6, drawn_D, sure_R)
+    half = stats.t.ppf(0.975, 4) * drawn_D.std(ddof=1) * math.sqrt(1.2)
+    assert one.value == pytest.approx(0.45)
+    assert one.interval == pytest.approx((0.45 - half, 0.45 + half))
+    by_prompts = Beyond.of(0.6, drawn_D, np.linspace(0.35, 0.55, 1001))
+    assert by_prompts.interval == pytest.approx((0.45 - math.hypot(half, 0.095), 0.45 + math.hypot(half, 0.095)))
+    both = Beyond.mean([one, one])
+    half = stats.t.ppf(0.975, 8) * drawn_D.std(ddof=1) * math.sqrt(1.2 / 2)
+    assert both.interval == pytest.approx((0.45 - half, 0.45 + half))
+    assert Beyond.of(0.6, drawn_D[:1], sure_R).interval == (None, None), "one draw does not say how draws differ"
+    assert Beyond.of(0.6, np.full(5, 0.15), sure_R).interval == pytest.approx((0.45, 0.45))
