@@ -16,6 +16,7 @@ Legend: D draws, P prompts, L layers, n heads or neurons of a layer, C component
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.scores import Scores, TaskScores
 
 DRAWS, LEVEL = 1000, 0.95
+LEAST = 2
+"""Prompts of a task, the fewest of which there is an interval."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Bootstrap:
                 raise BadInput(
                     f"task {name}: the score file keeps no single prompts; make it again with wp-score --per-prompt."
                 )
-            if min(stats.used for stats in scores.meta.tasks[name].utilities.values()) < 2:
+            if used_of(scores, name) < LEAST:
                 raise BadInput(f"task {name}: one prompt was used, and an interval needs two; score with more.")
 
     @cached_property
@@ -72,7 +75,8 @@ class Bootstrap:
         """
         found = {}
         for name in self.tasks:
-            generator = torch.Generator().manual_seed(self._seed)
+            # Tasks have prompts of their own, so their draws must not go together.
+            generator = torch.Generator().manual_seed(random.Random(f"{self._seed}/{name}").getrandbits(63))
             every = [scores.tasks[name].prompts for scores in self._files]
             used_UP = torch.stack([used_P for prompts in every if prompts for used_P in prompts.used.values()])
             kept_DP = torch.empty(0, used_UP.shape[1])
@@ -127,6 +131,11 @@ class Bootstrap:
     def _table(self, kind: Kind) -> torch.Tensor:
         every: list[TaskScores] = [self.scores.tasks[name] for name in self.tasks]
         return torch.stack([getattr(task, kind) for task in every]).mean(0)
+
+
+def used_of(scores: Scores, task: str) -> int:
+    """How many prompts were used, by the metric that used fewest."""
+    return min(stats.used for stats in scores.meta.tasks[task].utilities.values())
 
 
 def rescored(scores: Scores, task: str, kind: Kind, layer: int, counts_DP: torch.Tensor) -> torch.Tensor:

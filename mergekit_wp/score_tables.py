@@ -12,7 +12,7 @@ from mergekit_wp.console import percent
 from mergekit_wp.floor import floors
 from mergekit_wp.foreign import one_line
 from mergekit_wp.geometry import Component, Kind
-from mergekit_wp.intervals import Bootstrap, Interval
+from mergekit_wp.intervals import LEAST, Bootstrap, Interval, used_of
 from mergekit_wp.missed import TopKept, audits, cost, every
 from mergekit_wp.page import aligned
 from mergekit_wp.ranking import about, compare, findings, layer_shares_of, strongest, tasks_and_mean, totals
@@ -76,9 +76,10 @@ def of_components(scores: Scores, top: int) -> Grid:
 
 
 def _leaders(scores: Scores, kind: Kind, top: int, task: str | None) -> list[Component | Interval]:
-    """The strongest components, each in its interval where single prompts were kept."""
+    """The strongest components, each in its interval where single prompts were kept, and enough of them."""
     found = strongest(scores, kind, top, task)
-    if scores.meta.prompt_ids is None or not found:
+    few = any(used_of(scores, name) < LEAST for name in ([task] if task is not None else scores))
+    if scores.meta.prompt_ids is None or few or not found:
         return list(found)
     return list(Bootstrap(scores, task).intervals(found))
 

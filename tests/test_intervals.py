@@ -14,7 +14,7 @@ from score_example import example
 from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Component, Kind
 from mergekit_wp.intervals import Bootstrap, differences, ends
-from mergekit_wp.score_tables import as_data, of_components
+from mergekit_wp.score_tables import as_data, as_text, of_components
 from mergekit_wp.scores import Scores
 
 
@@ -91,6 +91,18 @@ def test_it_covers_the_truth_as_often_as_it_says():
     assert 1 <= outside <= 16
 
 
+def test_tasks_are_drawn_apart():
+    """The second task's prompts give the opposite of the first one's: their order, which is of no account, decides
+    nothing, and the mean is as unsure as half of one task."""
+    one = made(tasks=("a",)).tasks["a"]
+    turned = replace(one.prompts, heads=1 - one.prompts.heads, neurons=1 - one.prompts.neurons)
+    other = replace(one, heads=turned.heads.mean(0), neurons=turned.neurons.mean(0), prompts=turned)
+    both = Bootstrap(Scores.from_tasks(made().meta, {"a": one, "b": other}))
+    (alone,) = Bootstrap(made(tasks=("a",))).intervals([Component(Kind.HEAD, 0, 0)])
+    (found,) = both.intervals([Component(Kind.HEAD, 0, 0)])
+    assert found.high - found.low == pytest.approx((alone.high - alone.low) / math.sqrt(2), rel=0.1)
+
+
 def test_a_difference_on_the_same_prompts_is_drawn_together():
     one = made()
     noise = made(seed=5)
@@ -154,4 +166,12 @@ def test_tables_and_data_say_how_sure_the_leaders_are():
     (found,) = Bootstrap(scores).intervals([Component.parse(first["name"])])
     assert first["interval"] == [found.low, found.high]
     assert first["ranks"] == [found.best_rank, found.worst_rank]
+    # Of one prompt there is none, nor of a mean over tasks of which one used one: the rest is shown all the same.
+    two, one = made(prompts=5), made(prompts=5, dropped=4)
+    tasks = {"a": two.tasks["a"], "b": one.tasks["b"]}
+    mixed = replace(two.meta, tasks={"a": two.meta.tasks["a"], "b": one.meta.tasks["b"]})
+    shown = as_data({"x": Scores.from_tasks(mixed, tasks)}, 2)["files"]["x"]
+    where = {"all": shown["all_tasks"], **shown["tasks"]}
+    assert ["interval" in found["top"]["heads"][0] for found in where.values()] == [False, True, False]
+    assert "[" not in as_text({"x": one}, 2).split("rank")[1]
     assert "interval" not in as_data({"x": example()}, 2)["files"]["x"]["all_tasks"]["top"]["heads"][0]

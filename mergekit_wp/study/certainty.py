@@ -34,7 +34,7 @@ import torch
 from mergekit_wp.console import StartProgress, percent
 from mergekit_wp.floor import SHARES, floors
 from mergekit_wp.geometry import Kind
-from mergekit_wp.intervals import LEVEL, Bootstrap, Interval, differences, ends, rescored
+from mergekit_wp.intervals import LEAST, LEVEL, Bootstrap, Interval, differences, ends, rescored, used_of
 from mergekit_wp.missed import kept, missed
 from mergekit_wp.page import grid, render
 from mergekit_wp.ranking import spearman, strongest
@@ -48,7 +48,7 @@ from mergekit_wp.study.study_spec import Study
 
 HALVES = 50
 _SHOWN = 12  # of the leaders, in a picture
-_LEAST = 4  # prompts that can be halved
+_HALVED = 4  # prompts that can be halved
 
 
 def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
@@ -122,29 +122,24 @@ def _comparable(files: Mapping[str, Scores], own: set[str]) -> Iterator[tuple[st
         if one in own or other in own:
             ids = [scores.meta.prompt_ids or {} for scores in (a, b)]
             same = [task for task in a if task in b and ids[0][task] == ids[1][task]]
-            yield from ((one, a, other, b, task) for task in same if min(_used(a, task), _used(b, task)) > 1)
+            yield from ((one, a, other, b, task) for task in same if min(used_of(a, task), used_of(b, task)) >= LEAST)
 
 
 def _of(study: Study, scores: Scores, task: str, kind: Kind) -> dict[str, Any]:
     """What there is to say of one ranking; empty where its prompts are too few."""
-    used, seen_Ln, k = _used(scores, task), scores.seen(kind), study.top[kind]
+    used, seen_Ln, k = used_of(scores, task), scores.seen(kind), study.top[kind]
     found: dict[str, Any] = {"components": int(seen_Ln.sum()), "prompts": used, "k": k, "leaders": [], "above": None,
                              "below": None, "halves": None}  # fmt: skip
-    if used < 2 or not seen_Ln.any():
+    if used < LEAST or not seen_Ln.any():
         return found
     drawn = Bootstrap(scores, task, seed=study.seed)
     found["leaders"] = [_leader(x) for x in drawn.intervals(strongest(scores, kind, k, task))]
     bounds = [ends(scores_Dn, LEVEL) for scores_Dn in drawn.layers(kind)]
     found["above"] = sum(int((low_n > 0)[seen_Ln[layer]].sum()) for layer, (low_n, _high) in enumerate(bounds))
     found["below"] = sum(int((high_n < 0)[seen_Ln[layer]].sum()) for layer, (_low, high_n) in enumerate(bounds))
-    if used >= _LEAST:
+    if used >= _HALVED:
         found["halves"] = halved(scores, task, kind, k, study.seed)
     return found
-
-
-def _used(scores: Scores, task: str) -> int:
-    """Prompts, by the metric that used fewest."""
-    return min(stats.used for stats in scores.meta.tasks[task].utilities.values())
 
 
 def halved(scores: Scores, task: str, kind: Kind, k: int, seed: int) -> dict[str, Any]:
