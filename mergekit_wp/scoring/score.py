@@ -123,7 +123,7 @@ def score(
     meta = replace(_meta(job, checked, pair, layer, metas, date), recovery=curve, prompts=ready.style)
     if job.per_prompt:
         meta = replace(
-            meta, format=max(meta.format, PER_PROMPT), prompt_ids={task.task: _prompt_ids(task) for task in tasks}
+            meta, format=max(meta.format, PER_PROMPT), prompt_ids={task.task: ids_of_prompts(task) for task in tasks}
         )
     tables = dict(zip(names, [s for _m, s in finished], strict=True))
     if subset.whole:
@@ -384,7 +384,7 @@ def _finish(
     return meta, TaskScores(heads, neurons, v_D, parts, prompts, run.finish_shuffled())
 
 
-def _prompt_ids(task: TaskTokens) -> tuple[str, ...]:
+def ids_of_prompts(task: TaskTokens) -> tuple[str, ...]:
     """What tells the scoring prompts apart: of each the beginning of the SHA-256 of its tokens."""
     return tuple(hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16] for ids in task.scoring)
 

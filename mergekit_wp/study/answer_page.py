@@ -19,6 +19,7 @@ from mergekit_wp.study.answer_plan import BASE, BOTH, EXPERT, KIND_WORDS, KINDS
 from mergekit_wp.study.answer_rows import AnswerRows, Answers, Row
 from mergekit_wp.study.cells import cell, draws, estimate, flat, lines_of
 from mergekit_wp.study.drawings import Shown
+from mergekit_wp.study.held_out import about_prompts
 from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import MATCHED, RANDOM
 from mergekit_wp.study.set_rows import DIRECTIONS, RESTORED
@@ -32,7 +33,13 @@ def result_of(
 ) -> PartResult:
     """All that is written of the part."""
     questions = [
-        {"task": e.question.task, "prompts": len(e.question.prompts), "held_out": e.question.held_out} for e in every
+        {
+            "task": e.question.task,
+            "prompts": len(e.question.prompts),
+            "held_out": e.question.held_out,
+            "known": e.question.known,
+        }
+        for e in every
     ]
     data: dict[str, Any] = {
         "questions": questions, "means": found.means(), "curves": found.curves, "models": found.models,
@@ -149,28 +156,12 @@ def _lines_of(rows: Sequence[Row]) -> Iterator[drawings.Curve]:
 
 def _section(data: Mapping[str, Any], pictures: Sequence[Shown]) -> Markup:
     return render(
-        "study_answers.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
+        "study_answers.html", findings=findings(data), prompts=about_prompts(data["questions"]), pictures=pictures,
         means=grid(_mean_grid(data["means"])) if data["means"] else "", left_out=data["left_out"],
         across=grid(_across_grid(data["across"])) if data["across"] else "",
         steered=grid(_steered_grid(data)) if data["steered"] else "",
         tasks=grid(_task_grid(data["curves"])) if data["curves"] else "",
     )  # fmt: skip
-
-
-def _prompts(questions: Sequence[Mapping[str, Any]]) -> str:
-    """On how many prompts, and whether scores may have been read off them."""
-    if not questions:
-        return ""
-    counts = sorted({each["prompts"] for each in questions})
-    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    seen = [each["task"] for each in questions if not each["held_out"]]
-    if not seen:
-        return f"On {many} prompts a task that no score was read off."
-    which = "They" if len(seen) == len(questions) else f"Those of {', '.join(seen)}"
-    return (
-        f"On {many} prompts a task. {which} may be the ones that scores were read off, so that the top of a ranking "
-        "looks better than on new ones; give the study more prompts than were scored, or others."
-    )
 
 
 def _behaviour(means: Sequence[Row]) -> str:

@@ -56,6 +56,7 @@ class GradedTask:
     prompts: Tokens
     checks: list[Check]
     held_out: bool
+    known: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def questions_of(inputs: Inputs, files: Mapping[str, Scores], how: Answering) ->
     """Of every task that one of the files scores; and what is left out, in sentences. Raises `BadInput`."""
     job, ready = inputs.ready
     check_tasks(inputs, [task.task for task in ready.tasks], job.pairs)
-    chosen = unseen(job, (scores.meta for scores in inputs.scores.values()))
+    metas = (scores.meta for scores in inputs.scores.values())
+    chosen = unseen(job, metas, ready.tasks, ready.style)
     found, left_out = [], []
     for pairs, task in zip(pairs_of(job), ready.tasks, strict=True):
         if not any(task.task in scores.tasks for scores in files.values()):
@@ -102,7 +104,7 @@ def questions_of(inputs: Inputs, files: Mapping[str, Scores], how: Answering) ->
         if may := may[: how.prompts]:
             found.append(GradedTask(
                 task.task, [pairs.scoring[i].prompt for i in may], [task.scoring[i] for i in may],
-                [checks[i] for i in may], chosen[task.task].held_out,
+                [checks[i] for i in may], chosen[task.task].held_out, chosen[task.task].known,
             ))  # fmt: skip
             preflight(found[-1].checks, task.task)
     return found, left_out

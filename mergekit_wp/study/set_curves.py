@@ -57,12 +57,13 @@ class Question:
     tokens: TaskTokens
     files: list[str]
     held_out: bool
+    known: bool
 
     @property
     def about(self) -> dict[str, object]:
         prompts, answers = len(self.tokens.scoring), bool(self.tokens.answers)
         return {"task": self.tokens.task, "scores": self.files, "prompts": prompts, "held_out": self.held_out,
-                "whole_answers": answers}  # fmt: skip
+                "known": self.known, "whole_answers": answers}  # fmt: skip
 
 
 def work(study: Study, inputs: Inputs, progress: StartProgress) -> PartResult:
@@ -83,7 +84,8 @@ def _questions(inputs: Inputs, pair: ModelPair, progress: StartProgress) -> list
     """The tasks that were scored, in the order of the prompts; one for each length of answer that files were read
     over."""
     job, ready = inputs.ready
-    chosen, found = unseen(job, (scores.meta for scores in inputs.scores.values())), []
+    metas, found = (scores.meta for scores in inputs.scores.values()), []
+    chosen = unseen(job, metas, ready.tasks, ready.style)
     for task in ready.tasks:
         files: dict[int, list[str]] = defaultdict(list)
         for name, scores in inputs.scores.items():
@@ -94,7 +96,7 @@ def _questions(inputs: Inputs, pair: ModelPair, progress: StartProgress) -> list
         for length, names in files.items():
             asked = replace(job, utility=KL, answer_tokens=length)
             (answered,) = answers_for(asked, ready.checked, pair.expert, ready.tokenizer, [tokens], start=progress)
-            found.append(Question(answered, names, of_task.held_out))
+            found.append(Question(answered, names, of_task.held_out, of_task.known))
     return found
 
 

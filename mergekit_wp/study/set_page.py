@@ -17,6 +17,7 @@ from mergekit_wp.pictures import expert_colour
 from mergekit_wp.study import drawings
 from mergekit_wp.study.cells import cell, draws, estimate, flat, lines_of
 from mergekit_wp.study.drawings import Shown
+from mergekit_wp.study.held_out import about_prompts
 from mergekit_wp.study.inputs import ALL, DOWN, UP
 from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
@@ -161,25 +162,11 @@ def _upstream(curves: Sequence[Row]) -> tuple[str, str] | None:
 
 def _section(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> Markup:
     return render(
-        "study_sets.html", findings=findings(data), prompts=_prompts(data["questions"]), pictures=pictures,
+        "study_sets.html", findings=findings(data), prompts=about_prompts(data["questions"]), pictures=pictures,
         without_gap=data["without_gap"], shown=percent(SHOWN),
         top=grid(_top_grid(data["means"])), ceilings=grid(_ceiling_grid(data["ceilings"])),
         branches=grid(_branch_grid(data["branches"])), tasks=grid(_task_grid(data["curves"])),
     )  # fmt: skip
-
-
-def _prompts(questions: Sequence[Mapping[str, Any]]) -> str:
-    """On which prompts; and whether scores may have been read off them."""
-    counts = sorted({each["prompts"] for each in questions})
-    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    seen = sorted({each["task"] for each in questions if not each["held_out"]})
-    if not seen:
-        return f"On {many} prompts a task that no score was read off."
-    which = "They" if len(seen) == len({each["task"] for each in questions}) else f"Those of {', '.join(seen)}"
-    return (
-        f"On {many} prompts a task. {which} may be the ones that scores were read off, so that the top of a ranking "
-        "looks better than on new ones; give the study more prompts than were scored, or others."
-    )
 
 
 def nearest(rows: Sequence[Row]) -> list[Row]:

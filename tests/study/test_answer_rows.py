@@ -93,7 +93,7 @@ def answers_of(task, seed, prompts=12):
     for model in models:
         passed = (random.random(prompts) < (0.9 if model.removed else 0.4)).tolist()
         said[model.key] = Said([[1, 2]] * prompts, ["w1"] * prompts, passed)
-    question = GradedTask(task, [""] * prompts, [[1]] * prompts, [], True)
+    question = GradedTask(task, [""] * prompts, [[1]] * prompts, [], True, True)
     return Answers(question, models, said)
 
 

@@ -21,7 +21,7 @@ def said(*passed: int) -> Said:
 
 def test_cases_are_the_first_that_the_patch_restores_and_the_first_that_it_does_not() -> None:
     numbers = [*range(6)]
-    question = GradedTask("t", [f"p{i}" for i in numbers], [[i] for i in numbers], numbers, True)
+    question = GradedTask("t", [f"p{i}" for i in numbers], [[i] for i in numbers], numbers, True, True)
     expert, base = said(1, 1, 1, 0, 1, 1), said(1, 0, 0, 0, 0, 0)
     found = _chosen(question, [base, expert, said(1, 0, 0, 1, 1, 1)])
     assert (list(found.numbers), found.firsts, found.shown.texts) == ([1, 2, 4, 5], [1, 4], ["p1", "p4"])

@@ -46,7 +46,7 @@ def speakers_of(folders, how=resident, eos=()) -> Speakers:
 
 def question_of(until=()) -> GradedTask:
     check = parse_check({"number": "5", "until": list(until)}, "t")
-    return GradedTask("t", ["" for _ in PROMPTS], PROMPTS, [check for _ in PROMPTS], True)
+    return GradedTask("t", ["" for _ in PROMPTS], PROMPTS, [check for _ in PROMPTS], True, True)
 
 
 def by_hand(folder, tensors, eos):
@@ -209,7 +209,8 @@ def test_a_killed_run_goes_on_to_the_same_answers(world, tmp_path, monkeypatch) 
 def _says_what_was_found(out, pairs) -> None:
     found, texts = (json.loads((out / f"answers/{name}.json").read_text()) for name in ("answers", "texts"))
     assert found["questions"] == [
-        {"task": "a", "prompts": 9, "held_out": False}, {"task": "b", "prompts": 8, "held_out": False},
+        {"task": "a", "prompts": 9, "held_out": False, "known": False},
+        {"task": "b", "prompts": 8, "held_out": False, "known": False},
     ]  # fmt: skip
     assert [sentence.partition(";")[0] for sentence in found["left_out"]] == [
         "b: grading 1 of 9 prompts would run code that models wrote", "c: its pairs carry no check",

@@ -10,10 +10,12 @@ from score_jobs import write_pairs
 from study_world import scores
 
 from mergekit_wp.geometry import Kind
-from mergekit_wp.scores import Scores, TaskMeta, TaskScores
+from mergekit_wp.scores import PromptStyle, Scores, TaskMeta, TaskScores
+from mergekit_wp.scoring.batching import TaskTokens
 from mergekit_wp.scoring.config import ScoringJob
-from mergekit_wp.scoring.pairs import load_pairs
-from mergekit_wp.study.held_out import unseen
+from mergekit_wp.scoring.pairs import load_pairs, split_pairs
+from mergekit_wp.scoring.score import ids_of_prompts
+from mergekit_wp.study.held_out import Unseen, about_prompts, unseen
 from mergekit_wp.study.set_effects import key_of
 from mergekit_wp.study.set_plan import DRAWS, MATCHED, RANDOM, TOP, WHOLE, WORST, ranked, sizes_of
 
@@ -113,3 +115,35 @@ def test_prompts_that_were_scored_are_left_out_where_others_remain(tmp_path) -> 
         assert used == ([row for row in rows if row not in scored] if held_out else rows)
     half = replace(meta, split="half", anchor_layer=1, tasks={"a": TaskMeta(6, 6, {})})
     assert len(unseen(job, [half])["a"].numbers) == 8
+
+
+def test_a_file_that_keeps_single_prompts_says_which_were_scored(tmp_path) -> None:
+    """The first 12 lines of the study's 30, and not 12 that a draw from all of them takes."""
+    path = write_pairs(tmp_path / "pairs.jsonl", tasks=("a",), rows=30)
+    job, tokens = ScoringJob(base="b", expert="e", pairs=path), TaskTokens("a", [], None, [[n] for n in range(30)])
+    about, ids = replace(scores(utility="kl").meta, prompts=PromptStyle("{prompt}")), ids_of_prompts(tokens)
+    told = replace(about, tasks={"a": TaskMeta(0, 12, {})}, prompt_ids={"a": ids[:12]})
+
+    def found(*metas, style="{prompt}"):
+        return unseen(job, metas, [tokens], PromptStyle(style))["a"]
+
+    def says(each):
+        return about_prompts([{"task": "a", "prompts": 18, "held_out": each.held_out, "known": each.known}])
+
+    assert found(told) == Unseen([*range(12, 30)], held_out=True, known=True)
+    assert says(found(told)) == "On 18 prompts a task that no score was read off."
+    assert found(replace(told, prompt_ids={"a": ids[:25]})).held_out is False
+    for guessed in (found(replace(told, prompt_ids=None)), found(told, style="Q: {prompt}")):
+        assert guessed.held_out
+        assert not guessed.known
+        assert "if these were drawn from the study's own pairs: not every score file says" in says(guessed)
+    assert not found(told, replace(told, prompt_ids=None)).known
+    # Off which prompts a direction was taken no file says; if its scores are those of the draw, the other half is too.
+    (drawn,) = split_pairs(load_pairs(path, 12, told.seed), "half", told.seed)
+    rows = [pair.prompt for pair in load_pairs(path, None, 0)]
+    scored, taken = ([rows.index(pair.prompt) for pair in half] for half in (drawn.scoring, drawn.extraction))
+    half = replace(told, split="half", anchor_layer=1, tasks={"a": TaskMeta(6, 6, {})})
+    other = found(replace(half, prompt_ids={"a": tuple(ids[n] for n in scored)}))
+    assert other.known
+    assert set(other.numbers) == set(range(30)) - {*scored, *taken}
+    assert not found(replace(half, prompt_ids={"a": ids[:6]})).known
