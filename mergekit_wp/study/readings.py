@@ -26,7 +26,7 @@ from mergekit_wp.study.sets import top_among
 from mergekit_wp.study.study_spec import Study
 
 MOST = {Kind.HEAD: 10, Kind.NEURON: 50}  # of a ranking
-RANDOM, SHUFFLED, OTHERS = 200, 20, 2  # draws: of directions, of a direction's channels, for each component
+RANDOM, SHUFFLED, OTHERS = 200, 20, 2  # draws: of directions, of a direction's channels, others for each component
 SIZED = 20  # words of a ranking that are listed by size
 FROM_PROMPTS = "prompts"
 
@@ -169,12 +169,13 @@ def _side(inputs: Inputs, scores: Scores, kind: Kind) -> str:
 
 
 def _others(set_Ln: torch.Tensor, kind: Kind, random: torch.Generator) -> list[Component]:
-    """`OTHERS` for each of a set, of its layer and not of the set, drawn with return."""
+    """`OTHERS` for each of a set, of its layer and not of the set, as far as the layer has so many; each once, since a
+    rank test takes its values for independent ones."""
     found = []
     for layer, set_n in enumerate(set_Ln):
         rest = (~set_n).nonzero()[:, 0]
         if set_n.any() and len(rest):
-            drawn = rest[torch.randint(len(rest), (OTHERS * int(set_n.sum()),), generator=random)]
+            drawn = rest[torch.randperm(len(rest), generator=random)[: OTHERS * int(set_n.sum())]]
             found += [Component(kind, layer, index) for index in drawn.tolist()]
     return found
 

@@ -12,9 +12,9 @@ is always first, so each peak stands beside those of a control.
                  activation at the anchor; without, under the sign that peaks higher, in the control too
     heads        with prompts, the top 10: what W_o writes of the head's mean activation at the anchor
 
-The control of neurons and heads are twice as many others of the same layers, drawn at random, which are read in the
-same way; and the same components of the base, with the same activations, through the base's head. A word's size is the
-mean of its probability over the top neurons, each counted by its score.
+The control of neurons and heads are twice as many others of the same layers (or as many as there are), drawn at random,
+which are read in the same way; and the same components of the base, with the same activations, through the base's head.
+A word's size is the mean of its probability over the top neurons, each counted by its score.
 
 Legend: N vectors, L layers, n components of a kind, D residual width, G groups.
 """
@@ -171,7 +171,8 @@ def _of_rankings(file: str, kind: str, rows: Sequence[Mapping[str, Any]]) -> str
         if not own:
             return "does not move"
         higher, beyond = fmean(each["higher"] for each in own), sum(each["p"] < 0.05 for each in own)
-        return f"peaks higher than another's in {percent(higher)} of cases (surely so in {beyond} of {len(own)} tasks)"
+        sure = f"surely so, p < 0.05, in {beyond} of {len(own)} tasks"
+        return f"peaks higher than another's in {percent(higher)} of cases ({sure})"
 
     shared, others = (fmean(row[key] for row in rows) for key in ("shared_with_base", "shared_with_base_others"))
     return (
