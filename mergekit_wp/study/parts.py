@@ -56,7 +56,7 @@ QUESTIONS = {
     "where": ("Where it sits", "needs the part maps"),
     "carried": ("How much of it how few carry", "needs prompts in the study, and the part sets"),
     "path": (
-        "Needed upstream, or read out late",
+        "Which way it takes",
         "needs prompts in the study, and the part links, or sets on a score file with an anchor",
     ),
     "sure": ("How sure that is", "needs score files made with --per-prompt, and the part certainty"),
@@ -66,10 +66,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Answer(NamedTuple):
-    """A sentence made from the numbers that answers one of `QUESTIONS`; picture: the part's that shows it, if any."""
+    """A sentence made from the numbers that answers one of `QUESTIONS`; picture: the part's that shows it, if any;
+    fallback: it stands only where no other part answers."""
 
     text: str
     picture: str = ""
+    fallback: bool = False
 
 
 class Note(NamedTuple):
@@ -90,7 +92,7 @@ class PartResult:
     pictures  each an `<svg>`
     section   its body on the page, without heading
     headline  a sentence of it for the top of the page, where it answers none of the questions there
-    answers   by question; where several parts answer one, the later part does
+    answers   by question; where several parts answer one, the later part does, unless its answer is a `fallback`
     notes     what the page says of components that are pointed at
     finished  called once all is written: what was kept of the work may go
     documents more JSON, each a file of its own
@@ -223,7 +225,9 @@ def _in_short(parts: Sequence[Part], out: Path) -> Markup:
     also = {}
     for part in parts:
         stamp = parse_json(read_text(out / part.name / _STAMP, MOST_JSON_BYTES))
-        for question, (text, picture) in stamp["answers"].items():
+        for question, (text, picture, *fallback) in stamp["answers"].items():
+            if any(fallback) and question in answers:
+                continue
             answers[question] = (text, f"{part.name}-{picture}" if picture else part.name)
         if stamp["headline"]:
             also[part.name] = stamp["headline"]

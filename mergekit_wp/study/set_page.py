@@ -23,8 +23,6 @@ from mergekit_wp.study.parts import Answer, PartResult
 from mergekit_wp.study.set_plan import CEILINGS, MATCHED, RANDOM, WORST
 from mergekit_wp.study.set_rows import DIRECTIONS, RESTORED, SET_COLUMNS, Row, SetRows
 
-_CLEARLY = 2
-"""One side of the anchor carries it where it restores so many times what the other does."""
 SHOWN = 0.05
 """The share of a ranking that sentences and tables of the page speak of."""
 _CEILINGS = {
@@ -116,7 +114,8 @@ def _answers(data: Mapping[str, Any], pictures: Mapping[str, list[Shown]]) -> di
     for question, said in (("carried", _carried(data["means"])), ("path", _upstream(data["curves"]))):
         if said is not None:
             name, text = said
-            found[question] = Answer(text, next(each.file for each in pictures["means"] if each.scores == name))
+            picture = next(each.file for each in pictures["means"] if each.scores == name)
+            found[question] = Answer(text, picture, fallback=question == "path")
     return found
 
 
@@ -133,30 +132,28 @@ def _carried(means: Sequence[Row]) -> tuple[str, str] | None:
 
 
 def _upstream(curves: Sequence[Row]) -> tuple[str, str] | None:
-    """(file, sentence): what all heads or neurons up to the anchor layer, and above it, restore of the output."""
+    """(file, sentence): what all heads or neurons up to the anchor layer, and above it, restore of the output. No
+    verdict comes of it: a side of more layers has more to restore with, and what is enough need not be needed."""
     whole = [
         row for row in curves
         if (row["direction"], row["metric"]) == (RESTORED, "kl") and row["k"] == row["components"]
     ]  # fmt: skip
     for name in dict.fromkeys(row["scores"] for row in whole):
-        means = {
-            (kind, side): fmean(effects)
+        own = {
+            (kind, side): rows
             for kind in map(str, Kind) for side in (UP, DOWN)
-            if (effects := [r["effect"] for r in whole if (r["scores"], r["kind"], r["side"]) == (name, kind, side)])
+            if (rows := [r for r in whole if (r["scores"], r["kind"], r["side"]) == (name, kind, side)])
         }  # fmt: skip
-        if len(means) < 2 * len(Kind):
+        if len(own) < 2 * len(Kind):
             continue
-        up, down = (sum(means[str(kind), side] for kind in Kind) for side in (UP, DOWN))
-        verdict = (
-            "it needs what is upstream" if up > _CLEARLY * down
-            else "it is read out late" if down > _CLEARLY * up
-            else "it needs both"
-        )  # fmt: skip
-        shares = ", ".join(
-            f"{where} {percent(means['neurons', side])} by neurons and {percent(means['heads', side])} by heads"
-            for side, where in ((UP, "the layers up to the anchor restore"), (DOWN, "those above it"))
-        )
-        return name, f"Of the gap at the output, {shares}: {verdict}."
+        sides = []
+        for side, where in ((UP, "the layers up to the anchor restore"), (DOWN, "those above it")):
+            shares = (
+                f"{percent(fmean(r['effect'] for r in rows))} by their {rows[0]['components']:,} {kind}"
+                for kind in ("neurons", "heads") for rows in [own[kind, side]]
+            )  # fmt: skip
+            sides.append(f"{where} {' and '.join(shares)}")
+        return name, f"Put into the base by themselves, of the gap at the output {', '.join(sides)}."
     return None
 
 
