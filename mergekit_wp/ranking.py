@@ -10,7 +10,7 @@ Legend: L layers, n components of a kind in a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -116,10 +116,13 @@ def totals(scores: Scores, kind: Kind, task: str | None = None) -> Totals:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two score files on one task (None: the mean over tasks) and kind, over the components that both have a score of.
+    """Two score files on one task (None: the mean over the tasks of both; where they have none in common, over each
+    one's own) and kind, over the components that both have a score of.
 
     overlap: {k: share of the k highest of one among those of the other}, for k of 20 and of 1 % (or as asked); only of
-        positive scores, so k may be fewer; by chance it is k / `components`. None where neither has a positive score.
+        positive scores, so k may be fewer. None where neither has a positive score.
+    by_chance: {k: what that is for sets of these sizes drawn at random}: k / `components`, and less where one file has
+        fewer positive scores than k.
     spearman: rank correlation; None where one file has the same score everywhere.
     """
 
@@ -127,32 +130,39 @@ class Agreement:
     kind: Kind
     components: int
     overlap: dict[int, float | None]
+    by_chance: dict[int, float | None]
     spearman: float | None
 
 
 def compare(one: Scores, other: Scores, k: int | None = None) -> list[Agreement]:
-    """Agreement on every task of both and on the mean over tasks, for each kind. Both must be of one shape.
+    """Agreement on every task of both and on the mean over these, for each kind. Both must be of one shape.
 
     k: of how many leaders the overlap is; None: of 20 and of 1 %.
     """
     if k is not None:
         _check_count(k)
-    common: list[str | None] = [task for task in one.tasks if task in other.tasks]
-    if max(len(one.tasks), len(other.tasks)) > len(common) or len(common) > 1:
-        common.append(None)
-    return [_agreement(one, other, task, kind, k) for task in common for kind in Kind]
+    common = [task for task in one.tasks if task in other.tasks]
+    wanted: list[str | None] = [*common, *([None] if len(common) != 1 else [])]
+    return [_agreement(one, other, task, common, kind, k) for task in wanted for kind in Kind]
 
 
-def _agreement(one: Scores, other: Scores, task: str | None, kind: Kind, k: int | None) -> Agreement:
+def _agreement(
+    one: Scores, other: Scores, task: str | None, common: Sequence[str], kind: Kind, k: int | None
+) -> Agreement:
     both = one.seen(kind) & other.seen(kind)
-    a_n, b_n = (table_of(scores, kind, task)[both] for scores in (one, other))
+    tasks = [task] if task is not None else common or [None]
+    a_n, b_n = (torch.stack([table_of(x, kind, each)[both] for each in tasks]).mean(0) for x in (one, other))
     count = len(a_n)
+    positive = [int((values > 0).sum()) for values in (a_n, b_n)]
     overlap: dict[int, float | None] = {}
+    by_chance: dict[int, float | None] = {}
     asked = (TOP_COUNT, math.ceil(count / 100)) if k is None else (k,)
     for wanted in sorted({min(each, count) for each in asked} - {0}):
-        size = min(wanted, max(int((a_n > 0).sum()), int((b_n > 0).sum())))
+        size = min(wanted, max(positive))
         overlap[size or wanted] = _overlap(a_n, b_n, size) if size else None
-    return Agreement(task, kind, count, overlap, spearman(a_n, b_n))
+        # Of sets of `size` and of fewer the smaller one's share of all is hit (`sets.Shared`).
+        by_chance[size or wanted] = min(size, *positive) / count if size else None
+    return Agreement(task, kind, count, overlap, by_chance, spearman(a_n, b_n))
 
 
 def _overlap(a_n: torch.Tensor, b_n: torch.Tensor, k: int) -> float:

@@ -128,11 +128,18 @@ def comparison(found: Mapping[str, Scores]) -> Grid:
     for one, other in combinations(found, 2):
         for a in compare(found[one], found[other]):
             overlap = [f"top {k}: {'-' if share is None else f'{share:.2f}'}" for k, share in a.overlap.items()]
-            chance = [f"{k / a.components:.2f}" for k in a.overlap]
+            chance = ["-" if share is None else f"{share:.2f}" for share in a.by_chance.values()]
             rank = "-" if a.spearman is None else f"{a.spearman:.3f}"
-            task = ALL_TASKS if a.task is None else a.task
+            task = _mean_of(found[one], found[other]) if a.task is None else a.task
             lines.append([f"{one}, {other}", task, a.kind, ", ".join(overlap), ", ".join(chance), rank])
     return lines
+
+
+def _mean_of(one: Scores, other: Scores) -> str:
+    """Which tasks the mean over tasks of two files is over (`ranking.compare`)."""
+    if set(one) == set(other):
+        return ALL_TASKS
+    return "tasks of both" if set(one) & set(other) else "all tasks of each"
 
 
 def as_data(found: Mapping[str, Scores], top: int) -> dict[str, Any]:

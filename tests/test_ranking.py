@@ -15,6 +15,7 @@ from mergekit_wp.console import percent
 from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Geometry, Kind
 from mergekit_wp.ranking import check_comparable, compare, findings, layer_shares_of, spearman, strongest
+from mergekit_wp.score_tables import comparison
 from mergekit_wp.scores import ModelId, ScoreMeta, Scores, TaskMeta, TaskScores, UtilityStats, write_scores
 from mergekit_wp.scores_cli import main
 
@@ -127,12 +128,37 @@ def test_files_are_compared_by_task_and_kind():
     one = made({"t": {f"L0N{i}": 1 - i / 100 for i in range(40)}, "u": {}}, geometry=geometry)
     other = made({"t": {f"L0N{i + 5}": 1 - i / 100 for i in range(40)}, "v": {}}, geometry=geometry)
     found = {(a.task, a.kind): a for a in compare(one, other)}
-    assert set(found) == {("t", "heads"), ("t", "neurons"), (None, "heads"), (None, "neurons")}
+    assert set(found) == {("t", "heads"), ("t", "neurons")}  # of a single task in common the mean is that task
     assert found["t", Kind.NEURON].overlap == {20: 15 / 20}
     assert found["t", Kind.HEAD].overlap == {1: None, 8: None}  # nothing positive
     assert found["t", Kind.HEAD].spearman is None
     itself = next(a for a in compare(one, one) if a.kind == Kind.NEURON and a.task == "t")
     assert (itself.overlap, itself.spearman) == ({20: 1.0}, pytest.approx(1))
+
+
+def test_a_mean_is_compared_over_the_tasks_of_both():
+    """And not over each file's own, which would set other tasks against each other."""
+    cells = {task: {f"L0N{i + 3 * n}": 1 - i / 10 for i in range(9)} for n, task in enumerate("abc")}
+    geometry = replace(GEOMETRY, neurons=20)
+    whole, part = (made({task: cells[task] for task in tasks}, geometry=geometry) for tasks in ("abc", "ab"))
+    found = {(a.task, a.kind): a for a in compare(whole, part)}
+    assert found[None, Kind.NEURON].spearman == pytest.approx(1)
+    assert set(found[None, Kind.NEURON].overlap.values()) == {1.0}
+    (line,) = [x for x in comparison({"x": whole, "y": part}) if x[2] == "neurons" and x[1] not in "ab"]
+    assert line[1] == "tasks of both"
+    apart = compare(whole, other := made({"d": cells["a"]}, geometry=geometry))
+    assert [a.task for a in apart] == [None, None], "two experts, each by its own tasks"
+    assert comparison({"x": whole, "y": other})[1][1] == "all tasks of each"
+
+
+def test_chance_is_that_of_the_smaller_set():
+    """Three positive scores against twenty, of 2,000: each of the three is hit by 20 in 2,000, and counts 1 in 20."""
+    geometry = replace(GEOMETRY, neurons=500)
+    many, few = (made({"t": {f"L0N{i}": 1 - i / 100 for i in range(n)}}, geometry=geometry) for n in (20, 3))
+    (found,) = [a for a in compare(many, few) if a.kind == Kind.NEURON]
+    assert (found.overlap, found.by_chance) == ({20: 3 / 20}, {20: 3 / 2000})
+    (heads,) = [a for a in compare(many, few) if a.kind == Kind.HEAD]
+    assert set(heads.by_chance.values()) == {None}
 
 
 def test_only_positive_scores_are_among_the_best():
