@@ -35,7 +35,8 @@ LEAST = 2
 
 @dataclass(frozen=True)
 class Interval:
-    """A component, its score, the ends of its interval, and those of its rank (1 the highest) among its kind."""
+    """A component, its score, the ends of its interval, and those of its rank (1 the highest) among those of its kind
+    that were scored."""
 
     component: Component
     score: float

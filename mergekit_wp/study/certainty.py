@@ -9,7 +9,8 @@ For every such file, task and kind (heads, neurons):
     halves     the prompts in two random halves, 50 times: rank correlation of the two rankings and overlap of their top
                sets, beside chance. A top set that two halves do not share is noise. The whole file is surer than its
                halves; what r they have, the whole is estimated to have 2 r / (1 + r) with another as large
-               (Spearman-Brown)
+               (Spearman-Brown). And what the leaders of one half score on it and on the other: leaders are chosen
+               because they came out high, so their own intervals lie too high
 
 and for every two files on the same prompts of a task (two methods, or another expert of `others`): how many components
 surely differ, drawn together. If none did, 5 % would: the control.
@@ -128,7 +129,8 @@ def _comparable(files: Mapping[str, Scores], own: set[str]) -> Iterator[tuple[st
 def _of(study: Study, scores: Scores, task: str, kind: Kind) -> dict[str, Any]:
     """What there is to say of one ranking; empty where its prompts are too few."""
     used, seen_Ln, k = used_of(scores, task), scores.seen(kind), study.top[kind]
-    found: dict[str, Any] = {"components": int(seen_Ln.sum()), "prompts": used, "k": k, "leaders": [], "above": None,
+    found: dict[str, Any] = {"components": int(seen_Ln.sum()), "subset": kind in scores.scored,
+                             "prompts": used, "k": k, "leaders": [], "above": None,
                              "below": None, "halves": None}  # fmt: skip
     if used < LEAST or not seen_Ln.any():
         return found
@@ -143,7 +145,10 @@ def _of(study: Study, scores: Scores, task: str, kind: Kind) -> dict[str, Any]:
 
 
 def halved(scores: Scores, task: str, kind: Kind, k: int, seed: int) -> dict[str, Any]:
-    """Two random halves of the prompts, again and again: means over the draws, and the middle 95 % of overlaps."""
+    """Two random halves of the prompts, again and again: means over the draws, and the middle 95 % of overlaps.
+
+    leaders, leaders_anew: the mean score of the top set of a half on that half, and on the other
+    """
     P, generator = len((scores.meta.prompt_ids or {})[task]), torch.Generator().manual_seed(seed)
     order_DP = torch.rand(HALVES, P, generator=generator).argsort(1)
     one_DP = torch.zeros(HALVES, P).scatter_(1, order_DP[:, : P // 2], 1.0)
@@ -152,20 +157,26 @@ def halved(scores: Scores, task: str, kind: Kind, k: int, seed: int) -> dict[str
         torch.cat([rescored(scores, task, kind, x, half_DP)[:, seen_Ln[x]] for x in range(len(seen_Ln))], 1)
         for half_DP in (one_DP, 1 - one_DP)
     ]
-    shared, correlations = [], []
+    shared, correlations, own, anew = [], [], [], []
     for one_N, other_N in zip(*halves, strict=True):
         if not bool((one_N.isfinite() & other_N.isfinite()).all()):
             continue  # a half of which some metric used no prompt
-        shared.append(Shared.of(top_set(one_N, k), top_set(other_N, k)))
+        tops = top_set(one_N, k), top_set(other_N, k)
+        shared.append(Shared.of(*tops))
+        for top_N, chosen_N, held_N in zip(tops, (one_N, other_N), (other_N, one_N), strict=True):
+            own += chosen_N[top_N].tolist()
+            anew += held_N[top_N].tolist()
         correlations.append(spearman(one_N, other_N))
     overlaps = [each.share for each in shared if each.share is not None]
     ranks = [each for each in correlations if each is not None]
     if not overlaps or not ranks:
-        return {"draws": len(shared), "overlap": None, "overlap_interval": None, "by_chance": None, "spearman": None}
+        empty = dict.fromkeys(("overlap", "overlap_interval", "by_chance", "spearman", "leaders", "leaders_anew"))
+        return {"draws": len(shared), **empty}
     low, high = ends(torch.tensor(overlaps)[:, None], LEVEL)
     return {
         "draws": len(shared), "overlap": fmean(overlaps), "overlap_interval": [float(low), float(high)],
         "by_chance": fmean(each.by_chance for each in shared), "spearman": fmean(ranks),
+        "leaders": fmean(own), "leaders_anew": fmean(anew),
     }  # fmt: skip
 
 
@@ -187,12 +198,12 @@ def findings(data: Mapping[str, Any]) -> list[str]:
     for kind in Kind:
         rows = [row for row in data["rankings"] if row["kind"] == kind and row["leaders"]]
         halves = [row["halves"] for row in rows if row["halves"] and row["halves"]["overlap"] is not None]
-        if rows:
-            above = sum(row["above"] for row in rows) / sum(row["components"] for row in rows)
+        if whole := [row for row in rows if not row["subset"]]:  # leaders that others chose are no sample of all
+            above = sum(row["above"] for row in whole) / sum(row["components"] for row in whole)
             found.append(
                 f"Of all scores of {kind}, {percent(above)} are surely above zero (2.5 % would be if none was); the "
-                f"strongest is within rank {min(r['leaders'][0]['ranks'][0] for r in rows)} to "
-                f"{max(r['leaders'][0]['ranks'][1] for r in rows)} in every ranking."
+                f"strongest is within rank {min(r['leaders'][0]['ranks'][0] for r in whole)} to "
+                f"{max(r['leaders'][0]['ranks'][1] for r in whole)} in every ranking."
             )
         if halves:
             overlap, chance = fmean(h["overlap"] for h in halves), fmean(h["by_chance"] for h in halves)
@@ -201,6 +212,11 @@ def findings(data: Mapping[str, Any]) -> list[str]:
                 f"Half of the prompts find {percent(overlap)} of the top {kind} that the other half finds "
                 f"({percent(chance)} by chance); their rankings correlate by {r:.2f}"
                 + (f", which estimates {of_whole(r):.2f} for all prompts against as many others." if r > 0 else ".")
+            )
+            own, anew = (fmean(h[key] for h in halves) for key in ("leaders", "leaders_anew"))
+            found.append(
+                f"The top {kind} of half of the prompts score {own:.4f} on it and {anew:.4f} on the other half: "
+                "leaders are also those that were lucky, so a leader's own interval lies too high."
             )
     return [*found, *(row["sentence"] for row in (*_first(data["floors"]), *data["audits"]))]
 
@@ -222,7 +238,8 @@ def _notes(data: Mapping[str, Any]) -> Iterator[Note]:
     for row in data["rankings"]:
         for each in row["leaders"]:
             (low, high), (best, worst) = each["interval"], each["ranks"]
-            text = f"95 %: {low:.4g} to {high:.4g}, rank {best} to {worst}"
+            among = f" of the {row['components']:,} scored" if row["subset"] else ""
+            text = f"95 %: {low:.4g} to {high:.4g}, rank {best} to {worst}{among}"
             yield Note(each["name"], row["scores"], row["task"], text)
 
 
@@ -247,7 +264,7 @@ def _audit_lines(audits: list[dict[str, Any]]) -> list[list[object]]:
 
 def _ranking_lines(rows: list[dict[str, Any]]) -> list[list[object]]:
     about = ["scores", "task", "kind", "components", "prompts", "above", "below", "k"]
-    of_halves = ["overlap", "by_chance", "spearman"]
+    of_halves = ["overlap", "by_chance", "spearman", "leaders", "leaders_anew"]
     lines: list[list[object]] = [[*about, *of_halves]]
     for row in rows:
         lines.append([*(row[name] for name in about), *((row["halves"] or {}).get(name) for name in of_halves)])

@@ -12,6 +12,7 @@ from study_world import inputs_of
 from mergekit_wp.console import no_progress
 from mergekit_wp.geometry import Kind
 from mergekit_wp.ranking import spearman
+from mergekit_wp.scores import Scores
 from mergekit_wp.study import certainty
 from mergekit_wp.study.sets import Shared, top_set
 
@@ -27,7 +28,7 @@ def test_halves_are_those_of_a_loop(gap):
     scores = made(prompts=11, gap=gap, shift=common)
     got = certainty.halved(scores, "a", Kind.NEURON, 8, seed=3)
     order_DP = torch.rand(certainty.HALVES, 11, generator=torch.Generator().manual_seed(3)).argsort(1)
-    prompts, overlaps, correlations = scores.tasks["a"].prompts, [], []
+    prompts, overlaps, correlations, chosen, anew = scores.tasks["a"].prompts, [], [], [], []
     for order_P in order_DP.tolist():
         halves = []
         for half in (order_P[:5], order_P[5:]):
@@ -36,9 +37,15 @@ def test_halves_are_those_of_a_loop(gap):
             halves.append((effects / of).flatten())
         overlaps.append(Shared.of(*(top_set(half, 8) for half in halves)).share)
         correlations.append(spearman(*halves))
+        for one, other in (halves, halves[::-1]):
+            chosen += sorted(one.tolist())[-8:]
+            anew += [float(other[n]) for n in one.argsort()[-8:]]
     assert got["overlap"] == pytest.approx(sum(overlaps) / len(overlaps), abs=1e-6)
     assert got["spearman"] == pytest.approx(sum(correlations) / len(correlations), abs=1e-5)
     assert got["by_chance"] == pytest.approx(8 / 30)
+    assert got["leaders"] == pytest.approx(sum(chosen) / len(chosen), abs=1e-5)
+    assert got["leaders_anew"] == pytest.approx(sum(anew) / len(anew), abs=1e-5)
+    assert got["leaders_anew"] < got["leaders"]
     assert got["draws"] == certainty.HALVES
 
 
@@ -86,7 +93,20 @@ def test_it_says_what_it_found():
     text = " ".join(certainty.findings(found({"x": made(prompts=60, tasks=("a",))}).data))
     assert "surely above zero (2.5 % would be if none was)" in text
     assert "Half of the prompts find" in text
+    assert "The top neurons of half of the prompts score 0." in text
     assert certainty.of_whole(0.5) == pytest.approx(2 / 3)
+
+
+def test_leaders_that_others_chose_are_no_sample_of_all_scores():
+    scores = made(prompts=30, tasks=("a",))
+    mask = {kind: torch.zeros_like(getattr(scores, kind)) for kind in Kind}
+    for kind in Kind:
+        mask[kind][0, :3] = 1.0
+    part = Scores.from_tasks(scores.meta, scores.tasks, mask)
+    alone, both = found({"part": part}), found({"part": part, "x": scores})
+    assert not any(text.startswith("Of all scores") for text in certainty.findings(alone.data))
+    assert certainty.findings(both.data)[0] == certainty.findings(found({"x": scores}).data)[0]
+    assert all(note.text.endswith("of the 3 scored") for note in alone.notes)
 
 
 def test_leaders_and_a_sample_say_what_top_sets_missed():
