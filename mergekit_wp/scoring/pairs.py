@@ -35,9 +35,10 @@ import click
 from mergekit_wp.documents import parse_json, parse_yaml
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.files import read_text
-from mergekit_wp.foreign import echo
+from mergekit_wp.foreign import echo, logger
 from mergekit_wp.scoring.anchor.graders import parse_check
 
+LOG = logger(__name__)
 T = TypeVar("T")
 FIELDS = {"task", "prompt", "contrast", "check", "chat"}
 _BUILTIN_PREFIX = "builtin:"
@@ -131,21 +132,35 @@ def by_task(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
 def split_pairs(pairs: Sequence[Pair], split: str | None, seed: int) -> list[TaskPairs]:
     """Cut every task's pairs into extraction and scoring sets.
 
-    `half` (App. B.3): a seeded shuffle, then two disjoint halves, the first of them rounded down; `shared`: all
-    pairs serve both; None: nothing is extracted, and all pairs score. Raises `BadInput` when a task has too few pairs
-    to be halved.
+    `half` (App. B.3): a seeded shuffle, then two halves that share no prompt, the first of them rounded down; `shared`:
+    all pairs serve both; None: nothing is extracted, and all pairs score. Pairs that repeat a prompt go into one half.
+    Raises `BadInput` when a task has too few prompts to be halved.
     """
     tasks = []
     for task, rows in by_task(pairs).items():
         if split != "half":
             tasks.append(TaskPairs(task, tuple(rows) if split == "shared" else (), tuple(rows)))
             continue
-        if len(rows) < 2:
-            raise BadInput(f"task {task} has 1 pair, which cannot be halved; add pairs or use --split shared.")
         drawn = shuffled(rows, seed, task)
-        middle = len(rows) // 2
-        tasks.append(TaskPairs(task, tuple(drawn[:middle]), tuple(drawn[middle:])))
+        prompts = list(dict.fromkeys(pair.prompt for pair in drawn))
+        if len(prompts) < 2:
+            raise BadInput(f"task {task} has 1 prompt, which cannot be halved; add pairs or use --split shared.")
+        first = set(prompts[: len(prompts) // 2])
+        halves = [tuple(pair for pair in drawn if (pair.prompt in first) is chosen) for chosen in (True, False)]
+        tasks.append(TaskPairs(task, *halves))
     return tasks
+
+
+def warn_of_repeats(tasks: Iterable[TaskPairs]) -> None:
+    """Say of which tasks pairs are repeated: scores and intervals take each for a prompt of its own."""
+    for task in tasks:
+        count, distinct = len(task.scoring), len({(pair.prompt, pair.contrast) for pair in task.scoring})
+        if distinct < count:
+            LOG.warning(
+                "task %s: %d of its %d scoring pairs are distinct; a repeated one counts as often as it is there, and "
+                "intervals take it for another prompt. Remove repeats.",
+                task.task, distinct, count,
+            )  # fmt: skip
 
 
 def shuffled(rows: Sequence[T], seed: int, task: str) -> list[T]:

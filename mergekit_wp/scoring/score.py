@@ -56,7 +56,7 @@ from mergekit_wp.scoring.distributed import ProcessGroup
 from mergekit_wp.scoring.metrics import instruction_effect, make_metrics, metric_of
 from mergekit_wp.scoring.models.load import CheckedPair, ModelPair, check_pair, load_pair, warn_of_other_ids
 from mergekit_wp.scoring.packing import pack
-from mergekit_wp.scoring.pairs import Pair, TaskPairs, draw_pairs, load_pairs, split_pairs
+from mergekit_wp.scoring.pairs import Pair, TaskPairs, draw_pairs, load_pairs, split_pairs, warn_of_repeats
 from mergekit_wp.scoring.passes import PATCHING, BatchState, Passes, PatchPlan, first_order, patch_layer
 from mergekit_wp.scoring.prompt_format import prompt_format_of
 from mergekit_wp.scoring.resume import Resume
@@ -170,6 +170,7 @@ def prepare(job: ScoringJob, held: InMemory | None = None, checked: CheckedPair 
         asked = shape.layers - 1
     subset, chance = choose_subset(job, checked)
     pairs = pairs_of(job, held.prompts)
+    warn_of_repeats(pairs)
     tokenizer = load_tokenizer(checked.base.name, checked.base.folder, job.trust_remote_code)
     prompt_format = prompt_format_of(job, checked.base, checked.expert, tokenizer, pairs)
     tasks = tokenize_tasks(prompt_format, pairs, checked.context_limit)

@@ -17,7 +17,7 @@ from where import DEVICE
 
 from mergekit_wp.scores import read_scores
 from mergekit_wp.scoring.cli import main
-from mergekit_wp.scoring.pairs import BUILTIN, builtin_words, by_task, load_pairs, split_pairs
+from mergekit_wp.scoring.pairs import BUILTIN, Pair, builtin_words, by_task, load_pairs, split_pairs, warn_of_repeats
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,20 @@ class TestSplit:
         pairs = BUILTIN["instructions"](10, 0)
         alone = split_pairs([p for p in pairs if p.task == "title"], "half", 0)[0]
         assert alone in split_pairs(pairs, "half", 0)
+
+    def test_a_prompt_is_in_one_half_however_often_it_is_there(self, caplog):
+        pairs = [Pair("t", f"p{i % 10}", f"c{i % 5}") for i in range(20)]
+        (task,) = split_pairs(pairs, "half", 0)
+        halves = [{pair.prompt for pair in half} for half in (task.extraction, task.scoring)]
+        assert [len(half) for half in (*halves, task.extraction, task.scoring)] == [5, 5, 10, 10]
+        assert not halves[0] & halves[1]
+        with pytest.raises(Exception, match="task t has 1 prompt, which cannot be halved"):
+            split_pairs([pairs[0]] * 3, "half", 0)
+        warn_of_repeats([task])
+        assert "task t: 5 of its 10 scoring pairs are distinct" in caplog.text
+        caplog.clear()
+        warn_of_repeats(split_pairs(pairs[:10], None, 0))
+        assert not caplog.text
 
     def test_one_pair_cannot_be_halved(self):
         with pytest.raises(Exception, match="--split shared"):
