@@ -31,6 +31,7 @@ from mergekit_wp.scoring.config import ScoringJob
 from mergekit_wp.scoring.models.load import check_pair, load_models
 from mergekit_wp.scoring.models.precision import pick_dtype, stored_dtype
 from mergekit_wp.scoring.prompts import prompts_of
+from mergekit_wp.scoring.resume import Resume
 from mergekit_wp.scoring.score import InMemory
 from mergekit_wp.scoring.score import score as score_job
 from mergekit_wp.scoring.whole_answers import answers_beside
@@ -58,7 +59,7 @@ def score(
                   texts, of (prompt, contrast), of dicts with the fields of a pairs file, of several of the former
     tokenizer     of a base in memory; None: the one in the folder that it was loaded from
     column        which column of a data set has the prompts; task: of prompts that name none
-    out           a score file to write
+    out           a score file to write; beside it a run that is killed keeps its finished layers (`exact`, `ap`)
     progress      whether to show bars
     fields        every other field of a scoring job: method, utility, layer, samples, dtype, ... (`wp-score --help`)
 
@@ -85,9 +86,11 @@ def score(
         if target is not None:
             stack.enter_context(claimed(target))
         bars = stack.enter_context(ProgressBars(progress))
-        scores = score_job(job, bars, held=InMemory(live, rows), answers=beside)
+        resume = Resume(target)
+        scores = score_job(job, bars, resume=resume, held=InMemory(live, rows), answers=beside)
         if target is not None:
             scores.save(target)
+            resume.forget()
     return scores
 
 

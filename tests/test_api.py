@@ -19,6 +19,7 @@ from mergekit_wp.errors import BadInput
 from mergekit_wp.geometry import Component, Geometry, Kind
 from mergekit_wp.scoring.pairs import Pair
 from mergekit_wp.scoring.prompts import prompts_of
+from mergekit_wp.scoring.resume import Resume
 
 ALL = (*tiny.VARIANTS, *tiny.FAMILIES, *tiny.WRAPPERS)
 SMALL = {"num_hidden_layers": 2, "intermediate_size": 8}
@@ -148,6 +149,26 @@ def test_the_score_file_is_written_and_inputs_are_not(folders, tmp_path):
     assert again.meta == found.meta
     with pytest.raises(BadInput, match="lies inside what is read"):
         score(*folders, ["w1"], out=f"{folders[0]}/s.safetensors", progress=False)
+
+
+def test_a_run_with_an_output_goes_on_after_a_kill(folders, tmp_path, monkeypatch):
+    out, options = tmp_path / "s.safetensors", {"method": "exact", "progress": False, "gap_floor": 0.0}
+    pair, save, steps = load_pair(*folders), Resume.save, []
+
+    def saved(self, *args):
+        steps.append(args[1])
+        save(self, *args)
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Resume, "save", saved)
+    with pytest.raises(KeyboardInterrupt):
+        score(*pair[:2], ["w1 w2", "w5"], out=out, **options)
+    assert list(tmp_path.glob(".s.safetensors.resume/*/*.safetensors"))
+    found = score(*pair[:2], ["w1 w2", "w5"], out=out, **options)
+    assert len(steps) == len(set(steps)) == 2, "a layer each, none of them twice"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+    assert torch.equal(found.neurons, score(*folders, ["w1 w2", "w5"], **options).neurons)
 
 
 def test_steer_clamps_every_prompt_and_goes(folders):
