@@ -286,7 +286,8 @@ class Scores:
         """
         if task not in self.tasks:
             raise BadInput(f"there are no scores of a task {shown(task)}; there are those of {', '.join(self.tasks)}.")
-        meta = replace(self.meta, tasks={task: self.meta.tasks[task]})
+        ids = self.meta.prompt_ids and {name: own for name, own in self.meta.prompt_ids.items() if name == task}
+        meta = replace(self.meta, tasks={task: self.meta.tasks[task]}, prompt_ids=ids)
         return Scores.from_tasks(meta, {task: self.tasks[task]}, self.scored, self.chance)
 
     def __iter__(self) -> Iterator[str]:

@@ -144,6 +144,14 @@ def test_two_files_are_drawn_alike_even_where_they_used_other_prompts():
     assert torch.equal(*counts)
 
 
+def test_a_task_taken_out_has_its_own_prompts_alone():
+    both = made()
+    alone = both["a"]
+    assert alone.meta.prompt_ids == {"a": both.meta.prompt_ids["a"]}
+    low_Ln, high_Ln = differences(alone, made(seed=1)["a"], Kind.HEAD)
+    assert (low_Ln <= high_Ln).all()
+
+
 def test_what_cannot_be_said_is_refused():
     plain = example()
     with pytest.raises(BadInput, match=r"task a: the score file keeps no single prompts; make it again with wp-score"):
