@@ -150,7 +150,7 @@ def _agreement(
     one: Scores, other: Scores, task: str | None, common: Sequence[str], kind: Kind, k: int | None
 ) -> Agreement:
     both = one.seen(kind) & other.seen(kind)
-    tasks = [task] if task is not None else common or [None]
+    tasks: list[str | None] = [task] if task is not None else [*common] or [None]
     a_n, b_n = (torch.stack([table_of(x, kind, each)[both] for each in tasks]).mean(0) for x in (one, other))
     count = len(a_n)
     positive = [int((values > 0).sum()) for values in (a_n, b_n)]
