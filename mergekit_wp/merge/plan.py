@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.autoload import METHODS
+from mergekit_wp.checkpoint.adapters import check_merged
 from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, fingerprint_of, local_folder
 from mergekit_wp.checkpoint.references import Reference, reference_of
 from mergekit_wp.checkpoint.vocabulary import head_is_tied, head_of
@@ -334,4 +335,8 @@ def _checkpoint(model: ModelReference, is_file: bool) -> Checkpoint:
             f"{model}: there is a folder of this name, and mergekit reads {other} instead; write the folder as "
             f"`{{model: {{path: {model}}}}}` in the recipe, or merge with wp-merge, which takes the folder."
         )
-    return Checkpoint(str(model), Path(LoaderCache().get(model).index.base_path))
+    cache = LoaderCache()
+    folder = Path(cache.get(model).index.base_path)
+    if model.lora and cache.lora_cache_dir:
+        check_merged(model, Path(cache.lora_cache_dir), folder, cache.lora_merge_dtype)
+    return Checkpoint(str(model), folder)

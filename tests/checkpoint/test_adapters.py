@@ -14,7 +14,7 @@ from mergekit.common import ModelReference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from where import DEVICE
 
-from mergekit_wp.checkpoint.adapters import adds_to_an_end, merged_folder, vocabulary_rows
+from mergekit_wp.checkpoint.adapters import adds_to_an_end, check_merged, merged_folder, vocabulary_rows
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.checkpoint.vocabulary import head_is_tied
 from mergekit_wp.checkpoint.weights import read_header
@@ -79,6 +79,30 @@ def test_on_the_ends_of_a_tied_model(tied, tmp_path, name):
         name in ("head", "embeddings", "both", "both alike")
     )
     assert folder == tmp_path / "cache" / f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
+
+
+def test_a_kept_merge_of_other_files_is_made_anew(tied, tmp_path):
+    """mergekit knows it by its two paths, at which a LoRA may have been trained again."""
+    lora, cache = tmp_path / "lora", tmp_path / "cache"
+    reference = ModelReference.parse(f"{tied}+{lora}")
+    adapt(tied, lora)
+    folder = merged_folder(reference, cache, False)
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert merged_folder(reference, cache, False) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    check_merged(reference, cache, folder)
+    adapted = adapt(tied, lora, target_modules=["q_proj"])
+    with pytest.raises(BadInput, match="was made before its base or LoRA was last written"):
+        check_merged(reference, cache, folder)
+    (folder / "wp_made_of.json").unlink()  # mergekit's own has none
+    with pytest.raises(BadInput, match="was made before its base or LoRA was last written"):
+        check_merged(reference, cache, folder)
+    merged_folder(reference, cache, False)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(adapted))
+    with pytest.raises(BadInput, match="in another dtype"):
+        check_merged(reference, cache, folder, "bfloat16")
+    merged_folder(reference, cache, False, "bfloat16")
+    assert {tensor.dtype for tensor in tensors_of(folder).values()} == {torch.bfloat16}
 
 
 ADDED = {

@@ -12,6 +12,7 @@ from merge_world import World, merge, reference, tensors_of, write_random_scores
 from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
 
 from mergekit_wp.checkpoint.folder import Checkpoint
+from mergekit_wp.errors import BadInput
 from mergekit_wp.merge import register
 from mergekit_wp.merge.shares import BESIDE
 
@@ -88,6 +89,9 @@ def test_a_loras_scores_lie_with_the_lora(world):
     config = without_scores(world)
     config["models"][1]["model"] = name
     assert same_files(merge(world, config, lora_merge_cache=cache), want)
+    make_lora(world.base, lora, seed=4)  # trained again, while mergekit would take its merge of the old one
+    with pytest.raises(BadInput, match="was made before its base or LoRA was last written"):
+        merge(world, config, "stale", lora_merge_cache=cache)
 
 
 # --- mergekit-evolve -------------------------------------------------------------------------------------------------
