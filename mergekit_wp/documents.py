@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
@@ -47,12 +47,28 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document. Raises ValueError with a clause that says what is wrong, and in which line."""
+    return _parsed(text, lambda loader: [loader.get_single_data()])[0]
+
+
+def parse_yaml_documents(text: str) -> list[Any]:
+    """As `parse_yaml`, of a text of several documents, which `---` parts."""
+
+    def read(loader: _Strict) -> list[Any]:
+        found = []
+        while loader.check_data():
+            found.append(loader.get_data())
+        return found
+
+    return _parsed(text, read)
+
+
+def _parsed(text: str, read: Callable[[_Strict], list[Any]]) -> list[Any]:
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"it is larger than {MOST_YAML_BYTES:,} characters")
     loader = None
     try:
         loader = _Strict(text)
-        value = loader.get_single_data()
+        values = read(loader)
     except yaml.MarkedYAMLError as error:
         raise ValueError(_where(error)) from error
     except yaml.YAMLError as error:
@@ -60,8 +76,9 @@ def parse_yaml(text: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
-    _check(value, _CONTROL, _MOST_YAML_INT)
-    return value
+    for value in values:
+        _check(value, _CONTROL, _MOST_YAML_INT)
+    return values
 
 
 def parse_json(text: str | bytes) -> Any:

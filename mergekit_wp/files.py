@@ -24,7 +24,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_wp.documents import MOST_JSON_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml
+from mergekit_wp.documents import MOST_JSON_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, parse_yaml_documents
 from mergekit_wp.errors import BadInput
 
 if TYPE_CHECKING:
@@ -152,6 +152,14 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str, text: str | None 
     return _mapping(path, what, "YAML", "mapping of fields", parse_yaml, MOST_YAML_BYTES, text)
 
 
+def read_yaml_documents(path: str | os.PathLike[str], what: str) -> list[dict[str, Any]]:
+    """The mappings of a YAML file of several documents; otherwise as `read_yaml_mapping`."""
+    content = _content(path, what, "YAML", parse_yaml_documents, MOST_YAML_BYTES, None)
+    for each in content:
+        _check_mapping(each, path, what, "YAML", "mapping of fields")
+    return list(content)
+
+
 def read_json_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     """A JSON file that must hold an object; otherwise as `read_yaml_mapping`."""
     return _mapping(path, what, "JSON", "object", parse_json, MOST_JSON_BYTES)
@@ -166,15 +174,26 @@ def _mapping(
     most: int,
     text: str | None = None,
 ) -> dict[str, Any]:
+    content = _content(path, what, language, parse, most, text)
+    _check_mapping(content, path, what, language, kind)
+    mapping: dict[str, Any] = content
+    return mapping
+
+
+def _content(
+    path: str | os.PathLike[str], what: str, language: str, parse: Callable[[str], Any], most: int, text: str | None
+) -> Any:
     try:
-        content = parse(read_text(path, most) if text is None else text)
+        return parse(read_text(path, most) if text is None else text)
     except OSError as error:
         raise BadInput(f"{path}: cannot read this {what} ({error.strerror or error}).") from error
     except ValueError as error:
         raise BadInput(f"{path}: this {what} is not valid {language}: {error}.") from error
+
+
+def _check_mapping(content: Any, path: str | os.PathLike[str], what: str, language: str, kind: str) -> None:
     if not isinstance(content, dict):
         raise BadInput(f"{path}: not a {what}, which is a {language} {kind}; found {type(content).__name__}.")
-    return content
 
 
 def open_file(path: str | os.PathLike[str]) -> BufferedReader:

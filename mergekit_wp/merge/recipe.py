@@ -18,7 +18,7 @@ from mergekit_wp.checkpoint.folder import Checkpoint, local_folder
 from mergekit_wp.checkpoint.references import Reference, with_recipe_models
 from mergekit_wp.documents import MOST_YAML_BYTES
 from mergekit_wp.errors import BadInput, shown
-from mergekit_wp.files import read_text, read_yaml_mapping
+from mergekit_wp.files import read_text, read_yaml_documents, read_yaml_mapping
 from mergekit_wp.merge.plan import (
     AIM,
     FILES,
@@ -30,6 +30,7 @@ from mergekit_wp.merge.plan import (
     names_file,
     read_plan,
 )
+from mergekit_wp.merge.recipe_fields import check_entries, check_fields
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -164,14 +165,29 @@ class Recipe:
 
 def read_recipe(path: str, text: str | None = None) -> Recipe:
     """Read and complete a recipe. Raises `BadInput`, naming the file, for anything but a YAML mapping with a
-    `merge_method` that mergekit has, and for a parameter that the method does not know (mergekit would ignore it).
+    `merge_method` that mergekit has, and for fields and parameters that mergekit would ignore.
 
     text: what the file will hold, where it is still to be written."""
     content = read_yaml_mapping(path, "recipe", text)
+    _check_content(path, content)
+    for parameters in _parameters(content) if content["merge_method"] in _PARAMETERS else ():
+        for name in FILES:
+            file = parameters.get(name)
+            beside = Path(path).absolute().parent / str(file)
+            if names_file(name, file) and not os.path.exists(str(file)) and os.path.exists(beside):
+                parameters[name] = str(beside)
+    if text is None:
+        text = read_text(path, MOST_YAML_BYTES)
+    return Recipe(Path(path), text, with_recipe_models(content, _for_mergekit))
+
+
+def _check_content(path: str, content: dict[str, Any]) -> None:
+    """Raise `BadInput` for what mergekit would take in silence, and for a method that it does not have."""
     if "merge_method" not in content:
         raise BadInput(f"{path}: the recipe has no merge_method; write `merge_method: {WP}`.")
     method = content["merge_method"]
     known = _parameters_of(path, method)
+    check_fields(path, content)
     if method in _PARAMETERS:
         for parameters in _parameters(content, of_models=True):
             if shared := sorted((set(parameters) & set(known)) - set(_OF_EXPERTS.get(method, ()))):
@@ -184,28 +200,28 @@ def read_recipe(path: str, text: str | None = None) -> Recipe:
             raise BadInput(
                 f"{path}: unknown parameter {unknown[0]}; merge_method {method} knows {', '.join(known) or 'none'}."
             )
-        if method in _PARAMETERS:
-            for name in FILES:
-                file = parameters.get(name)
-                beside = Path(path).absolute().parent / str(file)
-                if names_file(name, file) and not os.path.exists(str(file)) and os.path.exists(beside):
-                    parameters[name] = str(beside)
-    if text is None:
-        text = read_text(path, MOST_YAML_BYTES)
-    return Recipe(Path(path), text, with_recipe_models(content, _for_mergekit))
+    if method in _PARAMETERS:
+        check_entries(path, with_recipe_models(content, _for_mergekit), _OF_EXPERTS.get(method, ()))
 
 
 def check_stock_recipe() -> None:
-    """Read the recipe of a running `mergekit-yaml` as wp-merge would, for what that takes in silence: of two equal keys
-    the last, and parameters that the method does not know. Raises `BadInput`.
+    """Read the recipe of a running `mergekit-yaml` as wp-merge would, and those of a `mergekit-multi` that are by a
+    method of ours, for what these take in silence: of two equal keys the last, fields and parameters that nobody knows.
+    Raises `BadInput`.
 
     Nothing is done in other commands, and where the recipe came through a pipe and is gone.
     """
     context = click.get_current_context(silent=True)
-    if context is not None and context.command.name == "mergekit-yaml":
-        path = context.params.get("config_file")
-        if isinstance(path, str) and os.path.isfile(path):
-            read_recipe(path)
+    path = None if context is None else context.params.get("config_file")
+    if context is None or not isinstance(path, str) or not os.path.isfile(path):
+        return
+    if context.command.name == "mergekit-yaml":
+        read_recipe(path)
+    elif context.command.name == "mergekit-multimerge":
+        for number, content in enumerate(read_yaml_documents(path, "file of recipes"), 1):
+            content.pop("name", None)
+            if content.get("merge_method") in _PARAMETERS:
+                _check_content(f"{path}, document {number}", content)
 
 
 def _for_mergekit(meaning: Reference, value: Any) -> dict[str, Any]:

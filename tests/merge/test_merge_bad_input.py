@@ -8,12 +8,14 @@ from collections import namedtuple
 
 import pytest
 import torch
+import yaml
 from merge_checks import edit_config, refused, rewrite, slices
 from merge_world import World, merge, tensors_of, write_random_scores
 from safetensors.torch import save_file
 
 from mergekit_wp.checkpoint.folder import Checkpoint
 from mergekit_wp.errors import BadInput
+from mergekit_wp.merge.recipe import read_recipe
 from mergekit_wp.scores import Scores, read_scores, write_scores
 
 
@@ -27,6 +29,53 @@ def built(tmp_path_factory):
 def world(built, tmp_path):
     shutil.copytree(built.root, tmp_path / "w")
     return World(tmp_path / "w", "llama")
+
+
+E0 = {"model": "e0", "parameters": {"scores": "a"}}
+SLICE = {"model": "e0", "layer_range": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"paramters": {"scale": 2}}, "unknown field 'paramters'; did you mean parameters?"),
+        ({"out_dtpye": "bfloat16"}, "unknown field 'out_dtpye'; did you mean out_dtype?"),
+        ({"models": [{**E0, "weight": 5}]}, "models, entry 1, unknown field 'weight'; there are model, parameters."),
+        ({"models": [{"model": "e0", "paramters": {}}]}, "models, entry 1, unknown field 'paramters'; did you"),
+        ({"models": [{"model": {"model": {"path": "e0", "revison": "x"}}}]}, "'revison'; did you mean revision?"),
+        ({"parameters": {"scale": [{"fitler": "mlp", "value": 2}]}}, "parameters, scale, entry 1, unknown field 'fitl"),
+        ({"parameters": {"scale": {"filtr": "mlp", "value": 2}}}, "parameters, scale, unknown field 'filtr'; did you"),
+        ({"tokenizer": {"sorce": "base"}}, "tokenizer, unknown field 'sorce'; did you mean source?"),
+        ({"tokenizer": {"tokens": {"w5": {"source": {"kind": "zero"}, "x": 1}}}}, "tokens, w5, unknown field 'x'"),
+        ({"slices": [{"residual_weight": 0.5, "sources": [SLICE]}]}, "slices, entry 1, unknown field 'residual_weigh"),
+        ({"modules": {"default": {"modls": []}}}, "modules, default, unknown field 'modls'; did you mean models?"),
+        # What lies in a place that mergekit does not look at.
+        ({"models": [E0, {"model": "base", "parameters": {"weight": 7}}]}, "`weight` stands under base, which is the"),
+        (
+            {
+                "slices": [
+                    {"base_model": "e1", "sources": [SLICE, {**SLICE, "model": "e1", "parameters": {"scale": 2}}]}
+                ]
+            },
+            "`scale` stands under e1, which is the base_model here",
+        ),
+        ({"models": [E0, E0]}, "e0 is listed twice; list it once with a `weight` of 2."),
+    ],
+)
+def test_what_mergekit_would_leave_out_in_silence(more, said):
+    text = yaml.safe_dump({"merge_method": "wp", "base_model": "base", **more})
+    with pytest.raises(BadInput) as caught:
+        read_recipe("r.yaml", text)
+    assert said in caught.value.message
+
+
+def test_fields_that_mergekit_has_are_taken():
+    token = {"source": {"kind": "model_token", "model": "e0", "token": "a"}, "force": True}
+    conditions = [{"filter": "mlp", "value": [1, 2]}, {"value": 1}]
+    more = {"tokenizer": {"source": "base", "tokens": {"w5": token}}, "parameters": {"scale": conditions}}
+    slices = [{"sources": [SLICE, {**SLICE, "model": {"model": {"path": "base", "revision": "x"}, "lora": "e1"}}]}]
+    text = yaml.safe_dump({"merge_method": "wp", "base_model": "base", "dtype": "float16", "slices": slices, **more})
+    assert read_recipe("r.yaml", text).method == "wp"
 
 
 def with_scores(world, value):

@@ -86,6 +86,11 @@ def done(world):
         "disabled": (["mergekit-yaml"], relative_config(world), {"MERGEKIT_WP_DISABLE": "1"}),
         "broken": (["mergekit-yaml"], linear, {}),
         "pytorch": (["mergekit-pytorch"], files, {}),
+        "multi-unknown": (
+            ["mergekit-multi", "-I", str(world.root / "steps2"), "--out-path"],
+            [{**nested[0], "parameters": {"scal": 2.0}}, nested[1]],
+            {},
+        ),
         "multi": (["mergekit-multi", "-I", str(world.root / "steps"), "--out-path"], nested, {}),
     }
     results = {}
@@ -131,6 +136,13 @@ def test_a_refusal_is_one_sentence_with_exit_code_2(world, done):
     assert "Traceback" not in refused.stderr
     assert refused.stderr.rstrip().splitlines()[-1].startswith(f"Error: {world.expert(1)}: no scores are given")
     assert not refused.out.exists()
+
+
+def test_a_parameter_that_nobody_knows_in_a_file_of_several_recipes(world, done):
+    refused = done["multi-unknown"]
+    assert refused.code == 2
+    assert "multi-unknown.yaml, document 1: unknown parameter scal; merge_method wp knows" in refused.stderr
+    assert not (world.root / "steps2" / "first").exists()
 
 
 def test_two_equal_keys_of_which_mergekit_would_take_the_last(done):
