@@ -30,7 +30,7 @@ from typing import Annotated
 import torch
 
 from mergekit_wp.choices import FIT_FAMILIES
-from mergekit_wp.documents import Count, Date, Number, Positive, Text, Versions, one_of, read_document, strict
+from mergekit_wp.documents import Count, Date, Number, Positive, Sha256, Text, Versions, one_of, read_document, strict
 from mergekit_wp.errors import BadInput
 from mergekit_wp.files import open_file, read_tensors, write_tensors
 from mergekit_wp.geometry import Geometry, TensorSlot
@@ -140,6 +140,8 @@ class FitMeta:
     curve           the loss by step
     best_step       whose weights these are
     keep            of the base as one more teacher, so that what no expert teaches is not lost; or None
+    contents        of each expert whose fingerprint is another model's too (it only samples weights) the SHA-256 of all
+                    its weights, else None; () where every model has its own
     """
 
     base: ModelId
@@ -158,6 +160,7 @@ class FitMeta:
     versions: Versions
     date: Date
     keep: Kept | None = None
+    contents: tuple[Sha256 | None, ...] = ()
     format: Count = FORMAT
 
     def __post_init__(self) -> None:
@@ -166,6 +169,8 @@ class FitMeta:
         for name, rows in (("prompts", self.prompts), ("unrecovered", self.unrecovered)):
             if len(rows) != len(self.experts):
                 raise ValueError(f"{name}: found {len(rows)} entries for {len(self.experts)} experts")
+        if self.contents and len(self.contents) != len(self.experts):
+            raise ValueError(f"contents: found {len(self.contents)} entries for {len(self.experts)} experts")
         steps = [point.step for point in self.curve]
         if steps != sorted(set(steps)):
             raise ValueError("curve: its steps do not ascend")
@@ -179,7 +184,10 @@ class FitMeta:
 
     def to_json(self) -> str:
         """What `from_json` reads."""
-        return json.dumps(asdict(self), sort_keys=True)
+        content = asdict(self)
+        if not self.contents:  # so that earlier releases read what they can
+            del content["contents"]
+        return json.dumps(content, sort_keys=True)
 
 
 @dataclass(frozen=True, repr=False)

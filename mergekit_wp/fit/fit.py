@@ -341,6 +341,15 @@ def _inputs(job: FitJob, ready: Sequence[Prepared], run: FitRun) -> dict[str, ob
     }
 
 
+def _contents(job: FitJob, ready: Sequence[Prepared]) -> tuple[str | None, ...]:
+    """`FitMeta.contents`."""
+    prints = [each.checked.expert_print for each in ready[: len(job.experts)]]
+    shared = [[*prints, ready[0].checked.base_print].count(mark) > 1 for mark in prints]
+    if not any(shared):
+        return ()
+    return tuple(content_of(expert.expert) if also else None for expert, also in zip(job.models, shared, strict=True))
+
+
 def _fit_of(job: FitJob, ready: Sequence[Prepared], run: FitRun, found: Found, date: str) -> Fit:
     """What goes into the file."""
     prompts = []
@@ -369,5 +378,6 @@ def _fit_of(job: FitJob, ready: Sequence[Prepared], run: FitRun, found: Found, d
         versions=versions(),
         date=date,
         keep=None if job.keep is None else Kept(os.path.basename(job.keep), prompts[K], before[K], after[K]),
+        contents=_contents(job, ready),
     )
     return Fit(meta, found.weights.heads_KLH, found.weights.neurons_KLF, found.weights.rest_K)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -26,16 +26,34 @@ def load_fit(path: str) -> Fit:
     return _read(stamp(path, "fit file", "make it with wp-fit or mend the path"))
 
 
-def order_of(fit: Fit, experts: Mapping[str, Sequence[Fingerprint]], where: str, allow: bool) -> tuple[int, ...]:
-    """The places in the file of a merge's experts: each is known again by one of its fingerprints.
+def order_of(
+    fit: Fit,
+    experts: Mapping[str, Sequence[Fingerprint]],
+    where: str,
+    allow: bool,
+    content: Callable[[str], Collection[str]],
+) -> tuple[int, ...]:
+    """The places in the file of a merge's experts: each is known again by one of its fingerprints, and where that is
+    another model's too by its content, which the file then has.
 
     where: the fit's name in sentences. allow: an expert that is none of the file's takes the place of one that is left,
-    in order (a warning). Raises `BadInput` unless these are all of the file's experts and no other.
+    in order (a warning). content: what `content_digest` gives of an expert, read where it is needed. Raises `BadInput`
+    unless these are all of the file's experts and no other.
     """
-    fitted = fit.meta.experts
+    fitted, contents = fit.meta.experts, fit.meta.contents or (None,) * len(fit.meta.experts)
     left, places = list(range(len(fitted))), dict.fromkeys(experts, -1)
     for name, prints in experts.items():
-        found = next((k for k in left if any(_same(mark, fitted[k]) for mark in prints)), None)
+        alike = [k for k in range(len(fitted)) if any(_same(mark, fitted[k]) for mark in prints)]
+        if any(contents[k] for k in alike):
+            found_content = content(name)
+            alike = [k for k in alike if contents[k] is None or contents[k] in found_content]
+        elif len(alike) > 1 and not allow:
+            raise BadInput(
+                f"{where}: {_listed([fitted[k].name for k in alike])} have one fingerprint, which samples weights, so "
+                f"that {name} cannot be told apart from the others; fit these models anew with wp-fit, or set "
+                "`allow_mismatch: true` to take them in order."
+            )
+        found = next((k for k in alike if k in left), None)
         if found is not None:
             places[name] = found
             left.remove(found)

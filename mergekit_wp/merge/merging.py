@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_wp.checkpoint.folder import Fingerprint, fingerprint_tensors
+from mergekit_wp.checkpoint.folder import Fingerprint, content_digest, fingerprint_tensors
 from mergekit_wp.checkpoint.hub import score_file
 from mergekit_wp.checkpoint.in_memory import held, plain_tensors
 from mergekit_wp.checkpoint.vocabulary import align_rows
-from mergekit_wp.checkpoint.weights import HeldTensor
+from mergekit_wp.checkpoint.weights import HeldTensor, TensorHeader
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.fit_file import Fit, read_fit
 from mergekit_wp.foreign import file_parts, logger
@@ -246,7 +246,8 @@ def _by_fit(own: _Held, states: Sequence[_Held], fit: Any, scales: list[float], 
     """The kernel by a fit, which is of these very models. Raises `BadInput` where it is not."""
     read = fit if isinstance(fit, Fit) else read_fit(fit)
     own.check("base", read.meta.base, "fit", allow, *OF_A_FIT)
-    order = order_of(read, {state.name: state.prints for state in states}, "fit", allow)
+    prints, by_name = {state.name: state.prints for state in states}, {state.name: state for state in states}
+    order = order_of(read, prints, "fit", allow, lambda name: by_name[name].contents())
 
     def kernel(
         base: torch.Tensor, inputs: Sequence[torch.Tensor], slot: TensorSlot | None, dtype: torch.dtype
@@ -259,12 +260,13 @@ def _by_fit(own: _Held, states: Sequence[_Held], fit: Any, scales: list[float], 
 
 @dataclass(frozen=True)
 class _Held:
-    """One model in memory: what it is called, its tensors, and its fingerprints (of a tied model, with and without the
-    head beside the embeddings: both are saved so)."""
+    """One model in memory: what it is called, its tensors, its fingerprints (of a tied model, with and without the head
+    beside the embeddings: both are saved so), and the tensors as saved that these are of."""
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     prints: Sequence[Fingerprint]
+    saved: Sequence[Mapping[str, TensorHeader]]
 
     @classmethod
     def of(cls, model: Any, name: str) -> _Held:
@@ -279,13 +281,15 @@ class _Held:
                 raise BadInput(
                     f"{name}: no tensor in it is named like a causal LM's (model.layers.0...); give its state dict."
                 )
-            whole = {key: HeldTensor.of(tensor) for key, tensor in tensors.items()}
-            found = [whole]
-            if (head := _copied_head(tensors)) is not None:
-                found.append({key: tensor for key, tensor in whole.items() if key != head})
-            return cls(name, tensors, [Fingerprint("", fingerprint_tensors(each)) for each in found])
+            saved = _as_saved(tensors)
+            return cls(name, tensors, [Fingerprint("", fingerprint_tensors(each)) for each in saved], saved)
         with held(model, name) as live:
-            return cls(name, {key: tensor.detach() for key, tensor in model.state_dict().items()}, [live.fingerprint])
+            state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+            return cls(name, state, [live.fingerprint], [live.tensors])
+
+    def contents(self) -> list[str]:
+        """What `content_digest` may give of the model once it is saved."""
+        return [content_digest(each) for each in self.saved]
 
     def check(self, role: str, scored: Any, where: str, allow: bool, *words: str) -> None:
         """Raise `BadInput` unless the scores, or what `words` say, are of this model."""
@@ -332,6 +336,12 @@ class _Held:
                 f"{self.name}: {own} has shape {list(tensor.shape)}, expected the base's {list(base.shape)}."
             )
         return tensor
+
+
+def _as_saved(tensors: Mapping[str, torch.Tensor]) -> list[Mapping[str, TensorHeader]]:
+    """The tensors; of a tied model also without the head, which is the embeddings once more."""
+    whole, head = {key: HeldTensor.of(tensor) for key, tensor in tensors.items()}, _copied_head(tensors)
+    return [whole] if head is None else [whole, {key: tensor for key, tensor in whole.items() if key != head}]
 
 
 def _copied_head(tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from merge_checks import assert_merged, change, make_lora, plan_of, refused, rewrite, run, slices
 from merge_world import World, merge, reference, tensors_of, write_random_fit
 
+from mergekit_wp import merge as merge_models
+from mergekit_wp.checkpoint.folder import content_of, fingerprint_of
 from mergekit_wp.errors import BadInput
 from mergekit_wp.fit_file import read_fit, write_fit
 from mergekit_wp.geometry import slot_of
@@ -264,3 +267,29 @@ def test_a_fit_under_a_model_is_refused_and_so_is_one_of_another_method(world):
         (world.root / "r.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(BadInput, match=re.escape(said)):
             read_recipe(str(world.root / "r.yaml"))
+
+
+def test_experts_of_one_fingerprint_are_told_apart_by_their_content(tmp_path):
+    """A fingerprint samples weights: a change of one neuron between its windows does not show."""
+    world = World(tmp_path / "w", "llama").build(intermediate_size=200, num_hidden_layers=2)
+    shutil.rmtree(world.expert(1))
+    shutil.copytree(world.expert(0), world.expert(1))
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    change(world.expert(1), gate, 60, 1.0)
+    models = [str(world.expert(k)) for k in range(2)]
+    assert fingerprint_of(models[0]) == fingerprint_of(models[1])
+    world.write_fit([0, 1])
+    backwards = {**world.fitted(), "models": world.fitted()["models"][::-1]}
+    assert "e0 and " in (message := refused(world, backwards))
+    assert "have one fingerprint" in message
+    known = read_fit(world.fit)
+    replace(known, meta=replace(known.meta, contents=tuple(map(content_of, models)))).save(world.fit)
+    one, other = merge(world, world.fitted(), "one"), merge(world, backwards, "other")
+    assert_merged(tensors_of(one), reference(world, order=[0, 1]))
+    assert_merged(tensors_of(other), reference(world, order=[0, 1]))
+    states = {name: tensors_of(Path(name)) for name in models[::-1]}
+    held = merge_models(tensors_of(world.base), states, fit=read_fit(world.fit))
+    assert torch.equal(held[gate], tensors_of(other)[gate])
+    # Neither of the two, and its fingerprint that of both.
+    change(world.expert(1), gate, 60, 2.0)
+    assert "and e1 cannot be found among" in refused(world, world.fitted()).replace(f"{world.root}/", "")
