@@ -25,6 +25,8 @@ from mergekit_wp.files import beside, check_writable_parent, open_file
 from mergekit_wp.foreign import echo
 
 _LOCK = ".lock"
+REPLACED = ".replaced"
+"""In the folder that an output is written in: what it took the place of, until that is thrown away."""
 _INSIDE_A_MODEL = "wp"  # the folder of a model where what belongs to it may lie, such as its scores
 
 
@@ -149,8 +151,11 @@ def scratch(prefix: str) -> Iterator[Path]:
 
 
 def clear_partials(target: Path) -> str:
-    """Remove every `.NAME.partial-*` beside `target`; one line about them, empty when there were none."""
+    """Remove every `.NAME.partial-*` beside `target`; one line about them, empty when there were none. What a run had
+    moved out of the way of its result, which it then did not put there, is put back."""
     found = sorted(target.parent.glob(f".{_escaped(target.name)}.partial-*"))
+    for path in found:
+        put_back(path, target)
     size = sum(_size(path) for path in found)
     for path in found:
         if path.is_dir() and not path.is_symlink():
@@ -160,6 +165,12 @@ def clear_partials(target: Path) -> str:
     if not found:
         return ""
     return f"Removed what a killed run had left of {target.name}: {size / 1e6:,.1f} MB."
+
+
+def put_back(work: Path, target: Path) -> None:
+    """Move what was taken from `target` into a folder of work back there, if nothing has come into its place."""
+    if os.path.lexists(work / REPLACED) and not os.path.lexists(target):
+        os.replace(work / REPLACED, target)
 
 
 def _escaped(name: str) -> str:

@@ -95,6 +95,17 @@ def test_one_run_at_a_time_and_partials_of_dead_ones_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".m.partial-7"]
 
 
+def test_what_a_killed_run_had_moved_out_of_its_way_is_put_back(tmp_path: Path) -> None:
+    work = tmp_path / ".m.partial-9"
+    (work / ".replaced").mkdir(parents=True)
+    (work / ".replaced/w").write_text("old")
+    (work / "m").mkdir()
+    with claimed(tmp_path / "m"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m/w").read_text() == "old"
+
+
 def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
     code = f"from mergekit_wp.outputs import claimed\nimport time\nwith claimed({str(tmp_path / 'out')!r}): "
     code += f"open({str(tmp_path / 'held')!r}, 'w'); time.sleep(100)"

@@ -25,7 +25,7 @@ from mergekit_wp.files import explained
 from mergekit_wp.foreign import echo, echo_lines
 from mergekit_wp.merge import register
 from mergekit_wp.merge.mergekit_options import GROUPS, check_options, merge_options, mergekit_options
-from mergekit_wp.outputs import claim, refuse_inputs
+from mergekit_wp.outputs import REPLACED, claim, put_back, refuse_inputs
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -89,8 +89,8 @@ def main(
     if dry_run:
         _dry_run(loaded, out, options)
         return
+    claim(out)  # which may put back what a killed run had moved away
     refuse_existing(out, overwrite)
-    claim(out)
     say = say_nothing if options.quiet else echo
     carry_out(loaded, out, options, audited, say)
     say(f"wrote {out}")
@@ -120,7 +120,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     with explained(out), _workplace(out) as work:
         yield work
         if os.path.exists(out):
-            os.replace(out, work / ".replaced")
+            os.replace(out, work / REPLACED)
         os.replace(work / out.name, out)
 
 
@@ -168,6 +168,8 @@ def _merge(
     )
     with enough_memory(too_much):
         run_merge(recipe.config(), str(work / out.name), options, config_source=recipe.text)
+    if options.copy_tokenizer:
+        _check_tokenizer(recipe, plan, work / out.name, out)
     if recipe.config().base_model is not None:
         _copy_generation_config(plan, work / out.name)
     settle(work / out.name, plan)
@@ -185,14 +187,36 @@ def _merge(
     try:
         audit(work / out.name, plan, seed=options.random_seed or 0, say=say)
     except AuditFailed as error:
-        rejected = out.with_name(out.name + ".rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
+        rejected = _free_name(out)
         os.replace(work / out.name, rejected)
         raise AuditFailed(
             f"{error.message.replace(str(work / out.name), str(rejected))} It is kept there for inspection; "
             f"{out} was not written."
         ) from error
     write_certificate(work / out.name, plan, checked)
+
+
+def _free_name(out: Path) -> Path:
+    """OUT.rejected, or OUT.rejected-2 and so on where that is taken, by whatever it may be."""
+    name, number = out.with_name(f"{out.name}.rejected"), 1
+    while os.path.lexists(name):
+        number += 1
+        name = out.with_name(f"{out.name}.rejected-{number}")
+    return name
+
+
+def _check_tokenizer(recipe: Recipe, plan: MergePlan, merged: Path, out: Path) -> None:
+    """mergekit only logs that it could not copy the tokenizer, and calls the merge a success. Raises `BadInput`."""
+    from mergekit_wp.checkpoint.vocabulary import has_tokenizer
+
+    first = plan.tensors[0]
+    # Without a base it takes that of any model.
+    donors = [first.base] if recipe.config().base_model is not None else list(plan.checkpoints)
+    if not has_tokenizer(merged) and all(has_tokenizer(plan.tokenizer_folder(donor)) for donor in donors):
+        raise BadInput(
+            f"{out}: mergekit could not copy the tokenizer of {donors[0]}; see that transformers loads it, or leave it "
+            "out with --no-copy-tokenizer. Nothing was written."
+        )
 
 
 def _copy_generation_config(plan: MergePlan, merged: Path) -> None:
@@ -215,6 +239,7 @@ def _workplace(out: Path) -> Iterator[Path]:
     try:
         yield work
     finally:
+        put_back(work, out)
         shutil.rmtree(work, ignore_errors=True)
 
 

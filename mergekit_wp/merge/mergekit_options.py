@@ -78,6 +78,8 @@ GROUPS: dict[str, tuple[click.Option, ...]] = {
         click.Option(["-v", "verbosity"], count=True, help="Say more; -vv still more."),
     ),
 }
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_SEEDS = 2**32  # numpy's, which mergekit seeds as well
 NAMES = tuple(str(option.name) for options in GROUPS.values() for option in options)
 
 
@@ -98,12 +100,17 @@ def merge_options(typed: Mapping[str, Any]) -> MergeOptions:
 
 
 def check_options(options: MergeOptions) -> None:
-    """Raise `BadInput` for a device that is not here, and for threads that are none."""
+    """Raise `BadInput` for a device that is not here or cannot merge, for threads that are none, and for a seed that
+    the generators do not take."""
     import torch
 
     from mergekit_wp.memory import pick_device
 
-    pick_device(str(options.device))
+    kind = pick_device(str(options.device)).type
+    if kind not in _DEVICES:
+        raise BadInput(f"device: {options.device!r} cannot hold weights; use one of {', '.join(_DEVICES)}.")
+    if options.random_seed is not None and not 0 <= options.random_seed < _SEEDS:
+        raise BadInput(f"random_seed: found {options.random_seed}, expected a whole number from 0 to {_SEEDS - 1}.")
     if options.multi_gpu and not torch.cuda.is_available():
         raise BadInput("multi_gpu: there is no GPU here; leave it out.")
     for name in ("num_threads", "write_threads"):

@@ -152,8 +152,8 @@ class _Work:
         if self.dry_run:
             self._plan(target, options)
             return
+        claim(target)  # which may put back what a killed run had moved away
         refuse_existing(target, overwrite)
-        claim(target)
         carry_out(self.recipe, target, options, audited, self.say, show=lambda plan: self.say(about(plan)))
         self.say(f"wrote {target}")
 
@@ -167,11 +167,11 @@ class _Work:
 
         target = Path(self.out).absolute()
         refuse_inputs(target, self.recipe.reads())
-        refuse_existing(target, overwrite)
         if self.dry_run:
             self._plan(target, MergeOptions(quiet=True))
             return
-        claim(target)
+        claim(target)  # as above
+        refuse_existing(target, overwrite)
         with new_folder(target) as work:
             plan = self._plan(target, MergeOptions(quiet=True, lora_merge_cache=str(work / "loras")))
             found, geometry = low_rank(plan, rank), plan.checkpoints[plan.tensors[0].base].geometry

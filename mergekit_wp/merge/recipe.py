@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,9 +17,11 @@ import click
 from mergekit_wp.checkpoint.adapters import merged_folder
 from mergekit_wp.checkpoint.folder import Checkpoint, local_folder
 from mergekit_wp.checkpoint.references import Reference, with_recipe_models
+from mergekit_wp.checkpoint.vocabulary import tokenizer_in
 from mergekit_wp.documents import MOST_YAML_BYTES
-from mergekit_wp.errors import BadInput, shown
+from mergekit_wp.errors import BadInput, reason_of, shown
 from mergekit_wp.files import read_text, read_yaml_documents, read_yaml_mapping
+from mergekit_wp.foreign import logger
 from mergekit_wp.merge.plan import (
     AIM,
     FILES,
@@ -30,12 +33,13 @@ from mergekit_wp.merge.plan import (
     names_file,
     read_plan,
 )
-from mergekit_wp.merge.recipe_fields import check_entries, check_fields
+from mergekit_wp.merge.recipe_fields import check_entries, check_fields, check_slices
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
+LOG = logger(__name__)
 
 # mergekit would ignore any other in silence.
 _PARAMETERS = {
@@ -46,6 +50,7 @@ _PARAMETERS = {
 }
 _OF_EXPERTS = {WP: ("scores", "weight", "scale")}
 """Which of them may stand under a model; mergekit looks for the others everywhere but there."""
+_OF_PLANNING = (ValueError, RuntimeError, LookupError, OSError, TypeError, AttributeError, AssertionError)
 # mergekit-evolve writes these into every recipe; they mean nothing to these methods.
 _OF_EVOLVE = ("normalize", "int8_mask")
 
@@ -125,12 +130,43 @@ class Recipe:
             elif model.lora:
                 bare = ModelReference(model=model.model)
                 cache.loaders[model] = bare.lazy_loader(cache_dir=options.transformers_cache)
+        self._check_tokenizer(options.transformers_cache)
         if len(kinds) > 1 and self.method in (WP, WIDEN, AIM, PATCH) and not options.allow_crimes:
             (one, of_one), (other, of_other), *_ = kinds.items()  # mergekit would advise --allow-crimes, to no avail
             raise BadInput(
                 f"{self.path}: {of_one} is a {one} and {of_other} a {other}; {self.method} merges models that were "
                 "tuned from one base, so list such alone."
             )
+
+    def _check_tokenizer(self, cache: str | None) -> None:
+        """What mergekit would only find when all is merged: a chat template that is none, a tokenizer that is not
+        there, a token that has no embedding to come from. Raises `BadInput`."""
+        from mergekit.merge import _set_chat_template
+
+        config = self.config()
+        if config.chat_template not in (None, "auto"):
+            self._by_mergekit(lambda: _set_chat_template(SimpleNamespace(), config))
+        source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+        if source not in (None, "union", "base"):
+            meaning_of(source).check()
+        for token, about in ((config.tokenizer and config.tokenizer.tokens) or {}).items():
+            where = f"{self.path}: tokenizer, tokens, {shown(token)}"
+            if about.source is None:
+                raise BadInput(f"{where}: has no source; name a model, or write `{{kind: zero}}`.")
+            if getattr(about.source, "kind", None) == "zero":
+                continue
+            model = getattr(about.source, "model", None) if hasattr(about.source, "kind") else about.source
+            if model not in config.referenced_models():
+                raise BadInput(f"{where}: its source {model} is none of the models of this merge; name one of them.")
+            opened = Checkpoint.of(meaning_of(model).model, cache)
+            tokenizer = tokenizer_in(opened.folder)
+            ids = {} if tokenizer is None else tokenizer.get_vocab()
+            wanted = getattr(about.source, "token", None) or token
+            number = getattr(about.source, "token_id", None)
+            found = ids.get(wanted, -1) if number is None else number
+            if not 0 <= found < opened.geometry.vocabulary:
+                what = f"the token {shown(wanted)}" if number is None else f"a row {number}"
+                raise BadInput(f"{where}: {model} does not have {what}; name a token or a model that has it.")
 
     def plan(self, out: Path, options: MergeOptions) -> MergePlan:
         """What mergekit would do, by whatever method. Reads headers only."""
@@ -152,15 +188,20 @@ class Recipe:
             return found
 
         planned: MergePlan = self._by_mergekit(plan)
+        names = {str(name) for tensor in planned.tensors for name in (tensor.output, *tensor.sources.values())}
+        for word in dict.fromkeys(_filters(self.content)):
+            if word != "*" and not any(word in name for name in names):
+                LOG.warning("%s: the filter %s is in the name of no tensor, and chooses none.", self.path, shown(word))
         return planned
 
     def _by_mergekit(self, step: Callable[[], Any]) -> Any:
         """Run a step of mergekit's own planning; what it finds wrong with the recipe becomes one sentence."""
         try:
             return step()
-        except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-            reason = " ".join(str(error).split())[:400]
-            raise BadInput(f"{self.path}: mergekit cannot carry out this recipe: {reason}") from error
+        except _OF_PLANNING as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{self.path}: mergekit cannot carry out this recipe: {reason_of(error, 400)}.") from error
 
 
 def read_recipe(path: str, text: str | None = None) -> Recipe:
@@ -188,6 +229,7 @@ def _check_content(path: str, content: dict[str, Any]) -> None:
     method = content["merge_method"]
     known = _parameters_of(path, method)
     check_fields(path, content)
+    check_slices(path, content)
     if method in _PARAMETERS:
         for parameters in _parameters(content, of_models=True):
             if shared := sorted((set(parameters) & set(known)) - set(_OF_EXPERTS.get(method, ()))):
@@ -253,6 +295,16 @@ def _parameters(node: Any, of_models: bool = False) -> Iterator[dict[str, Any]]:
     elif isinstance(node, list):
         for item in node:
             yield from _parameters(item, of_models)
+
+
+def _filters(node: Any) -> Iterator[str]:
+    """Every `filter:` of the recipe's parameters."""
+    if isinstance(node, dict):
+        if isinstance(node.get("filter"), str) and "value" in node:
+            yield node["filter"]
+        node = list(node.values())
+    for item in node if isinstance(node, list) else ():
+        yield from _filters(item)
 
 
 _lock = threading.Lock()

@@ -61,6 +61,24 @@ def _alternatives(kinds: tuple[Any, ...]) -> Iterator[Any]:
             yield kind
 
 
+def check_slices(path: str, node: Any, where: tuple[str, ...] = ()) -> None:
+    """Raise `BadInput` for slices of no layer, or of none that a model could have, which mergekit would plan."""
+    if isinstance(node, dict):
+        if node.get("sources") == []:
+            raise BadInput(f"{path}: {', '.join(where)}: `sources` is empty; list the models of the slice.")
+        span = node.get("layer_range")
+        if isinstance(span, list) and [type(x) for x in span] == [int, int] and not 0 <= span[0] < span[1]:
+            raise BadInput(
+                f"{path}: {', '.join(where)}, layer_range: found {shown(span)}, expected [first, last + 1] of layers "
+                "counted from 0."
+            )
+    items = node.items() if isinstance(node, dict) else ()
+    if isinstance(node, list):
+        items = ((f"entry {number}", item) for number, item in enumerate(node, 1))  # type: ignore[assignment]
+    for key, item in items:
+        check_slices(path, item, (*where, str(key)))
+
+
 def check_entries(path: str, node: Any, own: tuple[str, ...], base: Any = None) -> None:
     """Raise `BadInput` for an expert's parameter (`own`) on the entry of the base, where no method of ours looks, and
     for a model that is listed twice.

@@ -59,6 +59,12 @@ SLICE = {"model": "e0", "layer_range": [0, 4]}
             },
             "`scale` stands under e1, which is the base_model here",
         ),
+        ({"slices": [{"sources": []}]}, "slices, entry 1: `sources` is empty"),
+        (
+            {"slices": [{"sources": [{**SLICE, "layer_range": [3, 1]}]}]},
+            "sources, entry 1, layer_range: found [3, 1], exp",
+        ),
+        ({"slices": [{"sources": [{**SLICE, "layer_range": [-2, 2]}]}]}, "layer_range: found [-2, 2], expected [first"),
         ({"models": [E0, E0]}, "e0 is listed twice; list it once with a `weight` of 2."),
     ],
 )

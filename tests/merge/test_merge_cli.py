@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -9,11 +10,12 @@ import pytest
 import tiny
 import torch
 import yaml
-from merge_checks import assert_merged, change, files_under, make_lora, plan_of, run
+from merge_checks import assert_merged, change, files_under, make_lora, plan_of, rewrite, run
 from merge_world import World, reference, tensors_of
 from safetensors.torch import save_file
 
 from mergekit_wp.merge.audit import AuditFailed, audit
+from mergekit_wp.merge.cli import new_folder
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -21,6 +23,15 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.fixture
 def world(tmp_path):
     return World(tmp_path / "w", "llama", experts=3, extra_rows=[0, 1, 0]).build()
+
+
+def swap_words(folder):
+    """The tokenizer of a folder with two words in each other's place."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["w5"], words["w6"] = words["w6"], words["w5"]
+    path.write_text(json.dumps(content))
 
 
 def test_merge_with_audit(world):
@@ -114,6 +125,38 @@ def test_tokenizer_config_keeps_the_generation_config(world):
     assert (world.root / "out" / name).read_bytes() == (world.base / name).read_bytes()
 
 
+def test_rows_that_a_tokenizer_config_has_moved_are_audited_by_token(world):
+    swap_words(world.expert(0))
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(world.expert(1))
+    config, out = world.config(tokenizer={"source": "union"}, parameters={"scale": 1.5}), world.root / "out"
+    text = run(world.recipe(config), out)
+    assert "48 slices of 12 kinds of tensors recomputed" in text
+    assert "rows of 1 tokens that not every model has were not." in text
+    plan = plan_of(world, out, config)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        right = tensors_of(out)[name]
+        change(out, name, ..., right.roll(1, 0))
+        with pytest.raises(AuditFailed, match="is not what its inputs and wp give"):
+            audit(out, plan, say=lambda _: None, load=False)
+        change(out, name, ..., right)
+    (out / "tokenizer.json").write_text("{}")
+    lines = []
+    audit(out, plan, say=lines.append, load=False)
+    assert (
+        "allows; model.embed_tokens.weight and lm_head.weight, whose rows `tokenizer:` has moved, were not." in lines[0]
+    )
+
+
+def test_the_audit_reads_inputs_in_the_recipes_dtype(world):
+    """Below 6e-5 the steps of float16 are equally wide, so that numbers lose most of their digits there."""
+    for folder in (world.base, *(world.expert(k) for k in range(3))):
+        rewrite(folder, lambda tensors: {name: tensor * 1e-5 for name, tensor in tensors.items()})
+    more = {"dtype": "float16", "out_dtype": "float32", "parameters": {"allow_mismatch": True}}
+    assert "48 slices of 12 kinds" in run(world.recipe(world.config(**more)), world.root / "out")
+
+
 @pytest.mark.parametrize("name", ["model.layers.{}.self_attn.v_proj.weight", "model.layers.{}.mlp.down_proj.weight"])
 def test_audit_catches_a_corrupted_slice(world, name):
     """Every layer is spoilt in a single column or row, since the audit takes a sample."""
@@ -164,12 +207,33 @@ def test_the_audit_knows_the_scale(world):
 
 
 def test_a_failed_audit_keeps_the_result_aside(world, monkeypatch):
-    """A wrong kernel: the folder is not put where it would be trusted."""
+    """A wrong kernel: the folder is not put where it would be trusted, nor in the place of anything."""
+    (world.root / "out.rejected").mkdir()
+    (world.root / "out.rejected" / "mine.txt").write_text("x")
     monkeypatch.setattr("mergekit_wp.merge.methods.wp.tensor_shares", lambda *_: None)
     text = run(world.recipe(), world.root / "out", code=1)
-    assert "out.rejected" in text
+    assert "out.rejected-2" in text
     assert not (world.root / "out").exists()
-    assert (world.root / "out.rejected" / "config.json").exists()
+    assert (world.root / "out.rejected-2" / "config.json").exists()
+    assert (world.root / "out.rejected" / "mine.txt").exists()
+
+
+def test_what_cannot_take_the_old_ones_place_leaves_it_there(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(FileNotFoundError), new_folder(out):
+        pass  # nothing is made
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "mine.txt").exists()
+
+
+def test_a_tokenizer_that_mergekit_could_not_copy(world, monkeypatch):
+    """It logs the error and calls the merge a success."""
+    monkeypatch.setattr("mergekit.merge._copy_tokenizer", lambda *_args, **_more: 1 / 0)
+    text = run(world.recipe(), world.root / "out", code=2)
+    assert f"mergekit could not copy the tokenizer of {world.base}" in text
+    assert not (world.root / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,11 +247,21 @@ def test_a_failed_audit_keeps_the_result_aside(world, monkeypatch):
         ({"base_model": "/nowhere/base"}, "/nowhere/base"),
         ({"merge_method": "wq"}, "mergekit has no merge_method 'wq'"),
         ({"dtype": "float8"}, "dtype float8"),
+        ({"chat_template": "foo"}, "Invalid chat template: foo"),
+        ({"tokenizer": {"source": "nope"}}, "nope: no such model folder"),
+        ({"tokenizer": {"tokens": {"w5": {"source": "nope"}}}}, "its source nope is none of the models"),
+        ({"tokenizer": {"tokens": {"w5": {"force": True}}}}, "tokenizer, tokens, 'w5': has no source"),
+        ({"tokenizer": {"tokens": {"w5x": {"source": "BASE"}}}}, "does not have the token 'w5x'"),
+        (
+            {"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": "BASE", "token_id": 99}}}}},
+            "does not have a row 99",
+        ),
     ],
 )
 def test_bad_recipes(world, content, text):
     if isinstance(content, dict):
         content = yaml.safe_dump({k: v for k, v in world.config(**content).items() if v is not None})
+        content = content.replace("BASE", str(world.base))
     recipe = world.root / "bad.yaml"
     recipe.write_text(content)
     assert text in run(recipe, world.root / "out", code=2)
@@ -202,6 +276,8 @@ def test_bad_recipes(world, content, text):
         (["--device", "cuda:77"], "device: 'cuda:77' cannot be used here"),
         (["--num-threads", "0"], "num_threads: found 0, expected a whole number of at least 1"),
         (["--write-threads", "-1"], "write_threads: found -1"),
+        (["--device", "meta"], "device: 'meta' cannot hold weights"),
+        (["--random-seed", "-1"], "random_seed: found -1, expected a whole number from 0 to 4294967295"),
         pytest.param(["--cuda"], "device: 'cuda' cannot be used here", marks=NO_GPU),
         pytest.param(["--gpu-rich"], "device: 'cuda' cannot be used here", marks=NO_GPU),
         pytest.param(["--multi-gpu"], "multi_gpu: there is no GPU here", marks=NO_GPU),
