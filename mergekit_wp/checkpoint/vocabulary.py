@@ -190,8 +190,12 @@ def _content(file: Path) -> bytes | None:
 
 def tokenizer_in(folder: Path, remote_code: bool = False) -> Any:
     """The tokenizer of a folder; None where the folder has none. Raises `BadInput` when it does not load."""
-    has_one = any((folder / name).is_file() for name in _FILES)
-    return load_tokenizer(str(folder), folder, remote_code) if has_one else None
+    return load_tokenizer(str(folder), folder, remote_code) if has_tokenizer(folder) else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a file of a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(name: str, folder: Path, remote_code: bool) -> Any:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -28,13 +28,23 @@ from mergekit_wp.errors import BadInput, out_of_memory, reason_of
 from mergekit_wp.geometry import auto_class, slot_of
 from mergekit_wp.merge.audit_methods import check_aim, check_widen
 from mergekit_wp.merge.audit_patch import check_patched
-from mergekit_wp.merge.audit_slices import FLOAT32_STEP, AuditFailed, by_kind, compare, read_aligned, read_slice
+from mergekit_wp.merge.audit_slices import (
+    FLOAT32_STEP,
+    AuditFailed,
+    TokenRows,
+    by_kind,
+    compare,
+    pick_rows,
+    read_inputs,
+)
 from mergekit_wp.merge.fitted import load_fit
 from mergekit_wp.merge.plan import AIM, PATCH, WIDEN, WP, MergePlan, PlannedTensor
 from mergekit_wp.merge.shares import load_scores
 
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+
 _SLICES_A_KIND = 4
-_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class _Sample:
     tensor: PlannedTensor
     where: tuple[slice, ...]
     alpha_K: list[float]
+    rows: Mapping[ModelReference, int] | None = None
+    """Of a vocabulary that a `tokenizer:` has made: where the row lies in each model."""
 
 
 def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[str], None], load: bool = True) -> None:
@@ -53,11 +65,19 @@ def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[st
     if plan is not None and plan.method == PATCH:
         say(f"audit: {check_patched(plan, merged)}.")
     elif plan is not None and plan.ours:
-        check = {WP: check_wp, WIDEN: check_widen, AIM: check_aim}[plan.method]
-        differences = check(plan, merged, random.Random(seed))
+        # WIDEN ranks rows of a vocabulary among all others, so that none can be recomputed alone.
+        rows = None if plan.method == WIDEN else TokenRows.of(plan, merged, plan.tensors[0].models)
+        draw, kinds = random.Random(seed), by_kind(plan, realigned=rows is not None)
+        if plan.method == WIDEN:
+            differences = check_widen(plan, merged, draw)
+        else:
+            differences = {WP: check_wp, AIM: check_aim}[plan.method](plan, merged, draw, rows)
+        left = [] if rows else [tensor.output for tensor in plan.tensors if tensor.written and tensor.realigned]
+        unseen = f"; {' and '.join(left)}, whose rows `tokenizer:` has moved, were not" if left else ""
         say(
-            f"audit: {len(differences)} slices of {len(by_kind(plan))} kinds of tensors recomputed from the inputs; "
-            f"the largest difference is {max(differences, default=0.0):.2f} of what rounding allows."
+            f"audit: {len(differences)} slices of {len(kinds)} kinds of tensors recomputed from the inputs; "
+            f"the largest difference is {max(differences, default=0.0):.2f} of what rounding allows"
+            f"{rows.said if rows else unseen}."
         )
     tensors = check_finite(merged)
     say(f"audit: {tensors} tensors read; no NaN and no infinity.")
@@ -67,22 +87,27 @@ def audit(out: Path, plan: MergePlan | None, *, seed: int = 0, say: Callable[[st
         raise AuditFailed(f"{trouble} Do not use this merge.")
 
 
-def check_wp(plan: MergePlan, merged: Checkpoint, draw: random.Random) -> list[float]:
-    """Some slices of every kind: the difference of each, as a fraction of what rounding allows."""
+def check_wp(plan: MergePlan, merged: Checkpoint, draw: random.Random, rows: TokenRows | None = None) -> list[float]:
+    """Some slices of every kind: the difference of each, as a fraction of what rounding allows.
+
+    rows: of a vocabulary that a `tokenizer:` has made; without them its tensors are left out.
+    """
     samples = [
-        _sample(plan, tensor, draw) for tensors in by_kind(plan) for tensor in draw.choices(tensors, k=_SLICES_A_KIND)
+        _sample(plan, tensor, draw, rows)
+        for tensors in by_kind(plan, realigned=rows is not None)
+        for tensor in draw.choices(tensors, k=_SLICES_A_KIND)
     ]
     return [_check_sample(plan, merged, sample) for sample in samples]
 
 
-def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random) -> _Sample:
+def _sample(plan: MergePlan, tensor: PlannedTensor, draw: random.Random, rows: TokenRows | None) -> _Sample:
     """One random component of the tensor (or a few rows of a tensor that belongs to no component)."""
     slot = slot_of(tensor.source)
     header = plan.header(tensor.base, tensor.source)
     assert header is not None  # the checks of the plan say so
     if slot is None:
-        start = draw.randrange(header.shape[0])
-        return _Sample(tensor, (slice(start, start + _ROWS),), _scaled(tensor, _weights(plan, tensor, "")))
+        where, own = pick_rows(tensor, header.shape[0], draw, rows)
+        return _Sample(tensor, where, _scaled(tensor, _weights(plan, tensor, "")), own)
     geometry = plan.checkpoints[tensor.base].geometry
     width, part = geometry.head_dim, draw.randrange(len(slot.shares))
     share, begin = slot.shares[part], sum(geometry.lengths(slot)[:part])
@@ -119,17 +144,14 @@ def _scaled(tensor: PlannedTensor, alpha_K: list[float]) -> list[float]:
 
 def _check_sample(plan: MergePlan, merged: Checkpoint, sample: _Sample) -> float:
     tensor = sample.tensor
-    base = read_slice(plan.checkpoints[tensor.base], tensor.source, sample.where)
+    base, *tuned = read_inputs(plan, tensor, sample.where, sample.rows)
     whole = not tensor.fit and set(tensor.scales) == {1.0}  # the weights sum to 1, and the base cancels
     want, size = base.clone(), torch.zeros_like(base) if whole else base.abs()
-    for alpha, expert in zip(sample.alpha_K, tensor.experts, strict=True):
-        theta = read_aligned(plan.checkpoints[expert], tensor.sources[expert] or "", sample.where, base)
+    for alpha, theta in zip(sample.alpha_K, tuned, strict=True):
         want += alpha * (theta - base)
         size += abs(alpha) * (theta.abs() + base.abs())
-    # K + 1 steps of the float32 accumulation, and half a step of the dtype that the recipe makes mergekit read in.
+    # K + 1 steps of the float32 accumulation.
     slack = (len(sample.alpha_K) + 1) * FLOAT32_STEP * size
-    if tensor.read_dtype:
-        slack += torch.finfo(getattr(torch, tensor.read_dtype.removeprefix("torch."))).eps / 2 * size
     return compare(plan, merged, tensor, sample.where, want, slack)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mergekit_wp.checkpoint.folder import Checkpoint
-from mergekit_wp.geometry import Component, Kind, is_vocabulary, slot_of, text_name
-from mergekit_wp.merge.audit_slices import AuditFailed
+from mergekit_wp.geometry import Component, Kind, slot_of, text_name
+from mergekit_wp.merge.audit_slices import AuditFailed, TokenRows
 from mergekit_wp.merge.chosen import chosen
 from mergekit_wp.merge.patch_file import load_patch
 from mergekit_wp.merge.plan import MergePlan, PlannedTensor
@@ -24,19 +24,21 @@ _BLOCK = 1 << 24  # numbers compared at a time
 def check_patched(plan: MergePlan, merged: Checkpoint) -> str:
     """Compare the whole result; says what was found. Raises `AuditFailed` at the first number that is another."""
     slices = _owned(plan)
-    tensors = [tensor for tensor in plan.tensors if tensor.written and not (tensor.realigned and _moved(tensor))]
+    rows = TokenRows.of(plan, merged, [plan.tensors[0].base])
+    written = [tensor for tensor in plan.tensors if tensor.written]
+    tensors = [tensor for tensor in written if rows is not None or not tensor.realigned]
     for tensor in tensors:
-        _compare(plan, merged, tensor, slices.get(text_name(tensor.source) or "", []))
+        if tensor.realigned and rows is not None:
+            _compare_rows(plan, merged, tensor, rows)
+        else:
+            _compare(plan, merged, tensor, slices.get(text_name(tensor.source) or "", []))
+    left = [tensor.output for tensor in written if tensor not in tensors]
+    unseen = f"; {' and '.join(left)}, whose rows `tokenizer:` has moved, were not" if left else ""
     taken = sum(len(slices.get(text_name(tensor.source) or "", [])) for tensor in tensors)
     return (
         f"{len(tensors)} tensors compared with the inputs: {taken:,} slices are the donor's and everything else is the "
-        "recipient's, bit for bit"
+        f"recipient's, bit for bit{rows.said if rows else unseen}"
     )
-
-
-def _moved(tensor: PlannedTensor) -> bool:
-    """A `tokenizer:` in the recipe has moved its rows."""
-    return is_vocabulary(tensor.output)
 
 
 def _owned(plan: MergePlan) -> dict[str, list[Any]]:
@@ -77,6 +79,23 @@ def _compare(plan: MergePlan, merged: Checkpoint, tensor: PlannedTensor, slices:
                 f"{merged.name}: {tensor.output}[{start}:{start + len(want)}] is not what {tensor.base} and the donor "
                 "hold there; do not use it."
             )
+
+
+def _compare_rows(plan: MergePlan, merged: Checkpoint, tensor: PlannedTensor, rows: TokenRows) -> None:
+    """Of a vocabulary that a `tokenizer:` has made: every token that the recipient has is its row."""
+    recipient, got = plan.header(tensor.base, tensor.source), merged.tensors.get(tensor.output)
+    assert recipient is not None  # the checks of the plan say so
+    if got is None or got.shape[1:] != recipient.shape[1:]:
+        raise AuditFailed(f"{merged.name}: {tensor.output} is not there in the shape of {tensor.base}; do not use it.")
+    there, here = (
+        torch.tensor(numbers) for numbers in zip(*((row, own[tensor.base]) for row, own in rows.rows), strict=True)
+    )
+    want = _converted(plan, tensor, recipient.part(tensor.source, ...)[here])
+    found = got.part(tensor.output, ...)[there]
+    if found.dtype != want.dtype or not torch.equal(_bits(found), _bits(want)):
+        raise AuditFailed(
+            f"{merged.name}: {tensor.output} is not what {tensor.base} holds for the same tokens; do not use it."
+        )
 
 
 def _donor(plan: MergePlan, tensor: PlannedTensor) -> torch.Tensor:

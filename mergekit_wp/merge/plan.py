@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_wp.autoload import METHODS
 from mergekit_wp.checkpoint.adapters import check_merged
-from mergekit_wp.checkpoint.folder import Checkpoint, Fingerprint, fingerprint_of, local_folder
+from mergekit_wp.checkpoint.folder import (
+    Checkpoint,
+    Fingerprint,
+    content_digest,
+    content_of,
+    fingerprint_of,
+    local_folder,
+)
 from mergekit_wp.checkpoint.references import Reference, reference_of
 from mergekit_wp.checkpoint.vocabulary import head_is_tied, head_of
 from mergekit_wp.checkpoint.weights import TensorHeader, read_header
@@ -89,6 +96,8 @@ class PlannedTensor:
     """The recipe's `out_dtype`."""
     realigned: bool
     """A `tokenizer:` in the recipe brings the rows of all inputs into one vocabulary."""
+    tokens: frozenset[str]
+    """Those whose rows that `tokenizer:` gives apart."""
     truncated: bool
     """--unsafe-truncate-embeddings cuts all inputs to the shortest."""
     optional: bool
@@ -143,6 +152,12 @@ class MergePlan:
         """Where a model as published lies: of `base+lora` the LoRA, not what mergekit merges the two into."""
         return _own_folder(model, self.checkpoints[model])
 
+    def tokenizer_folder(self, model: ModelReference) -> Path:
+        """Where mergekit looks for a model's tokenizer: of `base+lora` the base."""
+        from mergekit.io.tasks import LoaderCache
+
+        return local_folder(meaning_of(model).model, LoaderCache().hf_cache_dir)
+
     def header(self, model: ModelReference, name: str | None) -> TensorHeader | None:
         return self.checkpoints[model].tensors.get(name or "")
 
@@ -180,12 +195,27 @@ class MergePlan:
             return self.checkpoints[model].fingerprint
         return fingerprint_of(meaning_of(model), LoaderCache().hf_cache_dir)
 
+    def content(self, model: ModelReference) -> str:
+        """As `content_of`; reads the whole model."""
+        from mergekit.io.tasks import LoaderCache
+
+        if model.lora is None:
+            return content_digest(self.checkpoints[model].tensors)
+        return content_of(meaning_of(model), LoaderCache().hf_cache_dir)
+
     def order(self, tensor: PlannedTensor) -> tuple[int, ...]:
         """The places of the tensor's experts in its fit file. Raises `BadInput` as `order_of`."""
         key = (tensor.fit, tensor.experts, tensor.allow_mismatch)
         if key not in self._orders:
-            prints = {str(expert): [self.fingerprint(expert)] for expert in tensor.experts}
-            self._orders[key] = order_of(load_fit(tensor.fit), prints, tensor.fit, tensor.allow_mismatch)
+            by_name = {str(expert): expert for expert in tensor.experts}
+            prints = {name: [self.fingerprint(expert)] for name, expert in by_name.items()}
+            self._orders[key] = order_of(
+                load_fit(tensor.fit),
+                prints,
+                tensor.fit,
+                tensor.allow_mismatch,
+                lambda name: [self.content(by_name[name])],
+            )
         return self._orders[key]
 
     def layer_weights(self, tensor: PlannedTensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,6 +309,7 @@ def _planned(
         read_dtype=read_dtype,
         write_dtype=save_dtype or task.out_dtype,
         realigned=isinstance(inputs, PermutedVocabulary),
+        tokens=frozenset((inputs.tokens or {}).keys()) if isinstance(inputs, PermutedVocabulary) else frozenset(),
         truncated=isinstance(inputs, TruncatedVocabulary),
         optional=bool(task.output_weight.optional),
         written=not task.output_weight.optional

@@ -437,6 +437,23 @@ def test_the_audit_catches_one_wrong_number(where, world):
         audit(out, plan, say=lambda _: None, load=False)
 
 
+def test_the_audit_follows_rows_that_a_tokenizer_config_has_moved(world):
+    path = world.expert(0) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["w5"], words["w6"] = words["w6"], words["w5"]
+    path.write_text(json.dumps(content))
+    tokenizer = {"tokenizer": {"source": str(world.expert(0))}}
+    config = {**recipe(world, components=listed(world, [(1, 1)], [])), **tokenizer}
+    out, name = merge(world, config), "model.embed_tokens.weight"
+    plan, lines = plan_of(world, config), []
+    audit(out, plan, say=lines.append, load=False)
+    assert lines[0].endswith("everything else is the recipient's, bit for bit.")
+    change(out, name, ..., tensors_of(world.base)[name])  # not moved
+    with pytest.raises(AuditFailed, match=r"is not what .*base holds for the same tokens"):
+        audit(out, plan, say=lambda _: None, load=False)
+
+
 # --- the patch file --------------------------------------------------------------------------------------------------
 
 
