@@ -91,6 +91,7 @@ def fit(
     """
     processes, resume, start = processes or ProcessGroup(), resume or Resume(), progress or no_progress
     ready = check(job)
+    shares = _start_shares(job, ready)  # now, since a score file may be missing, and answers take long
     with enough_memory(f"batch_size: {job.batch_size} prompts do not fit on {pick_device(job.device)}; lower it."):
         merged = load(job, ready, processes)
         lessons = read_teachers(job, ready, merged, processes, start, out)
@@ -100,7 +101,7 @@ def fit(
         _warn_of_few(job, run)
         date = resume.begin(_inputs(job, ready, run), now())
         resume.spare_others()
-        found = run.carry_out(_start_shares(job, ready), resume)
+        found = run.carry_out(shares, resume)
     return _fit_of(job, ready, run, found, date)
 
 
@@ -138,9 +139,13 @@ def check(job: FitJob) -> list[Prepared]:
         except BadInput as error:
             raise BadInput(f"keep: {error.message}") from error
     for j, each in enumerate(ready):
-        if job.hold_out and sum(len(task.scoring) for task in each.tasks) < 2:
-            where = f"experts, entry {j + 1}" if j < len(job.experts) else "keep"
+        prompts = [tuple(ids) for task in each.tasks for ids in task.scoring]
+        where = f"experts, entry {j + 1}" if j < len(job.experts) else "keep"
+        if job.hold_out and len(set(prompts)) < 2:
             raise BadInput(f"{where}: has one prompt, which cannot be held out; give more, or hold_out: 0.")
+        if more := len(prompts) - len(set(prompts)):
+            LOG.warning("%s: %d of %d prompts are there before; each is held out, or fitted to, as one.", where, more,
+                        len(prompts))  # fmt: skip
     return _reading_each_other(ready)
 
 
@@ -220,9 +225,11 @@ class FitRun:
         first, scale, loss = self._scale(shares)
         name = "the plain average" if self.job.start == "average" else "the shares of score files"
         if self.job.family == "cross":
-            first, scale, loss = self._scale(self._crossed(first))
-            name = "cross effects"
+            shares, name = self._crossed(first), "cross effects"
+            first, scale, loss = self._scale(shares)
         name = f"{name} times {scale:g}"
+        if any(float(x.max()) > MOST for x in _parts(shares.scaled(scale))):
+            name += f", no weight above {MOST:g}"
         before_J = self._look(first)
         point = LossAt(0, loss, float(before_J.mean()) if self.held else None)
         if self.family is None:
@@ -304,7 +311,11 @@ def _untold(_done: float) -> None:
 
 
 def _bounded(weights: FusionWeights) -> FusionWeights:
-    return FusionWeights(*(x.clamp(0, MOST) for x in (weights.heads_KLH, weights.neurons_KLF, weights.rest_K)))
+    return FusionWeights(*(x.clamp(0, MOST) for x in _parts(weights)))
+
+
+def _parts(weights: FusionWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return weights.heads_KLH, weights.neurons_KLF, weights.rest_K
 
 
 def _start_shares(job: FitJob, ready: Sequence[Prepared]) -> FusionWeights:

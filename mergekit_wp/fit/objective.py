@@ -277,15 +277,17 @@ def _answers(
 
 def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Lesson], list[Lesson]]:
     """(fitted, held out): of each teacher's prompts this share is held out, rounded down but at least one, drawn by the
-    seed; none where the share is 0."""
+    seed; none where the share is 0. A prompt that a teacher has several times counts once, and lies on one side."""
     fitted: list[Lesson] = []
     held: list[Lesson] = []
     for teacher in sorted({lesson.teacher for lesson in lessons}):
         own = [lesson for lesson in lessons if lesson.teacher == teacher]
-        count = max(1, int(share * len(own))) if share else 0
-        chosen = set(random.Random(f"{seed}/hold out/{teacher}").sample(range(len(own)), count))
-        held += [own[i] for i in sorted(chosen)]
-        fitted += [own[i] for i in range(len(own)) if i not in chosen]
+        prompts = list(dict.fromkeys(tuple(lesson.prompt) for lesson in own))
+        count = max(1, int(share * len(prompts))) if share else 0
+        drawn = random.Random(f"{seed}/hold out/{teacher}").sample(range(len(prompts)), count)
+        chosen = {prompts[i] for i in drawn}
+        held += [lesson for lesson in own if tuple(lesson.prompt) in chosen]
+        fitted += [lesson for lesson in own if tuple(lesson.prompt) not in chosen]
     return fitted, held
 
 

@@ -400,6 +400,13 @@ def check_nothing_dropped(plan: MergePlan) -> None:
             for name in plan.checkpoints[model].tensors
             if name not in names and layer_of(name) in layers and not name.endswith(_RECOMPUTED)
         )
+        whole = {text_name(tensor.output) or tensor.output for tensor in plan.tensors}
+        if dropped and all((text_name(name) or name) in whole for name in dropped):
+            raise BadInput(
+                f"{model}: is not among the models of every slice, and mergekit takes the embeddings of the first "
+                f"slice's models and the final norm and head of the last's, so its {dropped[0]} would be left out; "
+                "list the same models in all slices."
+            )
         if dropped:
             raise BadInput(
                 f"{model}: mergekit would silently leave out {len(dropped)} tensors that it does not know in this "

@@ -147,7 +147,9 @@ def _check_scores(plan: MergePlan, tensor: PlannedTensor, path: str) -> None:
         )
     base, expert = (donor, recipient) if removes else (recipient, donor)
     found = {model: plan.fingerprint(model) for model in (base, expert)}
-    if found[base].tensors == meta.expert.tensors and found[expert].tensors == meta.base.tensors:
+    # Where both have one fingerprint, which samples weights, nothing tells one from the other.
+    told_apart = meta.base.tensors != meta.expert.tensors
+    if told_apart and found[base].tensors == meta.expert.tensors and found[expert].tensors == meta.base.tensors:
         what = "leave `remove` out" if removes else "set `remove: true` to take its components back to the base's"
         raise BadInput(
             f"{path}: the expert of these scores is {meta.expert.name}, which is {base} here, the "

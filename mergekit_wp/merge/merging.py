@@ -8,8 +8,8 @@ left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mergekit_wp.checkpoint.weights import HeldTensor, TensorHeader
 from mergekit_wp.errors import BadInput, shown
 from mergekit_wp.fit_file import Fit, read_fit
 from mergekit_wp.foreign import file_parts, logger
-from mergekit_wp.geometry import EMBEDDINGS, HEAD, TensorSlot, is_vocabulary, slot_of, text_name
+from mergekit_wp.geometry import EMBEDDINGS, HEAD, Geometry, TensorSlot, is_vocabulary, slot_of, text_name
 from mergekit_wp.merge.fitted import fitted_weights, order_of
 from mergekit_wp.merge.kernel import NotFiniteError, merge_fitted, merge_tensor
 from mergekit_wp.merge.made_for import OF_A_FIT, check_fingerprint
@@ -163,9 +163,21 @@ def _merge_folders(
         refuse_existing(out, overwrite)
         asked = MergeOptions(**{"quiet": True, **options})
         check_options(asked)
-        carry_out(loaded, out, asked, audit, LOG.info)
+        with _threads(asked.num_threads):
+            carry_out(loaded, out, asked, audit, LOG.info)
         undo.pop_all()
     return out
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Inside the block torch has as many threads; None: as many as it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _paths(recipe: _Recipe, files: Sequence[Any], out: Path, undo: ExitStack) -> list[str | None]:
@@ -230,6 +242,7 @@ def _by_scores(
                 f"scores of {state.name}: made for another shape than those of {states[0].name}: "
                 f"{'; '.join(different)}."
             )
+        own.check_layers(scores.meta.geometry, f"scores of {state.name}")
         for role, which, scored in (("base", own, scores.meta.base), ("expert", state, scores.meta.expert)):
             which.check(role, scored, f"scores of {state.name}", allow)
 
@@ -245,6 +258,7 @@ def _by_scores(
 def _by_fit(own: _Held, states: Sequence[_Held], fit: Any, scales: list[float], allow: bool) -> _Kernel:
     """The kernel by a fit, which is of these very models. Raises `BadInput` where it is not."""
     read = fit if isinstance(fit, Fit) else read_fit(fit)
+    own.check_layers(read.meta.geometry, "fit")
     own.check("base", read.meta.base, "fit", allow, *OF_A_FIT)
     prints, by_name = {state.name: state.prints for state in states}, {state.name: state for state in states}
     order = order_of(read, prints, "fit", allow, lambda name: by_name[name].contents())
@@ -295,6 +309,12 @@ class _Held:
         """Raise `BadInput` unless the scores, or what `words` say, are of this model."""
         fitting = [found for found in self.prints if found.tensors == scored.tensors]
         check_fingerprint((fitting or self.prints)[0], role, self.name, scored, where, allow, *words)
+
+    def check_layers(self, made_for: Geometry, where: str) -> None:
+        """Raise `BadInput` unless scores, or a fit, are of as many layers as this model has."""
+        layers = len({slot.layer for name in self.tensors if (slot := slot_of(name))})
+        if layers != made_for.layers:
+            raise BadInput(f"{where}: made for {made_for.layers} layers, and the {self.name} has {layers}.")
 
     def check_covered(self, base: _Held) -> None:
         """Raise `BadInput` for a tensor that the base does not have, and that a merge would leave out."""
@@ -368,8 +388,9 @@ def _each(values: Any, named: Mapping[str, Any], what: str) -> list[Any]:
                 f"{what}: of {', '.join(map(str, values))}, and the experts are {', '.join(named)}; name each once."
             )
         return [values[name] for name in named]
-    if isinstance(values, (str, os.PathLike, Scores)) or len(values) != len(named):
-        count = 1 if isinstance(values, (str, os.PathLike, Scores)) else len(values)
+    one = isinstance(values, (str, os.PathLike)) or not hasattr(values, "__len__")
+    if one or len(values) != len(named):
+        count = 1 if one else len(values)
         raise BadInput(
             f"{what}: found {count} for {len(named)} experts; give a list with one for each, in their order."
         )
@@ -377,10 +398,17 @@ def _each(values: Any, named: Mapping[str, Any], what: str) -> list[Any]:
 
 
 def _numbers(values: Any, named: Mapping[str, Any], what: str) -> list[float]:
-    single = isinstance(values, (int, float))
+    single = isinstance(values, str) or not isinstance(values, (Mapping, Sequence))
+    single &= values is not None and getattr(values, "ndim", 0) == 0
     found = [values] * len(named) if single else _each(values, named, what)
-    for value in found:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-        if not good or (what == "weight" and value < 0):
-            raise BadInput(f"{what}: found {shown(value)}, expected a number{' of at least 0' * (what == 'weight')}.")
-    return [float(value) for value in found]
+    return [_number(value, what) for value in found]
+
+
+def _number(value: Any, what: str) -> float:
+    """Of Python, or a single one of numpy or torch."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if not good or (what == "weight" and value < 0):
+        raise BadInput(f"{what}: found {shown(value)}, expected a number{' of at least 0' * (what == 'weight')}.")
+    return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -133,13 +134,14 @@ def test_families_have_the_freedom_that_they_say(world, family):
 
 def test_shares_of_score_files_are_a_start(world):
     found = fit(job_of(world, start="scores", family="scale"))
-    scale = float(found.meta.start.rpartition(" ")[2])
+    scale = float(re.search(r"times ([\d.]+)", found.meta.start)[1])
     from mergekit_wp.merge.kernel import component_weights
     from mergekit_wp.scores import read_scores
 
     files = [read_scores(world / f"scores{k}.safetensors") for k in range(2)]
     shares = component_weights([scores.neurons for scores in files])
     torch.testing.assert_close(found.neurons, (scale * shares).clamp(max=2))
+    assert found.meta.start.endswith(", no weight above 2") == bool((scale * shares).max() > 2)
     assert found.meta.start.startswith("the shares")
 
 
@@ -433,8 +435,12 @@ class TestRefusals:
         expert = job_of(world).experts[0]
         refused(run(world, "twice", experts=[expert, expert]), "listed twice")
 
-    def test_scores_of_another_expert(self, world):
+    def test_scores_of_another_expert(self, world, monkeypatch):
+        monkeypatch.setattr(module, "load", None)  # before anything is loaded, let alone answered
         one, other = job_of(world).experts
+        missing = [one, {**other, "scores": str(world / "nope.safetensors")}]
+        refused(run(world, "missing", experts=missing, start="scores"), "nope.safetensors: no such score file")
+        assert not list(world.glob("*missing*.safetensors"))
         swapped = [{**one, "scores": other["scores"]}, {**other, "scores": one["scores"]}]
         result = run(world, "swapped", experts=swapped, start="scores")
         refused(result, "scores1.safetensors", "made for the expert")
@@ -475,6 +481,21 @@ def test_a_share_of_each_experts_prompts_is_held_out():
     few = [*lessons[:2], *lessons[10:13]]  # a quarter of which is less than one
     assert [sum(x.teacher == k for x in hold_out(few, 0.25, 0)[1]) for k in range(2)] == [1, 1]
     assert hold_out(few, 0.0, 0) == (few, [])
+
+
+def test_a_prompt_that_is_there_several_times_lies_on_one_side(world, tmp_path, caplog):
+    lessons = [Lesson(0, [i % 4], [i], torch.zeros(1, 1), 1.0) for i in range(16)]
+    fitted, held = hold_out(lessons, 0.25, 0)
+    assert len(held) == 4
+    assert not {x.prompt[0] for x in held} & {x.prompt[0] for x in fitted}
+    rows = [json.dumps({"task": "t", "prompt": f"w{i % 4} w5"}) for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+    experts = [{**expert, "pairs": str(tmp_path / "pairs.jsonl")} for expert in job_of(world).experts]
+    check(job_of(world, experts=experts))
+    assert "experts, entry 2: 2 of 6 prompts are there before" in caplog.text
+    (tmp_path / "pairs.jsonl").write_text(f"{rows[0]}\n" * 3)
+    with pytest.raises(BadInput, match="experts, entry 1: has one prompt, which cannot be held out"):
+        check(job_of(world, experts=experts))
 
 
 def test_weights_stay_within_their_bounds_and_the_best_look_is_kept():

@@ -9,7 +9,7 @@ from collections import namedtuple
 import pytest
 import torch
 import yaml
-from merge_checks import edit_config, refused, rewrite, slices
+from merge_checks import edit_config, plan_of, refused, rewrite, slices
 from merge_world import World, merge, tensors_of, write_random_scores
 from safetensors.torch import save_file
 
@@ -226,6 +226,29 @@ def test_a_tied_head_that_an_expert_stores_all_the_same_is_not_written(tmp_path)
 
 def test_slices_that_mix_layers(world):
     assert "would mix layer 1 of" in refused(world, slices(world, [(0, 2), (2, 3)], shift=1))
+
+
+def test_slices_of_different_experts(world):
+    """mergekit has the embeddings of one and the head of another, and knows every tensor of both."""
+    config = slices(world, [(0, 2), (2, 4)])
+    for number, piece in enumerate(config["slices"]):
+        del piece["sources"][1 - number]
+    message = refused(world, config)
+    assert message.startswith(f"{world.expert(0)}: is not among the models of every slice")
+    assert "so its lm_head.weight would be left out; list the same models in all slices." in message
+
+
+def test_a_filter_that_chooses_nothing(world, caplog):
+    conditions = [{"filter": "mlpp", "value": 2}, {"filter": "mlp", "value": 1.5}, {"value": 1}]
+    plan_of(world, world.root / "out", world.config(parameters={"scale": conditions}))
+    assert [record.getMessage() for record in caplog.records if "filter" in record.getMessage()] == [
+        f"{world.root / 'recipe.yaml'}: the filter 'mlpp' is in the name of no tensor, and chooses none."
+    ]
+
+
+def test_a_word_of_pipelines(world):
+    said = "scale: found 'auto', expected a number (`auto` is a word of a pipeline, for wp-run); 1 is the paper's rule."
+    assert said in refused(world, world.config(parameters={"scale": "auto"}))
 
 
 @pytest.mark.parametrize(

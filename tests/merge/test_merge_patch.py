@@ -303,6 +303,19 @@ def ranked(heads, neurons):
     return Scores.from_tasks(meta, {"t": TaskScores(heads, neurons)})
 
 
+@pytest.mark.parametrize("remove", [False, True])
+def test_models_of_one_fingerprint(remove, tmp_path):
+    """It samples weights: neither of the two can be told to be the wrong way round."""
+    world = build(tmp_path, intermediate_size=200, num_hidden_layers=2)
+    shutil.rmtree(world.expert(0))
+    shutil.copytree(world.base, world.expert(0))
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    change(world.expert(0), gate, 60, 1.0)
+    write_random_scores(world.score(0), str(world.base), str(world.expert(0)), seed=0)
+    out = merge(world, recipe(world, remove=remove, top="100%"))
+    assert torch.equal(tensors_of(out)[gate], tensors_of(world.base if remove else world.expert(0))[gate])
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -213,6 +214,41 @@ def test_a_fit_of_other_models_or_beside_scores(world, tmp_path, caplog):
     with pytest.raises(BadInput, match="merge all of the fitted experts and no other"):
         merge(text, {"a": texts["a"]}, fit=fit, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_other_libraries_and_what_is_none(world):
+    base, experts = models(world, tensors_of)
+    want = merge(base, experts, files(world), scale=1.5)
+    for scale in (np.float32(1.5), torch.tensor(1.5), [1.5, torch.tensor(1.5)], np.array([1.5, 1.5])):
+        same(merge(base, experts, files(world), scale=scale), want)
+    for scale, said in (
+        ("1.5", "scale: found '1.5', expected a number"),
+        (None, "scale: found None, expected a number"),
+        (torch.ones(3), "scale: found 3 for 2 experts"),
+        (float("nan"), "scale: found nan"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(said)):
+            merge(base, experts, files(world), scale=scale)
+
+
+def test_scores_of_another_depth(world):
+    """Of state dicts there is no config that says so."""
+
+    def deeper(state):
+        return state | {k.replace(".0.", ".4.", 1): t for k, t in state.items() if k.startswith("model.layers.0.")}
+
+    base, experts = models(world, lambda folder: deeper(tensors_of(folder)))
+    with pytest.raises(BadInput, match="scores of a: made for 4 layers, and the base has 5"):
+        merge(base, experts, files(world), allow_mismatch=True)
+
+
+def test_threads_are_those_that_were_asked_for(world, tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr("mergekit_wp.merge.cli.carry_out", lambda *_: seen.append(torch.get_num_threads()))
+    base, experts = models(world, str)
+    merge(base, experts, files(world), out=tmp_path / "out", num_threads=before + 1)
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_the_name_is_the_package_and_the_function(world):

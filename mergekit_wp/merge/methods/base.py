@@ -78,7 +78,8 @@ def number(name: str, hint: str, *, least: float = -math.inf, most: float = math
     def checked(value: Any) -> float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not good or not least <= value <= most:
-            raise BadInput(f"{name}: found {shown(value)}, expected a number{limits}; {hint}.")
+            of_run = " (`auto` is a word of a pipeline, for wp-run)" if value == "auto" else ""
+            raise BadInput(f"{name}: found {shown(value)}, expected a number{limits}{of_run}; {hint}.")
         return float(value)
 
     return Annotated[float, BeforeValidator(checked)]
