@@ -35,6 +35,7 @@ def test_round_trip(tmp_path):
         prompts=(FittedPrompts(12, 4, PromptStyle("Q: {prompt}")), FittedPrompts(3, 0)),
         curve=(LossAt(0, 0.5, None),),
         best_step=0,
+        contents=("d" * 64, None),
     )
     written = example(about)
     written.save(tmp_path / "f.safetensors")
@@ -48,7 +49,7 @@ def test_metadata_is_plain_json(tmp_path):
     write_fit(example(), tmp_path / "f.safetensors")
     with safe_open(tmp_path / "f.safetensors", framework="pt") as file:
         said = json.loads(file.metadata()["wp_fit"])
-    assert said == json.loads(json.dumps(asdict(meta())))
+    assert said | {"contents": []} == json.loads(json.dumps(asdict(meta())))
     assert said["curve"][1] == {"step": 10, "fitted": 0.25, "held_out": 0.3}
 
 

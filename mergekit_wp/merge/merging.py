@@ -173,7 +173,10 @@ def _merge_folders(
 def _threads(count: int | None) -> Iterator[None]:
     """Inside the block torch has as many threads; None: as many as it had."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    if count is None:
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:

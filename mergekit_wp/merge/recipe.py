@@ -36,6 +36,7 @@ from mergekit_wp.merge.plan import (
 from mergekit_wp.merge.recipe_fields import check_entries, check_fields, check_slices
 
 if TYPE_CHECKING:
+    from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
@@ -123,6 +124,7 @@ class Recipe:
             reference = meaning_of(model)
             reference.check()
             found = Checkpoint.of(reference.model, options.transformers_cache)  # refuses what cannot be merged
+            self._check_layers(model, found.text_config.get("num_hidden_layers"))
             kinds.setdefault(", ".join(map(str, found.config.get("architectures") or ["?"])), reference.text)
             if model.lora and merge_loras:
                 merged_folder(model, Path(cache.lora_cache_dir or ""), cache.trust_remote_code, cache.lora_merge_dtype)
@@ -137,6 +139,15 @@ class Recipe:
                 f"{self.path}: {of_one} is a {one} and {of_other} a {other}; {self.method} merges models that were "
                 "tuned from one base, so list such alone."
             )
+
+    def _check_layers(self, model: ModelReference, count: Any) -> None:
+        """Raise `BadInput` for a slice of layers that a model does not have; count: how many those are."""
+        for source in (source for piece in self.config().slices or () for source in piece.sources):
+            if source.model == model and isinstance(count, int) and source.layer_range[1] > count:
+                raise BadInput(
+                    f"{self.path}: layer_range {list(source.layer_range)} of {meaning_of(model).text}, which "
+                    f"has {count} layers; end it there at most."
+                )
 
     def _check_tokenizer(self, cache: str | None) -> None:
         """What mergekit would only find when all is merged: a chat template that is none, a tokenizer that is not
@@ -164,7 +175,7 @@ class Recipe:
             wanted = getattr(about.source, "token", None) or token
             number = getattr(about.source, "token_id", None)
             found = ids.get(wanted, -1) if number is None else number
-            if not 0 <= found < opened.geometry.vocabulary:
+            if not 0 <= found < int(opened.text_config.get("vocab_size", found + 1)):
                 what = f"the token {shown(wanted)}" if number is None else f"a row {number}"
                 raise BadInput(f"{where}: {model} does not have {what}; name a token or a model that has it.")
 
@@ -199,8 +210,6 @@ class Recipe:
         try:
             return step()
         except _OF_PLANNING as error:
-            if isinstance(error, BadInput):
-                raise
             raise BadInput(f"{self.path}: mergekit cannot carry out this recipe: {reason_of(error, 400)}.") from error
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from merge_checks import assert_merged, change, files_under, make_lora, plan_of, rewrite, run
+from merge_checks import assert_merged, change, files_under, make_lora, plan_of, rewrite, run, slices
 from merge_world import World, reference, tensors_of
 from safetensors.torch import save_file
 
@@ -287,6 +287,12 @@ def test_what_this_machine_does_not_have(world, flags, text):
     for more in ([], ["--dry-run"]):
         assert text in run(world.recipe(), world.root / "out", *flags, *more, code=2)
     assert not (world.root / "out").exists()
+
+
+def test_layers_that_a_model_does_not_have(world):
+    config = slices(world, [(2, 9)])
+    text = run(world.recipe(config), "--dry-run", code=2)
+    assert re.search(r"layer_range \[2, 9\] of \S+, which has 4 layers; end it there at most", text)
 
 
 def test_an_expert_of_another_architecture(world):
