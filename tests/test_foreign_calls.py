@@ -49,6 +49,7 @@ def test_too_little_memory(tmp_path, monkeypatch, capsys, error):
 @pytest.fixture
 def reference(tmp_path, monkeypatch):
     monkeypatch.setattr(adapters, "read_tensors", lambda *_args: {})
+    monkeypatch.setattr(adapters, "_made_of", lambda *_args: {})
     (tmp_path / "base").mkdir()
     (tmp_path / "lora").mkdir()
     return read_reference(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")

@@ -295,8 +295,8 @@ class ScoringJob:
             name, kind = wrong
             raise BadInput(f"{name}: found {shown(getattr(self, name))}, expected {kind.expected}.")
         expand_home(self, "pairs", "at", "answers", "components")
-        if self.top is not None:
-            object.__setattr__(self, "top", [self.top[0], os.path.expanduser(self.top[1])])
+        if self.top is not None and (file := os.path.expanduser(self.top[1])) != self.top[1]:
+            object.__setattr__(self, "top", [self.top[0], file])
         self._check_together()
 
     @property

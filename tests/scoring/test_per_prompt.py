@@ -61,7 +61,8 @@ def test_the_scores_are_those_without_and_the_file_is_read_back(tmp_path):
         if gap == "sample":
             assert any(stats.dropped for task in plain.meta.tasks.values() for stats in task.utilities.values())
         for name, wanted in plain.tensors().items():
-            torch.testing.assert_close(kept.tensors()[name], wanted, rtol=1e-5, atol=1e-6)
+            # Sums over prompts in another order: shares of a small gap, so that CPUs differ by some 1e-6.
+            torch.testing.assert_close(kept.tensors()[name], wanted, rtol=1e-5, atol=1e-5)
         write_scores(kept, tmp_path / f"{gap}.safetensors")
         again = read_scores(tmp_path / f"{gap}.safetensors")
         assert again.meta.format == 4
