@@ -312,6 +312,7 @@ def _tokens(page: Path):
     return MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
 
 
+@functools.cache  # many links lead to one page
 def anchors(page: Path) -> set[str]:
     """The names of a page's headings, as code hosts and mkdocs make them."""
     tokens = _tokens(page)
